@@ -1,0 +1,50 @@
+"""Errors a person sees, and the exit code of each kind."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Cause(enum.IntEnum):
+    """Why a run or a command ended; the value is the process's exit code."""
+
+    SUCCESS = 0
+    CODE_ERROR = 1
+    BAD_INPUT = 2
+    OUT_OF_MEMORY = 11
+    NODE_FAILURE = 12
+    TIME_LIMIT = 13
+    PREEMPTED = 14
+    CANCELLED = 15
+    PREFLIGHT = 16
+    DEADLINE = 17
+    DATA_ERROR = 18
+
+    @property
+    def requeue_mends(self) -> bool:
+        """Whether starting the same job again can help."""
+        return self in (Cause.NODE_FAILURE, Cause.TIME_LIMIT, Cause.PREEMPTED)
+
+
+class VimeError(Exception):
+    """An error with a cause that decides the exit code."""
+
+    cause = Cause.CODE_ERROR
+
+
+class BadInput(VimeError):
+    """What a person gave cannot be used. The text is one line: the thing, its value, what to do."""
+
+    cause = Cause.BAD_INPUT
+
+
+class DeadlineExceeded(VimeError):
+    """A wait ended without what it waited for; the text says what was missing."""
+
+    cause = Cause.DEADLINE
+
+
+class DataError(VimeError):
+    """A rollout or a data set cannot give what training needs (all groups filtered, rewards not finite)."""
+
+    cause = Cause.DATA_ERROR

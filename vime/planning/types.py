@@ -1,0 +1,197 @@
+"""The plan of a run: what shall be. Made once by `vime.submit`, written to `plan.json`, read by everything later."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vime.recipe.parallel import ParallelLayout
+from vime.recipe.schema import Recipe
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Item(Frozen):
+    """One line of a memory account."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+class Memory(Frozen):
+    """Bytes by item."""
+
+    items: tuple[Item, ...] = ()
+    total_bytes: int = 0
+
+
+class TrainerRank(Frozen):
+    """One Megatron rank and where it sits."""
+
+    rank: int
+    node: int
+    """Logical node."""
+    gpu: int
+    """GPU slot on the node."""
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+    etp: int
+    edp: int
+
+
+class EnginePlan(Frozen):
+    """One vLLM engine: the GPUs it takes, node by node, and its parallel sizes."""
+
+    index: int
+    nodes: tuple[int, ...]
+    """Logical nodes in order; the first one serves."""
+    gpus: tuple[tuple[int, ...], ...]
+    """GPU slots on each of these nodes."""
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_parallel: bool = False
+    port: int
+    """Port of the server on its first node."""
+    aux_port: int
+    """First of 32 ports for the engine's own ranks to meet on."""
+
+
+class NodePlan(Frozen):
+    """One logical node."""
+
+    index: int
+    gpus: int
+    host_memory: Memory = Memory()
+    ranks: tuple[int, ...] = ()
+    engines: tuple[int, ...] = ()
+
+
+class Artefact(Frozen):
+    """Something a stage reads or writes on disk, verified by its fingerprint."""
+
+    name: str
+    path: str
+    kind: Literal["hf", "torch_dist", "data", "run"]
+    bytes: int | None = None
+
+
+class Stage(Frozen):
+    """One dependent step of the run. A service stays up while the stages after it run."""
+
+    name: str
+    """`preflight`, `cast`, `convert`, `ray-head`, `ray-workers`, `train`, `report`."""
+    nodes: tuple[int, ...]
+    """Logical nodes."""
+    tasks_per_node: int = 1
+    cpus_per_task: int | None = None
+    """None: all of the node's."""
+    gpus_per_node: int = 0
+    command: tuple[str, ...]
+    """argv after the Python interpreter, for example ("-m", "vime.train", "--run", …)."""
+    env: dict[str, str] = Field(default_factory=dict)
+    service: bool = False
+    inputs: tuple[Artefact, ...] = ()
+    outputs: tuple[Artefact, ...] = ()
+    deadline_s: float
+    """Seconds after which the stage has failed (for a service: until it is ready)."""
+
+
+class Ports(Frozen):
+    """Ports of the run, the same on every node, outside the ephemeral range; a job's offset keeps two runs apart."""
+
+    gcs: int
+    ray_client: int
+    node_manager: int
+    object_manager: int
+    worker_first: int
+    worker_last: int
+    trainer_master: int
+    stage_master: int
+    sync_master: int
+    runtime_env: int
+    dashboard_agent: int
+    dashboard_agent_grpc: int
+    metrics_export: int
+
+
+class Cluster(Frozen):
+    """The cluster profile as resolved for this run."""
+
+    name: str
+    kind: Literal["slurm", "local"]
+    base_dir: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus_per_node: int = 0
+    gpu_request: Literal["gres", "gpus-per-node", "none"] = "gpus-per-node"
+    cpus_per_node: int | None = None
+    memory_per_node_bytes: int | None = None
+    exclusive: bool = True
+    mem: str | None = "0"
+    time_limit_minutes: int = 24 * 60
+    network_interface: str | None = None
+    container: dict[str, str] = Field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    """Shell lines before Python starts (module load, source venv)."""
+    env: dict[str, str] = Field(default_factory=dict)
+    extra_sbatch: dict[str, Any] = Field(default_factory=dict)
+    python: str | None = None
+    """Interpreter on the nodes; by default the one that runs vime.submit."""
+
+
+class Plan(Frozen):
+    """One run, complete. `binding.json` adds what only the allocation knows."""
+
+    version: Literal[1] = 1
+    run_name: str
+    run_dir: str
+    base_dir: str | None
+    shape: Literal["allocation", "chain"] = "allocation"
+    recipe: Recipe
+    """With every path absolute and every derived value filled in."""
+    model_config_hf: dict[str, Any]
+    """The model's HF `config.json`, as read from the checkpoint or from `configs/models/`."""
+    cluster: Cluster
+    layout: ParallelLayout
+    spares: int = 0
+    nodes: tuple[NodePlan, ...]
+    trainer_ranks: tuple[TrainerRank, ...]
+    engines: tuple[EnginePlan, ...]
+    ports: Ports
+    stages: tuple[Stage, ...]
+    max_timeouts: int = 1000
+    signal_lead_s: int = 300
+    """Seconds before the time limit at which the batch script is signalled."""
+    notes: tuple[str, ...] = ()
+    """What a person should know: flags without effect here, translated values, costs."""
+
+
+class BoundNode(Frozen):
+    """A logical node's host."""
+
+    index: int
+    host: str
+    address: str
+    interface: str | None = None
+    slurm_index: int = 0
+    """Place in SLURM_JOB_NODELIST."""
+
+
+class Binding(Frozen):
+    """What only the allocation knows; written by the controller after preflight, anew after a requeue."""
+
+    job_id: str | None = None
+    restart: int = 0
+    nodes: tuple[BoundNode, ...]
+    port_offset: int = 0
+    end_time: float | None = None
+    """Unix time at which the allocation ends."""

@@ -1,0 +1,252 @@
+"""The typed recipe: one group of options a model, every option spelled as its flag (`lr_decay_style` is `--lr-decay-style`).
+
+A flag belongs to exactly one group, so a flat command line or a flat YAML mapping names it without its group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Base of the groups: frozen, strict about names, documented by the strings below the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelOptions(Options):
+    """Which model; its numbers come from the checkpoint's `config.json` or, without one, from `configs/models/`."""
+
+    model: str | None = None
+    """Name of a file in `configs/models/` (an HF `config.json` as YAML), used where no checkpoint is at hand."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Megatron model flags given by hand (`--rotary-base 10000`), compared with the checkpoint; a difference is an error."""
+    mtp_num_layers: int = 0
+    """Multi-token-prediction layers that are trained; 0 keeps the checkpoint's frozen."""
+    bf16: bool = True
+    """Train in bf16 with fp32 master weights; `--no-bf16` trains in fp32."""
+
+
+class ClusterOptions(Options):
+    """How many nodes and accelerators ("GPU slots" on machines without any) the actors take."""
+
+    actor_num_nodes: int = 1
+    """Nodes of the trainer."""
+    actor_num_gpus_per_node: int = 8
+    """GPUs, so trainer ranks, on each of them."""
+    rollout_num_gpus: int | None = None
+    """GPUs of all engines together; with `--colocate` always those of the trainer."""
+    colocate: bool = False
+    """Trainer and engines take turns on the same GPUs."""
+    num_cpus_per_rank: int | None = None
+    """CPU cores a trainer rank; by default the node's cores divided by its ranks."""
+
+
+class CheckpointOptions(Options):
+    """Where weights come from and go to."""
+
+    hf_checkpoint: str | None = None
+    """HF folder that the engine loads; gives tokenizer and `quantization_config` too."""
+    ref_load: str | None = None
+    """torch_dist folder of the reference model and of the start; made by the conversion stage when missing."""
+    load: str | None = None
+    """Checkpoint folder to resume from; without a tracker file in it the start is `--ref-load`, iteration 0."""
+    save: str | None = None
+    """Checkpoint folder; by default `checkpoints` in the run folder."""
+    save_interval: int | None = None
+    """Rollouts between two checkpoints; the last rollout is always saved when `--save` is set."""
+    save_keep: int = 2
+    """Newest checkpoints that are kept."""
+    save_hf: str | None = None
+    """HF folder, `{rollout_id}` replaced, written beside every checkpoint."""
+    async_save: bool = False
+    """Write checkpoints while training goes on."""
+    conversion: Literal["one-pass", "two-stage", "direct"] = "one-pass"
+    """fp8 to torch_dist in one pass; or cast and conversion as two stages; or straight from the HF folder at start."""
+    convert_tensor_model_parallel_size: int = 1
+    convert_pipeline_model_parallel_size: int = 1
+    convert_expert_model_parallel_size: int = 1
+    convert_expert_tensor_parallel_size: int = 1
+    convert_decoder_first_pipeline_num_layers: int | None = None
+    convert_decoder_last_pipeline_num_layers: int | None = None
+    convert_num_nodes: int = 1
+    """Nodes of the conversion stage."""
+    convert_ranks_per_node: int = 1
+    """Ranks of the conversion stage on each of them."""
+
+
+class PerfOptions(Options):
+    """Parallel sizes, recompute, batch sizes of the trainer."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    use_dynamic_batch_size: bool = False
+    """Pack samples into micro-batches of up to CP x `--max-tokens-per-gpu` tokens."""
+    max_tokens_per_gpu: int | None = None
+    log_probs_max_tokens_per_gpu: int | None = None
+    """The same for forward-only passes; by default `--max-tokens-per-gpu`."""
+    micro_batch_size: int = 1
+    """Samples a micro-batch without `--use-dynamic-batch-size`."""
+    balance_data: bool = False
+    """Even out the cost of the data-parallel ranks' shares."""
+
+
+class RolloutOptions(Options):
+    """Data, sampling and rewards."""
+
+    prompt_data: str | None = None
+    """jsonl or parquet file of prompts."""
+    input_key: str = "prompt"
+    label_key: str = "label"
+    metadata_key: str = "metadata"
+    apply_chat_template: bool = False
+    rollout_shuffle: bool = False
+    rollout_seed: int = 42
+    rm_type: str | None = None
+    """`deepscaler`, `math`, `dapo`, `f1`, `gpqa`, `remote`, or `package.module:function`."""
+    rm_url: str | None = None
+    """Address of the reward server of `--rm-type remote`."""
+    rm_timeout: float = 10.0
+    """Seconds for the reward of one sample."""
+    num_rollout: int = 1
+    rollout_batch_size: int = 32
+    """Groups a rollout gives to training."""
+    n_samples_per_prompt: int = 8
+    rollout_max_prompt_len: int | None = None
+    """Longer prompts are left out and counted."""
+    rollout_max_response_len: int = 1024
+    rollout_temperature: float = 1.0
+    rollout_top_p: float = 1.0
+    rollout_top_k: int = -1
+    rollout_stop: list[str] = Field(default_factory=list)
+    rollout_stop_token_ids: list[int] = Field(default_factory=list)
+    over_sampling_batch_size: int | None = None
+    """Prompts submitted at a time until the batch is full; by default `--rollout-batch-size`."""
+    dynamic_sampling_filter_path: str | None = None
+    """`package.module:function` or a built-in name (`check_reward_nonzero_std`) that keeps or drops a finished group."""
+    partial_rollout: bool = False
+    """Keep aborted samples and continue them in the next rollout."""
+    mask_offpolicy_in_partial_rollout: bool = False
+    num_steps_per_rollout: int | None = None
+    """Optimizer steps a rollout; the global batch follows."""
+    global_batch_size: int | None = None
+    """Samples an optimizer step; the steps follow."""
+    rollout_timeout: float = 3600.0
+    """Seconds after which a rollout that is not full ends with an error."""
+
+
+class EvalOptions(Options):
+    """Evaluation on held-out sets."""
+
+    eval_interval: int | None = None
+    """Rollouts between two evaluations; also before the first."""
+    eval_prompt_data: list[str] = Field(default_factory=list)
+    """Name and path in turn: `aime /data/aime-2024.jsonl`."""
+    n_samples_per_eval_prompt: int = 1
+    eval_max_response_len: int | None = None
+    eval_temperature: float | None = None
+    eval_top_p: float | None = None
+    eval_top_k: int | None = None
+
+
+class AlgorithmOptions(Options):
+    """Advantages, policy loss and KL."""
+
+    loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
+    advantage_estimator: Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.0
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "low_var_kl"
+    kl_coef: float = 0.0
+    """Weight of the KL in the reward."""
+    entropy_coef: float = 0.0
+    eps_clip: float = 0.2
+    eps_clip_high: float | None = None
+    eps_clip_c: float | None = None
+    """Dual clip; greater than 1."""
+    calculate_per_token_loss: bool = False
+    use_tis: bool = False
+    """Truncated importance sampling against the engine's own log-probs."""
+    tis_clip: float = 2.0
+    normalize_advantages: bool = False
+
+
+class OptimizerOptions(Options):
+    """Megatron's optimizer flags."""
+
+    optimizer: Literal["adam"] = "adam"
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_iters: int = 0
+    lr_decay_iters: int | None = None
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    optimizer_cpu_offload: bool = False
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    use_precision_aware_optimizer: bool = False
+
+
+class EngineOptions(Options):
+    """The vLLM engines."""
+
+    rollout_num_gpus_per_engine: int = 1
+    vllm_server_concurrency: int = 512
+    """Requests under way at once, a server."""
+    update_weight_buffer_size: int = 512 * 2**20
+    """Bytes of one weight-sync bucket."""
+    check_weight_sync: int = 0
+    """Compare the engine's checksums with the trainer's every N rollouts; 0 never."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Every other `--vllm-…` flag under vLLM's own name (`enable_expert_parallel: true`)."""
+
+
+class MiscOptions(Options):
+    """Other Megatron flags, seeds and what is written where."""
+
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    accumulate_allreduce_grads_in_fp32: bool = False
+    attention_softmax_in_fp32: bool = False
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    moe_enable_deepep: bool = False
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    seed: int = 1234
+    use_wandb: bool = False
+    wandb_project: str | None = None
+    save_debug_rollout_data: bool = False
+    """Write every rollout's samples to the run folder."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment of every stage."""
+
+
+class Recipe(BaseModel):
+    """Everything a person decides about a run, besides the cluster it runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    model: ModelOptions = ModelOptions()
+    cluster: ClusterOptions = ClusterOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    perf: PerfOptions = PerfOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    eval: EvalOptions = EvalOptions()
+    algorithm: AlgorithmOptions = AlgorithmOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    engine: EngineOptions = EngineOptions()
+    misc: MiscOptions = MiscOptions()
