@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Sets up .venv and passes the tests.
+#   tools/test.sh            lint, types, then every test, fast ones first
+#   tools/test.sh --fast     without the tests that start clusters, engines or several processes
+#   tools/test.sh --full     every fault of the Slurm tests at 16 nodes too
+#   tools/test.sh … -- ARGS  ARGS go to pytest
+set -euo pipefail
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/tools/env.sh"
+
+select=()
+options=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --fast) select=(-m "not e2e") ;;
+    --full) options+=(--full) ;;
+    --)
+        shift
+        break
+        ;;
+    -h | --help)
+        sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    *)
+        echo "error: unknown argument $1: test.sh takes --fast, --full and, after --, pytest's arguments" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
+
+vime_env "$root"
+cd "$root"
+bin="$root/.venv/bin"
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/pyright" --threads 2
+exec "$bin/python" -m pytest "${select[@]}" "${options[@]}" "$@"
