@@ -1,0 +1,63 @@
+"""Metrics and timelines read back what was written, whatever stopped the writer."""
+
+import json
+
+import pytest
+
+from vime.observe.metrics import MetricsWriter, read_metrics, series
+from vime.observe.timeline import Span, Timeline, chrome_trace, read_timeline
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
+    for values in ({0: 0.1, 1: 0.2, 2: 0.3}, {2: 0.9, 3: 1.0}):
+        writer = MetricsWriter(tmp_path, run_name="r")
+        for step, reward in values.items():
+            writer.write(step, {"rollout/raw_reward": reward})
+        writer.close()
+    steps = read_metrics(tmp_path)
+    assert series(steps, "rollout/raw_reward") == [(0, 0.1), (1, 0.2), (2, 0.9), (3, 1.0)]
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    writer = MetricsWriter(tmp_path, run_name="r")
+    writer.write(0, {"a": 1.0})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "a": 2')
+    assert list(read_metrics(tmp_path)) == [0]
+
+
+def test_values_that_are_not_finite_are_null_and_valid_json(tmp_path):
+    writer = MetricsWriter(tmp_path, run_name="r")
+    writer.write(0, {"train/loss": float("nan"), "train/lr": 1.0})
+    writer.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["train/loss"] is None
+    assert "train/loss" not in read_metrics(tmp_path)[0]
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, run_name="r")
+    writer.write(3, {"train/loss": 0.5})
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["tensors"] == ["train/loss"]
+
+
+def test_a_phase_is_recorded_even_when_it_fails(tmp_path):
+    timeline = Timeline(tmp_path)
+    with pytest.raises(RuntimeError), timeline.phase("generate", 4):
+        raise RuntimeError
+    assert set(timeline.take_metrics()) == {"perf/generate_time"}
+    timeline.close()
+    assert [(span.name, span.rollout_id) for span in read_timeline(tmp_path)] == [("generate", 4)]
+
+
+def test_the_perfetto_trace_has_a_thread_a_track_and_times_from_its_start():
+    spans = [Span("train", 0, "rank 0", 10.0, 11.5), Span("train", 0, "rank 1", 10.5, 11.0)]
+    events = chrome_trace(spans)["traceEvents"]
+    assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 0", "rank 1"]
+    assert [(e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(0, 0, 1500000), (1, 500000, 500000)]

@@ -1,0 +1,98 @@
+"""What every part of a run did when: spans in `timeline.jsonl`, exported to Chrome's trace format for Perfetto."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TIMELINE_FILE = "timeline.jsonl"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One phase of one rollout on one track (`driver`, `rank 3`, `engine 0`); times in Unix seconds."""
+
+    name: str
+    rollout_id: int
+    track: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+class Timeline:
+    """Appends spans; keeps those of the rollout under way so that their lengths can be logged."""
+
+    def __init__(self, run_dir: str | Path, track: str = "driver") -> None:
+        descriptor = os.open(Path(run_dir) / TIMELINE_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = os.fdopen(descriptor, "a", encoding="utf-8")
+        self._track = track
+        self._recent: list[Span] = []
+
+    @contextmanager
+    def phase(self, name: str, rollout_id: int) -> Iterator[None]:
+        """A span around the block, written also when the block fails."""
+        start = time.time()
+        try:
+            yield
+        finally:
+            self.add(Span(name, rollout_id, self._track, start, time.time()))
+
+    def add(self, span: Span) -> None:
+        self._recent.append(span)
+        self._file.write(json.dumps(asdict(span), separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def take_metrics(self) -> dict[str, float]:
+        """`perf/<phase>_time` in seconds of this track's spans since the last call."""
+        metrics: dict[str, float] = {}
+        for span in self._recent:
+            if span.track == self._track:
+                key = f"perf/{span.name}_time"
+                metrics[key] = metrics.get(key, 0.0) + span.seconds
+        self._recent.clear()
+        return metrics
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_timeline(run_dir: str | Path) -> list[Span]:
+    """All whole spans of a run in the order they ended."""
+    path = Path(run_dir) / TIMELINE_FILE
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [Span(**json.loads(text)) for text in file if text.endswith("\n")]
+
+
+def chrome_trace(spans: list[Span]) -> dict[str, Any]:
+    """Trace Event Format ("X" events, microseconds), a thread a track; opens in Perfetto and chrome://tracing."""
+    tracks = {name: number for number, name in enumerate(dict.fromkeys(span.track for span in spans))}
+    origin = min((span.start for span in spans), default=0.0)
+    names = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": number, "args": {"name": track}}
+        for track, number in tracks.items()
+    ]
+    events = [
+        {
+            "ph": "X",
+            "name": span.name,
+            "pid": 0,
+            "tid": tracks[span.track],
+            "ts": round((span.start - origin) * 1e6),
+            "dur": round(span.seconds * 1e6),
+            "args": {"rollout": span.rollout_id},
+        }
+        for span in spans
+    ]
+    return {"traceEvents": names + events, "displayTimeUnit": "ms"}
