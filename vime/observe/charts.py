@@ -1,0 +1,107 @@
+"""Line charts as inline SVG, made of numbers alone: no script, no network, readable in dark and light."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 200
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 26
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart; points are (x, y) with finite y."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """At most `most` points that keep every bucket's lowest and highest, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(len(points) / (most // 2))
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        bucket = points[start : start + size]
+        ends = {min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])}
+        kept.extend(sorted(ends))
+    return kept
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that lie within low..high."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
+    """One chart. Its title and the first and last values are its text for readers that see no picture."""
+    lines = [Series(line.label, thin(line.points)) for line in lines if line.points]
+    if not lines:
+        return ""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    low, high = min(ys), max(ys)
+    pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    scale = _Scale(min(xs), max(xs), low - pad, high + pad)
+    said = "; ".join(
+        f"{line.label}: {first:.4g} at {x0:g}, {last:.4g} at {x1:g}"
+        for line in lines
+        for (x0, first), (x1, last) in [(line.points[0], line.points[-1])]
+    )
+    parts = [
+        f'<figure class="chart"><figcaption>{escape(title)}{f" ({escape(unit)})" if unit else ""}</figcaption>',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}. {escape(said)}">',
+        *_axes(scale),
+        *(_path(line, number, scale) for number, line in enumerate(lines)),
+        "</svg>",
+    ]
+    if len(lines) > 1:
+        keys = "".join(f'<span><i class="key s{n}"></i>{escape(line.label)}</span>' for n, line in enumerate(lines))
+        parts.append(f'<div class="legend">{keys}</div>')
+    return "".join([*parts, "</figure>"])
+
+
+@dataclass(frozen=True)
+class _Scale:
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    def x(self, value: float) -> float:
+        span = self.x1 - self.x0 or 1.0
+        return round(LEFT + (value - self.x0) / span * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        return round(HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM), 1)
+
+
+def _axes(scale: _Scale) -> list[str]:
+    parts = []
+    for value in ticks(scale.y0, scale.y1):
+        y = scale.y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.4g}</text>')
+    for value in ticks(scale.x0, scale.x1, 8):
+        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - 8}" text-anchor="middle">{value:g}</text>')
+    return parts
+
+
+def _path(line: Series, number: int, scale: _Scale) -> str:
+    points = [f"{scale.x(x)},{scale.y(y)}" for x, y in line.points]
+    if len(points) == 1:
+        x, y = points[0].split(",")
+        return f'<circle class="s{number}" cx="{x}" cy="{y}" r="3"/>'
+    return f'<polyline class="s{number}" points="{" ".join(points)}"/>'

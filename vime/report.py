@@ -1,0 +1,51 @@
+"""`python -m vime.report [RUN]`: writes the run's report, one HTML file, and prints its last line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from vime.errors import VimeError
+
+
+def write_report(run_dir: str | Path) -> str:
+    """Write `report.html` and `trace.json` (Perfetto) into the run folder by rename; returns the run's last line."""
+    from vime.launch.events import read_events
+    from vime.observe.page import page
+    from vime.observe.summary import read_run
+    from vime.observe.timeline import chrome_trace
+
+    folder = Path(run_dir)
+    run = read_run(folder, [event.model_dump() for event in read_events(folder)])
+    _publish(folder / "trace.json", json.dumps(chrome_trace(run.spans)))
+    _publish(folder / "report.html", page(run))
+    return run.last_line(folder / "report.html")
+
+
+def _publish(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.report", description="Write the report of a run.")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    args = parser.parse_args(argv)
+    try:
+        from vime.planning.registry import find_run, last_run
+
+        print(write_report(find_run(args.run) if args.run else last_run()))
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

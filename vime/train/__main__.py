@@ -1,0 +1,76 @@
+"""`python -m vime.train --run DIR`: the driver of a run, a job step inside its Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from vime.errors import Cause, VimeError
+from vime.planning.io import read_binding, read_plan
+from vime.planning.types import Binding, Plan
+from vime.train.actors import API_KEY_FILE
+
+
+def connect(plan: Plan, binding: Binding) -> None:
+    """Join the run's Ray cluster as its driver; the job's token is read from its private file."""
+    token = (Path(plan.run_dir) / "secrets" / "ray_token").read_text().strip()
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_DEDUP_LOGS="0")
+    import ray
+
+    address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
+    ray.init(address=address, namespace="vime", log_to_driver=True, logging_level="warning")
+
+
+def cause_of(error: BaseException) -> Cause:
+    """The kind of a failure, looking through exception groups and Ray's wrappers."""
+    from ray import exceptions
+
+    if isinstance(error, BaseExceptionGroup):
+        return cause_of(error.exceptions[0])
+    if isinstance(error, VimeError):
+        return error.cause
+    if isinstance(error, exceptions.RayTaskError):
+        return cause_of(error.cause) if isinstance(error.cause, BaseException) else Cause.CODE_ERROR
+    if isinstance(error, (exceptions.OutOfMemoryError, MemoryError)):
+        return Cause.OUT_OF_MEMORY
+    if isinstance(error, (exceptions.NodeDiedError, exceptions.ActorUnavailableError)):
+        return Cause.NODE_FAILURE
+    return Cause.CODE_ERROR
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.train", description="The driver of a run.")
+    parser.add_argument("--run", required=True, help="run folder with plan.json and binding.json")
+    args = parser.parse_args(argv)
+    try:
+        plan, binding = read_plan(args.run), read_binding(args.run)
+        connect(plan, binding)
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    from vime.train.loop import Loop
+
+    key = (Path(plan.run_dir) / API_KEY_FILE).read_text().strip()
+    try:
+        asyncio.run(Loop(plan, binding, key).run())
+    except Exception as error:  # noqa: BLE001 -- the last stop: any failure becomes its cause's exit code, in full text
+        traceback.print_exception(error)
+        cause = cause_of(error)
+        print(f"error: training ended: {cause.name.lower()}: {_first_line(error)}", file=sys.stderr, flush=True)
+        return int(cause)
+    return int(Cause.SUCCESS)
+
+
+def _first_line(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The Ray actors of a run: one a Megatron rank, one an engine's node. Torch loads after the process is set up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vime.errors import DeadlineExceeded
+from vime.planning.io import read_binding, read_plan
+from vime.planning.types import Binding, Plan
+from vime.rollout.types import Rollout
+from vime.train.placement import Slot, pinned, verify_here
+
+API_KEY_FILE = "secrets/api_key"
+
+
+def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
+    """CPU threads of one trainer rank: its planned CPUs, or the node's cores divided by the ranks on it."""
+    if plan.recipe.cluster.num_cpus_per_rank is not None:
+        return plan.recipe.cluster.num_cpus_per_rank
+    ranks = sum(rank.node == node for rank in plan.trainer_ranks)
+    return max(1, cores // max(1, ranks))
+
+
+class RankActor:
+    """One Megatron rank: sets GPU and threads from the plan before torch loads; TrainWorker does the work."""
+
+    def __init__(self, run_dir: str, rank: int) -> None:
+        plan, binding = read_plan(run_dir), read_binding(run_dir)
+        place = plan.trainer_ranks[rank]
+        verify_here(binding, place.node, f"trainer rank {rank}")
+        # Ray sets one thread for an actor with a fraction of a CPU; CPU Adam runs at the speed of its threads.
+        threads = threads_per_rank(plan, place.node, len(os.sched_getaffinity(0)))
+        os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES=str(place.gpu))
+        os.environ.update({name: value for name, value in plan.recipe.misc.env.items() if name not in os.environ})
+        import torch
+
+        torch.set_num_threads(threads)
+        from vime.megatron.worker import TrainWorker
+
+        self._worker = TrainWorker(plan, rank)
+
+    def setup(self, master_address: str, master_port: int) -> Any:
+        return self._worker.setup(master_address, master_port)
+
+    def train(self, rollout: Rollout) -> dict[str, float]:
+        return self._worker.train(rollout)
+
+    def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        return self._worker.log_probs(sequences)
+
+    def save(self, rollout_id: int, extra: dict[str, Any]) -> str:
+        return self._worker.save(rollout_id, extra)
+
+    def export_hf(self, path: str) -> None:
+        self._worker.export_hf(path)
+
+    def weights_prepare(self, version: int) -> int:
+        return self._worker.weights.prepare(version)
+
+    def weights_publish(self, bucket: int) -> dict[str, Any]:
+        return self._worker.weights.publish(bucket)
+
+    def weights_release(self, bucket: int) -> None:
+        self._worker.weights.release(bucket)
+
+    def weights_finish(self) -> None:
+        self._worker.weights.finish()
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class EngineActor:
+    """One engine's server process on one of its nodes."""
+
+    def __init__(self, run_dir: str, engine: int, position: int) -> None:
+        from vime.rollout.engine import EngineServer
+
+        plan, binding = read_plan(run_dir), read_binding(run_dir)
+        verify_here(binding, plan.engines[engine].nodes[position], f"engine {engine}")
+        key = (Path(run_dir) / API_KEY_FILE).read_text().strip()
+        self._server = EngineServer(plan, binding, engine, position, key)
+
+    def start(self) -> None:
+        self._server.start()
+
+    def wait_ready(self, deadline_s: float) -> str:
+        return self._server.wait_ready(deadline_s)
+
+    def poll(self) -> int | None:
+        return self._server.poll()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class TrainerGroup:
+    """All ranks of the trainer; a call goes to every rank at the same time and ends at the first error."""
+
+    def __init__(self, plan: Plan, group: Any) -> None:
+        import ray
+
+        actor = ray.remote(RankActor)
+        self.handles = [
+            actor.options(name=f"rank-{place.rank}", **pinned(group, plan, Slot(place.node, place.gpu))).remote(
+                plan.run_dir, place.rank
+            )
+            for place in plan.trainer_ranks
+        ]
+
+    async def call(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+        """Results in rank order. Big arguments belong into the object store first (`ray.put`)."""
+        return await _all(f"trainer {method}", [getattr(h, method).remote(*args) for h in self.handles], deadline_s)
+
+
+class EngineGroup:
+    """All engines, each with an actor on every node it takes; the first one of an engine serves."""
+
+    def __init__(self, plan: Plan, group: Any) -> None:
+        import ray
+
+        actor = ray.remote(EngineActor)
+
+        def start(engine: int, position: int, slot: Slot) -> Any:
+            options = {"name": f"engine-{engine}-{position}", **pinned(group, plan, slot)}
+            return actor.options(**options).remote(plan.run_dir, engine, position)
+
+        self.engines: list[list[Any]] = [
+            [
+                start(engine.index, position, Slot(node, gpus[0]))
+                for position, (node, gpus) in enumerate(zip(engine.nodes, engine.gpus, strict=True))
+            ]
+            for engine in plan.engines
+        ]
+
+    async def start(self, *, deadline_s: float) -> list[str]:
+        """Start every engine; the addresses of their servers once each has answered a real request."""
+        nodes = [actor for engine in self.engines for actor in engine]
+        await _all("engine start", [actor.start.remote() for actor in nodes], deadline_s)
+        leaders = [engine[0] for engine in self.engines]
+        return await _all("engine ready", [leader.wait_ready.remote(deadline_s) for leader in leaders], deadline_s + 30)
+
+    async def exited(self) -> tuple[int, int] | None:
+        """(engine, exit code) of a server process that has ended."""
+        for index, actors in enumerate(self.engines):
+            for code in await _all(f"engine {index} poll", [actor.poll.remote() for actor in actors], 60):
+                if code is not None:
+                    return index, code
+        return None
+
+    async def stop(self) -> None:
+        await _all("engine stop", [a.stop.remote() for actors in self.engines for a in actors], 60)
+
+
+async def _all(what: str, references: Sequence[Any], deadline_s: float) -> list[Any]:
+    try:
+        return list(await asyncio.wait_for(asyncio.gather(*references), deadline_s))
+    except TimeoutError:
+        raise DeadlineExceeded(f"{what} did not end within {deadline_s:.0f} s on {len(references)} actors") from None
+
+
+def master(plan: Plan, binding: Binding) -> tuple[str, int]:
+    """Address and port at which the trainer's ranks meet: rank 0's node."""
+    return binding.nodes[plan.trainer_ranks[0].node].address, plan.ports.trainer_master + binding.port_offset

@@ -1,0 +1,81 @@
+"""Ray placement as planned: a bundle a GPU slot, pinned to its logical node; actors verify where they woke up."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from vime.errors import DeadlineExceeded, VimeError
+from vime.planning.types import Binding, Plan
+
+# A pinned bundle takes this much of its node's `slurm_rank_<i>` resource, which every node offers once.
+PIN = 0.001
+
+
+class WrongPlace(VimeError):
+    """An actor woke up on another node than the plan says."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One GPU of one logical node."""
+
+    node: int
+    gpu: int
+
+
+def slots(plan: Plan) -> list[Slot]:
+    """Every GPU slot that a trainer rank or an engine takes, in node order."""
+    used = {Slot(rank.node, rank.gpu) for rank in plan.trainer_ranks}
+    for engine in plan.engines:
+        for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
+            used.update(Slot(node, gpu) for gpu in gpus)
+    return sorted(used, key=lambda slot: (slot.node, slot.gpu))
+
+
+def bundles(plan: Plan) -> list[dict[str, float]]:
+    """Resources of every slot's bundle: its GPU, its share of the node's CPUs, its node's pin."""
+    cpus = plan.recipe.cluster.num_cpus_per_rank or 1
+    return [{"GPU": 1.0, "CPU": float(cpus), f"slurm_rank_{slot.node}": PIN} for slot in slots(plan)]
+
+
+async def reserve(plan: Plan, *, deadline_s: float) -> Any:
+    """The placement group of the run, ready. Ray says nothing about bundles that never fit, so the wait has an end."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    group = placement_group(bundles(plan), strategy="PACK", name=plan.run_name)
+    try:
+        await asyncio.wait_for(group.ready(), deadline_s)
+    except TimeoutError:
+        offered = {node["NodeManagerHostname"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        wanted = sorted({key for bundle in bundles(plan) for key in bundle if key.startswith("slurm_rank_")})
+        missing = [key for key in wanted if not any(key in resources for resources in offered.values())]
+        raise DeadlineExceeded(
+            f"Ray did not place {len(bundles(plan))} GPU slots within {deadline_s:.0f} s: "
+            + (f"no node offers {', '.join(missing)}" if missing else f"nodes offer {offered}")
+        ) from None
+    return group
+
+
+def pinned(group: Any, plan: Plan, slot: Slot) -> dict[str, Any]:
+    """Ray options of an actor on a slot. Ray would shuffle GPUs, so the plan names its GPU."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=slots(plan).index(slot)
+        ),
+    }
+
+
+def verify_here(binding: Binding, node: int, what: str) -> None:
+    """Called by an actor when it starts: is this host the one that the binding gives to its logical node?"""
+    bound = binding.nodes[node]
+    here = socket.gethostname()
+    if here != bound.host:
+        raise WrongPlace(f"{what} is planned on node {node} ({bound.host}) but woke up on {here}")
