@@ -1,4 +1,4 @@
-"""The type of the declarative HF <-> Megatron name map. Each family module makes one table of these; it has no torch in it.
+"""The type of the declarative HF <-> Megatron name map. Each family module makes one table of these, without torch.
 
 The same table serves conversion, direct start, export, weight sync and the plan's parameter counts.
 """
@@ -14,7 +14,7 @@ class Join(enum.StrEnum):
 
     SINGLE = "single"
     STACK = "stack"
-    """Parts below each other on dim 0: gate over up (with tensor parallelism each rank has its gate rows over its up rows)."""
+    """Parts below each other on dim 0: gate over up (a tensor-parallel rank has its gate rows over its up rows)."""
     QKV = "qkv"
     """q, k, v interleaved by key-value group: [q of group 0, k 0, v 0, q of group 1, …]."""
 
@@ -35,7 +35,12 @@ class HFTensor:
     name: str
     shape: tuple[int, ...]
     quantised: bool = False
-    """Whether a block-fp8 checkpoint of this family stores it quantised (its own `modules_to_not_convert` decides last)."""
+    """Whether a block-fp8 checkpoint of this family stores it quantised (`modules_to_not_convert` decides last)."""
+    aliases: tuple[str, ...] = ()
+    """Further names of copies in a checkpoint (DeepSeek's MTP layer holds its own embedding and output head).
+
+    A reader takes `name`; export and weight sync write the current values under every alias that the checkpoint has.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Param:
     """One logical Megatron parameter or persistent buffer: whole, named as on a single process with global numbers."""
 
     name: str
-    """`decoder.layers.{global layer}.mlp.experts.local_experts.{global expert}.linear_fc1.weight`; norms under their unfused name."""
+    """`decoder.layers.{global layer}.mlp.experts.local_experts.{global expert}.linear_fc1.weight`; norms under their
+    unfused name."""
     shape: tuple[int, ...]
     parts: tuple[HFTensor, ...]
     join: Join = Join.SINGLE
