@@ -164,7 +164,9 @@ class AlgorithmOptions(Options):
     """Advantages, policy loss and KL."""
 
     loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
-    advantage_estimator: Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
+    advantage_estimator: Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = (
+        "grpo"
+    )
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.0
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "low_var_kl"

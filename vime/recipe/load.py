@@ -1,0 +1,102 @@
+"""A recipe from its YAML file and the flags given on the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from vime.errors import BadInput
+from vime.recipe import files
+from vime.recipe.flags import collect, flag, parse_flags, read_mapping
+from vime.recipe.schema import Recipe
+
+_BASE_DIR = re.compile(r"\$(?:BASE_DIR\b|\{BASE_DIR\})")
+_CHECKPOINT_PATHS = ("hf_checkpoint", "ref_load", "load", "save", "save_hf")
+
+
+def load_recipe(name_or_path: str, flags: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name in `configs/recipes/` (or of a YAML file) with `flags` on top; paths as written.
+
+    Raises BadInput for an unknown recipe or option, or a value of the wrong type.
+    """
+    path = files.find("recipes", name_or_path)
+    values: dict[str, Any] = {}
+    try:
+        collect(read_mapping(files.read(path)), values)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    collect(parse_flags(flags), values)
+    try:
+        return Recipe(name=path.stem, **values)
+    except ValidationError as error:
+        raise BadInput(first_problem(error)) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line about the first value that does not fit, under its flag's name."""
+    problem = error.errors(include_url=False)[0]
+    place = [str(part) for part in problem["loc"]]
+    name = flag(place[1]) if len(place) > 1 else flag(place[0]) if place else "recipe"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}{more}"
+
+
+def change(recipe: Recipe, **groups: dict[str, Any]) -> Recipe:
+    """A copy with fields of its groups replaced: `change(recipe, cluster={"colocate": True})`."""
+    return recipe.model_copy(
+        update={group: getattr(recipe, group).model_copy(update=fields) for group, fields in groups.items()}
+    )
+
+
+def absolute_path(text: str, base_dir: str | None) -> str:
+    """The path with `$BASE_DIR` and a leading `~` replaced, absolute; without a base folder `$BASE_DIR` stays."""
+    if base_dir is not None:
+        text = _BASE_DIR.sub(lambda _: base_dir, text)
+    elif _BASE_DIR.search(text):
+        return text
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def uses_base_dir(recipe: Recipe) -> str | None:
+    """The first option whose path needs `$BASE_DIR`, as its flag; None when none does."""
+    found: list[str] = []
+
+    def look(name: str, text: str) -> str:
+        if _BASE_DIR.search(text):
+            found.append(name)
+        return text
+
+    _map_paths(recipe, look)
+    return flag(found[0]) if found else None
+
+
+def with_absolute_paths(recipe: Recipe, base_dir: str | None) -> Recipe:
+    """The recipe with every path absolute and `$BASE_DIR` replaced (also in `--env`)."""
+    return _map_paths(recipe, lambda _, text: absolute_path(text, base_dir))
+
+
+def _map_paths(recipe: Recipe, convert: Callable[[str, str], str]) -> Recipe:
+    """Applies `convert(option, path)` to every path of the recipe."""
+    checkpoint = {
+        name: convert(name, value) for name in _CHECKPOINT_PATHS if (value := getattr(recipe.checkpoint, name))
+    }
+    rollout = {"prompt_data": convert("prompt_data", data)} if (data := recipe.rollout.prompt_data) else {}
+    sets = recipe.eval.eval_prompt_data
+    if len(sets) % 2:
+        raise BadInput(f"--eval-prompt-data is {' '.join(sets)}: give a name and a path in turn")
+    evaluation = [convert("eval_prompt_data", text) if place % 2 else text for place, text in enumerate(sets)]
+    env = {key: convert("env", value) if _BASE_DIR.search(value) else value for key, value in recipe.misc.env.items()}
+    return change(
+        recipe, checkpoint=checkpoint, rollout=rollout, eval={"eval_prompt_data": evaluation}, misc={"env": env}
+    )
+
+
+def bf16_folder(recipe: Recipe) -> str:
+    """Where the cast stage writes the bf16 copy of `--hf-checkpoint`: the folder beside it, named `…-bf16`."""
+    if recipe.checkpoint.hf_checkpoint is None:
+        raise BadInput("--hf-checkpoint is not set: give the folder of the HF checkpoint")
+    return recipe.checkpoint.hf_checkpoint.rstrip("/") + "-bf16"
