@@ -1,7 +1,7 @@
 """Which rank holds which part of a parameter, as boxes of its HF tensors. Pure arithmetic, without torch.
 
-A `Piece` maps one box of an HF tensor to one box of a rank's shard; everything that joins, splits, shards, reads or writes weights
-follows the pieces, so there is one place that knows how Megatron lays a parameter out.
+A `Piece` maps one box of an HF tensor to one box of a rank's shard; everything that joins, splits, shards, reads or
+writes weights follows the pieces, so there is one place that knows how Megatron lays a parameter out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Piece:
 
 
 def tensor_split(param: Param, layout: ParallelLayout, coords: Coordinates) -> tuple[int, int]:
-    """Position and number of the shards of a parameter: expert tensor parallelism for experts, tensor parallelism else."""
+    """Position and number of the shards of a parameter: by expert tensor parallelism for experts."""
     if param.tp_dim is None:
         return 0, 1
     return (coords.etp, layout.etp) if param.expert is not None else (coords.tp, layout.tp)
@@ -69,7 +69,7 @@ def local_shape(param: Param, shards: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=65536)
 def pieces(param: Param, index: int = 0, shards: int = 1) -> tuple[Piece, ...]:
-    """The pieces of shard `index` of `shards`, in order of the shard. Rows that pad the vocabulary belong to no piece."""
+    """The pieces of shard `index` of `shards`, in its order. Rows that pad the vocabulary belong to no piece."""
     shape = local_shape(param, shards)
     if param.tp_dim is None:
         index, shards = 0, 1

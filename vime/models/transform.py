@@ -1,4 +1,4 @@
-"""Between HF tensors, whole Megatron parameters and tensor-parallel shards. Every function follows the pieces of `shards`."""
+"""Between HF tensors, whole Megatron parameters and tensor-parallel shards. All follow the pieces of `shards`."""
 
 from __future__ import annotations
 
