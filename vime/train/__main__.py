@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 import traceback
@@ -22,7 +23,7 @@ def connect(plan: Plan, binding: Binding) -> None:
     import ray
 
     address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
-    ray.init(address=address, namespace="vime", log_to_driver=True, logging_level="warning")
+    ray.init(address=address, namespace="vime", log_to_driver=True, logging_level=logging.WARNING)
 
 
 def cause_of(error: BaseException) -> Cause:
