@@ -1,0 +1,176 @@
+"""An HF checkpoint folder for reading: every tensor whole or by box, block fp8 dequantised on the way."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vime.checkpoint.fp8 import dequantise, scale_name, scale_shape
+from vime.checkpoint.safetensors_file import Mapped, TensorInfo, read_header
+from vime.errors import BadInput
+from vime.models.config import ModelConfig
+from vime.models.namemap import HFTensor, Param
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Buffers that some old checkpoints carry and every model computes itself.
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+class HFCheckpoint:
+    """A folder with `config.json` and safetensors files, alone or with an index.
+
+    Opening reads all headers (not the tensors) and raises BadInput for a missing, truncated or malformed file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise BadInput(f"{self.path} is not a folder: give the folder of an HF checkpoint")
+        self._mapped = Mapped()
+        self.tensors = _read_index(self.path)
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """The model of `config.json`."""
+        return ModelConfig.from_folder(self.path)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Block size of fp8 tensors."""
+        if self.config.quantisation is None:
+            raise BadInput(
+                f"{self.path} holds fp8 tensors but its config.json has no quantization_config: fetch it again"
+            )
+        return self.config.quantisation.block
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Place, stored type and shape of a tensor."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise BadInput(f"{self.path} has no tensor {name}: fetch the checkpoint again or correct its config.json")
+        return found
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether the tensor is stored in block fp8."""
+        return self.info(name).dtype == torch.float8_e4m3fn
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor as stored, a view of the mapped file."""
+        return self._mapped.tensor(self.info(name))
+
+    def scale(self, name: str) -> torch.Tensor:
+        """fp32 or e8m0 scales of an fp8 tensor, checked against its shape."""
+        info = self.info(name)
+        if scale_name(name) not in self.tensors:
+            raise BadInput(
+                f"{info.file}: {name} is stored in fp8 but no file has {scale_name(name)}: fetch the checkpoint again"
+            )
+        scale, wanted = self.info(scale_name(name)), scale_shape(info.shape, self.block)
+        if scale.shape != wanted or not scale.dtype.is_floating_point:
+            raise BadInput(
+                f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}, but {name} {list(info.shape)} "
+                f"in blocks of {self.block[0]} x {self.block[1]} needs {list(wanted)}: fetch the checkpoint again"
+            )
+        return self._mapped.tensor(scale)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A whole tensor, dequantised. Without `dtype`: bf16 for fp8 tensors, else as stored (a view of the file)."""
+        return self.read(name, None, None, dtype)
+
+    def read(
+        self,
+        name: str,
+        start: Sequence[int] | None,
+        size: Sequence[int] | None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """A box of a tensor, as `tensor`; only the pages under it are read (for fp8 those of its blocks)."""
+        stored = self.stored(name)
+        start = tuple(start or (0,) * stored.dim())
+        size = tuple(stored.shape if size is None else size)
+        if any(a < 0 or a + n > whole for a, n, whole in zip(start, size, stored.shape, strict=True)):
+            raise ValueError(f"{name}: box {size} at {start} is outside the shape {tuple(stored.shape)}")
+        if stored.dtype == torch.float8_e4m3fn:
+            return self._dequantised(name, stored, start, size, dtype or torch.bfloat16)
+        box = stored[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+        return box if dtype is None else box.to(dtype)
+
+    def _dequantised(
+        self, name: str, stored: torch.Tensor, start: tuple[int, ...], size: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The blocks under the box are dequantised, then cut to it."""
+        scale, block = self.scale(name), self.block
+        first = tuple(a // b for a, b in zip(start, block, strict=True))
+        last = tuple(-(-(a + n) // b) for a, n, b in zip(start, size, block, strict=True))
+        rows, columns = (slice(f * b, e * b) for f, e, b in zip(first, last, block, strict=True))
+        scales = scale[first[0] : last[0], first[1] : last[1]]
+        values = dequantise(stored[rows, columns], scales, block, dtype=dtype)
+        inner = tuple(slice(a - f * b, a - f * b + n) for a, n, f, b in zip(start, size, first, block, strict=True))
+        return values[inner]
+
+    def check(self, params: Iterable[Param]) -> None:
+        """Compares all headers with a model's parameters; raises BadInput for the first tensor that does not fit."""
+        known: set[str] = set()
+        for param in params:
+            for part in param.parts:
+                known.update((part.name, *part.aliases))
+                self._check_part(part)
+        for name, info in self.tensors.items():
+            base = name.removesuffix(scale_name(""))
+            if name in known or (base != name and base in known) or name.endswith(_IGNORED):
+                continue
+            raise BadInput(f"{info.file}: {name} is no tensor of a {self.config.architecture} with this config.json")
+
+    def _check_part(self, part: HFTensor) -> None:
+        for name in (part.name, *(alias for alias in part.aliases if alias in self.tensors)):
+            info = self.info(name)
+            if info.shape != part.shape:
+                raise BadInput(
+                    f"{info.file}: {name} has the shape {list(info.shape)}, but config.json means {list(part.shape)}"
+                )
+            if info.dtype == torch.float8_e4m3fn:
+                self.scale(name)
+            elif info.dtype not in _FLOATS:
+                raise BadInput(
+                    f"{info.file}: {name} has the type {info.dtype}: use a bf16, fp16, fp32 or block-fp8 checkpoint"
+                )
+
+    def close(self) -> None:
+        """Releases the mapped files."""
+        self._mapped.close()
+
+
+def _read_index(path: Path) -> dict[str, TensorInfo]:
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            raise BadInput(f"{path} has neither {INDEX} nor {SINGLE}: give the folder of an HF checkpoint")
+        return read_header(path / SINGLE)
+    try:
+        weight_map: Any = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index} is not a valid index ({error}): fetch it again") from error
+    headers = {}
+    for name in files:
+        if Path(name).name != name:
+            raise BadInput(f"{index} names {name}, which is not a file of its folder: fetch it again")
+        if not (path / name).exists():
+            raise BadInput(f"{path / name} is missing, but {INDEX} names it: fetch the checkpoint again")
+        headers[name] = read_header(path / name)
+    tensors = {}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise BadInput(f"{path / file} lacks {name}, which {INDEX} places there: fetch it again")
+        tensors[name] = headers[file][name]
+    return tensors
