@@ -29,6 +29,8 @@ class BlockTable:
     """int64 [tensors, 6]: address in, address out, address of scales, M, N, first block."""
     owner: Tensor
     """int32 [blocks]: the matrix a block belongs to."""
+    aligned: bool
+    """Whether rows and addresses are multiples of 16, so that loads and stores can be wide."""
 
 
 def block_table(
@@ -45,47 +47,63 @@ def block_table(
         first += counts[-1]
     device = inputs[0].device
     owner = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
-    return BlockTable(torch.tensor(rows, dtype=torch.int64).to(device), owner.to(device))
+    aligned = all(number % 16 == 0 for row in rows for number in (row[0], row[1], row[4]))
+    return BlockTable(torch.tensor(rows, dtype=torch.int64).to(device), owner.to(device), aligned)
 
 
 @triton.jit
-def _place(rows, owner, BLOCK: tl.constexpr, N_ALIGNED: tl.constexpr):
-    """Addresses, offsets and mask of this program's block."""
+def _place(rows, owner, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's row of the table, its block's number in the matrix, the elements' offsets and which exist."""
     pid = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(owner + pid).to(tl.int64) * 6
     m = tl.load(row + 3)
     n = tl.load(row + 4)
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)
     local = pid - tl.load(row + 5)
     columns = (n + BLOCK - 1) // BLOCK
     i = (local // columns) * BLOCK + tl.arange(0, BLOCK)
     j = (local % columns) * BLOCK + tl.arange(0, BLOCK)
     inside = (i[:, None] < m) & (j[None, :] < n)
-    offsets = i[:, None] * n + tl.max_contiguous(tl.multiple_of(j[None, :], N_ALIGNED), N_ALIGNED)
-    return row, local, offsets, inside
+    return row, local, i[:, None] * n + j[None, :], inside
 
 
 @triton.jit
-def _quantise_kernel(rows, owner, IN: tl.constexpr, BLOCK: tl.constexpr, FP8_MAX: tl.constexpr, MIN_AMAX: tl.constexpr):
-    row, local, offsets, inside = _place(rows, owner, BLOCK, 1)
-    source = tl.load(row).to(tl.pointer_type(IN))
-    target = tl.load(row + 1).to(tl.pointer_type(tl.float8e4nv))
-    scales = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+def _matrix(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column of the table as a pointer."""
+    pointer = tl.load(row + COLUMN).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _quantise_kernel(
+    rows, owner, IN: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, FP8: tl.constexpr, LEAST: tl.constexpr
+):
+    row, local, offsets, inside = _place(rows, owner, BLOCK, ALIGNED)
+    source = _matrix(row, 0, IN, ALIGNED)
+    target = _matrix(row, 1, tl.float8e4nv, ALIGNED)
+    scales = _matrix(row, 2, tl.float32, False)
     x = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
-    amax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    # The maximum passes over NaN; a block that holds one gets a NaN scale, which the caller looks for.
-    bad = tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
-    scale = tl.div_rn(tl.maximum(amax, MIN_AMAX), FP8_MAX)
-    q = tl.div_rn(x, scale)
+    # Without their sign floats are in the order of their bits, NaN last: one reduction finds the maximum and any NaN.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    amax = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.maximum(amax, LEAST), FP8)
+    inverse = tl.broadcast_to(tl.div_rn(1.0, scale), x.shape)
+    # Markstein's division: with a correctly rounded inverse, one corrected product is the correctly rounded quotient.
+    q = x * inverse
+    q = tl.fma(tl.fma(-q, tl.broadcast_to(scale, x.shape), x), inverse, q)
     tl.store(target + offsets, q.to(tl.float8e4nv), mask=inside)
-    tl.store(scales + local, tl.where(bad > 0, float("nan"), scale))
+    tl.store(scales + local, tl.where(amax == amax, scale, amax))
 
 
 @triton.jit
-def _dequantise_kernel(rows, owner, OUT: tl.constexpr, BLOCK: tl.constexpr):
-    row, local, offsets, inside = _place(rows, owner, BLOCK, 1)
-    source = tl.load(row).to(tl.pointer_type(tl.float8e4nv))
-    target = tl.load(row + 1).to(tl.pointer_type(OUT))
-    scale = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + local)
+def _dequantise_kernel(rows, owner, OUT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    row, local, offsets, inside = _place(rows, owner, BLOCK, ALIGNED)
+    source = _matrix(row, 0, tl.float8e4nv, ALIGNED)
+    target = _matrix(row, 1, OUT, ALIGNED)
+    scale = tl.load(_matrix(row, 2, tl.float32, False) + local)
     q = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + offsets, (q * scale).to(OUT), mask=inside)
 
@@ -113,9 +131,8 @@ def quantise_many(weights: Sequence[Tensor], block: int = 128) -> tuple[list[Ten
 
 def launch_quantise(table: BlockTable, dtype: torch.dtype, block: int = 128) -> None:
     """The launch alone, for callers that keep the tables of weights that stay where they are."""
-    _quantise_kernel[(table.owner.numel(),)](
-        table.rows, table.owner, _TRITON_TYPES[dtype], block, FP8_MAX, MIN_AMAX, num_warps=8
-    )  # fmt: skip
+    types = (_TRITON_TYPES[dtype], block, table.aligned)
+    _quantise_kernel[(table.owner.numel(),)](table.rows, table.owner, *types, FP8_MAX, MIN_AMAX, num_warps=4)
 
 
 def dequantise_many(
@@ -129,7 +146,8 @@ def dequantise_many(
 
 def launch_dequantise(table: BlockTable, dtype: torch.dtype = torch.bfloat16, block: int = 128) -> None:
     """The launch alone."""
-    _dequantise_kernel[(table.owner.numel(),)](table.rows, table.owner, _TRITON_TYPES[dtype], block, num_warps=8)
+    types = (_TRITON_TYPES[dtype], block, table.aligned)
+    _dequantise_kernel[(table.owner.numel(),)](table.rows, table.owner, *types, num_warps=8)
 
 
 def first_not_finite(scales: Sequence[Tensor]) -> int | None:
