@@ -1,0 +1,238 @@
+"""From a recipe, a cluster and a number of nodes to the Plan."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vime.errors import BadInput
+from vime.models.config import ModelConfig
+from vime.models.shards import check_layout
+from vime.planning import derive, layout, memory, ports, stages
+from vime.planning.checkpoint import check_shards, read_json
+from vime.planning.types import Cluster, EnginePlan, NodePlan, Plan, TrainerRank
+from vime.recipe import files
+from vime.recipe.load import absolute_path, uses_base_dir, with_absolute_paths
+from vime.recipe.model_args import check_model_args
+from vime.recipe.parallel import ParallelLayout
+from vime.recipe.schema import Recipe
+
+SAVE_BYTES_PER_S = 500 * 10**6
+"""What a node writes to a shared file system while it saves, for the lead of the signal before the time limit."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What make_plan looks at on disk. A dry run plans without any of it."""
+
+    inputs: bool = True
+    """Base folder, checkpoint and data must be there, and complete."""
+    run_folder: bool = True
+    """The run folder must be writable."""
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    cluster: Cluster,
+    nodes: int | None = None,
+    base_dir: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    runs_dir: str | os.PathLike[str] | None = None,
+    run_name: str | None = None,
+    shape: Literal["allocation", "chain"] = "allocation",
+    spares: int = 0,
+    checks: Checks | None = None,
+) -> Plan:
+    """The plan of a run. Writes nothing; reads the checkpoint's config.json and, as `checks` says, the headers of its shards.
+
+    The run folder is `run_dir`, or the run's name in `runs_dir` (by default `$BASE_DIR/runs`). Raises BadInput.
+    """
+    checks = checks or Checks()
+    base = str(Path(base_dir).expanduser().absolute()) if base_dir is not None else cluster.base_dir
+    run_name, folder = _run_folder(recipe, base, run_dir, runs_dir, run_name)
+    found = _check_base_dir(recipe, base, required=checks.inputs)
+    if checks.run_folder:
+        check_writable(Path(folder))
+    recipe = with_absolute_paths(recipe, base)
+    config, note = _model(recipe, required=checks.inputs)
+    found += note
+    check_model_args(recipe.model.model_args, config)
+    if checks.inputs:
+        _check_data(recipe)
+
+    per_node = _gpus_per_node(recipe, cluster)
+    recipe = derive.with_nodes(recipe, nodes, per_node)
+    trainer = layout.trainer_layout(recipe)
+    derive.check(recipe, config, trainer)
+    check_layout(config, trainer)
+    found += derive.notes(recipe, config, trainer)
+    recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node)
+    slots = layout.divide_slots(recipe, per_node)
+    ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
+    _check_conversion(recipe, config, slots.nodes)
+
+    weights = memory.Weights.of(config, trainer)
+    planned = tuple(_node(node, recipe, cluster, config, weights, slots, ranks, engines) for node in range(slots.nodes))
+    job = stages.Job(
+        recipe=recipe,
+        config=config,
+        cluster=cluster,
+        run_dir=folder,
+        nodes=slots.nodes,
+        slots_per_node=slots.gpus_per_node,
+        bf16_bytes=memory.weight_bytes(config, weights, quantised=False),
+        fp8_bytes=memory.weight_bytes(config, weights, quantised=True),
+    )
+    return Plan(
+        run_name=run_name,
+        run_dir=folder,
+        base_dir=base,
+        shape=shape,
+        recipe=recipe,
+        model_config_hf=dict(config.hf),
+        cluster=cluster,
+        layout=trainer,
+        spares=spares,
+        nodes=planned,
+        trainer_ranks=ranks,
+        engines=engines,
+        ports=numbers,
+        stages=stages.make_stages(job),
+        signal_lead_s=_signal_lead(recipe, weights, slots.nodes, cluster),
+        notes=tuple(found),
+    )
+
+
+def _run_folder(
+    recipe: Recipe,
+    base: str | None,
+    run_dir: str | os.PathLike[str] | None,
+    runs_dir: str | os.PathLike[str] | None,
+    run_name: str | None,
+) -> tuple[str, str]:
+    """Name and absolute folder of the run."""
+    if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
+        raise BadInput(f"--run-name is {run_name!r}: give a name that can be a folder's")
+    if run_dir is not None:
+        folder = absolute_path(str(run_dir), base)
+        return run_name or os.path.basename(folder), folder
+    name = run_name or f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return name, absolute_path(os.path.join(str(runs_dir or "$BASE_DIR/runs"), name), base)
+
+
+def _check_base_dir(recipe: Recipe, base: str | None, *, required: bool) -> list[str]:
+    if base is None:
+        if (needs := uses_base_dir(recipe)) is None:
+            return []
+        message = f"$BASE_DIR is not set, and {needs} needs it: give --base-dir, or set it in the environment"
+        if required:
+            raise BadInput(message)
+        return [message]
+    if required and not os.path.isdir(base):
+        raise BadInput(f"$BASE_DIR is {base}, which is not a folder: give the shared folder of models and data")
+    return []
+
+
+def check_writable(folder: Path) -> None:
+    """Raises BadInput where the run folder could not be made or written."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise BadInput(f"run folder {folder}: {place} is not a folder, give another with --run-dir")
+    if not os.access(place, os.W_OK | os.X_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
+        raise BadInput(f"run folder {folder}: {place} cannot be written, give another with --run-dir")
+
+
+def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:
+    """The checkpoint's config; without a checkpoint, where none is required, that of `configs/models/`."""
+    folder = recipe.checkpoint.hf_checkpoint
+    if folder is None:
+        raise BadInput("--hf-checkpoint is not set: give the folder of the HF checkpoint")
+    if required or (Path(folder) / "config.json").is_file():
+        config = ModelConfig.from_hf(read_json(Path(folder) / "config.json"))
+        if required:
+            check_shards(folder)
+        return config, []
+    if recipe.model.model is None:
+        raise BadInput(f"there is no {folder}/config.json: give --hf-checkpoint, or --model to plan without one")
+    hf: dict[str, Any] = files.read(files.find("models", recipe.model.model))
+    note = f"planned from configs/models/{recipe.model.model}.yaml: there is no {folder}/config.json here"
+    return ModelConfig.from_hf(hf), [note]
+
+
+def _check_data(recipe: Recipe) -> None:
+    named = [("--prompt-data", recipe.rollout.prompt_data)]
+    named += [("--eval-prompt-data", path) for path in recipe.eval.eval_prompt_data[1::2]]
+    for name, path in named:
+        if path is not None and not os.path.isfile(path):
+            raise BadInput(f"{name}: there is no file {path}")
+
+
+def _gpus_per_node(recipe: Recipe, cluster: Cluster) -> int:
+    """GPU slots of a node that engines of their own may take, after checking that the trainer's fit it."""
+    wanted, present = recipe.cluster.actor_num_gpus_per_node, cluster.gpus_per_node
+    if wanted < 1 or recipe.cluster.actor_num_nodes < 1:
+        raise BadInput("--actor-num-nodes and --actor-num-gpus-per-node are at least 1")
+    if cluster.gpu_request == "none" or not present:
+        return wanted
+    if wanted > present:
+        raise BadInput(
+            f"--actor-num-gpus-per-node is {wanted}, but nodes of cluster {cluster.name} have {present} GPUs: "
+            f"give at most {present}"
+        )
+    return present
+
+
+def _place(
+    recipe: Recipe, cluster: Cluster, trainer: ParallelLayout, slots: layout.Slots
+) -> tuple[tuple[TrainerRank, ...], tuple[EnginePlan, ...], Any]:
+    ranks = layout.place_trainer(trainer, slots)
+    seats = layout.place_engines(recipe, slots)
+    shared = cluster.kind == "local"
+    numbers = ports.plan_ports(slots.gpus_per_node, ports.engines_of_a_host(seats, shared=shared))
+    expert_parallel = bool(recipe.engine.vllm.get("enable_expert_parallel", False))
+    return ranks, ports.plan_engines(seats, numbers, expert_parallel=expert_parallel, shared=shared), numbers
+
+
+def _check_conversion(recipe: Recipe, config: ModelConfig, nodes: int) -> None:
+    options = recipe.checkpoint
+    if options.conversion == "direct" or options.ref_load is None:
+        return
+    if options.convert_num_nodes > nodes:
+        raise BadInput(
+            f"--convert-num-nodes is {options.convert_num_nodes}, but the run has {nodes} nodes: "
+            "give fewer with a conversion layout that fits, or --conversion direct"
+        )
+    check_layout(config, layout.conversion_layout(recipe))
+
+
+def _node(
+    node: int,
+    recipe: Recipe,
+    cluster: Cluster,
+    config: ModelConfig,
+    weights: memory.Weights,
+    slots: layout.Slots,
+    ranks: tuple[TrainerRank, ...],
+    engines: tuple[EnginePlan, ...],
+) -> NodePlan:
+    mine = [rank for rank in ranks if rank.node == node]
+    serving = [engine for engine in engines if node in engine.nodes]
+    return NodePlan(
+        index=node,
+        gpus=slots.gpus_per_node,
+        host_memory=memory.node_memory(recipe, cluster, config, weights, mine, serving, node),
+        ranks=tuple(rank.rank for rank in mine),
+        engines=tuple(engine.index for engine in serving),
+    )
+
+
+def _signal_lead(recipe: Recipe, weights: memory.Weights, nodes: int, cluster: Cluster) -> int:
+    """Seconds to finish a step and write a checkpoint, at most a quarter of the time limit."""
+    save = memory.checkpoint_bytes(recipe, weights) / (nodes * SAVE_BYTES_PER_S)
+    return int(min(120 + 1.5 * save, cluster.time_limit_minutes * 60 / 4))

@@ -1,0 +1,42 @@
+"""Cluster profiles: `configs/clusters/NAME.yaml`, or a person's own in `~/.config/vime/clusters/`."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import ValidationError
+
+from vime.errors import BadInput
+from vime.planning.types import Cluster
+from vime.recipe import files
+
+
+def load_cluster(name_or_path: str) -> Cluster:
+    """The profile of this name or in this file; dashes and underscores in its options are the same."""
+    path = files.find("clusters", name_or_path)
+    values = {str(key).replace("-", "_"): value for key, value in files.read(path).items()}
+    try:
+        return Cluster(**{"name": path.stem, **values})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"]).replace("_", "-")
+        raise BadInput(f"{path}: {place} is {problem['input']!r}: {problem['msg'].lower()}") from error
+
+
+def parse_minutes(text: str) -> int:
+    """Minutes of a time in Slurm's spelling: `90`, `1:30:00`, `2-00`, `2-12:00`, `2-12:00:00`; seconds are rounded up."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        raise BadInput(f"--time is {text!r}: give minutes, hours:minutes:seconds or days-hours")
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) + (seconds > 0)
+    if not total:
+        raise BadInput(f"--time is {text!r}: give at least a minute")
+    return total

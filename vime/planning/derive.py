@@ -1,0 +1,148 @@
+"""Values that follow from others, filled in; values that contradict each other, refused; costs and surprises, as notes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.errors import BadInput
+from vime.models.config import ModelConfig
+from vime.recipe.load import change
+from vime.recipe.parallel import ParallelLayout
+from vime.recipe.schema import Recipe
+
+
+def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
+    """The recipe on this number of nodes in all (None: as many as it names): the engines' own are taken off the trainer's."""
+    cluster = recipe.cluster
+    apart = 0 if cluster.colocate else -(-(cluster.rollout_num_gpus or 0) // gpus_per_node)
+    if nodes is None:
+        return recipe
+    if nodes - apart < 1:
+        raise BadInput(
+            f"--nodes is {nodes}: engines on GPUs of their own take {apart} nodes, give at least {apart + 1}"
+        )
+    return change(recipe, cluster={"actor_num_nodes": nodes - apart})
+
+
+def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir: str, cpus: int | None) -> Recipe:
+    """The recipe with every value that has a default by rule filled in. Raises BadInput for contradictions."""
+    rollout, evaluation, perf, checkpoint = recipe.rollout, recipe.eval, recipe.perf, recipe.checkpoint
+    cluster: dict[str, Any] = {}
+    if recipe.cluster.colocate:
+        cluster["rollout_num_gpus"] = layout.world_size
+    if recipe.cluster.num_cpus_per_rank is None and cpus:
+        cluster["num_cpus_per_rank"] = max(1, cpus // recipe.cluster.actor_num_gpus_per_node)
+    save = checkpoint.save or f"{run_dir}/checkpoints"
+    return change(
+        recipe,
+        cluster=cluster,
+        checkpoint={"save": save, "load": checkpoint.load or save},
+        perf={"log_probs_max_tokens_per_gpu": perf.log_probs_max_tokens_per_gpu or perf.max_tokens_per_gpu},
+        rollout={
+            **_batches(recipe),
+            "over_sampling_batch_size": rollout.over_sampling_batch_size or rollout.rollout_batch_size,
+        },
+        eval={
+            "eval_max_response_len": evaluation.eval_max_response_len or rollout.rollout_max_response_len,
+            "eval_temperature": _or(evaluation.eval_temperature, rollout.rollout_temperature),
+            "eval_top_p": _or(evaluation.eval_top_p, rollout.rollout_top_p),
+            "eval_top_k": _or(evaluation.eval_top_k, rollout.rollout_top_k),
+        },
+        algorithm={"eps_clip_high": _or(recipe.algorithm.eps_clip_high, recipe.algorithm.eps_clip)},
+        engine={"vllm": _engine_arguments(recipe, config)[0]},
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _batches(recipe: Recipe) -> dict[str, int]:
+    """Samples an optimizer step and steps a rollout, from either."""
+    rollout = recipe.rollout
+    samples = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+    steps, batch = rollout.num_steps_per_rollout, rollout.global_batch_size
+    given = f"--rollout-batch-size x --n-samples-per-prompt is {samples}"
+    if steps is not None and (steps < 1 or samples % steps):
+        raise BadInput(f"{given}, which --num-steps-per-rollout {steps} does not divide")
+    if batch is not None and (batch < 1 or samples % batch):
+        raise BadInput(f"{given}, which --global-batch-size {batch} does not divide")
+    if steps is not None and batch is not None and steps * batch != samples:
+        raise BadInput(f"{given}, not --num-steps-per-rollout {steps} x --global-batch-size {batch}: leave one out")
+    steps = steps or (samples // batch if batch else 1)
+    return {"num_steps_per_rollout": steps, "global_batch_size": samples // steps}
+
+
+def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuses combinations that cannot run."""
+    perf, rollout, evaluation = recipe.perf, recipe.rollout, recipe.eval
+    if perf.use_dynamic_batch_size and not perf.max_tokens_per_gpu:
+        raise BadInput("--use-dynamic-batch-size needs --max-tokens-per-gpu: give the tokens a GPU can hold")
+    if perf.sequence_parallel and layout.tp == 1:
+        raise BadInput("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")
+    if config.moe and layout.tp > 1 and not perf.sequence_parallel:
+        raise BadInput("tensor parallelism with experts needs --sequence-parallel: give it")
+    if perf.recompute_granularity == "full" and (perf.recompute_method is None or perf.recompute_num_layers is None):
+        raise BadInput("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+    if evaluation.eval_interval and not evaluation.eval_prompt_data:
+        raise BadInput("--eval-interval needs --eval-prompt-data NAME PATH")
+    if (rollout.over_sampling_batch_size or rollout.rollout_batch_size) < rollout.rollout_batch_size:
+        raise BadInput(
+            f"--over-sampling-batch-size {rollout.over_sampling_batch_size} is less than "
+            f"--rollout-batch-size {rollout.rollout_batch_size}: give at least as much"
+        )
+    if recipe.misc.moe_enable_deepep and recipe.misc.moe_token_dispatcher_type != "flex":
+        raise BadInput("--moe-enable-deepep needs --moe-token-dispatcher-type flex")
+    if recipe.model.mtp_num_layers > config.mtp_layers:
+        raise BadInput(
+            f"--mtp-num-layers is {recipe.model.mtp_num_layers}, but the checkpoint has {config.mtp_layers} MTP layers"
+        )
+    longest = recipe.engine.vllm.get("max_model_len")
+    if isinstance(longest, int) and longest <= rollout.rollout_max_response_len:
+        raise BadInput(
+            f"--vllm-max-model-len {longest} leaves no room for a prompt beside "
+            f"--rollout-max-response-len {rollout.rollout_max_response_len}"
+        )
+
+
+def _engine_arguments(recipe: Recipe, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """vLLM's arguments with the speculative method spelled as vLLM takes it for a model that brings its own draft."""
+    arguments = dict(recipe.engine.vllm)
+    speculative = arguments.get("speculative_config")
+    if not isinstance(speculative, dict) or speculative.get("method") not in ("eagle", "mtp"):
+        return arguments, []
+    if speculative["method"] == "mtp" and not config.mtp_layers:
+        raise BadInput("--vllm-speculative-config asks for mtp, but the checkpoint has no MTP layer: leave it out")
+    if speculative["method"] == "eagle" and not speculative.get("model"):
+        if not config.mtp_layers:
+            raise BadInput('--vllm-speculative-config with method "eagle" needs "model", the folder of the draft model')
+        arguments["speculative_config"] = {**speculative, "method": "mtp"}
+        return arguments, [
+            '--vllm-speculative-config: method "eagle" is read as "mtp", the draft that the model brings'
+        ]
+    return arguments, []
+
+
+def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """What a person should know about the recipe as given."""
+    optimizer, algorithm = recipe.optimizer, recipe.algorithm
+    found = _engine_arguments(recipe, config)[1]
+    if algorithm.use_kl_loss and algorithm.kl_loss_coef == 0:
+        found.append(
+            "--use-kl-loss with --kl-loss-coef 0 measures the KL only; it costs a copy of the reference model "
+            "and a forward pass a rollout"
+        )
+    if recipe.perf.balance_data and layout.dp == 1:
+        found.append("--balance-data has no effect: data parallelism is 1")
+    if optimizer.overlap_cpu_optimizer_d2h_h2d and not optimizer.optimizer_cpu_offload:
+        found.append("--overlap-cpu-optimizer-d2h-h2d has no effect without --optimizer-cpu-offload")
+    if recipe.perf.use_dynamic_batch_size and "micro_batch_size" in recipe.perf.model_fields_set:
+        found.append("--micro-batch-size has no effect with --use-dynamic-batch-size")
+    if config.mtp_layers and not recipe.model.mtp_num_layers:
+        found.append(
+            "the MTP layer is loaded, exported and synced, but not trained; --mtp-num-layers "
+            f"{config.mtp_layers} trains it"
+        )
+    if recipe.misc.moe_token_dispatcher_type == "flex" and not config.moe:
+        found.append("--moe-token-dispatcher-type has no effect: the model has no experts")
+    return found

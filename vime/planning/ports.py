@@ -1,0 +1,102 @@
+"""Ports of a run: the same on every node, outside the ephemeral range, apart from those of another job on the node.
+
+A run takes one block of consecutive ports. Blocks lie below 9000, since the ephemeral range starts at 32768 on most Linux systems
+and at 9000 on some that run containers; blocks that hold the port of a common service are left out.
+"""
+
+from __future__ import annotations
+
+from vime.errors import BadInput
+from vime.planning.layout import EngineSeat
+from vime.planning.types import EnginePlan, Plan, Ports
+
+FIRST, LAST = 2000, 8999
+AUX_PORTS = 32
+"""Ports an engine's own ranks meet on, after the port of its server."""
+_COMMON_SERVICES = (
+    2049, 2181, 2375, 2376, 2379, 2380, 3000, 3128, 3260, 3268, 3306, 3389, 4369, 5000, 5044, 5353, 5432, 5672, 5900, 5984, 6000,
+    6006, 6379, 6443, 6817, 6818, 6819, 7077, 7946, 8000, 8008, 8080, 8086, 8265, 8443, 8472, 8500, 8787, 8888,
+)  # fmt: skip
+_FIXED = tuple(name for name in Ports.model_fields if not name.startswith("worker_"))
+
+
+def block_size(gpus_per_node: int, engines: int) -> int:
+    """Ports a run needs: one for each service, Ray's workers on a node, and each engine's."""
+    return len(_FIXED) + _workers(gpus_per_node) + engines * (1 + AUX_PORTS)
+
+
+def _workers(gpus_per_node: int) -> int:
+    # A trainer rank and an engine a GPU, their helpers, and workers that end late.
+    return 24 + 4 * gpus_per_node
+
+
+def blocks(size: int) -> tuple[int, ...]:
+    """First ports of the blocks of this size, without a common service in them."""
+    starts, start = [], FIRST
+    while start + size - 1 <= LAST:
+        taken = [port for port in _COMMON_SERVICES if start <= port < start + size]
+        if taken:
+            start = taken[-1] + 1
+        else:
+            starts.append(start)
+            start += size
+    if not starts:
+        raise BadInput(f"a run with so many engines a node needs {size} consecutive ports: use larger engines")
+    return tuple(starts)
+
+
+def plan_ports(gpus_per_node: int, engines: int) -> Ports:
+    """The ports of the first block, for nodes of at most `engines` engines."""
+    first = blocks(block_size(gpus_per_node, engines))[0]
+    fixed = {name: first + place for place, name in enumerate(_FIXED)}
+    worker_first = first + len(_FIXED)
+    return Ports(**fixed, worker_first=worker_first, worker_last=worker_first + _workers(gpus_per_node) - 1)
+
+
+def plan_engines(
+    seats: tuple[EngineSeat, ...], ports: Ports, *, expert_parallel: bool, shared: bool
+) -> tuple[EnginePlan, ...]:
+    """The engines with their ports: by place on the node, or by number in the run where logical nodes share a host."""
+    engines: list[EnginePlan] = []
+    for index, seat in enumerate(seats):
+        place = index if shared else sum(set(seat.nodes) & set(other.nodes) != set() for other in engines)
+        port = ports.worker_last + 1 + place * (1 + AUX_PORTS)
+        engines.append(
+            EnginePlan(
+                index=index,
+                nodes=seat.nodes,
+                gpus=seat.gpus,
+                tensor_parallel_size=seat.tensor_parallel_size,
+                data_parallel_size=seat.data_parallel_size,
+                expert_parallel=expert_parallel,
+                port=port,
+                aux_port=port + 1,
+            )
+        )
+    return tuple(engines)
+
+
+def engines_of_a_host(seats: tuple[EngineSeat, ...], *, shared: bool) -> int:
+    """Most engines whose ports one host must hold."""
+    if shared:
+        return len(seats)
+    return max(sum(node in seat.nodes for seat in seats) for node in {node for seat in seats for node in seat.nodes})
+
+
+def offsets(plan: Plan) -> tuple[int, ...]:
+    """Every `Binding.port_offset` that the plan's ports may be moved by; the first is 0."""
+    first = min(getattr(plan.ports, name) for name in Ports.model_fields)
+    last = max([plan.ports.worker_last, *(engine.aux_port + AUX_PORTS - 1 for engine in plan.engines)])
+    starts = blocks(last - first + 1)
+    return tuple(start - starts[0] for start in starts)
+
+
+def offset_of_job(plan: Plan, job: int) -> int:
+    """The offset of a Slurm job by its id: jobs submitted one after another never meet."""
+    choices = offsets(plan)
+    return choices[job % len(choices)]
+
+
+def moved(ports: Ports, offset: int) -> Ports:
+    """The ports with a binding's offset."""
+    return Ports(**{name: port + offset for name, port in ports.model_dump().items()})

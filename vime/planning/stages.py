@@ -1,0 +1,186 @@
+"""The dependent stages of a run, with their commands, sizes and deadlines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vime.models.config import ModelConfig
+from vime.planning.types import Artefact, Cluster, Stage
+from vime.recipe.flags import flag
+from vime.recipe.load import bf16_folder
+from vime.recipe.schema import Recipe
+
+DISK_BYTES_PER_S = 100 * 10**6
+"""What a node reads or writes at the very least; deadlines are for finding what hangs, not what is slow."""
+START_S = 300.0
+"""Interpreters, libraries and processes coming up on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages are made of."""
+
+    recipe: Recipe
+    config: ModelConfig
+    cluster: Cluster
+    run_dir: str
+    nodes: int
+    slots_per_node: int
+    bf16_bytes: int
+    """Of the model's weights."""
+    fp8_bytes: int
+
+
+def has_cast(job: Job) -> bool:
+    """Whether the bf16 copy is made as a stage."""
+    return job.recipe.checkpoint.conversion == "two-stage" and job.config.quantisation is not None
+
+
+def has_conversion(job: Job) -> bool:
+    """Whether `--ref-load` is made as a stage."""
+    return job.recipe.checkpoint.conversion != "direct" and job.recipe.checkpoint.ref_load is not None
+
+
+def make_stages(job: Job) -> tuple[Stage, ...]:
+    """Stages in order. `ray-workers` is missing with one node, cast and convert where the recipe does not need them."""
+    stages = [_preflight(job)]
+    if has_cast(job):
+        stages.append(_cast(job))
+    if has_conversion(job):
+        stages.append(_convert(job))
+    stages.append(_ray(job, "ray-head", (0,)))
+    if job.nodes > 1:
+        stages.append(_ray(job, "ray-workers", tuple(range(1, job.nodes))))
+    stages.extend((_train(job), _report(job)))
+    return tuple(stages)
+
+
+def _checkpoint(job: Job) -> Artefact:
+    quantised = job.config.quantisation is not None
+    return Artefact(
+        name="hf-checkpoint",
+        path=job.recipe.checkpoint.hf_checkpoint or "",
+        kind="hf",
+        bytes=job.fp8_bytes if quantised else job.bf16_bytes,
+    )
+
+
+def _bf16(job: Job) -> Artefact:
+    return Artefact(name="bf16-checkpoint", path=bf16_folder(job.recipe), kind="hf", bytes=job.bf16_bytes)
+
+
+def _torch_dist(job: Job) -> Artefact:
+    return Artefact(
+        name="torch-dist", path=job.recipe.checkpoint.ref_load or "", kind="torch_dist", bytes=job.bf16_bytes
+    )
+
+
+def _disk_deadline(nodes: int, *artefacts: Artefact) -> float:
+    return START_S + sum(artefact.bytes or 0 for artefact in artefacts) / (nodes * DISK_BYTES_PER_S)
+
+
+def _preflight(job: Job) -> Stage:
+    return Stage(
+        name="preflight",
+        nodes=tuple(range(job.nodes)),
+        command=("-m", "vime.launch.preflight", "--run", job.run_dir),
+        env=job.recipe.misc.env,
+        deadline_s=120.0 + 5.0 * job.nodes,
+    )
+
+
+def _cast(job: Job) -> Stage:
+    source, output = _checkpoint(job), _bf16(job)
+    # fmt: off
+    command = (
+        "-m", "vime.checkpoint.cast",
+        "--input-fp8-hf-path", source.path,
+        "--output-bf16-hf-path", output.path,
+    )
+    # fmt: on
+    return Stage(
+        name="cast",
+        nodes=(0,),
+        command=command,
+        env=job.recipe.misc.env,
+        inputs=(source,),
+        outputs=(output,),
+        deadline_s=_disk_deadline(1, source, output),
+    )
+
+
+def _convert(job: Job) -> Stage:
+    options = job.recipe.checkpoint
+    source, output = _bf16(job) if has_cast(job) else _checkpoint(job), _torch_dist(job)
+    layout = {
+        "tensor_model_parallel_size": options.convert_tensor_model_parallel_size,
+        "pipeline_model_parallel_size": options.convert_pipeline_model_parallel_size,
+        "expert_tensor_parallel_size": options.convert_expert_tensor_parallel_size,
+        "expert_model_parallel_size": options.convert_expert_model_parallel_size,
+        "decoder_first_pipeline_num_layers": options.convert_decoder_first_pipeline_num_layers,
+        "decoder_last_pipeline_num_layers": options.convert_decoder_last_pipeline_num_layers,
+    }
+    sizes = [word for name, value in layout.items() if value is not None for word in (flag(name), str(value))]
+    return Stage(
+        name="convert",
+        nodes=tuple(range(options.convert_num_nodes)),
+        tasks_per_node=options.convert_ranks_per_node,
+        command=("-m", "vime.checkpoint.convert", *sizes, "--hf-checkpoint", source.path, "--save", output.path),
+        env=job.recipe.misc.env,
+        inputs=(source,),
+        outputs=(output,),
+        deadline_s=_disk_deadline(options.convert_num_nodes, source, output),
+    )
+
+
+def _gpus(job: Job) -> int:
+    return job.slots_per_node if job.cluster.gpu_request != "none" else 0
+
+
+def _ray(job: Job, name: str, nodes: tuple[int, ...]) -> Stage:
+    return Stage(
+        name=name,
+        nodes=nodes,
+        gpus_per_node=_gpus(job),
+        command=(
+            "-m",
+            "vime.launch.ray_node",
+            "--run",
+            job.run_dir,
+            "--head" if name == "ray-head" else "--worker",
+        ),
+        env=job.recipe.misc.env,
+        service=True,
+        # Nodes of a development cluster share two cores, where a raylet takes 3 s.
+        deadline_s=120.0 + 10.0 * job.nodes,
+    )
+
+
+def _train(job: Job) -> Stage:
+    options, inputs = job.recipe.checkpoint, [_checkpoint(job)]
+    if has_conversion(job):
+        inputs.append(_torch_dist(job))
+    if job.recipe.rollout.prompt_data:
+        inputs.append(Artefact(name="prompt-data", path=job.recipe.rollout.prompt_data, kind="data"))
+    return Stage(
+        name="train",
+        nodes=(0,),
+        cpus_per_task=1,
+        command=("-m", "vime.train", "--run", job.run_dir),
+        env=job.recipe.misc.env,
+        inputs=tuple(inputs),
+        outputs=(Artefact(name="checkpoints", path=options.save or "", kind="run"),),
+        # Ends with the allocation; the phases inside have deadlines of their own.
+        deadline_s=job.cluster.time_limit_minutes * 60.0,
+    )
+
+
+def _report(job: Job) -> Stage:
+    return Stage(
+        name="report",
+        nodes=(0,),
+        cpus_per_task=1,
+        command=("-m", "vime.report", job.run_dir),
+        env=job.recipe.misc.env,
+        deadline_s=START_S,
+    )
