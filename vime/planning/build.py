@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vime.errors import BadInput
+from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
 from vime.planning import derive, layout, memory, ports, stages
@@ -16,7 +17,6 @@ from vime.planning.checkpoint import check_shards, read_json
 from vime.planning.types import Cluster, EnginePlan, NodePlan, Plan, TrainerRank
 from vime.recipe import files
 from vime.recipe.load import absolute_path, uses_base_dir, with_absolute_paths
-from vime.recipe.model_args import check_model_args
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 
@@ -47,7 +47,7 @@ def make_plan(
     spares: int = 0,
     checks: Checks | None = None,
 ) -> Plan:
-    """The plan of a run. Writes nothing; reads the checkpoint's config.json and, as `checks` says, the headers of its shards.
+    """The plan of a run. Writes nothing; of the checkpoint it reads config.json and the headers of the shards.
 
     The run folder is `run_dir`, or the run's name in `runs_dir` (by default `$BASE_DIR/runs`). Raises BadInput.
     """
@@ -60,7 +60,7 @@ def make_plan(
     recipe = with_absolute_paths(recipe, base)
     config, note = _model(recipe, required=checks.inputs)
     found += note
-    check_model_args(recipe.model.model_args, config)
+    check_model_args(config, recipe.model.model_args)
     if checks.inputs:
         _check_data(recipe)
 
@@ -75,7 +75,7 @@ def make_plan(
     ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
     _check_conversion(recipe, config, slots.nodes)
 
-    weights = memory.Weights.of(config, trainer)
+    weights = memory.Weights.of(recipe, config, trainer)
     planned = tuple(_node(node, recipe, cluster, config, weights, slots, ranks, engines) for node in range(slots.nodes))
     job = stages.Job(
         recipe=recipe,

@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_shard(path: Path) -> int:
-    """The file's size, after comparing it with the one its header implies: 8 bytes of header length, header, tensors."""
+    """The file's size, compared with the one its header implies: 8 bytes of header length, header, tensors."""
     again = "download it again"
     try:
         with path.open("rb") as file:

@@ -24,7 +24,7 @@ def load_cluster(name_or_path: str) -> Cluster:
 
 
 def parse_minutes(text: str) -> int:
-    """Minutes of a time in Slurm's spelling: `90`, `1:30:00`, `2-00`, `2-12:00`, `2-12:00:00`; seconds are rounded up."""
+    """Minutes of a time in Slurm's spelling: `90`, `1:30:00`, `2-00`, `2-12:00`, `2-12:00:00`; seconds round up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not match:
         raise BadInput(f"--time is {text!r}: give minutes, hours:minutes:seconds or days-hours")

@@ -48,10 +48,15 @@ def model_counts(config: ModelConfig) -> Counts:
 
 
 @functools.lru_cache(maxsize=32)
-def stage_counts(config: ModelConfig, layout: ParallelLayout) -> tuple[Counts, ...]:
-    """What each pipeline stage holds. A tied output head is a second copy on the last of several stages."""
+def stage_counts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool = True) -> tuple[Counts, ...]:
+    """What each pipeline stage holds, with or without the MTP layers.
+
+    A tied output head is a second copy of the embedding on the last of several stages.
+    """
     stages = [Counts()] * layout.pp
     for param, elements in _elements(config, layout.tp):
+        if param.where == Where.MTP and not mtp:
+            continue
         stage = stage_of(param, layout, config.num_layers)
         counts = _counts(param, elements)
         stages[stage] += counts
@@ -70,8 +75,8 @@ def _counts(param: Param, elements: int) -> Counts:
 def _elements(config: ModelConfig, tp: int) -> tuple[tuple[Param, int], ...]:
     """Every parameter but one expert a layer instead of all, with its elements (for that expert: those of all).
 
-    Counting with one and with two experts gives the slope of what grows with their number (experts, router), so that a model
-    of tens of thousands of expert matrices is counted without listing them.
+    Counting with one and with two experts gives the slope of what grows with their number (experts, router), so that
+    a model of tens of thousands of expert matrices is counted without listing them.
     """
     padded = dataclasses.replace(config, vocab_size=config.padded_vocab_size(tp))
     if padded.moe is None:

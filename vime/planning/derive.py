@@ -1,4 +1,4 @@
-"""Values that follow from others, filled in; values that contradict each other, refused; costs and surprises, as notes."""
+"""Values that follow from others, filled in; contradictions, refused; costs and surprises, as notes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vime.recipe.schema import Recipe
 
 
 def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
-    """The recipe on this number of nodes in all (None: as many as it names): the engines' own are taken off the trainer's."""
+    """The recipe on this number of nodes in all (None: as it says); the trainer has those that engines leave."""
     cluster = recipe.cluster
     apart = 0 if cluster.colocate else -(-(cluster.rollout_num_gpus or 0) // gpus_per_node)
     if nodes is None:

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def write_plan(plan: Plan) -> Path:
-    """Writes the plan to its run folder, which is made (0700) when it is missing. Raises BadInput where it cannot be."""
+    """Writes the plan to its run folder, made (0700) when missing. Raises BadInput where it cannot be written."""
     return _write(Path(plan.run_dir) / PLAN, plan)
 
 

@@ -63,8 +63,8 @@ def conversion_layout(recipe: Recipe) -> ParallelLayout:
 def divide_slots(recipe: Recipe, gpus_per_node: int) -> Slots:
     """Slots of the trainer and of the engines.
 
-    With `--colocate` they are the same. Without, the engines' slots are those of nodes of their own after the trainer's,
-    `gpus_per_node` on each.
+    With `--colocate` they are the same. Without, the engines have nodes of their own after the trainer's, and
+    `gpus_per_node` slots on each.
     """
     options = recipe.cluster
     actor = tuple(
@@ -87,7 +87,7 @@ def divide_slots(recipe: Recipe, gpus_per_node: int) -> Slots:
 
 
 def place_trainer(layout: ParallelLayout, slots: Slots) -> tuple[TrainerRank, ...]:
-    """Ranks in order over the trainer's slots, so that tensor-parallel groups, the fastest dimension, stay in a node."""
+    """Ranks in order over the trainer's slots; tensor-parallel groups, the fastest dimension, stay in a node."""
     per_node = sum(node == 0 for node, _ in slots.actor)
     if layout.tp > per_node or per_node % layout.tp:
         raise BadInput(

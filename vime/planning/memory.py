@@ -1,6 +1,6 @@
 """Host memory of a node, item by item: what the trainer, the engines and Ray keep there, and why.
 
-Sizes follow from parameter counts and the recipe; what a process takes besides is measured and stands below as a constant.
+Sizes follow from parameter counts and the recipe; what a process takes besides stands below as a constant.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ class Weights:
 
     layout: ParallelLayout
     stages: tuple[Counts, ...]
+    trained: tuple[Counts, ...]
+    """Without frozen MTP layers."""
     model: Counts
 
     @classmethod
-    def of(cls, config: ModelConfig, layout: ParallelLayout) -> Weights:
-        return cls(layout, stage_counts(config, layout), model_counts(config))
+    def of(cls, recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> Weights:
+        trained = stage_counts(config, layout, mtp=recipe.model.mtp_num_layers > 0)
+        return cls(layout, stage_counts(config, layout), trained, model_counts(config))
 
 
 def on_gpu(recipe: Recipe, cluster: Cluster) -> bool:
@@ -70,13 +73,17 @@ def node_memory(
 ) -> Memory:
     """The account of one node with these trainer ranks and these engines on it."""
     held = sum(weights.stages[rank.pp].of_rank(weights.layout) for rank in ranks)
-    kept = sum(weights.stages[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
+    graded = sum(weights.trained[rank.pp].of_rank(weights.layout) for rank in ranks)
+    kept = sum(weights.trained[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
     if on_gpu(recipe, cluster):
-        items = [*_gpu_trainer(recipe, held, kept, len(ranks)), *_gpu_engines(recipe, config, weights, share, slots)]
+        items = [
+            *_gpu_trainer(recipe, held, graded, kept, len(ranks)),
+            *_gpu_engines(recipe, config, weights, share, slots),
+        ]
     else:
-        items = [*_cpu_trainer(recipe, held, kept, len(ranks)), *_cpu_engines(recipe, weights, share, slots)]
+        items = [*_cpu_trainer(recipe, held, graded, kept, len(ranks)), *_cpu_engines(recipe, weights, share, slots)]
     store = object_store_bytes(recipe)
     items.append(_item("ray", RAY_NODE + store, f"raylet and agents, and an object store of {store / GB:.1f} GB"))
     present = tuple(item for item in items if item.bytes)
@@ -96,7 +103,7 @@ def _billions(elements: int) -> str:
     return f"{elements / 1e9:.1f} B" if elements >= 10**8 else f"{elements / 1e6:.1f} M"
 
 
-def _gpu_trainer(recipe: Recipe, held: int, kept: int, ranks: int) -> Iterator[Item]:
+def _gpu_trainer(recipe: Recipe, held: int, graded: int, kept: int, ranks: int) -> Iterator[Item]:
     size = 2 if recipe.model.bf16 else 4
     grad = 4 if recipe.misc.accumulate_allreduce_grads_in_fp32 else size
     if recipe.optimizer.optimizer_cpu_offload:
@@ -104,8 +111,9 @@ def _gpu_trainer(recipe: Recipe, held: int, kept: int, ranks: int) -> Iterator[I
         yield _item("cpu_adam", 16 * kept, why)
         yield _item("pinned_rounding", PINNED_ROUNDING * 16 * kept, "pinned buffers are rounded up to powers of two")
     if recipe.cluster.colocate:
-        why = f"{size} + {grad} bytes for each of {_billions(held)} parameters, while the engine holds the GPU"
-        yield _item("weights_and_gradients_backup", (size + grad) * held, why)
+        while_away = "parameters, while the engine holds the GPU"
+        yield _item("weights_backup", size * held, f"{size} bytes for each of {_billions(held)} {while_away}")
+        yield _item("gradients_backup", grad * graded, f"{grad} bytes for each of {_billions(graded)} {while_away}")
     if needs_reference(recipe):
         why = f"two copies of {size} bytes for each of {_billions(held)} parameters, swapped in for log-probs"
         yield _item("actor_and_reference_copies", 2 * size * held, why)
@@ -123,10 +131,10 @@ def _gpu_engines(recipe: Recipe, config: ModelConfig, weights: Weights, share: f
     )
 
 
-def _cpu_trainer(recipe: Recipe, held: int, kept: int, ranks: int) -> Iterator[Item]:
+def _cpu_trainer(recipe: Recipe, held: int, graded: int, kept: int, ranks: int) -> Iterator[Item]:
     size = 2 if recipe.model.bf16 else 4
     yield _item("weights", size * held, f"{size} bytes for each of {_billions(held)} parameters")
-    yield _item("gradients", 4 * held, f"4 bytes for each of {_billions(held)} parameters")
+    yield _item("gradients", 4 * graded, f"4 bytes for each of {_billions(graded)} parameters")
     states = 12 if recipe.model.bf16 else 8
     what = "fp32 weight and two moments" if recipe.model.bf16 else "two moments"
     yield _item("adam", states * kept, f"{states} bytes ({what}) for each of {_billions(kept)} parameters")

@@ -1,7 +1,7 @@
 """Ports of a run: the same on every node, outside the ephemeral range, apart from those of another job on the node.
 
-A run takes one block of consecutive ports. Blocks lie below 9000, since the ephemeral range starts at 32768 on most Linux systems
-and at 9000 on some that run containers; blocks that hold the port of a common service are left out.
+A run takes one block of consecutive ports. Blocks lie below 9000, since the ephemeral range starts at 32768 on most
+Linux systems and at 9000 on some that run containers; blocks that hold the port of a common service are left out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ FIRST, LAST = 2000, 8999
 AUX_PORTS = 32
 """Ports an engine's own ranks meet on, after the port of its server."""
 _COMMON_SERVICES = (
-    2049, 2181, 2375, 2376, 2379, 2380, 3000, 3128, 3260, 3268, 3306, 3389, 4369, 5000, 5044, 5353, 5432, 5672, 5900, 5984, 6000,
-    6006, 6379, 6443, 6817, 6818, 6819, 7077, 7946, 8000, 8008, 8080, 8086, 8265, 8443, 8472, 8500, 8787, 8888,
+    2049, 2181, 2375, 2376, 2379, 2380, 3000, 3128, 3260, 3268, 3306, 3389, 4369, 5000, 5044, 5353, 5432, 5672, 5900,
+    5984, 6000, 6006, 6379, 6443, 6817, 6818, 6819, 7077, 7946, 8000, 8008, 8080, 8086, 8265, 8443, 8472, 8500, 8787,
+    8888,
 )  # fmt: skip
 _FIXED = tuple(name for name in Ports.model_fields if not name.startswith("worker_"))
 

@@ -1,4 +1,4 @@
-"""A person's runs, newest last, in `$XDG_STATE_HOME/vime/runs.jsonl`: so that commands find the last run by themselves."""
+"""A person's runs, newest last, in `$XDG_STATE_HOME/vime/runs.jsonl`, so that commands find the last one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def find_run(name: str) -> Path:
 
 
 def _lines() -> Iterator[Run]:
-    """The entries in order of writing. A line that a crash or a full disk cut is skipped: the run is found by its path."""
+    """The entries in order of writing. A line that a crash or a full disk cut is skipped: its run has its path."""
     try:
         text = registry_path().read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

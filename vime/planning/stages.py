@@ -12,6 +12,7 @@ from vime.recipe.schema import Recipe
 
 DISK_BYTES_PER_S = 100 * 10**6
 """What a node reads or writes at the very least; deadlines are for finding what hangs, not what is slow."""
+CAST_BYTES_A_NODE = 20 * 10**9
 START_S = 300.0
 """Interpreters, libraries and processes coming up on a busy machine."""
 
@@ -91,6 +92,8 @@ def _preflight(job: Job) -> Stage:
 
 def _cast(job: Job) -> Stage:
     source, output = _checkpoint(job), _bf16(job)
+    # Ranks share the files; a small checkpoint is done before a second node has started.
+    nodes = min(job.nodes, 1 + job.bf16_bytes // CAST_BYTES_A_NODE)
     # fmt: off
     command = (
         "-m", "vime.checkpoint.cast",
@@ -100,12 +103,12 @@ def _cast(job: Job) -> Stage:
     # fmt: on
     return Stage(
         name="cast",
-        nodes=(0,),
+        nodes=tuple(range(nodes)),
         command=command,
         env=job.recipe.misc.env,
         inputs=(source,),
         outputs=(output,),
-        deadline_s=_disk_deadline(1, source, output),
+        deadline_s=_disk_deadline(nodes, source, output),
     )
 
 

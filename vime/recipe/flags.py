@@ -1,6 +1,6 @@
 """Flat option names to the groups of the recipe: the command line's flags and the YAML files' keys, read alike.
 
-`--lr 1e-6` and `lr: 1e-6` name the field `optimizer.lr`; `--vllm-max-num-seqs 64` becomes `engine.vllm["max_num_seqs"]`;
+`--lr 1e-6` and `lr: 1e-6` name the field `optimizer.lr`; `--vllm-max-num-seqs 64` is `engine.vllm["max_num_seqs"]`;
 a Megatron model flag (`--rotary-base 10000`) becomes `model.model_args["rotary_base"]`. Nothing else is accepted.
 """
 
@@ -30,7 +30,7 @@ _TRUE, _FALSE, _NONE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}, 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a setting goes: a field of a group, or a key of one of the open mappings `engine.vllm`, `model.model_args`."""
+    """Where a setting goes: a field of a group, or a key of an open mapping (`engine.vllm`, `model.model_args`)."""
 
     group: str
     field: str
@@ -184,7 +184,7 @@ def read_mapping(mapping: Mapping[Any, Any]) -> Iterator[Setting]:
 
 
 def collect(settings: Iterator[Setting], into: dict[str, dict[str, Any]]) -> None:
-    """Writes settings to their groups in `into` (group -> field -> value); a later one wins, mappings are merged by key."""
+    """Writes settings into `into` (group -> field -> value); a later one wins, mappings are merged by key."""
     for name, value in settings:
         target = find_target(name)
         fields = into.setdefault(target.group, {})
