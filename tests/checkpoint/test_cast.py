@@ -1,0 +1,219 @@
+"""Block fp8 to bf16: what comes out, how ranks share it, what an interruption leaves, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_hf import DEEPSEEK, random_tensors, stored_tensors, with_fp8, write_checkpoint, write_folder
+from vime.checkpoint import cast as cast_module
+from vime.checkpoint.cast import cast_to_bf16
+from vime.checkpoint.fp8 import dequantise, scale_name
+from vime.errors import BadInput, DeadlineExceeded
+
+TOOL = Path(__file__).parents[2] / "tools" / "fp8_cast_bf16.py"
+ATTENTION = "model.layers.0.self_attn.o_proj.weight"
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, read by the safetensors library along the index."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file: load_file(folder / file) for file in set(index.values())}
+    assert sum(map(len, files.values())) == len(index)
+    return {name: files[file][name] for name, file in index.items()}
+
+
+def expected(stored: dict[str, torch.Tensor], block: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What the format says: bf16(fp32(q) * scale), everything else as it is."""
+    out = {}
+    for name, value in stored.items():
+        if value.dtype == torch.float8_e4m3fn:
+            scale = stored[scale_name(name)].float()
+            wide = scale.repeat_interleave(block[0], 0)[: value.shape[0]].repeat_interleave(block[1], 1)
+            out[name] = (value.float() * wide[:, : value.shape[1]]).to(torch.bfloat16)
+        elif not name.endswith("_scale_inv"):
+            out[name] = value
+    return out
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    block=st.sampled_from([(16, 16), (128, 128), (24, 40), (1, 64)]),
+    files=st.integers(2, 7),
+    e8m0=st.booleans(),
+    ranks=st.integers(1, 3),
+)
+def test_any_block_size_and_any_spread_over_files(tmp_path_factory, block, files, e8m0, ranks) -> None:
+    folder = tmp_path_factory.mktemp("cast")
+    hf = with_fp8(DEEPSEEK, block)
+    stored = stored_tensors(hf, random_tensors(hf))
+    if e8m0:
+        stored = {
+            name: value.to(torch.float8_e8m0fnu) if name.endswith("_scale_inv") else value
+            for name, value in stored.items()
+        }
+    write_folder(folder / "in", hf, stored, files=files)
+    for rank in reversed(range(1, ranks)):
+        thread = threading.Thread(
+            target=cast_to_bf16, args=(folder / "in", folder / "out"), kwargs={"rank": rank, "world_size": ranks}
+        )
+        thread.start()
+    cast_to_bf16(folder / "in", folder / "out", rank=0, world_size=ranks)
+    assert same(read(folder / "out"), expected(stored, block))
+
+
+def test_the_output_is_a_plain_bf16_checkpoint(tmp_path: Path) -> None:
+    hf = with_fp8(DEEPSEEK)
+    source = write_folder(
+        tmp_path / "in",
+        hf,
+        stored_tensors(hf, random_tensors(hf)),
+        files=2,
+        extra={"generation_config.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "x"},
+    )
+    cast_to_bf16(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == DEEPSEEK
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_interrupted_cast_goes_on_with_the_shards_that_are_left(tmp_path: Path, monkeypatch) -> None:
+    hf = with_fp8(DEEPSEEK)
+    source = write_checkpoint(tmp_path / "in", hf, files=4)
+    written = []
+    whole = cast_module._write_shard
+
+    def interrupted(checkpoint, shard, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard.name)
+        whole(checkpoint, shard, *rest)
+
+    monkeypatch.setattr(cast_module, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cast_to_bf16(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(cast_module, "_write_shard", lambda c, s, *rest: (written.append(s.name), whole(c, s, *rest)))
+    cast_to_bf16(source, tmp_path / "out")
+    assert len(written) == len(set(written)) == 4
+    stored = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert same(read(tmp_path / "out"), expected(stored, (16, 16)))
+    assert cast_to_bf16(source, tmp_path / "out") == 0
+
+
+def test_what_was_cast_from_another_source_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+    hf = with_fp8(DEEPSEEK)
+    monkeypatch.setattr(cast_module, "_publish", lambda *_: None)
+    cast_to_bf16(write_checkpoint(tmp_path / "in", hf, seed=1), tmp_path / "out")
+    monkeypatch.undo()
+    source = write_checkpoint(tmp_path / "other", hf, seed=2)
+    cast_to_bf16(source, tmp_path / "out")
+    stored = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert same(read(tmp_path / "out"), expected(stored, (16, 16)))
+
+
+def test_large_tensors_are_cast_in_pieces(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cast_module, "PIECE_BYTES", 4096)
+    hf = with_fp8(DEEPSEEK, (24, 40))
+    stored = stored_tensors(hf, random_tensors(hf))
+    cast_to_bf16(write_folder(tmp_path / "in", hf, stored, files=2), tmp_path / "out")
+    assert same(read(tmp_path / "out"), expected(stored, (24, 40)))
+    name = ATTENTION
+    assert torch.equal(
+        read(tmp_path / "out")[name], dequantise(stored[name], stored[scale_name(name)].float(), (24, 40))
+    )
+
+
+def test_a_rank_that_never_comes_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=3)
+    with pytest.raises(DeadlineExceeded, match=r"no other rank finished model-00002-of-00003.safetensors"):
+        cast_to_bf16(source, tmp_path / "out", rank=0, world_size=2, stall_s=0.3)
+    assert not (tmp_path / "out").exists()
+    cast_to_bf16(source, tmp_path / "out")
+
+
+def tool(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **environment})
+
+
+def test_the_tool_takes_its_place_from_slurm_and_reports_progress(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=2)
+    paths = ("--input-fp8-hf-path", source, "--output-bf16-hf-path", tmp_path / "out")
+    done = tool(*paths, "--stall-timeout", "0.1", SLURM_PROCID="1", SLURM_NTASKS="2")
+    assert done.returncode == 17
+    assert "vime_cast.json" in done.stderr
+    done = tool(*paths)
+    assert done.returncode == 0, done.stderr
+    assert "cast, rank 0 of 1: 100%" in done.stderr
+
+
+def without(source: Path, name: str) -> None:
+    """Take a tensor out of a checkpoint's files and index."""
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, file)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda source: without(source, scale_name(ATTENTION)), f"no file has {scale_name(ATTENTION)}"),
+        (lambda source: without(source, ATTENTION), f"{scale_name(ATTENTION)} is a scale, but its weight is not"),
+        (lambda source: next(source.glob("*2-of*.safetensors")).unlink(), "00002-of-00003.safetensors is missing"),
+        (lambda source: os.truncate(file := next(source.glob("*2-of*")), file.stat().st_size - 1), "truncated"),
+        (lambda source: (source / "config.json").write_text(json.dumps(DEEPSEEK)), "no quantization_config"),
+        (lambda source: (source / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_a_bad_source_is_named_and_nothing_is_written(tmp_path: Path, spoil, says: str) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=3)
+    spoil(source)
+    with pytest.raises(BadInput, match=says.replace(".", r"\.")) as caught:
+        cast_to_bf16(source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_source_in_bf16_and_a_target_in_use_are_refused(tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", DEEPSEEK)
+    with pytest.raises(BadInput, match="holds no fp8 tensors"):
+        cast_to_bf16(plain, tmp_path / "out")
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK))
+    with pytest.raises(BadInput, match="exists and is not empty"):
+        cast_to_bf16(source, plain)
+    with pytest.raises(BadInput, match="rank 2 of 2"):
+        cast_to_bf16(source, tmp_path / "out", rank=2, world_size=2)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK))
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(BadInput, match="make room"):
+        cast_to_bf16(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -1,0 +1,222 @@
+"""Block fp8 to bf16, an HF folder to an HF folder, by any number of ranks that share a file system.
+
+Every shard file is cast by one rank and published by rename when its bytes are on the disk, so a second run goes on
+where an interrupted one ended. Rank 0 waits for all shards, adds index, config and small files, and renames the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vime.checkpoint.fp8 import SCALE_SUFFIX, dequantise, scale_name
+from vime.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
+from vime.checkpoint.hf_writer import copy_small_files, publish_folder, require_empty, require_space
+from vime.checkpoint.progress import Progress
+from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
+from vime.errors import BadInput, DeadlineExceeded
+
+STAMP = "vime_cast.json"
+# Bytes of output that are worked on at a time; a thread's memory is this and its fp32 strip.
+PIECE_BYTES = 16 * 2**20
+STALL_SECONDS = 1800.0
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its header, its tensors' places, and its size in bytes."""
+
+    name: str
+    header: bytes
+    places: dict[str, TensorInfo]
+
+    @property
+    def bytes(self) -> int:
+        return max((info.end for info in self.places.values()), default=len(self.header))
+
+
+def cast_to_bf16(
+    source: str | Path,
+    target: str | Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int | None = None,
+    stall_s: float = STALL_SECONDS,
+) -> int:
+    """Cast this rank's share of a block-fp8 checkpoint; rank 0 returns when the whole is published.
+
+    Tensors that are not quantised pass through as they are. Returns the bytes that this rank wrote. Raises BadInput for
+    a source that is not complete or not fp8, for a target that holds something else, and for a disk that is too small;
+    DeadlineExceeded when for `stall_s` seconds no rank finished a shard.
+    """
+    if not 0 <= rank < world_size:
+        raise BadInput(f"rank {rank} of {world_size}: give a rank from 0 to {world_size - 1}")
+    source, target = Path(source), Path(target)
+    checkpoint = HFCheckpoint(source)
+    shards = output_shards(checkpoint)
+    stamp = fingerprint(checkpoint)
+    if _is_done(target, stamp):
+        return 0
+    partial = target.with_name(f".{target.name}.partial")
+    if rank == 0:
+        _prepare(partial, target, stamp, shards)
+    else:
+        _wait(lambda: [] if _is_done(partial, stamp) or _is_done(target, stamp) else [f"{partial}/{STAMP}"], stall_s)
+    mine = [shard for shard in shards[rank::world_size] if not (partial / shard.name).exists()]
+    if _is_done(target, stamp):
+        return 0
+    total = sum(shard.bytes for shard in mine)
+    progress = Progress(f"cast, rank {rank} of {world_size}:", total)
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        for shard in mine:
+            _write_shard(checkpoint, shard, partial, pool, progress)
+    progress.close()
+    checkpoint.close()
+    if rank == 0:
+        _wait(lambda: [s.name for s in shards if not (partial / s.name).exists()], stall_s)
+        _publish(checkpoint, shards, partial, target)
+    return total
+
+
+def fingerprint(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    """What the output depends on: every tensor's place and type, the size and time of its file, and the config."""
+    digest = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+    for name, info in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {info.file.name} {info.dtype} {info.shape} {info.begin}\n".encode())
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return {"tool": "fp8_cast_bf16", "format": 1, "source_sha256": digest.hexdigest()}
+
+
+def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
+    """The output's files: those of the source, without scales, fp8 tensors as bf16. Checks every scale."""
+    fp8 = {name for name in checkpoint.tensors if checkpoint.is_quantised(name)}
+    if not fp8:
+        raise BadInput(f"{checkpoint.path} holds no fp8 tensors: it needs no cast")
+    for name in fp8:
+        checkpoint.scale(name)
+    scales = {scale_name(name) for name in fp8}
+    files: dict[str, list[Spec]] = {}
+    for name, info in checkpoint.tensors.items():
+        specs = files.setdefault(info.file.name, [])
+        if name in scales:
+            continue
+        if name.endswith(SCALE_SUFFIX):
+            raise BadInput(f"{info.file}: {name} is a scale, but its weight is not stored in fp8: fetch it again")
+        specs.append(Spec(name, torch.bfloat16 if name in fp8 else info.dtype, info.shape))
+    return [Shard(file, *layout(Path(file), specs)) for file, specs in sorted(files.items()) if specs]
+
+
+def _is_done(folder: Path, stamp: dict[str, Any]) -> bool:
+    """Whether a folder's stamp is the given one: then the target is complete, the partial folder is of this cast."""
+    try:
+        return json.loads((folder / STAMP).read_text()) == stamp
+    except (OSError, ValueError):
+        return False
+
+
+def _prepare(partial: Path, target: Path, stamp: dict[str, Any], shards: list[Shard]) -> None:
+    """A partial folder of this very cast: the interrupted one's, or a new one."""
+    require_empty(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if partial.exists() and not _is_done(partial, stamp):
+        shutil.rmtree(partial)
+    require_space(target.parent, sum(shard.bytes for shard in shards if not (partial / shard.name).exists()))
+    partial.mkdir(exist_ok=True)
+    draft = partial / f".{STAMP}"
+    draft.write_text(json.dumps(stamp, indent=2) + "\n")
+    os.replace(draft, partial / STAMP)
+
+
+def _write_shard(
+    checkpoint: HFCheckpoint, shard: Shard, partial: Path, pool: ThreadPoolExecutor, progress: Progress
+) -> None:
+    draft = partial / f".{shard.name}"
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.ftruncate(file, shard.bytes)
+        _write_at(file, memoryview(shard.header), 0)
+        progress.add(len(shard.header))
+
+        def piece(work: tuple[TensorInfo, int, int]) -> None:
+            progress.add(_write_rows(checkpoint, file, *work))
+
+        for _ in pool.map(piece, (work for info in shard.places.values() for work in _pieces(checkpoint, info))):
+            pass
+        os.fsync(file)
+    finally:
+        os.close(file)
+    os.replace(draft, partial / shard.name)
+
+
+def _pieces(checkpoint: HFCheckpoint, info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
+    """Row ranges of a tensor (whole block rows) of about PIECE_BYTES; (0, 1) is all of a scalar."""
+    rows = info.shape[0] if info.shape else 1
+    block = checkpoint.block[0] if checkpoint.is_quantised(info.name) else 1
+    row_bytes = max(1, (info.end - info.begin) // max(1, rows))
+    step = max(1, PIECE_BYTES // row_bytes // block) * block
+    for first in range(0, rows, step):
+        yield info, first, min(first + step, rows)
+
+
+def _write_rows(checkpoint: HFCheckpoint, file: int, info: TensorInfo, first: int, last: int) -> int:
+    """Cast or copy rows of a tensor into their place; returns the bytes."""
+    stored = checkpoint.stored(info.name)
+    rows = stored[first:last] if info.shape else stored
+    if checkpoint.is_quantised(info.name):
+        block = checkpoint.block
+        scales = checkpoint.scale(info.name)[first // block[0] : -(-last // block[0])]
+        rows = dequantise(rows, scales, block)
+    offset = info.begin + first * ((info.end - info.begin) // max(1, info.shape[0] if info.shape else 1))
+    return _write_at(file, raw_bytes(rows), offset)
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> int:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written : written + (1 << 30)], offset + written)
+    return written
+
+
+def _wait(missing: Callable[[], list[str]], stall_s: float) -> None:
+    """Until nothing is missing; the deadline starts anew whenever the list gets shorter."""
+    left, deadline = missing(), time.monotonic() + stall_s
+    while left:
+        if time.monotonic() > deadline:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise DeadlineExceeded(f"for {stall_s:.0f} s no other rank finished {', '.join(left[:3])}{more}")
+        time.sleep(_POLL_SECONDS)
+        now = missing()
+        if len(now) < len(left):
+            deadline = time.monotonic() + stall_s
+        left = now
+
+
+def _publish(checkpoint: HFCheckpoint, shards: list[Shard], partial: Path, target: Path) -> None:
+    copy_small_files(checkpoint.path, partial)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    config.pop("quantization_config")
+    (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    if [shard.name for shard in shards] != [SINGLE]:
+        weight_map = {name: shard.name for shard in shards for name in shard.places}
+        total = sum(info.end - info.begin for shard in shards for info in shard.places.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for leftover in partial.glob(".*"):
+        leftover.unlink()
+    if target.exists():
+        target.rmdir()
+    publish_folder(partial, target)
