@@ -1,0 +1,112 @@
+"""Megatron model flags given by hand, compared with what the checkpoint's `config.json` says."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vime.errors import BadInput
+from vime.models.config import ModelConfig
+from vime.models.families import gpt_arguments, megatron_config
+
+# Choices of training or of an implementation: no checkpoint decides them.
+_FREE = {
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",
+    "moe_aux_loss_coeff",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_bias_update_rate",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "no_rope_fusion",
+}
+
+
+def check_model_args(config: ModelConfig, given: Mapping[str, Any]) -> None:
+    """Raises BadInput for the first flag (named with underscores) that describes another model than `config.json`."""
+    expected = expected_args(config)
+    for name, value in given.items():
+        if name in _FREE:
+            continue
+        flag = "--" + name.replace("_", "-")
+        wanted = expected.get(name)
+        if name == "moe_layer_freq":
+            value = read_layer_frequency(value, config.num_layers)
+            if config.moe is None:
+                raise BadInput(f"{flag} is given, but config.json describes a dense model: leave it out")
+        if not _same(value, wanted):
+            instead = "leave it out" if wanted in (None, False) else f"give {_show(wanted)} or leave it out"
+            raise BadInput(f"{flag} is {_show(value)}, but config.json means {_show(wanted)}: {instead}")
+
+
+def expected_args(config: ModelConfig) -> dict[str, Any]:
+    """Every comparable flag's value for this model; a flag that is not in it has no place in the model (None)."""
+    megatron, gpt = megatron_config(config), gpt_arguments(config)
+    grouped = config.mla is None and config.num_kv_heads < config.num_attention_heads
+    names = {
+        "norm_epsilon": megatron["layernorm_epsilon"],
+        "num_experts": megatron.get("num_moe_experts"),
+        "vocab_size": config.vocab_size,
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "use_rotary_position_embeddings": True,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "group_query_attention": grouped,
+        "num_query_groups": config.num_kv_heads,
+        "position_embedding_type": gpt["position_embedding_type"],
+        "rotary_base": config.rope.theta,
+        "rotary_percent": gpt["rotary_percent"],
+        "use_rope_scaling": gpt["rope_scaling"],
+        "rope_scaling_factor": config.rope.factor if gpt["rope_scaling"] else None,
+    }
+    return {**megatron, **names}
+
+
+def read_layer_frequency(value: Any, layers: int) -> list[int]:
+    """Megatron's `--moe-layer-freq`: every Nth layer, a list, or an expression like `([0]*3+[1]*58)`."""
+    if isinstance(value, str):
+        try:
+            value = _evaluate(ast.parse(value.strip(), mode="eval").body)
+        except (SyntaxError, ValueError) as error:
+            raise BadInput(
+                f"--moe-layer-freq is {value!r}: write a number or an expression like ([0]*3+[1]*58)"
+            ) from error
+    if isinstance(value, int):
+        return [int(i % value == 0) for i in range(layers)]
+    return list(value)
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """Sums and products of small lists and numbers, nothing else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.List):
+        return [_evaluate(element) for element in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _evaluate(node.left), _evaluate(node.right)
+        if isinstance(node.op, ast.Add) and type(left) is type(right):
+            return left + right
+        if isinstance(node.op, ast.Mult) and not (isinstance(left, list) and isinstance(right, list)):
+            return left * right
+    raise ValueError("not a list expression")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, bool) or isinstance(b, bool):
+        return bool(a) == bool(b)
+    if isinstance(a, int | float | str) and isinstance(b, int | float):
+        try:
+            return math.isclose(float(a), float(b), rel_tol=1e-9)
+        except ValueError:
+            return False
+    return a == b
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 8:
+        return f"[{', '.join(map(str, value[:8]))}, …] ({len(value)} layers)"
+    return "not set" if value is None else str(value)
