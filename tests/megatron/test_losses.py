@@ -1,0 +1,142 @@
+"""Losses against formulas written out in float64, one token at a time, and against any way of splitting a batch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vime.megatron import losses
+
+FLOATS = st.floats(-3, 3, width=32)
+TOKENS = st.lists(st.tuples(FLOATS, FLOATS, FLOATS), min_size=1, max_size=20)
+
+
+def reference_policy_loss(log_ratio, advantage, eps, high, c):
+    ratio = math.exp(log_ratio)
+    clipped = min(max(ratio, 1 - eps), 1 + high)
+    loss = max(-ratio * advantage, -clipped * advantage)
+    return min(loss, -c * advantage) if c is not None and advantage < 0 else loss
+
+
+@given(TOKENS, st.sampled_from([None, 3.0]))
+def test_the_policy_loss_is_ppo_with_clip_higher_and_dual_clip(tokens, c):
+    log_ratio, advantages, _ = (torch.tensor(column) for column in zip(*tokens, strict=True))
+    result = losses.clipped_policy_loss(log_ratio, advantages, eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=c)
+    expected = [reference_policy_loss(r, a, 0.2, 0.28, c) for r, a, _ in tokens]
+    assert result.loss.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@given(TOKENS)
+def test_gradients_of_the_policy_loss_agree_with_differences_in_float64(tokens):
+    log_ratio, advantages, _ = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
+    ratio = log_ratio.exp()
+    near_a_kink = ((ratio - 0.8).abs() < 1e-3) | ((ratio - 1.28).abs() < 1e-3)
+    log_ratio = torch.where(near_a_kink, torch.zeros_like(log_ratio), log_ratio).requires_grad_()
+    losses.clipped_policy_loss(log_ratio, advantages, eps_clip=0.2, eps_clip_high=0.28).loss.sum().backward()
+    step = 1e-6
+    for index in range(len(tokens)):
+        value, advantage = float(log_ratio[index].detach()), float(advantages[index])
+        up = reference_policy_loss(value + step, advantage, 0.2, 0.28, None)
+        down = reference_policy_loss(value - step, advantage, 0.2, 0.28, None)
+        assert float(log_ratio.grad[index]) == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-5)
+
+
+@given(FLOATS, FLOATS)
+def test_kl_estimates_are_their_formulas(log_prob, reference):
+    d = log_prob - reference
+    k3 = math.exp(-d) - 1 + d
+    expected = {"k1": d, "k2": d * d / 2, "k3": k3, "low_var_kl": max(-10.0, min(10.0, k3))}
+    for kind, value in expected.items():
+        got = losses.kl_divergence(torch.tensor([log_prob]), torch.tensor([reference]), kind)
+        assert float(got) == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k3", "low_var_kl"])
+def test_no_log_prob_makes_the_gradient_of_the_kl_nan(kind):
+    log_probs = torch.tensor([-1e4, -80.0, 0.0], requires_grad=True)
+    losses.kl_divergence(log_probs, torch.tensor([0.0, 0.0, -1e4]), kind).sum().backward()
+    assert torch.isfinite(log_probs.grad).all()
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=16))
+def test_group_advantages_have_zero_mean_and_unit_deviation(rewards):
+    advantages = losses.group_advantages(torch.tensor(rewards))
+    assert torch.isfinite(advantages).all()
+    assert float(advantages.mean()) == pytest.approx(0, abs=1e-3)
+    if max(rewards) - min(rewards) > 0.1:
+        assert float(advantages.std()) == pytest.approx(1, rel=1e-2)
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [0.0, 0.0, 0.0], [0.1] * 7])
+def test_a_group_of_one_or_of_equal_rewards_has_no_advantage(rewards):
+    assert losses.group_advantages(torch.tensor(rewards)).tolist() == [0.0] * len(rewards)
+
+
+def test_reinforce_plus_plus_normalises_over_the_batch_not_the_group():
+    groups = [torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0])]
+    plain = torch.cat(losses.batch_advantages(groups, "reinforce_plus_plus"))
+    assert plain[0] > 0.8
+    assert plain[2] < -0.8
+    baseline = torch.cat(losses.batch_advantages(groups, "reinforce_plus_plus_baseline"))
+    assert baseline.tolist() == [0.0] * 4
+
+
+MASKS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+@given(MASKS, st.booleans(), st.randoms(use_true_random=False))
+def test_the_loss_is_the_same_for_every_split_and_order_of_the_batch(masks, per_token, random):
+    tensors = [torch.tensor(mask) for mask in masks]
+    weights = losses.token_weights(tensors, per_token=per_token)
+    values = [torch.tensor([random.uniform(-2, 2) for _ in mask]) for mask in masks]
+    pieces = list(zip(values, weights, strict=True))
+    random.shuffle(pieces)
+    cut = random.randint(0, len(pieces))
+    halves = [pieces[:cut], pieces[cut:]]
+    split = sum(
+        float(losses.weighted_sum(torch.cat([v for v, _ in half]), torch.cat([w for _, w in half])))
+        for half in halves
+        if half
+    )
+    if per_token:
+        total = max(sum(map(sum, masks)), 1)
+        expected = sum(float((v * t).sum()) for v, t in zip(values, tensors, strict=True)) / total
+    else:
+        means = [float((v * t).sum() / max(int(t.sum()), 1)) for v, t in zip(values, tensors, strict=True)]
+        expected = sum(means) / len(means)
+    assert split == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_masked_tokens_may_hold_nan_without_harm():
+    values = torch.tensor([1.0, float("nan")], requires_grad=True)
+    loss = losses.weighted_sum(values, torch.tensor([0.5, 0.0]))
+    loss.backward()
+    assert loss.item() == 0.5
+    assert values.grad.tolist() == [0.5, 0.0]
+
+
+@given(TOKENS)
+def test_gspo_has_the_gradient_of_the_geometric_mean_ratio(tokens):
+    new, old, _ = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
+    direct = new.clone().requires_grad_()
+    ((direct - old).mean()).exp().backward()
+    token_wise = new.clone().requires_grad_()
+    mean = (token_wise - old).mean().expand(len(tokens))
+    ratios = losses.sequence_log_ratio(token_wise, mean).exp()
+    ratios.mean().backward()
+    assert torch.allclose(direct.grad, token_wise.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_cispo_clips_the_weight_and_keeps_the_token():
+    log_probs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    result = losses.cispo_loss(log_probs, torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0]), eps_clip=0.2)
+    result.loss.sum().backward()
+    assert log_probs.grad.tolist() == pytest.approx([-1.2, -1.0])
+    assert result.clipped.tolist() == [True, False]
+
+
+def test_importance_weights_are_truncated_above_only():
+    weights = losses.importance_weights(torch.tensor([0.0, 5.0, -3.0]), torch.zeros(3), 2.0)
+    assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-3)])
