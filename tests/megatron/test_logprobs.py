@@ -59,7 +59,7 @@ targets = torch.zeros(tokens, dtype=torch.long)
 warm = logits[:256].clone().requires_grad_()
 token_log_probs(warm, targets[:256])[0].sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-log_probs, _ = token_log_probs(logits.requires_grad_(), targets, chunk=256)
+log_probs, _ = token_log_probs(logits.requires_grad_(), targets, chunk=64)
 log_probs.sum().backward()
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 print(grown / (tokens * vocabulary * 4))
