@@ -1,0 +1,205 @@
+"""`python -m vime.submit`: plans a run and submits it, or runs it on this machine with `--cluster local`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vime.errors import BadInput, VimeError
+from vime.launch.discover import has_slurm, query_partitions, resolve
+from vime.planning.build import Checks, make_plan
+from vime.planning.cluster import load_cluster, parse_minutes
+from vime.planning.io import write_plan
+from vime.planning.registry import record_run
+from vime.planning.show import render
+from vime.planning.types import Cluster, Plan
+from vime.recipe import files
+from vime.recipe.flags import flag, recipe_options
+from vime.recipe.load import load_recipe
+from vime.recipe.schema import Recipe
+
+DEFAULT_RECIPE = "deepseek-r1"
+
+
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of a plan, common to vime.submit and vime.plan."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="Options of the recipe stand after --, as in: -- --lr 2e-6 --colocate",
+    )
+    add = parser.add_argument
+    add("--recipe", default=DEFAULT_RECIPE, help=f"name or YAML file; there are {', '.join(files.names('recipes'))}")
+    add("--nodes", type=int, help="nodes in all, without spares; by default the recipe's")
+    add("--cluster", help=f"name or YAML file of a profile ({', '.join(files.names('clusters'))}); default: ask sinfo")
+    add("--base-dir", help="the shared folder of models, data and checkpoints; default: $BASE_DIR, then the profile's")
+    add("--run-name", help="by default the recipe's name and the time")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--run-dir", help="folder of this run; one that holds a run goes on where it was saved")
+    place.add_argument("--runs-dir", help="folder in which the run's folder is made; default: $BASE_DIR/runs")
+    add("--shape", choices=("allocation", "chain"), default="allocation", help="one job, or a job a stage")
+    add("--spares", type=int, default=0, help="nodes more, which replace those that preflight refuses")
+    add("--time", help="time limit: minutes, H:M:S or D-H; default: the profile's")
+    add("--partition", help="Slurm partition; default: the profile's, else Slurm's default")
+    add("--list-options", action="store_true", help="print every option of the recipe and its value, and end")
+    add("flags", nargs="*", metavar="-- FLAGS", help=argparse.SUPPRESS)
+    return parser
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments and those after `--`."""
+    words = list(argv)
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
+
+
+def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
+    """The plan that the options ask for. `required`: what it names must be there, checkpoint and Slurm alike."""
+    recipe = load_recipe(args.recipe, flags)
+    nodes = _nodes(args, recipe, flags)
+    if args.spares < 0:
+        raise BadInput(f"--spares is {args.spares}: give 0 or more")
+    base_dir = args.base_dir or os.environ.get("BASE_DIR") or None
+    cluster, found = _cluster(args, recipe, nodes, required=required)
+    plan = make_plan(
+        recipe,
+        cluster=cluster,
+        nodes=nodes,
+        base_dir=base_dir,
+        run_dir=args.run_dir,
+        runs_dir=args.runs_dir,
+        run_name=args.run_name,
+        shape=args.shape,
+        spares=args.spares,
+        checks=Checks(inputs=required, run_folder=run_folder),
+    )
+    return plan.model_copy(update={"notes": (*found, *plan.notes)})
+
+
+def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> int | None:
+    if args.nodes is None:
+        return None
+    if args.nodes < 1:
+        raise BadInput(f"--nodes is {args.nodes}: give at least 1")
+    trainer = recipe.cluster.actor_num_nodes
+    if "--actor-num-nodes" in flags and recipe.cluster.colocate and trainer != args.nodes:
+        raise BadInput(f"--nodes {args.nodes} and --actor-num-nodes {trainer} differ: with --colocate give one of them")
+    return args.nodes
+
+
+def _cluster(
+    args: argparse.Namespace, recipe: Recipe, nodes: int | None, *, required: bool
+) -> tuple[Cluster, list[str]]:
+    """The profile, completed by what sinfo says of the partition."""
+    gpus = recipe.cluster.actor_num_gpus_per_node
+    cluster = load_cluster(args.cluster) if args.cluster else Cluster(name="slurm", kind="slurm")
+    update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
+    if args.partition:
+        update["partition"] = args.partition
+    cluster = cluster.model_copy(update=update)
+    if cluster.kind == "local":
+        if args.partition or args.spares:
+            raise BadInput("--partition and --spares have no meaning with --cluster local: leave them out")
+        return cluster, []
+    if has_slurm():
+        try:
+            return resolve(
+                cluster, (nodes or _default_nodes(recipe)) + args.spares, query_partitions(), needs_gpus=gpus
+            )
+        except BadInput as error:
+            if required:
+                raise
+            return _assumed(cluster, gpus), [f"not asked of Slurm: {error}"]
+    if required:
+        raise BadInput("there is no Slurm on this machine: submit from a login node, or run here with --cluster local")
+    return _assumed(cluster, gpus), ["planned without Slurm: there is none on this machine"]
+
+
+def _assumed(cluster: Cluster, gpus: int) -> Cluster:
+    """Where Slurm cannot be asked, nodes hold what the recipe takes."""
+    if cluster.gpus_per_node or cluster.gpu_request == "none":
+        return cluster
+    return cluster.model_copy(update={"gpus_per_node": gpus})
+
+
+def _default_nodes(recipe: Recipe) -> int:
+    options = recipe.cluster
+    apart = 0 if options.colocate else -(-(options.rollout_num_gpus or 0) // options.actor_num_gpus_per_node)
+    return options.actor_num_nodes + apart
+
+
+def list_options(recipe: Recipe) -> str:
+    """Every option of the recipe as a flag, with its value and its meaning."""
+    lines = []
+    for name, target in recipe_options().items():
+        group = getattr(recipe, target.group)
+        about = type(group).model_fields[target.field].description
+        lines.append(f"{flag(name)} {getattr(group, target.field)}" + (f"   # {about}" if about else ""))
+    return "\n".join(lines)
+
+
+def run(argv: Sequence[str]) -> int:
+    own, flags = split_flags(argv)
+    parser = build_parser("python -m vime.submit", __doc__.partition(": ")[2])
+    parser.add_argument("--dry-run", action="store_true", help="print plan and batch script and submit nothing")
+    args = parser.parse_args(own)
+    if args.flags:
+        raise BadInput(f"unexpected argument {args.flags[0]!r}: options of the recipe stand after --")
+    if args.list_options:
+        print(list_options(load_recipe(args.recipe, flags)))
+        return 0
+    writes = not args.dry_run or args.run_dir is not None
+    plan = plan_from(args, flags, required=not args.dry_run, run_folder=writes)
+    if args.dry_run:
+        return _dry_run(plan, write=args.run_dir is not None)
+    return _local(plan) if plan.cluster.kind == "local" else _submit(plan)
+
+
+def _dry_run(plan: Plan, *, write: bool) -> int:
+    print(render(plan))
+    if plan.cluster.kind == "slurm":
+        from vime.launch.submit import sbatch_text
+
+        print("Batch script\n")
+        print(sbatch_text(plan))
+    if write:
+        print(f"plan written to {write_plan(plan)}")
+    return 0
+
+
+def _local(plan: Plan) -> int:
+    from vime.launch import local
+
+    _start(plan)
+    return local.run(plan)
+
+
+def _submit(plan: Plan) -> int:
+    from vime.launch.submit import submit
+
+    _start(plan)
+    print(f"job {submit(plan)}: python -m vime.status shows it, python -m vime.logs -f follows it")
+    return 0
+
+
+def _start(plan: Plan) -> None:
+    """Writes the plan and records the run, so that vime.status and its siblings find it from here on."""
+    write_plan(plan)
+    record_run(plan.run_dir)
+    print(f"run {plan.run_name}: {plan.run_dir}")
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
