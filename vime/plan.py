@@ -15,7 +15,7 @@ from vime.submit import build_parser, plan_from, split_flags
 
 def run(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
-    parser = build_parser("python -m vime.plan", __doc__.partition(": ")[2])
+    parser = build_parser("python -m vime.plan", "Print the plan of a run that is to be, or of one that is there.")
     parser.add_argument("--run", help="name or folder of a run: print its plan instead of a new one")
     parser.add_argument("--json", action="store_true", help="the whole plan for programs")
     parser.add_argument("--placement", action="store_true", help="a line a GPU: node, Megatron and engine ranks")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vime.errors import BadInput, VimeError
 from vime.launch.discover import has_slurm, query_partitions, resolve
@@ -21,15 +23,26 @@ from vime.recipe.load import load_recipe
 from vime.recipe.schema import Recipe
 
 DEFAULT_RECIPE = "deepseek-r1"
+DRY_RUN_PATIENCE_S = 0.4
+"""A dry run does not wait for a Slurm controller that is away."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line, as every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        named = re.search(r"--([\w-]+)", message)
+        name = named[1].replace("-", "_") if named else ""
+        of_recipe = name in recipe_options() or name.startswith("vllm_")
+        raise BadInput(
+            message + (": options of the recipe stand after --" if of_recipe else f"; see {self.prog} --help")
+        )
 
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The options of a plan, common to vime.submit and vime.plan."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog="Options of the recipe stand after --, as in: -- --lr 2e-6 --colocate",
-    )
+    epilog = "Options of the recipe stand after --, as in: -- --lr 2e-6 --colocate"
+    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
     add("--recipe", default=DEFAULT_RECIPE, help=f"name or YAML file; there are {', '.join(files.names('recipes'))}")
     add("--nodes", type=int, help="nodes in all, without spares; by default the recipe's")
@@ -104,14 +117,17 @@ def _cluster(
             raise BadInput("--partition and --spares have no meaning with --cluster local: leave them out")
         return cluster, []
     if has_slurm():
+        wanted = (nodes or _default_nodes(recipe)) + args.spares
         try:
-            return resolve(
-                cluster, (nodes or _default_nodes(recipe)) + args.spares, query_partitions(), needs_gpus=gpus
-            )
+            partitions = query_partitions() if required else query_partitions(timeout_s=DRY_RUN_PATIENCE_S)
+            resolved, found = resolve(cluster, wanted, partitions, needs_gpus=gpus)
         except BadInput as error:
             if required:
                 raise
-            return _assumed(cluster, gpus), [f"not asked of Slurm: {error}"]
+            return _assumed(cluster, gpus), [f"a submission would be refused: {error}"]
+        if args.time and resolved.time_limit_minutes < cluster.time_limit_minutes:
+            raise BadInput(f"--time is {args.time}, but {found[0].removeprefix('time limit ')}: give at most that")
+        return resolved, found
     if required:
         raise BadInput("there is no Slurm on this machine: submit from a login node, or run here with --cluster local")
     return _assumed(cluster, gpus), ["planned without Slurm: there is none on this machine"]
@@ -142,7 +158,9 @@ def list_options(recipe: Recipe) -> str:
 
 def run(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
-    parser = build_parser("python -m vime.submit", __doc__.partition(": ")[2])
+    parser = build_parser(
+        "python -m vime.submit", "Plan a run and submit it, or run it on this machine with --cluster local."
+    )
     parser.add_argument("--dry-run", action="store_true", help="print plan and batch script and submit nothing")
     args = parser.parse_args(own)
     if args.flags:

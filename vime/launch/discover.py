@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from vime.errors import BadInput
 from vime.planning.types import Cluster
 
-_TIMEOUT_S = 20.0
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -32,15 +30,19 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
 
 
-def query_partitions() -> list[Partition]:
+def query_partitions(timeout_s: float = 20.0) -> list[Partition]:
     """All partitions. Raises BadInput where sinfo fails."""
     command = ["sinfo", "--noheader", "--format=%R|%P|%a|%D|%c|%m|%G|%l"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BadInput(f"sinfo gives no answer ({error}): is Slurm's controller up?") from error
+        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BadInput(f"sinfo gave no answer in {timeout_s:g} s: is Slurm's controller up?") from error
+    except OSError as error:
+        raise BadInput(f"cannot run sinfo: {error.strerror}") from error
     if result.returncode:
-        raise BadInput(f"sinfo fails ({' '.join(result.stderr.split())}): is Slurm's controller up?")
+        raise BadInput(
+            f"sinfo fails ({(result.stderr.strip().splitlines() or ['no output'])[-1]}): is Slurm's controller up?"
+        )
     return parse_partitions(result.stdout)
 
 
