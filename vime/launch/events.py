@@ -1,0 +1,105 @@
+"""The journal of a run, `events.jsonl`: what happened, in order. The controller writes it, every command reads it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+EVENTS_FILE = "events.jsonl"
+
+Kind = Literal[
+    "run-start",
+    "stage-start",
+    "stage-ready",
+    "stage-skip",
+    "stage-end",
+    "preflight",
+    "binding",
+    "signal",
+    "checkpoint-request",
+    "checkpoint",
+    "requeue",
+    "run-end",
+]
+
+
+class Event(BaseModel):
+    """One line of the journal."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    time: float = Field(default_factory=time.time)
+    """Unix seconds."""
+    kind: Kind
+    stage: str | None = None
+    node: str | None = None
+    """Host name."""
+    rank: int | None = None
+    """Rank of the task in its stage."""
+    text: str = ""
+    """One line for a person."""
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Journal:
+    """The one writer. A line is one write to a file opened for appending; what must survive a crash is synced."""
+
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        self._path = Path(run_dir) / EVENTS_FILE
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._end_torn_line()
+
+    def write(self, kind: Kind, text: str = "", *, sync: bool = True, **fields: Any) -> Event:
+        """Appends an event; `fields` are stage, node, rank and data of Event."""
+        event = Event(kind=kind, text=text, **fields)
+        line = event.model_dump_json(exclude_defaults=True).encode() + b"\n"
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+        if sync:
+            os.fsync(self._descriptor)
+        return event
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _end_torn_line(self) -> None:
+        """A writer that was killed inside its last line leaves it open; the next event starts on a line of its own."""
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")
+
+
+def read_events(run_dir: str | os.PathLike[str]) -> list[Event]:
+    """Every event of a run, oldest first. A line that its writer did not finish is left out."""
+    return parse_events(_text(Path(run_dir) / EVENTS_FILE))
+
+
+def parse_events(text: str) -> list[Event]:
+    """The events of a journal's text."""
+    events = []
+    for line in text.split("\n"):
+        if not line:
+            continue
+        try:
+            events.append(Event.model_validate_json(line))
+        except ValidationError:
+            # Only a killed writer leaves such a line; the journal goes on after it.
+            continue
+    return events
+
+
+def last_start(events: list[Event]) -> list[Event]:
+    """The events since the run was started or requeued for the last time."""
+    starts = [place for place, event in enumerate(events) if event.kind == "run-start"]
+    return events[starts[-1] :] if starts else events
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
