@@ -1,0 +1,46 @@
+"""Which device the trainer runs on. On a GPU nothing is changed; without one the CPU shim is installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vime.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Device and collective library of this process, and whether Transformer Engine builds the layers."""
+
+    device: torch.device
+    distributed: Literal["gloo", "nccl"]
+    transformer_engine: bool
+
+    @property
+    def cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+
+@functools.cache
+def setup() -> Backend:
+    """The backend of this process; call it before any part of Megatron is imported or built.
+
+    The GPU is the process's only visible one, or LOCAL_RANK among several.
+    """
+    if torch.cuda.is_available():
+        count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+        index = local if count > 1 else 0
+        if index >= count:
+            raise BadInput(f"LOCAL_RANK is {local} but {count} GPUs are visible: start one rank a GPU")
+        torch.cuda.set_device(index)
+        engine = importlib.util.find_spec("transformer_engine") is not None
+        return Backend(torch.device("cuda", index), "nccl", engine)
+    from vime.megatron import cpu_shim
+
+    cpu_shim.install()
+    return Backend(torch.device("cpu"), "gloo", False)

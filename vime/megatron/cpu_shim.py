@@ -1,0 +1,165 @@
+"""Lets Megatron-core run where there is no GPU: each piece answers one place that takes CUDA for granted.
+
+Installed once by `backend.setup()`, only where CUDA is absent. It replaces attributes of `torch.cuda`, wraps torch's
+factory functions so that `device="cuda"` means the CPU, and mends three Megatron modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor")
+_LIKE_FACTORIES = ("zeros_like", "ones_like", "empty_like", "full_like")
+
+
+def install() -> None:
+    """Install everything. Must run before Megatron's modules are imported (they bind some names at import)."""
+    _device()
+    _random_state()
+    _streams()
+    _factories()
+    _tensor_methods()
+    _no_compilation()
+    _megatron()
+
+
+def _device() -> None:
+    # Megatron passes the answer on as a device, for buffers of collectives and optimizer shards.
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.empty_cache = lambda: None
+
+
+def _random_state() -> None:
+    """The tracker of parallel random states forks the CPU generator."""
+
+    def get_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    torch.cuda.random.get_rng_state = get_state
+    torch.cuda.random.set_rng_state = set_state
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment]
+
+
+class _Event:
+    """Work on a CPU is finished when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    """The one order in which a CPU works."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _streams() -> None:
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _factories() -> None:
+    for name in (*_FACTORIES, *_LIKE_FACTORIES):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _tensor_methods() -> None:
+    plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers accept the names of CUDA types only.
+        answer = plain_type(self, *args, **kwargs)
+        if not args and not kwargs and isinstance(answer, str):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        return plain_to(self, *args, **kwargs)
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+
+def _no_compilation() -> None:
+    # Megatron compiles small element-wise functions; on a CPU that costs more than it saves and needs a compiler.
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+    torch.compiler.set_stance("force_eager")
+
+
+def _megatron() -> None:
+    import megatron.core.tensor_parallel.random as parallel_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    parallel_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    # Both modules believe in Transformer Engine when its wrapper can be imported, whether or not it is installed.
+    latent.HAVE_TE = False
+    moe_utils.te_general_gemm = None
+    plain = moe_utils.maybe_move_tensor_to_cpu
+
+    def splits_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The original leaves a tensor that is on the CPU a tensor; all_to_all wants plain numbers.
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return plain(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = splits_to_cpu

@@ -1,0 +1,105 @@
+"""Process groups of one layout, and the layouts that cannot be trained."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from vime.errors import BadInput
+from vime.megatron import backend
+from vime.models.config import ModelConfig
+from vime.models.shards import check_layout
+from vime.recipe.parallel import Coordinates, ParallelLayout
+
+
+def refuse_wrong(config: ModelConfig, layout: ParallelLayout) -> None:
+    """Raises BadInput for a layout that does not fit the model or that is known to train it wrongly."""
+    check_layout(config, layout)
+    if layout.tp == 1:
+        return
+    if config.moe is not None and not layout.sequence_parallel:
+        raise BadInput(
+            f"TP{layout.tp} without --sequence-parallel: Megatron trains mixtures of experts under tensor parallelism "
+            "with it only, add the flag"
+        )
+    if config.mla is not None and not layout.sequence_parallel:
+        raise BadInput(
+            f"TP{layout.tp} without --sequence-parallel: the gradient of the shared rope key of latent attention "
+            "would miss the other ranks' heads, add the flag"
+        )
+
+
+def init_parallel(
+    layout: ParallelLayout,
+    *,
+    rank: int | None = None,
+    master_address: str | None = None,
+    master_port: int | None = None,
+    seed: int = 1234,
+    timeout_s: float = 1800.0,
+) -> Coordinates:
+    """Join the process group and build Megatron's groups; returns where this rank stands.
+
+    Rank and address come from RANK, MASTER_ADDR and MASTER_PORT when they are not given.
+    """
+    device = backend.setup()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    rank = int(os.environ["RANK"]) if rank is None else rank
+    address = master_address or os.environ["MASTER_ADDR"]
+    port = master_port or int(os.environ["MASTER_PORT"])
+    if not dist.is_initialized():
+        host = f"[{address}]" if ":" in address else address
+        dist.init_process_group(
+            device.distributed,
+            init_method=f"tcp://{host}:{port}",
+            rank=rank,
+            world_size=layout.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=None if device.cpu else device.device,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    coords = layout.coordinates(rank)
+    check_coordinates(coords)
+    return coords
+
+
+def check_coordinates(coords: Coordinates) -> None:
+    """The plan's arithmetic and Megatron's groups must agree; everything that is sharded depends on it."""
+    from megatron.core import parallel_state as ps
+
+    theirs = Coordinates(
+        dist.get_rank(),
+        ps.get_tensor_model_parallel_rank(),
+        ps.get_context_parallel_rank(),
+        ps.get_data_parallel_rank(),
+        ps.get_pipeline_model_parallel_rank(),
+        ps.get_expert_model_parallel_rank(),
+        ps.get_expert_tensor_parallel_rank() or 0,
+        ps.get_expert_data_parallel_rank(),
+    )
+    if theirs != coords:
+        raise AssertionError(f"rank {coords.rank}: Megatron's place {theirs} differs from the plan's {coords}")
+
+
+def destroy_parallel() -> None:
+    """Leave the groups; the process can build another layout afterwards."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
