@@ -1,0 +1,223 @@
+"""The command line and the environment of a vLLM server, as data: a pure function of plan, binding and place.
+
+The secrets (the API key) are not part of it; `vime.rollout.engine` adds them to the environment of the process.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vime.errors import BadInput
+from vime.planning.types import Binding, BoundNode, EnginePlan, Plan
+from vime.recipe.load import bf16_folder
+
+MODEL_NAME = "policy"
+"""The name under which every engine serves the trained model."""
+
+WEIGHT_BACKENDS = {"gpu": "vime", "cpu": "vime-shm"}
+"""Names of the weight-transfer backends that vime.sync registers in vLLM."""
+
+_DECIDED = {
+    "enable_scale_out": "requests carry token ids, which needs it",
+    "logprobs_mode": "training compares log-probs at the sampling temperature",
+    "middleware": "the run guards every route with its key",
+}
+_FROM_PLAN = ("data_parallel_size", "enable_expert_parallel")
+_KV_CACHE_GIB = "1"
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """How one node's part of an engine is started."""
+
+    argv: tuple[str, ...]
+    """After the Python interpreter."""
+    env: dict[str, str]
+    """Added to the environment; no secrets."""
+    serves: bool
+    """Whether this node answers HTTP: the first one of an engine."""
+    url: str
+    """Address of the engine's server, on its first node."""
+
+
+def on_gpu(plan: Plan) -> bool:
+    """Whether the plan's GPU slots are real GPUs."""
+    return plan.cluster.gpu_request != "none" and plan.cluster.gpus_per_node > 0
+
+
+def model_path(plan: Plan) -> str:
+    """The folder that the engines load: the HF checkpoint; on processors its bf16 copy when it is quantised.
+
+    vLLM loads block fp8 on no processor without AMX.
+    """
+    checkpoint = plan.recipe.checkpoint.hf_checkpoint
+    if checkpoint is None:
+        raise BadInput("--hf-checkpoint is not set: engines load their first weights and the tokenizer from it")
+    if on_gpu(plan) or "quantization_config" not in plan.model_config_hf:
+        return checkpoint
+    for stage in plan.stages:
+        for output in stage.outputs if stage.name == "cast" else ():
+            if output.kind == "hf":
+                return output.path
+    return bf16_folder(plan.recipe)
+
+
+def engine_command(
+    plan: Plan, binding: Binding, engine: EnginePlan, position: int, cpus: Sequence[int]
+) -> EngineCommand:
+    """The command of the engine's part on its node number `position`; `cpus` are the cores its process may use.
+
+    Raises BadInput for a layout that vLLM computes wrong without saying so, and for a `--vllm-…` flag that is not free.
+    """
+    check_layout(plan, engine)
+    leader = binding.nodes[engine.nodes[0]]
+    here = binding.nodes[engine.nodes[position]]
+    serves = position == 0
+    argv = [
+        *("-m", "vime.rollout.serve", model_path(plan)),
+        *_meeting_place(engine, position, leader, binding.port_offset),
+        *(_server_arguments(leader, engine.port + binding.port_offset) if serves else ()),
+        *_weights_and_samples(plan, engine),
+        *_device_arguments(plan),
+        *_flags(_free_flags(plan.recipe.engine.vllm)),
+    ]
+    url = f"http://{_bracketed(leader.address)}:{engine.port + binding.port_offset}"
+    env = _environment(plan, binding, engine, position, here, cpus)
+    return EngineCommand(tuple(argv), env, serves, url)
+
+
+def check_layout(plan: Plan, engine: EnginePlan) -> None:
+    """BadInput for layouts that vLLM on processors takes and then computes wrong, or dies of at the first request."""
+    if on_gpu(plan):
+        return
+    if engine.expert_parallel and engine.tensor_parallel_size > 1:
+        raise BadInput(
+            f"--vllm-enable-expert-parallel with tensor parallel {engine.tensor_parallel_size} on processors: "
+            "vLLM computes wrong values there without an error; leave it out"
+        )
+    if engine.data_parallel_size > 1 and _experts(plan.model_config_hf):
+        raise BadInput(
+            f"--vllm-data-parallel-size {engine.data_parallel_size} with a mixture of experts on processors: "
+            "vLLM dies at the first request there; use more engines of one rank instead"
+        )
+
+
+def _experts(hf_config: Mapping[str, Any]) -> int:
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return next((int(hf_config[name]) for name in names if hf_config.get(name)), 0)
+
+
+def _meeting_place(engine: EnginePlan, position: int, leader: BoundNode, port_offset: int) -> Iterator[str]:
+    """Parallel sizes, and for data parallelism how the nodes of the engine find its leader."""
+    tensor, data = engine.tensor_parallel_size, engine.data_parallel_size
+    yield from ("--tensor-parallel-size", str(tensor))
+    if engine.expert_parallel:
+        yield "--enable-expert-parallel"
+    if data == 1:
+        return
+    local = [len(gpus) // tensor for gpus in engine.gpus]
+    yield from ("--data-parallel-size", str(data), "--data-parallel-size-local", str(local[position]))
+    yield from ("--data-parallel-address", leader.address)
+    yield from ("--data-parallel-rpc-port", str(engine.aux_port + port_offset))
+    if position > 0:
+        # Only followers name their first rank: on the leader it would switch to one server a node.
+        yield from ("--headless", "--data-parallel-start-rank", str(sum(local[:position])))
+
+
+def _server_arguments(node: BoundNode, port: int) -> Iterator[str]:
+    yield from ("--host", node.address, "--port", str(port))
+    # Aborting all requests reaches only those of the API process that gets the call, so there is one.
+    yield from ("--api-server-count", "1")
+    # vLLM's own key check leaves the weight-update and remote-call routes open.
+    yield from ("--middleware", "vime.rollout.guard.RequireKey")
+    yield from ("--enable-scale-out", "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning")
+
+
+def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
+    backend = WEIGHT_BACKENDS["gpu" if on_gpu(plan) else "cpu"]
+    yield from ("--served-model-name", MODEL_NAME)
+    yield from ("--weight-transfer-config", _compact({"backend": backend}))
+    yield from ("--logprobs-mode", "processed_logprobs")
+    # Engines of one seed would draw the same numbers.
+    yield from ("--seed", str(plan.recipe.rollout.rollout_seed + engine.index))
+
+
+def _device_arguments(plan: Plan) -> Iterator[str]:
+    if on_gpu(plan):
+        if plan.recipe.cluster.colocate:
+            yield "--enable-sleep-mode"
+        return
+    if not plan.recipe.engine.vllm.get("enforce_eager"):
+        yield "--enforce-eager"
+    # The fused rotary embedding of vLLM on processors gives wrong log-probs for multi-head latent attention.
+    yield "-cc.custom_ops+=-rotary_embedding"
+
+
+def _free_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    for name, reason in _DECIDED.items():
+        if name in given:
+            raise BadInput(f"--vllm-{name.replace('_', '-')} cannot be given: {reason}")
+    return {name: value for name, value in given.items() if name not in _FROM_PLAN}
+
+
+def _flags(values: Mapping[str, Any]) -> Iterator[str]:
+    """vLLM's spelling of options: switches, JSON for mappings, several words for lists."""
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, Mapping):
+            yield from (f"--{flag}", _compact(value))
+        elif isinstance(value, list):
+            yield from (f"--{flag}", *map(str, value))
+        else:
+            yield from (f"--{flag}", str(value))
+
+
+def _environment(
+    plan: Plan, binding: Binding, engine: EnginePlan, position: int, here: BoundNode, cpus: Sequence[int]
+) -> dict[str, str]:
+    env = dict(plan.recipe.misc.env)
+    env |= {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight updates, pausing and sleeping
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_HOST_IP": here.address,
+    }
+    if engine.data_parallel_size > 1:
+        # The leader looks for free ports from here on, for its ranks to meet; the first is the handshake's.
+        env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)
+    if here.interface:
+        env |= {"GLOO_SOCKET_IFNAME": here.interface, "NCCL_SOCKET_IFNAME": here.interface}
+    if on_gpu(plan):
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, engine.gpus[position]))
+        return env
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", _KV_CACHE_GIB)
+    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(cpus, len(engine.gpus[position])))
+    return env
+
+
+def thread_binding(cpus: Sequence[int], ranks: int) -> str:
+    """vLLM's text for the cores of every rank of this node: as even as can be, shared when there are too few."""
+    if len(cpus) < ranks:
+        return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
+    bounds = [len(cpus) * rank // ranks for rank in range(ranks + 1)]
+    return "|".join(",".join(map(str, cpus[a:b])) for a, b in itertools.pairwise(bounds))
+
+
+def _bracketed(address: str) -> str:
+    try:
+        return f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
+    except ValueError:
+        return address
+
+
+def _compact(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))

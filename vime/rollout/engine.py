@@ -1,0 +1,195 @@
+"""One engine on one of its nodes: a vLLM server as a subprocess that is started, watched and ended whole."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vime.errors import DeadlineExceeded, VimeError
+from vime.planning.types import Binding, Plan
+from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
+from vime.rollout.guard import KEY_VARIABLE
+from vime.rollout.serve import PARENT_VARIABLE
+
+POLL_SECONDS = 0.25
+GRACE_SECONDS = 15.0
+"""From the first signal until a server that has not ended is killed."""
+KILL_SECONDS = 15.0
+_PROBE_SECONDS = 120.0
+_TAIL_BYTES = 16384
+
+
+class EngineFailed(VimeError):
+    """An engine's server ended, or answered its first request wrong."""
+
+
+class EngineServer:
+    """One engine's process on its node number `position`; the first one serves, the others follow without a port.
+
+    `start` has to be called on a thread that lives as long as the engine: the kernel ends the server with that thread.
+    """
+
+    def __init__(self, plan: Plan, binding: Binding, engine_index: int, position: int, api_key: str) -> None:
+        engine = plan.engines[engine_index]
+        self.name = f"engine {engine_index} on node {engine.nodes[position]}"
+        cpus = _cpus_of_engine(plan, binding, engine_index, position)
+        self.command: EngineCommand = engine_command(plan, binding, engine, position, cpus)
+        node = engine.nodes[position]
+        self.log = Path(plan.run_dir) / "logs" / "engines" / f"engine-{engine_index}-node{node:02d}.log"
+        self._key = api_key
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server, also that of its process group; None before start and after stop."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start the server; its output goes to the engine's log file. Call `wait_ready` next."""
+        if self._process is not None:
+            raise RuntimeError(f"{self.name} runs already")
+        self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # vLLM's processes talk through sockets and rendezvous files in the temporary folder: a private one.
+        self._scratch = tempfile.mkdtemp(prefix="vime-")
+        env = {**os.environ, **self.command.env}
+        env |= {KEY_VARIABLE: self._key, PARENT_VARIABLE: str(os.getpid()), "TMPDIR": self._scratch}
+        env |= {"VLLM_RPC_BASE_PATH": self._scratch, "PYTHONUNBUFFERED": "1"}
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *self.command.argv],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+
+    def wait_ready(self, deadline_s: float) -> str:
+        """The server's address once a real request has been answered; on a follower at once.
+
+        Raises EngineFailed when the process ends first or answers wrong, DeadlineExceeded after `deadline_s` seconds.
+        """
+        end = time.monotonic() + deadline_s
+        last = "it never accepted a connection"
+        while True:
+            if (code := self.poll()) is not None:
+                raise EngineFailed(f"{self.name} exited with {code} before it was ready: {self.last_words()}")
+            if not self.command.serves:
+                return self.command.url
+            left = end - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"{self.name} was not ready within {deadline_s:.0f} s: {last}; its last words: {self.last_words()}"
+                )
+            try:
+                self._probe(min(left, _PROBE_SECONDS))
+                return self.command.url
+            except urllib.error.HTTPError as error:
+                last = f"it answered {error.code}: {error.read(200).decode(errors='replace')}"
+            except (OSError, http.client.HTTPException) as error:
+                last = f"{type(error).__name__}: {error}"
+            time.sleep(POLL_SECONDS)
+
+    def poll(self) -> int | None:
+        """Exit code of the server process, None while it runs."""
+        if self._process is None:
+            raise RuntimeError(f"{self.name} was not started")
+        return self._process.poll()
+
+    def stop(self, grace_s: float = GRACE_SECONDS) -> None:
+        """End the server and every process it started: a signal, then after `grace_s` seconds the kill of its group.
+
+        Raises DeadlineExceeded if something survives even that.
+        """
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        if process.poll() is None:
+            process.terminate()
+        if not _group_ended(process, time.monotonic() + grace_s):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not _group_ended(process, time.monotonic() + KILL_SECONDS):
+                raise DeadlineExceeded(f"{self.name}: process group {process.pid} outlived its kill")
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+    def last_words(self) -> str:
+        """The line of the log's tail that tells most: the last one that names an error, or the last one."""
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        except FileNotFoundError:
+            return f"nothing in {self.log}"
+        telling = [line for line in lines if "Error" in line or "error:" in line]
+        return f"{(telling or lines or ['nothing'])[-1][:500]} ({self.log})"
+
+    def _probe(self, timeout: float) -> None:
+        """A request with token ids, whose answer must have as many tokens and log-probs as asked for."""
+        wanted = 2
+        body = {
+            "model": MODEL_NAME,
+            "token_ids": [1, 2, 3],
+            "sampling_params": {"max_tokens": wanted, "temperature": 0, "logprobs": 0, "ignore_eos": True},
+        }
+        request = urllib.request.Request(
+            f"{self.command.url}/inference/v1/generate",
+            data=json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
+        )
+        # The cluster's web proxy has no business between a node and itself.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=timeout) as response:
+            answer = json.load(response)
+        choice = answer["choices"][0]
+        logprobs: list[dict[str, Any]] = choice["logprobs"]["content"]
+        if len(choice["token_ids"]) != wanted or len(logprobs) != wanted:
+            raise EngineFailed(f"{self.name} answered its first request wrong: {json.dumps(choice)[:300]}")
+
+
+def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
+    """Whether the process and every member of its group end before the monotonic time `end`."""
+    while True:
+        process.poll()  # reaps it, so that the group can become empty
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+
+
+def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:
+    """This engine's share of the cores that this process may use: engines on one host divide them."""
+    cpus = sorted(os.sched_getaffinity(0))
+    host = binding.nodes[plan.engines[engine_index].nodes[position]].host
+    here = [
+        (engine.index, place)
+        for engine in plan.engines
+        for place, node in enumerate(engine.nodes)
+        if binding.nodes[node].host == host
+    ]
+    mine, shares = here.index((engine_index, position)), len(here)
+    if len(cpus) < shares:
+        return [cpus[mine % len(cpus)]]
+    return cpus[len(cpus) * mine // shares : len(cpus) * (mine + 1) // shares]

@@ -1,0 +1,47 @@
+"""`python -m vime.rollout.serve ARGS`: `vllm serve ARGS`, tied to the life of the process that started it.
+
+vLLM's `vllm` command asks for a distribution of that name, which its build for processors is not, and the module that
+remains knows no headless followers. So this takes the subcommand itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT_VARIABLE = "VIME_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent ends, and end at once if it already has. Linux only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        raise SystemExit(f"the process {parent} that started this server has ended")
+
+
+def main(argv: list[str]) -> None:
+    if parent := os.environ.get(PARENT_VARIABLE):
+        end_with_parent(int(parent))
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    subcommand = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm")
+    subcommand.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    args = parser.parse_args(["serve", *argv])
+    assert args is not None
+    configure_logging_from_args(args)
+    subcommand.validate(args)
+    subcommand.cmd(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
