@@ -18,11 +18,10 @@ API_KEY_FILE = "secrets/api_key"
 
 
 def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
-    """CPU threads of one trainer rank: its planned CPUs, or the node's cores divided by the ranks on it."""
-    if plan.recipe.cluster.num_cpus_per_rank is not None:
-        return plan.recipe.cluster.num_cpus_per_rank
+    """CPU threads of one trainer rank: the cores there are, divided by the ranks on the node, or fewer if so planned."""
     ranks = sum(rank.node == node for rank in plan.trainer_ranks)
-    return max(1, cores // max(1, ranks))
+    fair = max(1, cores // max(1, ranks))
+    return min(plan.recipe.cluster.num_cpus_per_rank or fair, fair)
 
 
 class RankActor:

@@ -36,9 +36,8 @@ def slots(plan: Plan) -> list[Slot]:
 
 
 def bundles(plan: Plan) -> list[dict[str, float]]:
-    """Resources of every slot's bundle: its GPU, its share of the node's CPUs, its node's pin."""
-    cpus = plan.recipe.cluster.num_cpus_per_rank or 1
-    return [{"GPU": 1.0, "CPU": float(cpus), f"slurm_rank_{slot.node}": PIN} for slot in slots(plan)]
+    """Resources of every slot's bundle: its GPU, a CPU (threads are the plan's matter, not Ray's), its node's pin."""
+    return [{"GPU": 1.0, "CPU": 1.0, f"slurm_rank_{slot.node}": PIN} for slot in slots(plan)]
 
 
 async def reserve(plan: Plan, *, deadline_s: float) -> Any:
