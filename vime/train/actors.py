@@ -18,7 +18,7 @@ API_KEY_FILE = "secrets/api_key"
 
 
 def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
-    """CPU threads of one trainer rank: the cores there are, divided by the ranks on the node, or fewer if so planned."""
+    """CPU threads of one trainer rank: the cores divided by the ranks on the node, or fewer if so planned."""
     ranks = sum(rank.node == node for rank in plan.trainer_ranks)
     fair = max(1, cores // max(1, ranks))
     return min(plan.recipe.cluster.num_cpus_per_rank or fair, fair)
