@@ -12,13 +12,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from vime.checkpoint.fp8_format import SCALE_SUFFIX, Block, is_quantised, scale_name, scale_shape
 from vime.errors import VimeError
-from vime.models.config import Quantisation
+
+__all__ = [
+    "SCALE_SUFFIX",
+    "Block",
+    "NotFinite",
+    "block_scales",
+    "dequantise",
+    "is_quantised",
+    "quantise",
+    "scale_name",
+    "scale_shape",
+]
 
 FP8_MAX = 448.0
 MIN_AMAX = 1e-10
-SCALE_SUFFIX = "_scale_inv"
-Block = tuple[int, int]
 
 # Elements that are worked on at a time: their fp32 and 16-bit copies stay in a core's L2 cache.
 _STRIP = 1 << 17
@@ -31,42 +41,26 @@ class NotFinite(VimeError):
     """A weight that must be quantised holds NaN or infinity."""
 
 
-def scale_name(name: str) -> str:
-    """Name of the scale that belongs to a quantised tensor."""
-    return name + SCALE_SUFFIX
-
-
-def scale_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
-    """Blocks of a matrix in both dimensions."""
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
-
-
-def is_quantised(name: str, by_default: bool, config: Quantisation | None) -> bool:
-    """Whether a checkpoint with this `quantization_config` stores the tensor in fp8.
-
-    `by_default` is the family's table. `modules_to_not_convert` names modules, whole or by their first or last parts.
-    """
-    if config is None or not by_default:
-        return False
-    module = name.rpartition(".")[0]
-    return not any(f".{skipped}." in f".{module}." for skipped in config.modules_to_not_convert or ())
-
-
 def quantise(
-    weight: Tensor, block: Block = (128, 128), *, scale_format: str = "float32", name: str = "weight"
+    weight: Tensor,
+    block: Block = (128, 128),
+    *,
+    scale_format: str = "float32",
+    name: str = "weight",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantise a matrix [M, N] (bf16, fp16 or fp32) to e4m3 of the same shape and fp32 scales.
 
-    Bit-equal with dividing every block in fp32 by its scale and rounding to nearest even. Raises NotFinite, with `name`
-    in the text, for NaN or infinity.
+    Bit-equal with dividing every block in fp32 by its scale and rounding to nearest even. `out` takes the e4m3 matrix.
+    Raises NotFinite, with `name` in the text, for NaN or infinity.
     """
     _check_matrix(weight, block)
     scale = block_scales(weight, block, scale_format=scale_format, name=name)
+    q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device) if out is None else out
     if weight.is_cuda:
-        wide = _expand(scale, weight.shape, block)
-        return (weight.to(torch.float32) / wide).to(torch.float8_e4m3fn), scale
-    q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    _quantise_strips(weight, scale, block, q.view(torch.int8))
+        q.copy_(weight.to(torch.float32) / _expand(scale, weight.shape, block))
+    else:
+        _quantise_strips(weight, scale, block, q.view(torch.int8))
     return q, scale
 
 
