@@ -1,0 +1,224 @@
+"""HF checkpoint (block fp8 or not) to Megatron's torch_dist, in one pass, by any number of ranks.
+
+Every box of every parameter is read, dequantised and written by exactly one rank, one after the other: a rank holds one
+tensor at a time. The layout decides how the boxes are cut and dealt out; the result loads at any other layout.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vime.checkpoint import torch_dist
+from vime.checkpoint.hf import HFCheckpoint
+from vime.checkpoint.hf_writer import require_space
+from vime.checkpoint.progress import Progress
+from vime.checkpoint.ranks import from_environment, process_group
+from vime.checkpoint.torch_dist import RELEASE, TRACKER, Chunk, object_name
+from vime.errors import BadInput, VimeError
+from vime.models.arguments import check_model_args
+from vime.models.config import ModelConfig
+from vime.models.disk import DiskPlace, disk_place
+from vime.models.families import params_of, stage_of
+from vime.models.namemap import Join, Param
+from vime.models.shards import Piece, check_layout, local_shape, pieces
+from vime.recipe.flags import flag, parse_flags
+from vime.recipe.parallel import ParallelLayout
+from vime.recipe.tables import MEGATRON_MODEL_FLAGS
+
+TIMEOUT = datetime.timedelta(hours=6)
+_LAYOUT_FLAGS = {
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "expert_model_parallel_size": "ep",
+    "expert_tensor_parallel_size": "etp",
+    "decoder_first_pipeline_num_layers": "first_stage_layers",
+    "decoder_last_pipeline_num_layers": "last_stage_layers",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One box of a parameter: what is read, where it goes, who does it."""
+
+    param: Param
+    pieces: tuple[Piece, ...]
+    place: DiskPlace
+    offset: tuple[int, ...]
+    """In the parameter."""
+    size: tuple[int, ...]
+    owner: int
+
+
+def convert(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, rank: int) -> int:
+    """Converts with all ranks of the default process group; returns the bytes that this rank wrote. Collective.
+
+    Raises BadInput, before anything is written, for a checkpoint that is not complete, a layout that the model does not
+    allow, a target that holds a checkpoint, and a disk that is too small.
+    """
+    config = checkpoint.config
+    check_layout(config, layout)
+    params = params_of(config)
+    checkpoint.check(params)
+    types = stored_types(checkpoint, params)
+    work = deal_out(config, layout)
+    sizes = [torch.Size(w.size).numel() * types[w.place.key].itemsize for w in work]
+    require_target(save_dir, sum(sizes))
+    mine = [(w, size) for w, size in zip(work, sizes, strict=True) if w.owner == rank]
+    progress = Progress(f"convert, rank {rank} of {layout.world_size}:", sum(size for _, size in mine))
+    chunks = [_chunk(checkpoint, w, types[w.place.key]) for w, _ in mine]
+    objects = {name: None for w, _ in mine if not any(w.offset) for name in _extra_states(w.param, w.place)}
+    common = {"checkpoint_version": 3.0, "iteration": 0, "vime": {"hf_config": dict(config.hf)}}
+    torch_dist.save(save_dir, chunks, objects, common, said=progress.add)
+    progress.close()
+    return progress.done
+
+
+def stored_types(checkpoint: HFCheckpoint, params: Sequence[Param]) -> dict[str, torch.dtype]:
+    """Type of every key: that of its HF tensors (bf16 for fp8); the widest where the parameters of a key differ."""
+    types: dict[str, torch.dtype] = {}
+    for param in params:
+        key = disk_place(param, checkpoint.config).key
+        for part in param.parts:
+            found = torch.bfloat16 if checkpoint.is_quantised(part.name) else checkpoint.info(part.name).dtype
+            found = torch.float32 if param.fp32 else found
+            types[key] = torch.promote_types(types.get(key, found), found)
+    return types
+
+
+def deal_out(config: ModelConfig, layout: ParallelLayout) -> list[Work]:
+    """All boxes of the model with their owners; the same on every rank.
+
+    A box goes to the rank of its pipeline stage, expert group and tensor shard that has the fewest elements so far.
+    """
+    holders: dict[tuple[int, int, int, bool], list[int]] = defaultdict(list)
+    for coords in map(layout.coordinates, range(layout.world_size)):
+        holders[coords.pp, 0, coords.tp, False].append(coords.rank)
+        holders[coords.pp, coords.ep, coords.etp, True].append(coords.rank)
+    load = [0] * layout.world_size
+    found = []
+    for param in params_of(config):
+        stage, group, routed = stage_of(param, layout, config.num_layers), 0, param.expert is not None
+        if routed:
+            assert config.moe is not None
+            assert param.expert is not None
+            group = param.expert // (config.moe.num_experts // layout.ep)
+        shards = 1 if param.tp_dim is None else layout.etp if routed else layout.tp
+        for index in range(shards):
+            candidates = holders[stage, group, index, routed]
+            if param.tp_dim is None:
+                # Whole on every rank of the stage or expert group: any may write it.
+                size = layout.etp if routed else layout.tp
+                candidates = [rank for i in range(size) for rank in holders[stage, group, i, routed]]
+            owner = min(candidates, key=lambda rank: (load[rank], rank))
+            for work in _boxes(param, disk_place(param, config), index, shards, owner):
+                load[owner] += torch.Size(work.size).numel()
+                found.append(work)
+    return found
+
+
+def _boxes(param: Param, place: DiskPlace, index: int, shards: int, owner: int) -> Iterator[Work]:
+    """The boxes of one shard: one a piece, except that interleaved q, k and v of a shard are one box."""
+    found = pieces(param, index, shards)
+    if param.join == Join.QKV:
+        shape = local_shape(param, shards)
+        yield Work(param, found, place, (index * shape[0], *(0 for _ in shape[1:])), shape, owner)
+        return
+    for piece in found:
+        above = sum(part.shape[0] for part in param.parts[: piece.part])
+        yield Work(param, (piece,), place, (above + piece.start[0], *piece.start[1:]), piece.size, owner)
+
+
+def _chunk(checkpoint: HFCheckpoint, work: Work, dtype: torch.dtype) -> Chunk:
+    place = work.place
+    ones = (1,) * len(place.index)
+    return Chunk(
+        key=place.key,
+        shape=place.stack + work.param.shape,
+        offset=place.index + work.offset,
+        size=ones + work.size,
+        dtype=dtype,
+        load=functools.partial(_load, checkpoint, work, dtype),
+    )
+
+
+def _load(checkpoint: HFCheckpoint, work: Work, dtype: torch.dtype) -> torch.Tensor:
+    if len(work.pieces) == 1:
+        return _read(checkpoint, work.param, work.pieces[0], dtype)
+    target = torch.empty(work.size, dtype=dtype)
+    for piece in work.pieces:
+        target[piece.target] = _read(checkpoint, work.param, piece, dtype)
+    return target
+
+
+def _read(checkpoint: HFCheckpoint, param: Param, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
+    return checkpoint.read(param.parts[piece.part].name, piece.start, piece.size, dtype)
+
+
+def _extra_states(param: Param, place: DiskPlace) -> Iterator[str]:
+    """Names of the empty states that Megatron's modules expect beside their weights."""
+    module, _, leaf = place.key.rpartition(".")
+    name = module.rpartition(".")[2]
+    if leaf == "weight" and (name.startswith("linear_") or name == "eh_proj"):
+        yield object_name(f"{module}._extra_state", place.index, place.stack)
+    if name == "linear_proj":
+        yield object_name(f"{module.removesuffix(name)}core_attention._extra_state", place.index, place.stack)
+
+
+def require_target(save_dir: Path, needed: int) -> None:
+    """Refuses a folder that already holds a checkpoint, and a disk without room for one."""
+    for name in (RELEASE, TRACKER):
+        if (save_dir / name).exists():
+            raise BadInput(f"{save_dir / name} exists: give --save a new folder or remove it")
+    folder = save_dir
+    while not folder.exists():
+        folder = folder.parent
+    require_space(folder, needed)
+
+
+def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, Path, ParallelLayout]:
+    """The tool's command line: model flags (compared with `config.json`), parallel sizes, --hf-checkpoint, --save."""
+    given = dict(parse_flags(argv))
+    paths = {name: given.pop(name, None) for name in ("hf_checkpoint", "save")}
+    sizes = {ours: given.pop(name) for name, ours in _LAYOUT_FLAGS.items() if name in given}
+    model = {name: given.pop(name) for name in list(given) if name in MEGATRON_MODEL_FLAGS}
+    for name in given:
+        raise BadInput(f"{flag(name)} has no meaning for the conversion: leave it out")
+    for name, path in paths.items():
+        if path is None:
+            raise BadInput(f"{flag(name)} is missing: give a folder")
+    numbers: dict[str, Any] = {name: _whole(name, size) for name, size in sizes.items() if size is not None}
+    layout = ParallelLayout(world_size=world_size, **numbers)
+    checkpoint = HFCheckpoint(str(paths["hf_checkpoint"]))
+    check_model_args(checkpoint.config, model)
+    return checkpoint, Path(str(paths["save"])), layout
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise BadInput(f"parallel size {name} is {value!r}: give a whole number") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the conversion as this process's rank; returns the exit code."""
+    try:
+        ranks = from_environment()
+        checkpoint, save_dir, layout = read_arguments(sys.argv[1:] if argv is None else argv, ranks.world_size)
+        with process_group(ranks, TIMEOUT):
+            convert(checkpoint, save_dir, layout, ranks.rank)
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    if ranks.rank == 0:
+        print(f"{save_dir / RELEASE} is complete")
+    return 0

@@ -1,0 +1,86 @@
+"""Which rank this process is, as torchrun, Slurm or vime's own stages tell it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from vime.errors import BadInput
+
+# Above the ports of services, below the ephemeral range.
+_FIRST_PORT, _PORTS = 20000, 10000
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all, and where rank 0 listens (address None: there is only one process)."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str | None = None
+    port: int = 0
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are set, else those of a Slurm step, else one."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        rank, world = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
+    else:
+        return Ranks()
+    if not 0 <= rank < world:
+        raise BadInput(f"rank {rank} of {world} in the environment: RANK must be below WORLD_SIZE")
+    if world == 1:
+        return Ranks()
+    address = environ.get("MASTER_ADDR") or _first_host(environ)
+    # Every process of a step computes the same port, and two jobs on a node rarely one.
+    own = _FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % _PORTS
+    return Ranks(rank, world, address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else own)
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, timeout: datetime.timedelta) -> Iterator[None]:
+    """The default process group over gloo; a collective that waits longer than `timeout` fails."""
+    if ranks.address is None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        host = f"[{ranks.address}]" if ":" in ranks.address else ranks.address
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://{host}:{ranks.port}",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+        )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError) as error:
+        raise BadInput(
+            f"{name} is {environ.get(name)!r} in the environment: start this with torchrun or srun"
+        ) from error
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise BadInput("MASTER_ADDR is not set: start this with torchrun, or with srun inside a Slurm job")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BadInput(f"cannot tell the first node of {nodes} ({error}): set MASTER_ADDR") from error
+    return done.stdout.split()[0]

@@ -1,0 +1,73 @@
+"""Where a parameter lies in a torch_dist checkpoint: its key, and its place in a key that holds several parameters.
+
+Keys are those of stock Megatron with Transformer Engine, whichever layer spec runs: norms fused into the matrix after
+them where that spec fuses them; the routed experts of a layer stacked under one key; the layers of a dense model too.
+So a checkpoint moves freely between processors and GPUs, and Megatron's own loader reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vime.models.config import ModelConfig
+from vime.models.namemap import Param, Where
+
+_LAYER = re.compile(r"^(decoder\.layers\.(?:(\d+)\.)?|mtp\.layers\.\d+\.transformer_layer\.)(.+)$")
+_EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
+_MLA_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+_GROUPED_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_NORMS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+@dataclass(frozen=True)
+class DiskPlace:
+    """A parameter is `key[index]`, of the key's whole shape `stack + param.shape`."""
+
+    key: str
+    index: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+
+
+def disk_place(param: Param, config: ModelConfig) -> DiskPlace:
+    """The parameter's place in a checkpoint that vime or Megatron wrote."""
+    key, index, stack = canonical_key(param.name, config), [], []
+    if param.where == Where.DECODER and stacks_layers(config):
+        assert param.layer is not None
+        key = key.replace(f"decoder.layers.{param.layer}.", "decoder.layers.", 1)
+        index.append(param.layer)
+        stack.append(config.num_layers)
+    if param.expert is not None:
+        assert config.moe is not None
+        key = _EXPERT.sub(".experts.experts.", key, count=1)
+        index.append(param.expert)
+        stack.append(config.moe.num_experts)
+    return DiskPlace(key, tuple(index), tuple(stack))
+
+
+def stacks_layers(config: ModelConfig) -> bool:
+    """Whether Megatron stacks all decoder layers under one key: where they are all alike and none has experts."""
+    return config.moe is None
+
+
+def canonical_key(key: str, config: ModelConfig) -> str:
+    """A key or parameter name of any layer spec, with norms named as Transformer Engine's spec names them."""
+    match = _LAYER.match(key)
+    if match is None:
+        return key
+    prefix, number, rest = match.groups()
+    moe = config.is_moe_layer(int(number)) if number is not None else config.moe is not None
+    # The local spec of grouped attention fuses the second norm's name even before experts, where nothing fuses it.
+    for plain, fused in _DENSE_NORMS.items():
+        if rest.startswith(fused):
+            rest = plain + rest.removeprefix(fused)
+    fusions = {**(_MLA_NORMS if config.mla else _GROUPED_NORMS), **({} if moe else _DENSE_NORMS)}
+    if config.mla and config.mla.q_lora_rank is None:
+        fusions.pop("self_attention.q_layernorm.")
+    for plain, fused in fusions.items():
+        if rest.startswith(plain):
+            rest = fused + rest.removeprefix(plain)
+    return prefix + rest
