@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest_plugins = ["fake_checkpoint"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every Slurm fault at 16 nodes too")

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         name = named[1].replace("-", "_") if named else ""
         of_recipe = name in recipe_options() or name.startswith("vllm_")
         raise BadInput(
-            message + (": options of the recipe stand after --" if of_recipe else f"; see {self.prog} --help")
+            message + (": options of the recipe stand after --" if of_recipe else f": see {self.prog} --help")
         )
 
 

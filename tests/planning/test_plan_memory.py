@@ -1,0 +1,94 @@
+"""Parameter counts by stage, and the host memory of a node that follows from them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vime.models.config import ModelConfig
+from vime.models.families import count, params_of
+from vime.planning.build import Checks, make_plan
+from vime.planning.counts import Counts, model_counts, stage_counts
+from vime.planning.types import Cluster, Plan
+from vime.recipe import files
+from vime.recipe.load import load_recipe
+from vime.recipe.parallel import ParallelLayout
+
+GPUS = Cluster(name="gpus", kind="slurm", gpus_per_node=8)
+
+
+def config(name: str) -> ModelConfig:
+    return ModelConfig.from_hf(files.read(files.find("models", name)))
+
+
+def plan_of(recipe: str, *flags: str, cluster: Cluster = GPUS) -> Plan:
+    checks = Checks(inputs=False, run_folder=False)
+    return make_plan(load_recipe(recipe, flags), cluster=cluster, base_dir="/base", checks=checks)
+
+
+def items(plan: Plan, node: int) -> dict[str, int]:
+    return {item.name: item.bytes for item in plan.nodes[node].host_memory.items}
+
+
+@pytest.mark.parametrize("name", files.names("models"))
+def test_counting_without_listing_every_expert_gives_the_sum_of_all_parameters(name: str):
+    assert model_counts(config(name)).total == count(params_of(config(name)))
+
+
+def test_published_sizes_of_the_models():
+    r1 = config("deepseek-r1")
+    assert stage_counts(r1, ParallelLayout(), mtp=False)[0].total == pytest.approx(671e9, rel=0.001)
+    assert model_counts(config("qwen3-4b")).total == pytest.approx(4.02e9, rel=0.001)
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+def test_stages_together_hold_the_model_once(pp: int):
+    model = config("tiny-deepseek-r1")
+    stages = stage_counts(model, ParallelLayout(world_size=pp, pp=pp))
+    assert sum(stage.total for stage in stages) == model_counts(model).total
+
+
+def test_a_tied_head_is_a_second_copy_on_the_last_of_several_stages():
+    model = config("tiny-qwen3")
+    stages = stage_counts(model, ParallelLayout(world_size=3, pp=3))
+    embedding = model.vocab_size * model.hidden_size
+    assert sum(stage.total for stage in stages) == model_counts(model).total + embedding
+
+
+def test_optimizer_states_of_all_ranks_are_the_model_once_where_nothing_is_copied():
+    layout = ParallelLayout(world_size=16, tp=2, cp=2, ep=4, etp=2)
+    counts = Counts(split=1600, experts=6400)
+    assert layout.world_size * counts.of_optimizer_rank(layout) == counts.total
+    assert counts.of_rank(layout) == 1600 // 2 + 6400 // 8
+
+
+def test_the_heavy_nodes_of_the_r1_recipe_take_what_the_seed_document_says():
+    plan = plan_of("deepseek-r1")
+    totals = [node.host_memory.total_bytes / 1e12 for node in plan.nodes]
+    assert max(totals) == pytest.approx(1.45, abs=0.05)
+    assert totals.index(max(totals)) == 4
+    assert totals[4] == totals[11] > totals[0] > totals[12]
+    # 46.0 B parameters, and eight copies of the latent down-projections that tensor parallelism does not split.
+    assert items(plan, 4)["cpu_adam"] == pytest.approx(16 * 46.5e9, rel=0.005)
+
+
+def test_each_copy_in_the_account_goes_with_its_option():
+    full, less = plan_of("deepseek-r1"), plan_of("deepseek-r1", "--no-use-kl-loss", "--no-optimizer-cpu-offload")
+    assert set(items(full, 0)) - set(items(less, 0)) == {"cpu_adam", "pinned_rounding", "actor_and_reference_copies"}
+    assert all(node.host_memory.total_bytes == sum(items(full, node.index).values()) for node in full.nodes)
+
+
+def test_a_node_of_the_tiny_recipe_fits_a_small_machine():
+    local = Cluster(name="local", kind="local", gpu_request="none")
+    total = plan_of("tiny-deepseek-r1", cluster=local).nodes[0].host_memory.total_bytes
+    assert 2e9 < total < 6e9
+
+
+def test_stage_memory_follows_the_layers():
+    plan = plan_of("deepseek-r1")
+    assert math.isclose(items(plan, 4)["gradients_backup"], 2 * items(plan, 4)["weights_backup"], rel_tol=1e-9)
+    # The MTP layer of the last stage is frozen: weights, but neither gradients nor optimizer states.
+    assert items(plan, 12)["gradients_backup"] < 2 * items(plan, 12)["weights_backup"]
+    trained = plan_of("deepseek-r1", "--mtp-num-layers", "1")
+    assert items(trained, 12)["cpu_adam"] - items(plan, 12)["cpu_adam"] > 16 * 2.5e9

@@ -1,0 +1,186 @@
+"""vime.submit and vime.plan as a person calls them on a login node: quick, light, and clear about bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vime import submit
+from vime.planning.io import read_plan
+from vime.planning.registry import last_run
+
+HEAVY = ("torch", "ray", "vllm", "transformers", "numpy", "megatron")
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a machine without Slurm's commands, and of a person without settings."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("BASE_DIR", raising=False)
+    return dict(os.environ)
+
+
+def python(*words: str, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("module", ["vime.submit", "vime.plan"])
+def test_importing_a_command_loads_nothing_heavy(module: str):
+    code = f"import {module}, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert python("-c", code, env=dict(os.environ)).stdout.strip() == "[]"
+
+
+def test_the_dry_run_of_full_r1_needs_no_slurm_no_torch_and_no_checkpoint(no_slurm: dict[str, str], tmp_path: Path):
+    code = (
+        "import sys; from vime.submit import main; code = main(['--nodes', '16', '--dry-run']);"
+        f"print([name for name in {HEAVY!r} if name in sys.modules]); sys.exit(code)"
+    )
+    result = python("-c", code, env=no_slurm, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    for text in ("128 ranks, TP8 x CP4 x DP1 x PP4", "DP8 x TP8, expert parallel", "node 4-11: 1.47 TB", "#SBATCH"):
+        assert text in result.stdout
+    assert "planned without Slurm: there is none on this machine" in result.stdout
+    assert not (tmp_path / "state").exists()
+
+
+def test_the_dry_run_takes_less_than_a_second(no_slurm: dict[str, str]):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        python("-m", "vime.submit", "--nodes", "16", "--dry-run", env=no_slurm)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 1.0
+
+
+def test_a_dry_run_writes_the_plan_only_where_it_is_told_to(no_slurm: dict[str, str], tmp_path: Path):
+    run_dir = tmp_path / "the run"
+    assert submit.main(["--dry-run", "--base-dir", str(tmp_path)]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert submit.main(["--dry-run", "--base-dir", str(tmp_path), "--run-dir", str(run_dir), "--", "--lr", "2e-6"]) == 0
+    assert read_plan(run_dir).recipe.optimizer.lr == 2e-6
+
+
+def test_a_plan_is_printed_for_people_and_for_programs(no_slurm: dict[str, str]):
+    shown = python("-m", "vime.plan", "--json", env=no_slurm).stdout
+    plan = json.loads(shown)
+    node = plan["nodes"][5]
+    assert node["ranks"] == list(range(40, 48))
+    assert node["host_memory"]["total_bytes"] == sum(item["bytes"] for item in node["host_memory"]["items"])
+    assert {"name", "bytes", "why"} == set(node["host_memory"]["items"][0])
+    placement = python("-m", "vime.plan", "--placement", env=no_slurm).stdout.splitlines()
+    assert len(placement) == 1 + 128
+    # Node 15, GPU 7: the last rank of every dimension, served by engine 1, data-parallel rank 7, tensor rank 7.
+    assert placement[-1].split() == ["15", "7", "127", "7", "3", "0", "3", "31", "0", "0", "1", "7", "7"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "tiny-qwen3"], "there is no Slurm on this machine: submit from a login node, or run here with"),
+        (["--lr", "3"], "unrecognized arguments: --lr: options of the recipe stand after --"),
+        (["--bogus"], "unrecognized arguments: --bogus: see python -m vime.submit --help"),
+        (["stray"], "unexpected argument 'stray': options of the recipe stand after --"),
+        (["--nodes", "0", "--dry-run"], "--nodes is 0: give at least 1"),
+        (["--nodes", "many"], "argument --nodes: invalid int value: 'many'"),
+        (["--nodes", "2", "--dry-run"], "16 ranks cannot hold TP8 x CP4 x PP4 = 128"),
+        (["--nodes", "8", "--dry-run", "--", "--actor-num-nodes", "16"], "--nodes 8 and --actor-num-nodes 16 differ"),
+        (
+            ["--cluster", "mars", "--dry-run"],
+            "unknown cluster 'mars': give a path or one of devcluster, example, local",
+        ),
+        (["--dry-run", "--", "--lrr", "3"], "unknown option --lrr: did you mean --lr?"),
+        (["--time", "soon", "--dry-run"], "--time is 'soon'"),
+        (["--cluster", "local", "--recipe", "tiny-qwen3"], "$BASE_DIR is not set, and --hf-checkpoint needs it"),
+        (["--cluster", "local", "--spares", "1"], "have no meaning with --cluster local"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, no_slurm: dict[str, str], capsys: pytest.CaptureFixture[str]
+):
+    assert submit.main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert message in output.err
+    assert output.err.count("\n") == 1
+
+
+def test_bad_input_leaves_nothing_behind(no_slurm: dict[str, str], tmp_path: Path):
+    base = tmp_path / "base"
+    base.mkdir()
+    words = [
+        "--recipe",
+        "tiny-qwen3",
+        "--cluster",
+        "local",
+        "--base-dir",
+        str(base),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    assert submit.main(words) == 2
+    assert list(base.iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "state").exists()
+
+
+def fake_sinfo(folder: Path, line: str) -> None:
+    """Stands for Slurm's commands where only their answer matters."""
+    folder.mkdir()
+    for name in ("sinfo", "sbatch"):
+        (folder / name).write_text(f"#!{shutil.which('sh', path='/bin:/usr/bin')}\necho '{line}'\n")
+        (folder / name).chmod(0o755)
+
+
+def test_more_nodes_than_the_partition_has_are_refused_before_anything_is_written(
+    no_slurm: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    fake_sinfo(tmp_path / "bin", "gpu|gpu*|up|4|64|1600000|gpu:8|7-00:00:00")
+    words = ["--recipe", "tiny-qwen3", "--nodes", "4", "--spares", "1", "--run-dir", str(tmp_path / "run")]
+    assert submit.main([*words, "--base-dir", str(tmp_path)]) == 2
+    assert "the run needs 5 nodes, but partition gpu has 4" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_was_found_and_what_would_be_refused(
+    no_slurm: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    fake_sinfo(tmp_path / "bin", "gpu|gpu*|up|16|64|1600000|gpu:8|2-00:00:00")
+    assert submit.main(["--dry-run"]) == 0
+    assert "partition gpu chosen: 16 nodes of 64 CPUs, 8 GPUs" in capsys.readouterr().out
+    assert submit.main(["--dry-run", "--spares", "1"]) == 0
+    assert "would be refused: --nodes: the run needs 17 nodes, but partition gpu has 16" in capsys.readouterr().out
+    assert submit.main(["--dry-run", "--time", "3-00"]) == 2
+    assert "the longest that partition gpu gives" in capsys.readouterr().err
+
+
+def test_every_option_is_listed_with_its_value(no_slurm: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    assert submit.main(["--recipe", "tiny-qwen3", "--list-options", "--", "--lr", "3"]) == 0
+    listed = capsys.readouterr().out
+    assert "--lr 3.0" in listed
+    assert "--vllm-server-concurrency 64   # Requests under way at once, a server." in listed
+
+
+def test_a_local_run_is_recorded_before_it_starts(
+    no_slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_dir: Path
+):
+    local = pytest.importorskip("vime.launch.local")
+    started = []
+    monkeypatch.setattr(local, "run", lambda plan: started.append(last_run()) or 7)
+    words = ["--recipe", "tiny-deepseek-r1", "--cluster", "local", "--base-dir", str(base_dir), "--run-name", "a b"]
+    assert submit.main(words) == 7
+    assert started == [base_dir / "runs" / "a b"]
+    assert read_plan(started[0]).run_name == "a b"
