@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from vime.checkpoint.hf_writer import publish_folder
 from vime.errors import BadInput, VimeError
 from vime.models.config import ModelConfig
-from vime.models.disk import disk_place
+from vime.models.disk import canonical_key, disk_place
 from vime.models.namemap import Param
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -145,6 +145,22 @@ def save(
         publish_folder(partial, save_dir / RELEASE)
         write_tracker(save_dir, RELEASE)
     dist.barrier()
+
+
+def use_disk_keys(sharded_state_dict: Any, config: ModelConfig) -> None:
+    """Renames, in place, the keys of a Megatron model's `sharded_state_dict()` to those of the disk.
+
+    Call it before `dist_checkpointing.save` or `load` (and before the optimizer's state is made from it), so that a
+    checkpoint does not depend on the layer spec that ran.
+    """
+    if isinstance(sharded_state_dict, dict):
+        for value in sharded_state_dict.values():
+            use_disk_keys(value, config)
+    elif isinstance(sharded_state_dict, list):
+        for value in sharded_state_dict:
+            use_disk_keys(value, config)
+    elif isinstance(getattr(sharded_state_dict, "key", None), str):
+        sharded_state_dict.key = canonical_key(sharded_state_dict.key, config)
 
 
 def write_tracker(save_dir: Path, content: str) -> None:
