@@ -1,0 +1,344 @@
+"""Asynchronous client of one engine: token ids in and out, and the routes that pause it and change its weights."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import aiohttp
+import msgspec
+
+from vime.errors import VimeError
+from vime.rollout.command import MODEL_NAME
+from vime.rollout.types import Sample, Status
+
+UNVERSIONED = -1
+"""Weight version of tokens from weights that no sync has numbered (those an engine starts with)."""
+
+PauseMode = Literal["keep", "abort", "wait"]
+_HEAD = 300
+_MISSING_LOGPROB = -9999.0
+
+
+class EngineError(VimeError):
+    """A call to an engine failed; the text names engine, route and what came back."""
+
+    retry = True
+    """Whether the same request can succeed on another engine, or on this one after a restart."""
+
+
+class EngineUnreachable(EngineError):
+    """No connection, or one that broke before the answer was whole."""
+
+
+class EngineTimeout(EngineError):
+    """No answer within the call's deadline."""
+
+
+class EngineStatus(EngineError):
+    """An answer with an HTTP status other than 200."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+        # Other statuses of the 4xx range mean that the request is wrong: every engine would refuse it.
+        self.retry = status >= 500 or status in (408, 429)
+
+
+class EngineAnswer(EngineError):
+    """An answer with status 200 that cannot be what was asked for."""
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds after which a call has failed."""
+
+    control: float = 60.0
+    weights: float = 600.0
+    connect: float = 20.0
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. `top_k` -1 takes all."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    def payload(self, max_tokens: int) -> dict[str, Any]:
+        """vLLM's sampling parameters, with the log-prob of every sampled token. All are given, so that no default of
+        the server or the checkpoint's generation config takes part."""
+        return {
+            "n": 1,
+            "max_tokens": max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": 0.0,
+            "stop": list(self.stop),
+            "stop_token_ids": list(self.stop_token_ids),
+            "logprobs": 0,
+            # The text is made by the sampler; the server needs it for stop words only.
+            "detokenize": bool(self.stop),
+        }
+
+
+@dataclass(slots=True)
+class Generated:
+    """One answer; the lists have one entry a token."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    weight_versions: list[int]
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+
+    def append_to(self, sample: Sample) -> None:
+        """Add the tokens to a sample (which may hold those of an aborted request) and mark how it ended."""
+        sample.response_ids += self.token_ids
+        sample.log_probs += self.log_probs
+        sample.weight_versions += self.weight_versions
+        sample.loss_mask += [1] * len(self.token_ids)
+        ends = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+        sample.status = ends[self.finish_reason]
+
+
+class _Token(msgspec.Struct, gc=False):
+    logprob: float
+
+
+class _LogProbs(msgspec.Struct, gc=False):
+    content: list[_Token] | None = None
+
+
+class _Span(msgspec.Struct, gc=False):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(msgspec.Struct, gc=False):
+    token_ids: list[int] | None = None
+    logprobs: _LogProbs | None = None
+    finish_reason: str | None = None
+    weight_versions: list[_Span] | None = None
+
+
+class _Answer(msgspec.Struct, gc=False):
+    choices: list[_Choice] = msgspec.field(default_factory=list)
+
+
+_DECODER = msgspec.json.Decoder(_Answer)
+_ENCODER = msgspec.json.Encoder()
+
+
+def parse_answer(body: bytes, max_tokens: int) -> Generated:
+    """The answer of `/inference/v1/generate`. Raises EngineAnswer when its counts or values cannot be right."""
+    try:
+        choices = _DECODER.decode(body).choices
+    except msgspec.MsgspecError as error:
+        raise EngineAnswer(f"answer is not what vLLM documents: {error}: {_head(body)}") from error
+    if len(choices) != 1:
+        raise EngineAnswer(f"answer has {len(choices)} choices instead of 1: {_head(body)}")
+    choice = choices[0]
+    tokens = choice.token_ids or []
+    content = choice.logprobs.content if choice.logprobs else None
+    log_probs = [token.logprob for token in content or ()]
+    if len(log_probs) != len(tokens):
+        raise EngineAnswer(f"answer has {len(tokens)} tokens and {len(log_probs)} log-probs")
+    if len(tokens) > max_tokens:
+        raise EngineAnswer(f"answer has {len(tokens)} tokens, more than the {max_tokens} asked for")
+    if choice.finish_reason not in ("stop", "length", "abort"):
+        raise EngineAnswer(f"answer ended by {choice.finish_reason!r}")
+    if not tokens and choice.finish_reason != "abort":
+        raise EngineAnswer(f"answer has no tokens but ended by {choice.finish_reason!r}")
+    if choice.finish_reason == "length" and len(tokens) < max_tokens:
+        raise EngineAnswer(
+            f"answer ended by length at {len(tokens)} of {max_tokens} tokens: raise --vllm-max-model-len"
+        )
+    # A sum is the fast way to look at every value: one that is not finite makes it so.
+    if log_probs and (not math.isfinite(sum(log_probs)) or min(log_probs) <= _MISSING_LOGPROB or max(log_probs) > 1e-3):
+        raise EngineAnswer("answer has log-probs that are missing, positive or not finite")
+    return Generated(tokens, log_probs, _versions(choice.weight_versions, len(tokens)), choice.finish_reason)
+
+
+def _versions(spans: Sequence[_Span] | None, tokens: int) -> list[int]:
+    """Weight version of every token from vLLM's spans, which must cover the answer without a gap."""
+    versions: list[int] = []
+    for span in spans or ():
+        if span.start != len(versions) or span.end < span.start:
+            raise EngineAnswer(f"weight versions of {tokens} tokens start again at {span.start} after {len(versions)}")
+        number = int(span.version) if span.version.isdecimal() else UNVERSIONED
+        versions += [number] * (span.end - span.start)
+    if not spans:
+        return [UNVERSIONED] * tokens
+    if len(versions) != tokens:
+        raise EngineAnswer(f"answer has {tokens} tokens and weight versions of {len(versions)}")
+    return versions
+
+
+def _head(body: bytes) -> str:
+    return " ".join(body[:_HEAD].decode(errors="replace").split())
+
+
+@dataclass
+class EngineClient:
+    """One engine's server. Use as an async context manager, or call `close`. Safe for many tasks of one event loop."""
+
+    url: str
+    api_key: str
+    concurrency: int = 512
+    """Generation requests under way at once; more wait here."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    _session: aiohttp.ClientSession | None = field(default=None, repr=False)
+    _slots: asyncio.Semaphore = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self.in_flight = 0
+        """Generation requests sent or waiting for their turn."""
+
+    async def __aenter__(self) -> Self:
+        self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; requests under way fail."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # The semaphore bounds requests, not the pool, so that control calls never wait behind generation.
+            # trust_env stays off: the cluster's web proxy has no business between nodes.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+                headers={"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"},
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    async def generate(
+        self,
+        token_ids: Sequence[int],
+        settings: SamplingSettings,
+        *,
+        deadline_s: float,
+        max_tokens: int | None = None,
+        data_parallel_rank: int | None = None,
+    ) -> Generated:
+        """One answer to a prompt of token ids. `max_tokens` replaces the setting's, to continue an aborted sample.
+
+        The deadline counts from when the request is sent, not while it waits for its turn. An aborted request returns
+        the tokens it has. Raises EngineError.
+        """
+        limit = settings.max_tokens if max_tokens is None else max_tokens
+        body = _ENCODER.encode(
+            {"model": MODEL_NAME, "token_ids": token_ids, "sampling_params": settings.payload(limit)}
+        )
+        headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
+        self.in_flight += 1
+        try:
+            async with self._slots:
+                answer = await self._call("POST", "/inference/v1/generate", deadline_s, body=body, headers=headers)
+        finally:
+            self.in_flight -= 1
+        try:
+            return parse_answer(answer, limit)
+        except EngineAnswer as error:
+            raise EngineAnswer(f"engine {self.url}: {error}") from error.__cause__
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Stop scheduling. `keep` freezes requests until `resume`, `abort` ends them, `wait` lets them finish first."""
+        await self._json("POST", f"/pause?mode={mode}")
+
+    async def resume(self) -> None:
+        await self._json("POST", "/resume")
+
+    async def is_paused(self) -> bool:
+        return bool((await self._json("GET", "/is_paused"))["is_paused"])
+
+    async def abort_all(self) -> int:
+        """End every request that the engine tracks, with the tokens it has; how many. One still arriving escapes."""
+        return int((await self._json("POST", "/abort_requests", {}))["aborted"])
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget cached keys and values; they belong to the weights that computed them."""
+        await self._json("POST", "/reset_prefix_cache")
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give device memory back: level 1 keeps the weights in host memory, level 2 drops them."""
+        await self._json("POST", f"/sleep?level={level}", deadline_s=self.deadlines.weights)
+
+    async def wake_up(self, tags: Sequence[str] = ()) -> None:
+        """Take device memory again, all of it or by tag (`weights`, `kv_cache`)."""
+        query = "&".join(f"tags={tag}" for tag in tags)
+        await self._json("POST", "/wake_up" + (f"?{query}" if query else ""), deadline_s=self.deadlines.weights)
+
+    async def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
+        """Connect the weight-transfer backend; once in an engine's life."""
+        await self._json("POST", "/init_weight_transfer_engine", {"init_info": dict(info)}, self.deadlines.weights)
+
+    async def start_update(self) -> None:
+        """Begin a weight update. The engine has to be paused."""
+        await self._json("POST", "/start_weight_update", deadline_s=self.deadlines.weights)
+
+    async def update_weights(self, info: Mapping[str, Any]) -> None:
+        """Receive one bucket of weights."""
+        await self._json("POST", "/update_weights", {"update_info": dict(info)}, self.deadlines.weights)
+
+    async def finish_update(self, version: int) -> None:
+        """End the update; tokens from here on carry `version`."""
+        await self._json("POST", "/finish_weight_update", {"weight_version": str(version)}, self.deadlines.weights)
+
+    async def weight_info(self) -> int:
+        """The version of the engine's weights, UNVERSIONED for those it started with."""
+        version = str((await self._json("GET", "/weight_info"))["weight_version"])
+        return int(version) if version.isdecimal() else UNVERSIONED
+
+    async def checksums(self) -> dict[str, str]:
+        """A checksum of every tensor by its name in the engine; comparable between engines of one layout."""
+        answer = await self._json("POST", "/weight_checker", {"action": "checksum"}, self.deadlines.weights)
+        return answer["checksums"]
+
+    async def metrics(self) -> str:
+        """vLLM's Prometheus text."""
+        return (await self._call("GET", "/metrics", self.deadlines.control)).decode()
+
+    async def _json(self, method: str, path: str, body: Any = None, deadline_s: float | None = None) -> Any:
+        encoded = None if body is None else _ENCODER.encode(body)
+        answer = await self._call(method, path, deadline_s or self.deadlines.control, body=encoded)
+        try:
+            return msgspec.json.decode(answer) if answer.strip() else {}
+        except msgspec.DecodeError as error:
+            raise EngineAnswer(f"engine {self.url}: {method} {path} answered no JSON: {_head(answer)}") from error
+
+    async def _call(
+        self, method: str, path: str, deadline_s: float, *, body: bytes | None = None, headers: Mapping[str, str] = {}
+    ) -> bytes:
+        """The body of the answer. Raises one of the EngineErrors, never aiohttp's."""
+        what = f"engine {self.url}: {method} {path}"
+        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=min(deadline_s, self.deadlines.connect))
+        try:
+            async with self._open().request(
+                method, self.url + path, data=body, headers=headers, timeout=timeout
+            ) as answer:
+                content = await answer.read()
+        except TimeoutError as error:
+            raise EngineTimeout(f"{what} did not answer within {deadline_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise EngineUnreachable(f"{what} failed: {type(error).__name__}: {error}") from error
+        if answer.status != 200:
+            raise EngineStatus(f"{what} answered {answer.status}: {_head(content)}", answer.status)
+        return content
