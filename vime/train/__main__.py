@@ -8,18 +8,16 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 
 from vime.errors import Cause, VimeError
+from vime.launch.rundir import read_secret
 from vime.planning.io import read_binding, read_plan
 from vime.planning.types import Binding, Plan
-from vime.train.actors import API_KEY_FILE
 
 
 def connect(plan: Plan, binding: Binding) -> None:
     """Join the run's Ray cluster as its driver; the job's token is read from its private file."""
-    token = (Path(plan.run_dir) / "secrets" / "ray_token").read_text().strip()
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_DEDUP_LOGS="0")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=read_secret(plan.run_dir, "ray_token"), RAY_DEDUP_LOGS="0")
     import ray
 
     address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
@@ -55,9 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(error.cause)
     from vime.train.loop import Loop
 
-    key = (Path(plan.run_dir) / API_KEY_FILE).read_text().strip()
     try:
-        asyncio.run(Loop(plan, binding, key).run())
+        asyncio.run(Loop(plan, binding, read_secret(plan.run_dir, "api_key")).run())
     except Exception as error:  # noqa: BLE001 -- the last stop: any failure becomes its cause's exit code, in full text
         traceback.print_exception(error)
         cause = cause_of(error)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vime.errors import DeadlineExceeded
+from vime.launch.rundir import read_secret
 from vime.planning.io import read_binding, read_plan
 from vime.planning.types import Binding, Plan
 from vime.rollout.types import Rollout
 from vime.train.placement import Slot, pinned, verify_here
-
-API_KEY_FILE = "secrets/api_key"
 
 
 def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
@@ -81,8 +79,7 @@ class EngineActor:
 
         plan, binding = read_plan(run_dir), read_binding(run_dir)
         verify_here(binding, plan.engines[engine].nodes[position], f"engine {engine}")
-        key = (Path(run_dir) / API_KEY_FILE).read_text().strip()
-        self._server = EngineServer(plan, binding, engine, position, key)
+        self._server = EngineServer(plan, binding, engine, position, read_secret(run_dir, "api_key"))
 
     def start(self) -> None:
         self._server.start()
