@@ -106,7 +106,7 @@ def _cluster(
     args: argparse.Namespace, recipe: Recipe, nodes: int | None, *, required: bool
 ) -> tuple[Cluster, list[str]]:
     """The profile, completed by what sinfo says of the partition."""
-    gpus = recipe.cluster.actor_num_gpus_per_node
+    gpus = recipe.cluster.actor_num_gpus_per_node if recipe.cluster.device == "gpu" else 0
     cluster = load_cluster(args.cluster) if args.cluster else Cluster(name="slurm", kind="slurm")
     update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
     if args.partition:

@@ -34,9 +34,9 @@ def test_without_a_profile_the_default_partition_fills_in_what_is_open_and_is_sa
 
 def test_a_profile_keeps_what_it_says():
     profile = OPEN.model_copy(update={"partition": "cpu", "cpus_per_node": 100, "time_limit_minutes": 60})
-    cluster, notes = resolve(profile, 40, parse_partitions(LINES), needs_gpus=1)
+    cluster, notes = resolve(profile, 40, parse_partitions(LINES), needs_gpus=0)
     assert (cluster.partition, cluster.cpus_per_node, cluster.time_limit_minutes) == ("cpu", 100, 60)
-    assert (cluster.gpus_per_node, cluster.gpu_request, notes) == (0, "none", [])
+    assert (cluster.gpus_per_node, notes) == (0, [])
 
 
 def test_the_time_limit_is_no_longer_than_the_partitions():
@@ -46,10 +46,15 @@ def test_the_time_limit_is_no_longer_than_the_partitions():
     assert "the longest that partition gpu gives" in notes[0]
 
 
+def test_a_partition_without_the_gpus_that_the_recipe_takes_is_refused():
+    with pytest.raises(BadInput, match="sinfo shows 0 GPUs a node in partition cpu, but the recipe takes 8"):
+        resolve(OPEN.model_copy(update={"partition": "cpu"}), 1, parse_partitions(LINES), needs_gpus=8)
+
+
 def test_a_partition_that_is_too_small_or_unknown_is_refused():
     with pytest.raises(BadInput, match="needs 17 nodes, but partition gpu has 16"):
         resolve(OPEN, 17, parse_partitions(LINES.replace("|40|", "|4|")), needs_gpus=8)
     with pytest.raises(BadInput, match="there is no partition big: give one of gpu, cpu, old"):
         resolve(OPEN.model_copy(update={"partition": "big"}), 1, parse_partitions(LINES), needs_gpus=8)
     with pytest.raises(BadInput, match="no partition that is up"):
-        resolve(OPEN, 1, parse_partitions(LINES.splitlines()[-1]), needs_gpus=1)
+        resolve(OPEN, 1, parse_partitions(LINES.splitlines()[-1]), needs_gpus=0)

@@ -193,7 +193,17 @@ def test_a_layout_or_batch_that_does_not_fit_is_refused(base_dir: Path, flags: t
 
 def test_more_gpus_than_a_node_holds_are_refused(base_dir: Path):
     with pytest.raises(BadInput, match="--actor-num-gpus-per-node is 9, but nodes of cluster gpus have 8 GPUs"):
-        build(base_dir, "--actor-num-gpus-per-node", "9", cluster=GPUS)
+        build(base_dir, "--device", "gpu", "--actor-num-gpus-per-node", "9", cluster=GPUS)
+
+
+def test_the_device_decides_whether_gpus_are_asked_for(base_dir: Path):
+    on_cpu = build(base_dir, cluster=GPUS)
+    assert (on_cpu.cluster.gpu_request, on_cpu.cluster.gpus_per_node) == ("none", 0)
+    assert {stage.gpus_per_node for stage in on_cpu.stages} == {0}
+    on_gpu = build(base_dir, "--device", "gpu")
+    assert (on_gpu.cluster.gpu_request, on_gpu.cluster.gpus_per_node) == ("gpus-per-node", 1)
+    assert stage(on_gpu, "ray-head").gpus_per_node == 1
+    assert stage(on_gpu, "train").gpus_per_node == 0
 
 
 def test_a_missing_base_folder_is_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,11 @@ def test_without_a_base_folder_its_name_stays():
 def test_evaluation_sets_are_pairs_of_name_and_path():
     with pytest.raises(BadInput, match="give a name and a path in turn"):
         with_absolute_paths(load_recipe("tiny-deepseek-r1", ["--eval-prompt-data", "aime"]), "/base")
+
+
+@pytest.mark.parametrize(("family", "name"), [("deepseek-v3", "tiny-deepseek-r1"), ("qwen3", "tiny-qwen3")])
+def test_the_tiny_models_are_those_that_the_tool_makes(family: str, name: str):
+    pytest.importorskip("torch")
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "make_tiny_checkpoint.py"))
+    made, shipped = tool["CONFIGS"][family], files.read(files.find("models", name))
+    assert {key: made[key] for key in shipped} == shipped

@@ -6,12 +6,14 @@ where an interrupted one ended. Rank 0 waits for all shards, adds index, config 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from vime.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
 from vime.checkpoint.hf_writer import copy_small_files, publish_folder, require_empty, require_space
 from vime.checkpoint.progress import Progress
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
-from vime.errors import BadInput, DeadlineExceeded
+from vime.errors import BadInput, DeadlineExceeded, VimeError
 
 STAMP = "vime_cast.json"
 # Bytes of output that are worked on at a time; a thread's memory is this and its fp32 strip.
@@ -220,3 +222,50 @@ def _publish(checkpoint: HFCheckpoint, shards: list[Shard], partial: Path, targe
     if target.exists():
         target.rmdir()
     publish_folder(partial, target)
+
+
+def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and number of ranks: given, or from torchrun's or Slurm's environment, or 0 of 1."""
+    if (rank is None) != (world_size is None):
+        raise BadInput("--rank and --world-size belong together: give both or neither")
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if all(name in os.environ for name in names):
+            return int(os.environ[names[0]]), int(os.environ[names[1]])
+    return 0, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: casts this process's share; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Cast a block-fp8 HF checkpoint to bf16. Started by srun or torchrun, processes share the work."
+    )
+    parser.add_argument("--input-fp8-hf-path", required=True)
+    parser.add_argument("--output-bf16-hf-path", required=True)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--world-size", type=int)
+    parser.add_argument("--threads", type=int, help="threads of this process (default: the cores it may use)")
+    parser.add_argument("--stall-timeout", type=float, default=STALL_SECONDS, help="seconds to wait for other ranks")
+    arguments = parser.parse_args(argv)
+    try:
+        rank, world_size = place(arguments.rank, arguments.world_size)
+        cast_to_bf16(
+            arguments.input_fp8_hf_path,
+            arguments.output_bf16_hf_path,
+            rank=rank,
+            world_size=world_size,
+            threads=arguments.threads,
+            stall_s=arguments.stall_timeout,
+        )
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return int(BadInput.cause)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

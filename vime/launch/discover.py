@@ -110,7 +110,12 @@ def resolve(cluster: Cluster, nodes: int, partitions: list[Partition], *, needs_
     if cluster.memory_per_node_bytes is None and partition.memory_bytes:
         update["memory_per_node_bytes"] = partition.memory_bytes
     if not cluster.gpus_per_node and cluster.gpu_request != "none":
-        update |= {"gpus_per_node": partition.gpus} if partition.gpus else {"gpu_request": "none"}
+        if partition.gpus < needs_gpus:
+            raise BadInput(
+                f"sinfo shows {partition.gpus} GPUs a node in partition {partition.name}, but the recipe takes "
+                f"{needs_gpus}: give another --partition, or gpus-per-node in a --cluster profile"
+            )
+        update["gpus_per_node"] = partition.gpus
     limit, notes = partition.time_limit_minutes, []
     if limit is not None and cluster.time_limit_minutes > limit:
         update["time_limit_minutes"] = limit

@@ -64,6 +64,7 @@ def make_plan(
     if checks.inputs:
         _check_data(recipe)
 
+    cluster = _with_devices(cluster, recipe)
     per_node = _gpus_per_node(recipe, cluster)
     recipe = derive.with_nodes(recipe, nodes, per_node)
     trainer = layout.trainer_layout(recipe)
@@ -76,7 +77,7 @@ def make_plan(
     _check_conversion(recipe, config, slots.nodes)
 
     weights = memory.Weights.of(recipe, config, trainer)
-    planned = tuple(_node(node, recipe, cluster, config, weights, slots, ranks, engines) for node in range(slots.nodes))
+    planned = tuple(_node(node, recipe, config, weights, slots, ranks, engines) for node in range(slots.nodes))
     job = stages.Job(
         recipe=recipe,
         config=config,
@@ -173,6 +174,16 @@ def _check_data(recipe: Recipe) -> None:
             raise BadInput(f"{name}: there is no file {path}")
 
 
+def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
+    """The cluster as the recipe's device uses it: no GPUs for `cpu`; on this machine, those that `gpu` takes."""
+    if recipe.cluster.device == "cpu":
+        return cluster.model_copy(update={"gpus_per_node": 0, "gpu_request": "none"})
+    if cluster.kind == "local" and not cluster.gpus_per_node:
+        wanted = recipe.cluster.actor_num_gpus_per_node
+        return cluster.model_copy(update={"gpus_per_node": wanted, "gpu_request": "gpus-per-node"})
+    return cluster
+
+
 def _gpus_per_node(recipe: Recipe, cluster: Cluster) -> int:
     """GPU slots of a node that engines of their own may take, after checking that the trainer's fit it."""
     wanted, present = recipe.cluster.actor_num_gpus_per_node, cluster.gpus_per_node
@@ -214,7 +225,6 @@ def _check_conversion(recipe: Recipe, config: ModelConfig, nodes: int) -> None:
 def _node(
     node: int,
     recipe: Recipe,
-    cluster: Cluster,
     config: ModelConfig,
     weights: memory.Weights,
     slots: layout.Slots,
@@ -226,7 +236,7 @@ def _node(
     return NodePlan(
         index=node,
         gpus=slots.gpus_per_node,
-        host_memory=memory.node_memory(recipe, cluster, config, weights, mine, serving, node),
+        host_memory=memory.node_memory(recipe, config, weights, mine, serving, node),
         ranks=tuple(rank.rank for rank in mine),
         engines=tuple(engine.index for engine in serving),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vime.models.config import ModelConfig
 from vime.planning.counts import Counts, model_counts, stage_counts
-from vime.planning.types import Cluster, EnginePlan, Item, Memory, TrainerRank
+from vime.planning.types import EnginePlan, Item, Memory, TrainerRank
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 
@@ -41,11 +41,6 @@ class Weights:
         return cls(layout, stage_counts(config, layout), trained, model_counts(config))
 
 
-def on_gpu(recipe: Recipe, cluster: Cluster) -> bool:
-    """Whether the slots are GPUs as far as memory goes: fp32 training is for machines without."""
-    return recipe.model.bf16 and cluster.kind == "slurm" and cluster.gpu_request != "none" and cluster.gpus_per_node > 0
-
-
 def weight_bytes(config: ModelConfig, weights: Weights, *, quantised: bool) -> int:
     """Bytes of the HF checkpoint's tensors: 1 a parameter in block fp8 (the few others in 2 do not matter), else 2."""
     return weights.model.total * (1 if quantised and config.quantisation else 2)
@@ -64,7 +59,6 @@ def object_store_bytes(recipe: Recipe) -> int:
 
 def node_memory(
     recipe: Recipe,
-    cluster: Cluster,
     config: ModelConfig,
     weights: Weights,
     ranks: list[TrainerRank],
@@ -77,7 +71,7 @@ def node_memory(
     kept = sum(weights.trained[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
-    if on_gpu(recipe, cluster):
+    if recipe.cluster.device == "gpu":
         items = [
             *_gpu_trainer(recipe, held, graded, kept, len(ranks)),
             *_gpu_engines(recipe, config, weights, share, slots),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from vime.errors import BadInput
@@ -98,4 +99,4 @@ class ParallelLayout:
         if any(size < 1 for size in sizes):
             raise BadInput(f"a pipeline stage of {num_layers} layers over {self.pp} stages is empty: use fewer stages")
         starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return tuple(range(a, b) for a, b in zip(starts, starts[1:], strict=False))
+        return tuple(range(a, b) for a, b in itertools.pairwise(starts))

@@ -1,4 +1,4 @@
-"""The typed recipe: one group of options a model, every option spelled as its flag (`lr_decay_style` is `--lr-decay-style`).
+"""The typed recipe: groups of options, every option spelled as its flag (`lr_decay_style` is `--lr-decay-style`).
 
 A flag belongs to exactly one group, so a flat command line or a flat YAML mapping names it without its group.
 """
@@ -22,7 +22,7 @@ class ModelOptions(Options):
     model: str | None = None
     """Name of a file in `configs/models/` (an HF `config.json` as YAML), used where no checkpoint is at hand."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Megatron model flags given by hand (`--rotary-base 10000`), compared with the checkpoint; a difference is an error."""
+    """Megatron model flags given by hand (`--rotary-base 10000`); one that differs from the checkpoint is an error."""
     mtp_num_layers: int = 0
     """Multi-token-prediction layers that are trained; 0 keeps the checkpoint's frozen."""
     bf16: bool = True
@@ -36,6 +36,8 @@ class ClusterOptions(Options):
     """Nodes of the trainer."""
     actor_num_gpus_per_node: int = 8
     """GPUs, so trainer ranks, on each of them."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """`cpu`: slots are shares of the processors, and no GPUs are asked for, whatever the nodes have."""
     rollout_num_gpus: int | None = None
     """GPUs of all engines together; with `--colocate` always those of the trainer."""
     colocate: bool = False
@@ -134,7 +136,7 @@ class RolloutOptions(Options):
     over_sampling_batch_size: int | None = None
     """Prompts submitted at a time until the batch is full; by default `--rollout-batch-size`."""
     dynamic_sampling_filter_path: str | None = None
-    """`package.module:function` or a built-in name (`check_reward_nonzero_std`) that keeps or drops a finished group."""
+    """`package.module:function` or a built-in name (`check_reward_nonzero_std`) that keeps or drops a group."""
     partial_rollout: bool = False
     """Keep aborted samples and continue them in the next rollout."""
     mask_offpolicy_in_partial_rollout: bool = False
