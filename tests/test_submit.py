@@ -184,3 +184,16 @@ def test_a_local_run_is_recorded_before_it_starts(
     assert submit.main(words) == 7
     assert started == [base_dir / "runs" / "a b"]
     assert read_plan(started[0]).run_name == "a b"
+
+
+def test_a_run_folder_goes_on_with_its_own_recipe_only(
+    no_slurm: dict[str, str], tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--base-dir", str(base_dir), "--run-dir", str(tmp_path / "run"), "--cluster", "local"]
+    for lr in ("1", "2"):
+        plan = submit.main(["--recipe", "tiny-deepseek-r1", *words, "--dry-run", "--", "--lr", lr])
+        assert plan == 0
+    assert read_plan(tmp_path / "run").recipe.optimizer.lr == 2
+    assert submit.main(["--recipe", "tiny-qwen3", *words]) == 2
+    assert "holds a run of the recipe tiny-deepseek-r1" in capsys.readouterr().err
+    assert read_plan(tmp_path / "run").recipe.name == "tiny-deepseek-r1"

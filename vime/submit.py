@@ -7,13 +7,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from vime.errors import BadInput, VimeError
 from vime.launch.discover import has_slurm, query_partitions, resolve
 from vime.planning.build import Checks, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
-from vime.planning.io import write_plan
+from vime.planning.io import PLAN, read_plan, write_plan
 from vime.planning.registry import record_run
 from vime.planning.show import render
 from vime.planning.types import Cluster, Plan
@@ -183,6 +184,7 @@ def _dry_run(plan: Plan, *, write: bool) -> int:
         print("Batch script\n")
         print(sbatch_text(plan))
     if write:
+        check_same_run(plan)
         print(f"plan written to {write_plan(plan)}")
     return 0
 
@@ -202,8 +204,21 @@ def _submit(plan: Plan) -> int:
     return 0
 
 
+def check_same_run(plan: Plan) -> None:
+    """A run folder may be submitted again, to go on; not with another recipe or model."""
+    if not (Path(plan.run_dir) / PLAN).exists():
+        return
+    before = read_plan(plan.run_dir)
+    if (before.recipe.name, before.model_config_hf) != (plan.recipe.name, plan.model_config_hf):
+        raise BadInput(
+            f"run folder {plan.run_dir} holds a run of the recipe {before.recipe.name} or another model: "
+            "give another folder with --run-dir"
+        )
+
+
 def _start(plan: Plan) -> None:
     """Writes the plan and records the run, so that vime.status and its siblings find it from here on."""
+    check_same_run(plan)
     write_plan(plan)
     record_run(plan.run_dir)
     print(f"run {plan.run_name}: {plan.run_dir}")

@@ -19,6 +19,7 @@ from vime.recipe import files
 from vime.recipe.load import absolute_path, uses_base_dir, with_absolute_paths
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.recipe.vllm_arguments import check_installed
 
 SAVE_BYTES_PER_S = 500 * 10**6
 """What a node writes to a shared file system while it saves, for the lead of the signal before the time limit."""
@@ -62,6 +63,7 @@ def make_plan(
     found += note
     check_model_args(config, recipe.model.model_args)
     if checks.inputs:
+        check_installed(recipe.engine.vllm)
         _check_data(recipe)
 
     cluster = _with_devices(cluster, recipe)
@@ -71,7 +73,7 @@ def make_plan(
     derive.check(recipe, config, trainer)
     check_layout(config, trainer)
     found += derive.notes(recipe, config, trainer)
-    recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node)
+    recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node if cluster.exclusive else None)
     slots = layout.divide_slots(recipe, per_node)
     ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
     _check_conversion(recipe, config, slots.nodes)
