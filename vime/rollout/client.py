@@ -294,9 +294,13 @@ class EngineClient:
         """Begin a weight update. The engine has to be paused."""
         await self._json("POST", "/start_weight_update", deadline_s=self.deadlines.weights)
 
-    async def update_weights(self, info: Mapping[str, Any]) -> None:
-        """Receive one bucket of weights."""
-        await self._json("POST", "/update_weights", {"update_info": dict(info)}, self.deadlines.weights)
+    async def start_draft_update(self) -> None:
+        """Begin an update of the draft model that the engine speculates with."""
+        await self._json("POST", "/start_draft_weight_update", deadline_s=self.deadlines.weights)
+
+    async def update_weights(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Receive one bucket of weights: one description for all workers, or one for each in order."""
+        await self._json("POST", "/update_weights", {"update_info": info}, self.deadlines.weights)
 
     async def finish_update(self, version: int) -> None:
         """End the update; tokens from here on carry `version`."""

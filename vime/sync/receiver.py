@@ -1,0 +1,126 @@
+"""The engine's side of a weight sync: buckets out of shared memory or from a process group into vLLM's model.
+
+Tensors arrive under their HF names, quantised ones as e4m3 with scales. An engine that itself holds block fp8 gets them
+so; any other one (every engine on a CPU) gets the numbers of fp8 in its own type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from vime.checkpoint import fp8
+from vime.errors import VimeError
+from vime.sync.segment import Segment
+
+
+class IncompleteUpdate(VimeError):
+    """An update ended before every layer of the model got its weights."""
+
+
+@dataclass
+class SharedMemoryInit(WeightTransferInitInfo):
+    """Nothing to agree on beforehand: every bucket names its segment."""
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """One bucket, as `WeightSource.publish` describes it."""
+
+    segment: str | None
+    size: int
+    block: list[int]
+    tensors: list[list[Any]]
+    """[name, dtype, shape, offset, offset of the scales or None] of each tensor, offsets in bytes."""
+
+
+class _Receiver(WeightTransferEngine[Any, BucketInfo]):
+    """What both backends share: the update's life cycle, and tensors out of a bucket's bytes."""
+
+    update_info_cls = BucketInfo
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        missing = unloaded_layers(self.model)
+        finalize_layerwise_reload(self.model, self.model_config)
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise IncompleteUpdate(f"the update brought no weights for {', '.join(missing[:5])}{more}")
+
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        data = self._bytes_of(update_info)
+        model: Any = self.model
+        with disable_mtp_completeness_check():
+            model.load_weights(self._tensors(data, update_info))
+
+    def shutdown(self) -> None:
+        """Nothing is held between buckets."""
+
+    def _bytes_of(self, bucket: BucketInfo) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def _takes_fp8(self) -> bool:
+        return self.model_config.quantization == "fp8"
+
+    def _tensors(self, data: torch.Tensor, bucket: BucketInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, none of them a view of `data`: vLLM keeps them until their layer is complete."""
+        block = (bucket.block[0], bucket.block[1])
+        for name, dtype, shape, offset, scale_offset in bucket.tensors:
+            kind = getattr(torch, dtype)
+            raw = data[offset : offset + math.prod(shape) * kind.itemsize]
+            tensor = raw.view(kind).view(shape)
+            if scale_offset is None:
+                yield name, tensor.to(self.device, copy=True)
+                continue
+            wide = fp8.scale_shape(shape, block)
+            scale = data[scale_offset : scale_offset + 4 * math.prod(wide)].view(torch.float32).view(wide)
+            if self._takes_fp8:
+                yield name, tensor.to(self.device, copy=True)
+                yield fp8.scale_name(name), scale.to(self.device, copy=True)
+            else:
+                yield name, fp8.dequantise(tensor, scale, block, dtype=self.model_config.dtype).to(self.device)
+
+
+class SharedMemoryReceiver(_Receiver):
+    """`vime-shm`: the bucket lies in shared memory that a trainer rank on this node filled."""
+
+    init_info_cls = SharedMemoryInit
+
+    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+        """Nothing to set up."""
+
+    def _bytes_of(self, bucket: BucketInfo) -> torch.Tensor:
+        if bucket.segment is None:
+            raise VimeError("this bucket is in no shared memory of this node")
+        memory = Segment.open(bucket.segment).memory
+        if len(memory) < bucket.size:
+            raise VimeError(f"segment {bucket.segment} has {len(memory)} bytes, the bucket {bucket.size}")
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def unloaded_layers(model: torch.nn.Module) -> list[str]:
+    """Layers with parameters for which no weight has come since the update began."""
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    missing = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        waiting = info.can_load() and (info.load_numel_total or 0) > 0 and info.load_numel <= 0
+        if waiting and layer._parameters and not is_deferred_attention_layer(layer):
+            missing.append(name)
+    return missing

@@ -1,0 +1,223 @@
+"""The driver's side of a weight sync: pause, buckets, version, cache, resume, with a deadline on every call."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vime.errors import Cause, DeadlineExceeded, VimeError
+from vime.planning.types import EnginePlan, Plan
+from vime.sync.plan import Schedule, Target, schedule_of
+
+Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+class Client(Protocol):
+    """What a sync asks of an engine (`vime.rollout.client.EngineClient`); every call has a deadline of its own."""
+
+    async def pause(self, mode: Any = ...) -> None: ...
+    async def resume(self) -> None: ...
+    async def init_weight_transfer(self, info: Any) -> None: ...
+    async def start_update(self) -> None: ...
+    async def start_draft_update(self) -> None: ...
+    async def update_weights(self, info: Any) -> None: ...
+    async def finish_update(self, version: int) -> None: ...
+    async def reset_prefix_cache(self) -> None: ...
+
+
+class Call(Protocol):
+    """Calls a method on every trainer rank at the same time; results in rank order."""
+
+    def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
+
+
+class SyncFailed(VimeError):
+    """A sync ended half-way. The engine may hold a mixture of weights: it must not serve, only be restarted."""
+
+    def __init__(self, text: str, *, engine: int | None, bucket: int | None, cause: Cause) -> None:
+        super().__init__(text)
+        self.engine = engine
+        """The engine at fault; None when the trainer was, and then no engine may serve."""
+        self.bucket = bucket
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds after which a step of the trainer or of an engine has failed."""
+
+    prepare: float = 300.0
+    bucket: float = 600.0
+    engine: float = 900.0
+    """One call to an engine; above the client's own deadlines, which tell more."""
+
+
+class WeightSync:
+    """Gives the engines the trainer's weights, as often as `run` is called. One at a time."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        call: Call,
+        clients: Sequence[Client],
+        *,
+        pause_mode: str = "keep",
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        self._session = Session(schedule_of(plan), plan.engines, call, clients, pause_mode, deadlines or Deadlines())
+
+    async def run(self, version: int) -> dict[str, float]:
+        """Sync; metrics `sync/…`. Raises SyncFailed, and then leaves every engine paused."""
+        return await self._session.run(version)
+
+    def restarted(self, engine: int, client: Client) -> None:
+        """An engine was started anew: the next `run` connects it again and gives it everything."""
+        self._session.clients[engine] = client
+        self._session.connected.discard(engine)
+
+
+class Session:
+    """The protocol itself, over a schedule."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        engines: Sequence[EnginePlan],
+        call: Call,
+        clients: Sequence[Client],
+        pause_mode: str,
+        deadlines: Deadlines,
+    ) -> None:
+        self.schedule, self.engines, self.call = schedule, engines, call
+        self.clients = list(clients)
+        self.pause_mode, self.deadlines = pause_mode, deadlines
+        self.connected: set[int] = set()
+
+    async def run(self, version: int) -> dict[str, float]:
+        started = time.monotonic()
+        try:
+            metrics = await self._run(version)
+        except BaseException as error:
+            try:
+                await self._trainer("weights_finish", self.deadlines.prepare, None)
+            except VimeError as second:
+                error.add_note(f"and the trainer could not free its buffers: {second}")
+            raise
+        return {**metrics, "sync/time": time.monotonic() - started}
+
+    async def _run(self, version: int) -> dict[str, float]:
+        counts = await self._trainer("weights_prepare", self.deadlines.prepare, None, version)
+        if set(counts) != {len(self.schedule.buckets)}:
+            raise self._failed(f"ranks planned {sorted(set(counts))} buckets, the driver {len(self.schedule.buckets)}")
+        await self._each(None, "pause", lambda client: client.pause(self.pause_mode))
+        paused = time.monotonic()
+        for engine in sorted(set(range(len(self.clients))) - self.connected):
+            await self._engine(engine, None, "init", self.clients[engine].init_weight_transfer(self._init_info(engine)))
+            self.connected.add(engine)
+        sent = 0
+        for target in ("policy", "draft"):
+            sent += await self._stream(target, version)
+        await self._each(None, "reset_prefix_cache", lambda client: client.reset_prefix_cache())
+        await self._trainer("weights_finish", self.deadlines.prepare, None)
+        await self._each(None, "resume", lambda client: client.resume())
+        return {
+            "sync/buckets": float(len(self.schedule.buckets)),
+            "sync/bytes": float(sent),
+            "sync/paused_time": time.monotonic() - paused,
+        }
+
+    def _init_info(self, engine: int) -> dict[str, Any]:
+        return {}
+
+    async def _stream(self, target: Target, version: int) -> int:
+        """One update of one model of every engine; a bucket is gathered while the one before it is loaded. Bytes."""
+        buckets = [bucket.index for bucket in self.schedule.buckets if bucket.target == target]
+        if not buckets:
+            return 0
+        if target == "policy":
+            await self._each(None, "start_update", lambda client: client.start_update())
+        else:
+            await self._each(None, "start_draft_update", lambda client: client.start_draft_update())
+        loading: asyncio.Task[None] | None = None
+        sent, before = 0, None
+        try:
+            for bucket in buckets:
+                infos = await self._published(bucket)
+                sent += sum(int(info["size"]) for info in infos.values())
+                if loading is not None:
+                    await loading
+                    await self._trainer("weights_release", self.deadlines.bucket, before, before)
+                loading, before = asyncio.create_task(self._load(bucket, infos)), bucket
+            assert loading is not None
+            await loading
+            await self._trainer("weights_release", self.deadlines.bucket, before, before)
+        finally:
+            if loading is not None and not loading.done():
+                loading.cancel()
+                await asyncio.gather(loading, return_exceptions=True)
+        await self._each(None, "finish_update", lambda client: client.finish_update(version))
+        return sent
+
+    async def _published(self, bucket: int) -> dict[int, Mapping[str, Any]]:
+        """What every receiver has to know about a bucket."""
+        answers = await self._trainer("weights_publish", self.deadlines.bucket, bucket, bucket)
+        infos = {int(number): info for answer in answers for number, info in answer.items()}
+        missing = set(range(len(self.schedule.receivers))) - set(infos)
+        if missing:
+            raise self._failed(f"no rank published bucket {bucket} for receivers {sorted(missing)}", bucket=bucket)
+        return infos
+
+    async def _load(self, bucket: int, infos: Mapping[int, Mapping[str, Any]]) -> None:
+        by_node = {receiver.node: infos[number] for number, receiver in enumerate(self.schedule.receivers)}
+        await asyncio.gather(
+            *(
+                self._engine(
+                    engine.index, bucket, "update_weights", client.update_weights(worker_infos(engine, by_node))
+                )
+                for engine, client in zip(self.engines, self.clients, strict=True)
+            )
+        )
+
+    async def _each(self, bucket: int | None, what: str, call: Callable[[Client], Awaitable[None]]) -> None:
+        """The same call to every engine at once."""
+        await asyncio.gather(
+            *(self._engine(engine, bucket, what, call(client)) for engine, client in enumerate(self.clients))
+        )
+
+    async def _engine(self, engine: int, bucket: int | None, what: str, call: Awaitable[None]) -> None:
+        try:
+            await asyncio.wait_for(call, self.deadlines.engine)
+        except TimeoutError:
+            text = f"engine {engine} did not end {what} within {self.deadlines.engine:.0f} s"
+            raise self._failed(text, engine=engine, bucket=bucket, cause=Cause.DEADLINE) from None
+        except VimeError as error:
+            raise self._failed(
+                f"engine {engine}: {what}: {error}", engine=engine, bucket=bucket, cause=error.cause
+            ) from error
+
+    async def _trainer(self, method: str, deadline_s: float, bucket: int | None, *args: Any) -> list[Any]:
+        try:
+            return await self.call(method, *args, deadline_s=deadline_s)
+        except DeadlineExceeded as error:
+            raise self._failed(str(error), bucket=bucket, cause=error.cause) from error
+
+    def _failed(
+        self, text: str, *, engine: int | None = None, bucket: int | None = None, cause: Cause = Cause.CODE_ERROR
+    ) -> SyncFailed:
+        at = "" if bucket is None else f" in bucket {bucket} of {len(self.schedule.buckets)}"
+        return SyncFailed(
+            f"weight sync failed{at}: {text}; engines stay paused, restart them",
+            engine=engine,
+            bucket=bucket,
+            cause=cause,
+        )
+
+
+def worker_infos(engine: EnginePlan, by_node: Mapping[int, Mapping[str, Any]]) -> Info:
+    """What an engine's update call carries: one description, or with several nodes one for every worker in order."""
+    if len(engine.nodes) == 1:
+        return by_node[engine.nodes[0]]
+    return [by_node[node] for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for _ in gpus]

@@ -1,0 +1,361 @@
+"""The trainer's side of a weight sync: this rank's shards into the buckets of the engines' nodes.
+
+For every bucket a rank writes the boxes that it holds straight into the shared memory of its own node, sends those that
+other nodes need to their publishers, one message a bucket and publisher, and, where it is a publisher itself, puts what
+it receives into place. Quantised tensors are quantised before they are written or sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vime.checkpoint import fp8
+from vime.checkpoint.hf import HFCheckpoint
+from vime.errors import VimeError
+from vime.megatron.naming import local_tensors
+from vime.models.config import ModelConfig
+from vime.planning.types import Plan
+from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.sync.plan import SLOTS, Entry, Move, Place, Schedule, schedule_of
+from vime.sync.segment import Segment, segment_name
+
+
+@dataclass
+class Buffer:
+    """A bucket's place at one receiver: shared memory on its node, or this rank's own memory for a far one."""
+
+    data: Tensor
+    """uint8 [capacity]."""
+    segment: Segment | None
+    owned: bool
+
+
+class WeightSource:
+    """One rank's part of every weight sync. All ranks call the same methods at the same time, in this order:
+    `prepare`, then for every bucket `publish` and later `release`, then `finish`.
+
+    Bucket b + 2 may be published only after bucket b was released.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        config: ModelConfig,
+        layout: ParallelLayout,
+        coords: Coordinates,
+        plan: Plan,
+        rank: int,
+    ) -> None:
+        tensors = {local.param.name: local.tensor for local in local_tensors(chunks, config, layout, coords)}
+        schedule, checkpoint = schedule_of(plan), plan.recipe.checkpoint.hf_checkpoint
+        frozen = any(entry.frozen for bucket in schedule.buckets for entry in bucket.entries)
+        stored = HFCheckpoint(checkpoint) if frozen and checkpoint else None
+        self._set_up(tensors, schedule, rank, plan.run_dir, stored)
+
+    @classmethod
+    def of_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        schedule: Schedule,
+        rank: int,
+        run: str,
+        checkpoint: HFCheckpoint | None = None,
+    ) -> WeightSource:
+        """A source of given shards (by name of the global parameter) and a given schedule."""
+        source = cls.__new__(cls)
+        source._set_up(tensors, schedule, rank, run, checkpoint)
+        return source
+
+    def _set_up(
+        self,
+        tensors: Mapping[str, Tensor],
+        schedule: Schedule,
+        rank: int,
+        run: str,
+        checkpoint: HFCheckpoint | None,
+    ) -> None:
+        self.schedule, self.rank = schedule, rank
+        self._tensors, self._run, self._checkpoint = tensors, run, checkpoint
+        # The order of moves is the same on every rank; each keeps those that it sends or publishes.
+        self._moves = [
+            [
+                move
+                for move in schedule.moves(bucket.index)
+                if rank in (move.source, self._publisher(move, bucket.index))
+            ]
+            for bucket in schedule.buckets
+        ]
+        self._buffers: dict[tuple[int, int], Buffer] = {}
+        self._pending: set[int] = set()
+        self.bytes_sent = 0
+        """Bytes that went to other ranks since `prepare`."""
+
+    # The four calls of a sync
+
+    def prepare(self, version: int) -> int:
+        """Make room for the buckets; their number, the same on every rank."""
+        self.finish()
+        self.version, self.bytes_sent = version, 0
+        for number, receiver in enumerate(self.schedule.receivers):
+            if self.rank == receiver.publishers[0] and receiver.local:
+                self._make_segments(number)
+        _barrier()
+        for number, receiver in enumerate(self.schedule.receivers):
+            self._open_buffers(number, receiver.local)
+        return len(self.schedule.buckets)
+
+    def publish(self, bucket: int) -> dict[str, Any]:
+        """Bring a bucket to the engines' nodes.
+
+        Returns, by number of the receiver as text, what the engines on that node need to find the bucket; empty on
+        ranks that publish nothing. The bucket is complete when all ranks have returned.
+        """
+        if self._pending and bucket - min(self._pending) >= SLOTS:
+            raise VimeError(f"bucket {bucket} is published before bucket {min(self._pending)} was released")
+        self._pending.add(bucket)
+        moves = self._moves[bucket]
+        with torch.no_grad():
+            self._write_local(bucket, moves)
+            self._exchange(bucket, moves)
+            self._write_frozen(bucket)
+        return {
+            str(number): self._update_info(bucket, number)
+            for number, receiver in enumerate(self.schedule.receivers)
+            if receiver.publisher(bucket) == self.rank
+        }
+
+    def release(self, bucket: int) -> None:
+        """The engines have loaded the bucket; its memory is free for another."""
+        self._pending.discard(bucket)
+
+    def finish(self) -> None:
+        """Give all memory back; also after a sync that failed."""
+        for buffer in self._buffers.values():
+            if buffer.segment is not None and buffer.owned:
+                buffer.segment.unlink()
+        self._buffers.clear()
+        self._pending.clear()
+
+    # Memory
+
+    def _make_segments(self, number: int) -> None:
+        for slot in range(min(SLOTS, len(self.schedule.buckets))):
+            name = segment_name(self._run, self.schedule.receivers[number].node, number, slot)
+            segment = Segment.create(name, self.schedule.capacity(number, slot))
+            self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=True)
+
+    def _open_buffers(self, number: int, local: bool) -> None:
+        receiver = self.schedule.receivers[number]
+        for slot in range(min(SLOTS, len(self.schedule.buckets))):
+            if (number, slot) in self._buffers:
+                continue
+            if local and self.schedule.nodes[self.rank] == receiver.node:
+                segment = Segment.open(segment_name(self._run, receiver.node, number, slot), write=True)
+                self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=False)
+            elif not local and self.rank in receiver.publishers:
+                memory = torch.empty(self.schedule.capacity(number, slot), dtype=torch.uint8)
+                self._buffers[number, slot] = Buffer(memory, None, owned=True)
+
+    def _views(self, bucket: int, number: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """By name: the tensor and its scales in the receiver's buffer."""
+        places, _ = self.schedule.places(bucket, number)
+        data = self._buffers[number, bucket % SLOTS].data
+        return {place.entry.name: entry_views(data, place, self.schedule.block) for place in places}
+
+    # Moving
+
+    def _publisher(self, move: Move, bucket: int) -> int:
+        return self.schedule.receivers[move.receiver].publisher(bucket)
+
+    def _writes_itself(self, move: Move) -> bool:
+        """Whether the source reaches the receiver's memory: blocks that cross shards need their publisher."""
+        receiver = self.schedule.receivers[move.receiver]
+        near = receiver.local and self.schedule.nodes[move.source] == receiver.node
+        return near and move.on_shard
+
+    def _box(self, move: Move) -> Tensor:
+        return self._tensors[move.entry.param.name].detach()[move.piece.target]
+
+    def _write_local(self, bucket: int, moves: list[Move]) -> None:
+        views: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+        for move in moves:
+            if move.source == self.rank and self._writes_itself(move):
+                if move.receiver not in views:
+                    views[move.receiver] = self._views(bucket, move.receiver)
+                self._put(self._box(move), move, views[move.receiver][move.entry.name])
+
+    def _put(self, box: Tensor, move: Move, place: tuple[Tensor, Tensor | None]) -> None:
+        """Write a box of the trainer's weights into its place, quantised where the stream is."""
+        whole, scales = place
+        target = whole[move.piece.source]
+        if scales is None:
+            target.copy_(box)
+            return
+        _, scale = self._quantise(box, move.entry, out=target)
+        scales[_scale_box(move, self.schedule.block)].copy_(scale)
+
+    def _quantise(self, matrix: Tensor, entry: Entry, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        config = self.schedule.config.quantisation
+        assert config is not None
+        return fp8.quantise(matrix, config.block, scale_format=config.scale_format, name=entry.name, out=out)
+
+    def _exchange(self, bucket: int, moves: list[Move]) -> None:
+        """One message between two ranks: all boxes that go from one to the other, in the order of the schedule."""
+        sends: dict[int, list[Move]] = {}
+        receives: dict[int, list[Move]] = {}
+        for move in moves:
+            if self._writes_itself(move):
+                continue
+            publisher = self._publisher(move, bucket)
+            if move.source == self.rank:
+                sends.setdefault(publisher, []).append(move)
+            if publisher == self.rank:
+                receives.setdefault(move.source, []).append(move)
+        arrived = {self.rank: self._pack(sends.pop(self.rank))} if self.rank in sends else {}
+        packed = {rank: self._pack(mine) for rank, mine in sends.items()}
+        for rank, theirs in receives.items():
+            if rank != self.rank:
+                arrived[rank] = torch.empty(sum(map(self._message_bytes, theirs)), dtype=torch.uint8)
+        requests = [dist.P2POp(dist.isend, data, rank) for rank, data in packed.items()]
+        requests += [dist.P2POp(dist.irecv, data, rank) for rank, data in arrived.items() if rank != self.rank]
+        for work in dist.batch_isend_irecv(requests) if requests else ():
+            work.wait()
+        self.bytes_sent += sum(data.numel() for data in packed.values())
+        self._unpack(bucket, receives, arrived)
+
+    def _message_bytes(self, move: Move) -> int:
+        size = math.prod(move.piece.size)
+        if not move.entry.quantised:
+            return size * _dtype(move.entry).itemsize
+        if move.on_shard:
+            return size + 4 * math.prod(fp8.scale_shape(move.piece.size, self.schedule.block))
+        return size * 4
+
+    def _pack(self, moves: list[Move]) -> Tensor:
+        """The bytes of a message. Boxes whose blocks cross shards travel in fp32, so nothing is rounded twice."""
+        message = torch.empty(sum(map(self._message_bytes, moves)), dtype=torch.uint8)
+        for move, part in zip(moves, self._parts(message, moves), strict=True):
+            box = self._box(move)
+            if move.entry.quantised and move.on_shard:
+                size = math.prod(move.piece.size)
+                q = part[:size].view(torch.float8_e4m3fn).view(move.piece.size)
+                _, scale = self._quantise(box, move.entry, out=q)
+                part[size:].copy_(scale.flatten().view(torch.uint8))
+            else:
+                dtype = torch.float32 if move.entry.quantised else _dtype(move.entry)
+                part.copy_(box.to(dtype).contiguous().flatten().view(torch.uint8))
+        return message
+
+    def _parts(self, message: Tensor, moves: list[Move]) -> Iterator[Tensor]:
+        start = 0
+        for move in moves:
+            size = self._message_bytes(move)
+            yield message[start : start + size]
+            start += size
+
+    def _unpack(self, bucket: int, receives: dict[int, list[Move]], arrived: dict[int, Tensor]) -> None:
+        views: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+        whole: dict[tuple[int, str], tuple[Entry, Tensor]] = {}
+        for rank, moves in receives.items():
+            for move, part in zip(moves, self._parts(arrived[rank], moves), strict=True):
+                if move.receiver not in views:
+                    views[move.receiver] = self._views(bucket, move.receiver)
+                target, scales = views[move.receiver][move.entry.name]
+                if scales is None:
+                    target[move.piece.source].copy_(_typed(part, _dtype(move.entry)).view(move.piece.size))
+                elif move.on_shard:
+                    size = math.prod(move.piece.size)
+                    target[move.piece.source].copy_(_typed(part[:size], torch.float8_e4m3fn).view(move.piece.size))
+                    box = scales[_scale_box(move, self.schedule.block)]
+                    box.copy_(_typed(part[size:], torch.float32).view(box.shape))
+                else:
+                    key = (move.receiver, move.entry.name)
+                    if key not in whole:
+                        whole[key] = (move.entry, torch.empty(move.entry.shape, dtype=torch.float32))
+                    whole[key][1][move.piece.source] = _typed(part, torch.float32).view(move.piece.size)
+        for (receiver, name), (entry, matrix) in whole.items():
+            target, scales = views[receiver][name]
+            assert scales is not None
+            scales.copy_(self._quantise(matrix, entry, out=target)[1])
+
+    def _write_frozen(self, bucket: int) -> None:
+        """Publishers read what is not trained from the checkpoint, as it is stored there."""
+        for number, receiver in enumerate(self.schedule.receivers):
+            if receiver.publisher(bucket) != self.rank:
+                continue
+            places, _ = self.schedule.places(bucket, number)
+            data = self._buffers[number, bucket % SLOTS].data
+            for place in places:
+                if place.entry.frozen:
+                    self._copy_stored(place, entry_views(data, place, self.schedule.block))
+
+    def _copy_stored(self, place: Place, views: tuple[Tensor, Tensor | None]) -> None:
+        if self._checkpoint is None:
+            raise VimeError(f"{place.entry.name} is frozen, but there is no HF checkpoint to take it from")
+        target, scales = views
+        if scales is None:
+            target.copy_(self._checkpoint.tensor(place.entry.name))
+        elif self._checkpoint.is_quantised(place.entry.name):
+            target.view(torch.uint8).copy_(self._checkpoint.stored(place.entry.name).view(torch.uint8))
+            scales.copy_(self._checkpoint.scale(place.entry.name))
+        else:
+            scales.copy_(self._quantise(self._checkpoint.tensor(place.entry.name), place.entry, out=target)[1])
+
+    def _update_info(self, bucket: int, number: int) -> dict[str, Any]:
+        places, size = self.schedule.places(bucket, number)
+        segment = self._buffers[number, bucket % SLOTS].segment
+        return {
+            "segment": segment.name if segment else None,
+            "size": size,
+            "block": list(self.schedule.block),
+            "tensors": [
+                [place.entry.name, place.entry.dtype, list(place.entry.shape), place.offset, place.scale_offset]
+                for place in places
+            ],
+        }
+
+
+def entry_views(data: Tensor, place: Place, block: fp8.Block) -> tuple[Tensor, Tensor | None]:
+    """A tensor and its scales as views of a buffer (uint8)."""
+    entry = place.entry
+    raw = data[place.offset : place.offset + entry.bytes]
+    tensor = raw.view(_dtype(entry)).view(entry.shape)
+    if place.scale_offset is None:
+        return tensor, None
+    shape = fp8.scale_shape(entry.shape, block)
+    scales = data[place.scale_offset : place.scale_offset + 4 * math.prod(shape)]
+    return tensor, scales.view(torch.float32).view(shape)
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    return getattr(torch, entry.dtype)
+
+
+def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of a message as numbers; a message does not align them."""
+    aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+    return aligned.view(dtype)
+
+
+def _scale_box(move: Move, block: fp8.Block) -> tuple[slice, ...]:
+    """The blocks of an aligned box."""
+    return tuple(
+        slice(start // size, -(-(start + length) // size))
+        for start, length, size in zip(move.piece.start, move.piece.size, block, strict=True)
+    )
+
+
+def _bytes(segment: Segment) -> Tensor:
+    return torch.frombuffer(segment.memory, dtype=torch.uint8)
+
+
+def _barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
