@@ -1,0 +1,60 @@
+"""Stages as processes of this machine (`--cluster local`): the same tasks that Slurm would start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+
+from vime.errors import Cause
+from vime.launch import supervise
+from vime.launch.rundir import launcher_log
+from vime.launch.steps import Place, Step, launch, places_text, signal_process
+from vime.launch.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
+from vime.planning.types import Plan, Stage
+
+
+class LocalRunner:
+    """Every logical node is this machine."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.restart, self.can_requeue = 0, False
+        self._plan = plan
+        self.job = f"local-{os.getpid()}-{int(time.time())}"
+
+    def nodes(self) -> tuple[str, ...]:
+        return (socket.gethostname(),) * len(self._plan.nodes)
+
+    def start(self, stage: Stage, places: tuple[Place, ...]) -> Step:
+        command = (sys.executable, "-m", "vime.launch.task", "--run", self._plan.run_dir, "--stage", stage.name)
+        processes = []
+        for place in range(len(places)):
+            for rank in range(stage.tasks_per_node):
+                env = {**os.environ, PLACES: places_text(places), JOB: self.job}
+                env |= {LOCAL_PLACE: str(place), LOCAL_RANK: str(rank)}
+                processes.append(launch(command, env, self._plan.run_dir, stage.name))
+        return Step(stage, places, processes, launcher_log(self._plan.run_dir, stage.name))
+
+    def stop(self, step: Step, grace_s: float) -> None:
+        for process in step.processes:
+            signal_process(process, signal.SIGTERM)
+        if not step.wait(grace_s):
+            for process in step.processes:
+                supervise.kill_tree(process.pid, signal.SIGKILL)
+                signal_process(process, signal.SIGKILL)
+            step.wait(10.0)
+        step.close()
+
+    def end_time(self) -> float | None:
+        return None
+
+    def why_ended(self) -> Cause:
+        return Cause.CANCELLED
+
+    def requeue(self) -> None:
+        raise NotImplementedError("a local run is started again by hand")
+
+    def show(self, text: str) -> None:
+        """There is no queue."""

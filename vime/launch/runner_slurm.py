@@ -1,0 +1,115 @@
+"""Stages as job steps: one srun a stage, however many nodes it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from vime.errors import Cause
+from vime.launch import slurm
+from vime.launch.rundir import launcher_log
+from vime.launch.steps import Place, Step, launch, places_text, signal_process
+from vime.launch.task import JOB, PLACES
+from vime.planning.types import Cluster, Plan, Stage
+
+
+def step_name(stage: str) -> str:
+    return f"vime-{stage}"
+
+
+def srun_argv(
+    stage: Stage, names: Sequence[str], *, cluster: Cluster, run_dir: str, python: str, cpus_per_node: int | None
+) -> list[str]:
+    """The srun call of a stage on these nodes.
+
+    Since Slurm 22.05 srun takes no CPUs over from sbatch, so a step states them; steps share the job's nodes with the
+    services and with each other, hence `--overlap`.
+    """
+    cpus = stage.cpus_per_task or max(1, (cpus_per_node or 1) // stage.tasks_per_node)
+    if cpus_per_node is not None:
+        cpus = max(1, min(cpus, cpus_per_node // stage.tasks_per_node))
+    argv = [
+        "srun",
+        f"--job-name={step_name(stage.name)}",
+        f"--nodes={len(names)}",
+        f"--nodelist={','.join(names)}",
+        f"--ntasks={len(names) * stage.tasks_per_node}",
+        f"--ntasks-per-node={stage.tasks_per_node}",
+        f"--cpus-per-task={cpus}",
+        "--cpu-bind=none",
+        "--overlap",
+        "--kill-on-bad-exit=1",
+        "--mpi=none",
+        "--input=none",
+        "--export=ALL",
+    ]
+    if stage.gpus_per_node and cluster.gpu_request == "gres":
+        argv.append(f"--gres=gpu:{stage.gpus_per_node}")
+    elif stage.gpus_per_node and cluster.gpu_request == "gpus-per-node":
+        argv.append(f"--gpus-per-node={stage.gpus_per_node}")
+    return [*argv, python, "-m", "vime.launch.task", "--run", run_dir, "--stage", stage.name]
+
+
+def cause_of_state(state: str) -> Cause:
+    """Why a job in this state was told to end. A requeued job is pending, or completes what it was."""
+    by_state = {"CANCELLED": Cause.CANCELLED, "TIMEOUT": Cause.TIME_LIMIT, "NODE_FAIL": Cause.NODE_FAILURE}
+    by_state |= {"DEADLINE": Cause.TIME_LIMIT, "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY}
+    return by_state.get(state.rstrip("+"), Cause.PREEMPTED)
+
+
+class SlurmRunner:
+    """Runs on the batch host, inside the job."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.job = os.environ["SLURM_JOB_ID"]
+        self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), True
+        self._cpus = slurm.cpus_per_node()
+
+    def nodes(self) -> tuple[str, ...]:
+        return slurm.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
+
+    def start(self, stage: Stage, places: tuple[Place, ...]) -> Step:
+        argv = srun_argv(
+            stage,
+            [place.name for place in places],
+            cluster=self._plan.cluster,
+            run_dir=self._plan.run_dir,
+            python=self._plan.cluster.python or sys.executable,
+            cpus_per_node=self._cpus,
+        )
+        env = {**slurm.clean_environment(os.environ), PLACES: places_text(places), JOB: self.job}
+        process = launch(argv, env, self._plan.run_dir, stage.name)
+        return Step(stage, places, [process], launcher_log(self._plan.run_dir, stage.name))
+
+    def stop(self, step: Step, grace_s: float) -> None:
+        """Through the step, not the srun client: that one would kill without asking."""
+        for number, seconds in (("TERM", grace_s), ("KILL", 10.0)):
+            if step.wait(0):
+                break
+            # The step may end before the signal comes; its srun then ends too, and that is what is waited for.
+            with contextlib.suppress(slurm.SlurmError):
+                for step_id in slurm.step_ids(self.job, step_name(step.stage.name)):
+                    slurm.signal_step(step_id, number)
+            step.wait(seconds)
+        signal_process(step.processes[0], signal.SIGKILL)
+        step.wait(5.0)
+        step.close()
+
+    def end_time(self) -> float | None:
+        state = slurm.job_state(self.job)
+        return None if state is None else state.end
+
+    def why_ended(self) -> Cause:
+        # There are few seconds between TERM and KILL.
+        state = slurm.job_state(self.job, seconds=2.0)
+        return Cause.CANCELLED if state is None else cause_of_state(state.state)
+
+    def requeue(self) -> None:
+        slurm.requeue(self.job)
+
+    def show(self, text: str) -> None:
+        slurm.set_comment(self.job, text)

@@ -1,0 +1,149 @@
+"""What vime asks Slurm, and how its answers are read. Every call has a deadline."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vime.errors import VimeError
+
+CALL_SECONDS = 30.0
+
+
+class SlurmError(VimeError):
+    """A Slurm command failed or did not answer."""
+
+
+def available() -> bool:
+    return shutil.which("squeue") is not None
+
+
+def call(*argv: str, seconds: float = CALL_SECONDS, env: Mapping[str, str] | None = None) -> str:
+    """Output of a Slurm command. Raises SlurmError with its last line."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, env=env, errors="replace"
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(f"there is no {argv[0]} on this machine: run it where Slurm is installed") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{' '.join(argv)} did not answer within {seconds:.0f} s") from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise SlurmError(f"{' '.join(argv)} exited with {done.returncode}: {words[-1]}")
+    return done.stdout
+
+
+def expand_hosts(nodelist: str) -> tuple[str, ...]:
+    """`node[01-03]` as names in order."""
+    return tuple(call("scontrol", "show", "hostnames", nodelist).split())
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as the queue shows it."""
+
+    job_id: str
+    state: str
+    """RUNNING, PENDING, COMPLETED, CANCELLED, NODE_FAIL, …"""
+    reason: str = ""
+    nodelist: str = ""
+    start: float | None = None
+    """Unix seconds; expected while the job is pending."""
+    end: float | None = None
+    comment: str = ""
+    restarts: int = 0
+
+
+def parse_time(text: str) -> float | None:
+    """Slurm's local time as Unix seconds; None for `Unknown`, `N/A` and `NONE`."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def parse_job(text: str) -> JobState:
+    """`scontrol show job -o`: `Key=value` words; the comment, which may hold spaces, is found by the keys around it."""
+    values: dict[str, str] = {}
+    key = ""
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if equals and name[:1].isupper() and name.replace("_", "").replace("/", "").replace(":", "").isalnum():
+            key = name
+            values[key] = value
+        elif key:
+            values[key] += f" {word}"
+    return JobState(
+        job_id=values.get("JobId", ""),
+        state=values.get("JobState", "UNKNOWN"),
+        reason="" if values.get("Reason") == "None" else values.get("Reason", ""),
+        nodelist="" if values.get("NodeList") in (None, "(null)") else values["NodeList"],
+        start=parse_time(values.get("StartTime", "")),
+        end=parse_time(values.get("EndTime", "")),
+        comment=values.get("Comment", ""),
+        restarts=int(values.get("Restarts", "0")),
+    )
+
+
+def job_state(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
+    """A job that slurmctld still knows, else what slurmdbd kept, else None."""
+    try:
+        return parse_job(call("scontrol", "show", "job", "-o", job_id, seconds=seconds))
+    except SlurmError:
+        pass
+    try:
+        text = call("sacct", "-nPXD", "-j", job_id, "-o", "State,NodeList,Start,End", seconds=seconds)
+    except SlurmError:
+        # No accounting here: the journal of the run is what remains.
+        return None
+    lines = text.strip().splitlines()
+    if not lines:
+        return None
+    state, nodes, begin, end = lines[-1].split("|")
+    return JobState(job_id, state.split()[0], nodelist=nodes, start=parse_time(begin), end=parse_time(end))
+
+
+def step_ids(job_id: str, name: str) -> list[str]:
+    """Ids (`12.3`) of a job's running steps of this name."""
+    lines = call("squeue", "-h", "-s", "-j", job_id, "-o", "%i %j").splitlines()
+    return [words[0] for line in lines if (words := line.split(None, 1))[1:] == [name]]
+
+
+def signal_step(step_id: str, number: str) -> None:
+    call("scancel", "-s", number, step_id)
+
+
+def cancel(job_id: str) -> None:
+    call("scancel", job_id)
+
+
+def requeue(job_id: str) -> None:
+    call("scontrol", "requeue", job_id)
+
+
+def set_comment(job_id: str, text: str) -> None:
+    """What `squeue -o %k` shows."""
+    call("scontrol", "update", f"JobId={job_id}", f"Comment={text}")
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for srun inside a job: without the job's defaults for options that every step states itself."""
+    keep = ("SLURM_JOB_", "SLURM_CONF", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT")
+    named = ("SLURM_JOBID", "SLURM_NODELIST", "SLURM_NNODES")
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(("SLURM_", "SRUN_", "SBATCH_")) or name.startswith(keep) or name in named
+    }
+
+
+def cpus_per_node(environ: Mapping[str, str] = os.environ) -> int | None:
+    """CPUs that the job has on its least node, from `SLURM_JOB_CPUS_PER_NODE` (`64(x3),32`)."""
+    text = environ.get("SLURM_JOB_CPUS_PER_NODE", "")
+    counts = [int(part.partition("(")[0]) for part in text.split(",") if part]
+    return min(counts, default=None)

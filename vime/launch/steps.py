@@ -1,0 +1,172 @@
+"""A stage while it runs: its launcher processes and what its tasks report, the same under Slurm and on one machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from vime.errors import Cause
+from vime.launch.reports import Assembler, Report
+from vime.launch.rundir import launcher_log
+from vime.planning.types import Stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node of the allocation as a stage sees it."""
+
+    index: int
+    """Logical node; before the binding exists, the place in the allocation."""
+    name: str
+    """Slurm's name of the node."""
+
+
+@dataclass
+class Step:
+    """Processes of one stage. `pump` is called again and again; the rest is what it has seen."""
+
+    stage: Stage
+    places: tuple[Place, ...]
+    processes: list[subprocess.Popen[bytes]]
+    launcher_log: Path
+    started: float = field(default_factory=time.monotonic)
+    reports: list[Report] = field(default_factory=list)
+    _assemblers: list[Assembler] = field(default_factory=list)
+    _open: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._assemblers = [Assembler() for _ in self.processes]
+        self._open = [True for _ in self.processes]
+        for process in self.processes:
+            os.set_blocking(_output(process), False)
+
+    def pump(self) -> list[Report]:
+        """Reports that have arrived since the last call."""
+        new: list[Report] = []
+        for i, process in enumerate(self.processes):
+            while self._open[i]:
+                try:
+                    data = os.read(_output(process), 65536)
+                except BlockingIOError:
+                    break
+                if not data:
+                    self._open[i] = False
+                new.extend(self._assemblers[i].feed(data))
+        self.reports.extend(new)
+        return new
+
+    def descriptors(self) -> list[int]:
+        """Descriptors that become readable when something is reported."""
+        return [_output(process) for process, is_open in zip(self.processes, self._open, strict=True) if is_open]
+
+    def poll(self) -> int | None:
+        """None while a process runs; then 0, or the exit code of one that failed. Call `pump` once more after it."""
+        codes = [process.poll() for process in self.processes]
+        failed = [code for code in codes if code]
+        if failed and len(self.processes) > 1:
+            # One of several local tasks failed: the stage has, whatever the others do.
+            return failed[0]
+        return None if None in codes else max(failed, key=abs, default=0)
+
+    def of_kind(self, kind: str) -> list[Report]:
+        return [report for report in self.reports if report.kind == kind]
+
+    @property
+    def host_of_rank(self) -> dict[int, str]:
+        """Hosts of the tasks that have started."""
+        return {report.rank: report.data["host"] for report in self.of_kind("start")}
+
+    def told(self, lines: int = 20) -> list[str]:
+        """Last words of the launcher and of tasks that could not report."""
+        other = [line for assembler in self._assemblers for line in assembler.other]
+        try:
+            text = self.launcher_log.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            text = ""
+        return [*other, *text.splitlines()][-lines:]
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all processes end within this time; pumps meanwhile."""
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for process in self.processes):
+            self.pump()
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        self.pump()
+        return True
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+class Runner(Protocol):
+    """Starts stages and ends them."""
+
+    job: str
+    """Slurm's job id, or a name of this run on this machine."""
+    restart: int
+    """How often the job has been requeued."""
+    can_requeue: bool
+
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the allocation's nodes in its order."""
+        ...
+
+    def start(self, stage: Stage, places: tuple[Place, ...]) -> Step: ...
+
+    def stop(self, step: Step, grace_s: float) -> None:
+        """Ends a step and waits for it: TERM to every task, KILL after the grace."""
+        ...
+
+    def end_time(self) -> float | None:
+        """Unix time at which the allocation ends."""
+        ...
+
+    def why_ended(self) -> Cause:
+        """What TERM means: whoever ends the allocation tells nobody but Slurm."""
+        ...
+
+    def requeue(self) -> None:
+        """Lets the same job run again."""
+        ...
+
+    def show(self, text: str) -> None:
+        """Tells the queue what the job is doing."""
+        ...
+
+
+def places_text(places: Sequence[Place]) -> str:
+    """The places as tasks read them: `0=node01,1=node03`."""
+    return ",".join(f"{place.index}={place.name}" for place in places)
+
+
+def launch(argv: Sequence[str], env: dict[str, str], run_dir: str, stage: str) -> subprocess.Popen[bytes]:
+    """A launcher process in a session of its own, its stderr in the stage's launcher log."""
+    log = launcher_log(run_dir, stage)
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env, start_new_session=True
+        )
+    finally:
+        os.close(errors)
+
+
+def signal_process(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if process.poll() is None:
+        process.send_signal(number)
+
+
+def _output(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout is not None
+    return process.stdout.fileno()
