@@ -18,7 +18,7 @@ _MOST_CONNECTIONS = 256
 
 
 class RemoteReward:
-    """POST `{"prompt", "response", "label", "metadata"}` to one address; it answers a number or `{"reward": number}`."""
+    """POSTs `{"prompt", "response", "label", "metadata"}` to a server that answers a number or `{"reward": number}`."""
 
     def __init__(self, url: str) -> None:
         self._url = url

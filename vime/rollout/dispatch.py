@@ -1,0 +1,400 @@
+"""Which engine answers which group: least loaded first, around engines that fail, hang or restart.
+
+A group takes a seat on one engine and one of its data-parallel ranks, where its samples share the prompt's cached keys
+and values. A group waits while every engine has as many requests as its server takes, so that a slow engine gets fewer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from vime.errors import DeadlineExceeded, VimeError
+from vime.rollout.client import EngineAnswer, EngineClient, EngineError, EngineTimeout, Generated, SamplingSettings
+
+log = logging.getLogger(__name__)
+
+Recover = Callable[[int, EngineError], Awaitable[None]]
+"""Called with the number of an engine that failed and how; returns once it runs again with the current weights."""
+
+_GENERATED_TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+
+
+class Stopped(Exception):
+    """The round is full: no request is sent any more."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long things may take, in seconds, and how often."""
+
+    attempts: int = 6
+    """Requests for one sample before its failure ends the run."""
+    strikes: int = 3
+    """Wrong answers in a row after which an engine is left alone until it has recovered."""
+    recovery: float = 900.0
+    """Until an engine that failed answers again."""
+    stall: float = 300.0
+    """Without one new token, while requests are under way, after which an engine counts as hanging."""
+    watch: float = 15.0
+    """Between two looks at the engines' progress."""
+    abort: float = 60.0
+    """Until an engine has ended all requests that it was told to abort."""
+
+
+@dataclass(eq=False)
+class _Engine:
+    index: int
+    client: EngineClient
+    loads: list[int]
+    """Samples seated on each data-parallel rank."""
+    up: bool = True
+    strikes: int = 0
+    calls: set[asyncio.Task[Generated]] = field(default_factory=set)
+    failure: EngineError | None = None
+    tokens: float | None = None
+    """Tokens that it had generated when it last made progress."""
+    progress_at: float = 0.0
+
+    @property
+    def load(self) -> int:
+        return sum(self.loads)
+
+    @property
+    def has_room(self) -> bool:
+        return self.up and self.load < self.client.concurrency
+
+
+@dataclass(eq=False)
+class Seat:
+    """Where the samples of one group are generated. `left` counts those that have not ended."""
+
+    left: int
+    engine: _Engine | None = None
+    rank: int = 0
+    moving: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Dispatcher:
+    """All engines of a run. An async context manager; of one event loop.
+
+    `expected_version` of the weights is set by the round: an engine that restarted with others is not used.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[EngineClient],
+        data_parallel_sizes: Sequence[int] = (),
+        *,
+        recover: Recover | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        sizes = data_parallel_sizes or [1] * len(clients)
+        self._engines = [_Engine(i, c, [0] * n) for i, (c, n) in enumerate(zip(clients, sizes, strict=True))]
+        self._recover, self.patience = recover, patience or Patience()
+        self._waiting: deque[tuple[Seat, asyncio.Future[None]]] = deque()
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._stopping = False
+        self._fatal: VimeError | None = None
+        self.expected_version: int | None = None
+        self.retries = 0
+        """Requests that were repeated since the count was last taken."""
+
+    async def __aenter__(self) -> Self:
+        self._spawn(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop()
+        for task in (*self._tasks, *(call for engine in self._engines for call in engine.calls)):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def capacity(self) -> int:
+        """Requests that all engines take at once."""
+        return sum(engine.client.concurrency for engine in self._engines)
+
+    async def begin(self) -> int:
+        """Start a round: every engine must hold the same weights; returns their version."""
+        self._stopping = False
+        if self._fatal:
+            raise self._fatal
+        up = [engine for engine in self._engines if engine.up]
+        versions = await asyncio.gather(*(engine.client.weight_info() for engine in up))
+        if len(set(versions)) > 1:
+            found = ", ".join(f"engine {e.index}: {v}" for e, v in zip(up, versions, strict=True))
+            raise VimeError(f"engines hold weights of different versions ({found}): sync them before a rollout")
+        if versions:
+            self.expected_version = versions[0]
+        return self.expected_version if self.expected_version is not None else -1
+
+    async def take_seat(self, samples: int) -> Seat:
+        """A seat for a group on the engine with the most room, once there is room. Raises Stopped."""
+        seat = Seat(samples)
+        await self._place(seat)
+        return seat
+
+    async def generate(
+        self,
+        seat: Seat,
+        token_ids: Sequence[int],
+        settings: SamplingSettings,
+        *,
+        max_tokens: int,
+        deadline_s: float,
+    ) -> Generated:
+        """One answer, repeated on failures, elsewhere when the group's engine is down. Frees one place of the seat.
+
+        Raises Stopped, or EngineError when repeating cannot help.
+        """
+        try:
+            for attempt in range(1, self.patience.attempts + 1):
+                engine = await self._engine_of(seat)
+                try:
+                    return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s)
+                except EngineError as error:
+                    self._strike(engine, error)
+                    if not error.retry or attempt == self.patience.attempts:
+                        raise
+                    self.retries += 1
+                    log.warning("request %d repeated: %s", attempt, error)
+            raise AssertionError("unreachable")
+        finally:
+            self._free(seat)
+
+    def stop(self) -> None:
+        """Send no more requests; those that wait for an engine end with Stopped."""
+        self._stopping = True
+        while self._waiting:
+            _, ready = self._waiting.popleft()
+            if not ready.done():
+                ready.set_exception(Stopped())
+
+    async def abort(self) -> None:
+        """Stop, and end every request under way with the tokens it has. Raises DeadlineExceeded."""
+        self.stop()
+        end = time.monotonic() + self.patience.abort
+        while busy := [engine for engine in self._engines if engine.calls]:
+            if time.monotonic() > end:
+                names = ", ".join(f"{len(engine.calls)} on engine {engine.index}" for engine in busy)
+                raise DeadlineExceeded(f"requests did not end within {self.patience.abort:g} s of their abort: {names}")
+            await asyncio.gather(*(self._abort_engine(engine) for engine in busy))
+            # A request that was still on its way to the engine is caught by the next turn.
+            if calls := [call for engine in busy for call in engine.calls]:
+                await asyncio.wait(calls, timeout=0.1)
+
+    def loads(self) -> list[list[int]]:
+        """Samples seated on every rank of every engine."""
+        return [list(engine.loads) for engine in self._engines]
+
+    def take_metrics(self) -> dict[str, float]:
+        """Counts since the last call."""
+        metrics = {
+            "rollout/request_retries": float(self.retries),
+            "rollout/engines_down": float(sum(not engine.up for engine in self._engines)),
+        }
+        self.retries = 0
+        return metrics
+
+    async def _abort_engine(self, engine: _Engine) -> None:
+        try:
+            await engine.client.abort_all()
+        except EngineError as error:
+            self._put_down(engine, error)
+
+    async def _call(
+        self,
+        engine: _Engine,
+        seat: Seat,
+        token_ids: Sequence[int],
+        settings: SamplingSettings,
+        max_tokens: int,
+        deadline_s: float,
+    ) -> Generated:
+        rank = seat.rank if len(engine.loads) > 1 else None
+        call = asyncio.create_task(
+            engine.client.generate(
+                token_ids, settings, max_tokens=max_tokens, deadline_s=deadline_s, data_parallel_rank=rank
+            )
+        )
+        if not engine.calls:
+            engine.progress_at = time.monotonic()
+        engine.calls.add(call)
+        call.add_done_callback(engine.calls.discard)
+        try:
+            generated = await call
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if engine.failure is None or (current and current.cancelling()):
+                raise
+            raise EngineTimeout(f"request given up: {engine.failure}") from None
+        self._check_version(engine, generated)
+        engine.strikes = 0
+        return generated
+
+    def _check_version(self, engine: _Engine, generated: Generated) -> None:
+        expected = self.expected_version
+        if expected is not None and generated.weight_versions and min(generated.weight_versions) < expected:
+            raise EngineAnswer(
+                f"engine {engine.client.url}: tokens come from weights of version {min(generated.weight_versions)}, "
+                f"but the rollout is for {expected}"
+            )
+
+    async def _engine_of(self, seat: Seat) -> _Engine:
+        """The group's engine, or a new one when that is down. Samples of a group move together."""
+        async with seat.moving:
+            if self._stopping:
+                raise Stopped
+            if seat.engine is None or not seat.engine.up:
+                self._unseat(seat)
+                await self._place(seat)
+            assert seat.engine is not None
+            return seat.engine
+
+    async def _place(self, seat: Seat) -> None:
+        if self._stopping:
+            raise Stopped
+        if self._fatal:
+            raise self._fatal
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((seat, ready))
+        self._serve()
+        try:
+            await ready
+        except asyncio.CancelledError:
+            self._unseat(seat)
+            raise
+
+    def _serve(self) -> None:
+        """Seat those who wait, in order, as long as an engine has room."""
+        while self._waiting:
+            free = [engine for engine in self._engines if engine.has_room]
+            if not free:
+                return
+            seat, ready = self._waiting.popleft()
+            if ready.done():
+                continue  # given up while it waited
+            seat.engine = min(free, key=lambda engine: (engine.load / engine.client.concurrency, engine.index))
+            seat.rank = min(range(len(seat.engine.loads)), key=seat.engine.loads.__getitem__)
+            seat.engine.loads[seat.rank] += seat.left
+            ready.set_result(None)
+
+    def _unseat(self, seat: Seat) -> None:
+        if seat.engine is not None:
+            seat.engine.loads[seat.rank] -= seat.left
+            seat.engine = None
+            self._serve()
+
+    def _free(self, seat: Seat) -> None:
+        seat.left -= 1
+        if seat.engine is not None:
+            seat.engine.loads[seat.rank] -= 1
+            self._serve()
+
+    def leave(self, seat: Seat) -> None:
+        """Give back the places of samples that were never asked for."""
+        self._unseat(seat)
+        seat.left = 0
+
+    def _strike(self, engine: _Engine, error: EngineError) -> None:
+        if not error.retry:
+            return
+        engine.strikes += 1
+        lost = not isinstance(error, EngineAnswer) and getattr(error, "status", None) is None
+        if lost or engine.strikes >= self.patience.strikes:
+            self._put_down(engine, error)
+
+    def _put_down(self, engine: _Engine, error: EngineError) -> None:
+        """Use the engine no more until it has recovered; its requests fail, to be repeated elsewhere."""
+        if not engine.up:
+            return
+        log.warning("engine %d is down: %s", engine.index, error)
+        engine.up, engine.failure, engine.tokens = False, error, None
+        for call in tuple(engine.calls):
+            call.cancel()
+        self._spawn(self._bring_back(engine, error))
+
+    async def _bring_back(self, engine: _Engine, error: EngineError) -> None:
+        try:
+            async with asyncio.timeout(self.patience.recovery):
+                if self._recover is not None:
+                    await self._recover(engine.index, error)
+                await self._until_current(engine)
+        except TimeoutError:
+            self._lose(
+                DeadlineExceeded(f"engine {engine.index} did not recover in {self.patience.recovery:g} s: {error}")
+            )
+            return
+        except VimeError as failure:
+            self._lose(failure)
+            return
+        log.warning("engine %d is back", engine.index)
+        engine.up, engine.failure, engine.strikes = True, None, 0
+        engine.progress_at = time.monotonic()
+        self._serve()
+
+    async def _until_current(self, engine: _Engine) -> None:
+        pause = 0.1
+        while True:
+            try:
+                if self.expected_version in (None, await engine.client.weight_info()):
+                    return
+            except EngineError as error:
+                engine.failure = error
+            await asyncio.sleep(pause)
+            pause = min(10.0, 2 * pause)
+
+    def _lose(self, error: VimeError) -> None:
+        """An engine is gone for good; the run goes on as long as there is another."""
+        log.error("%s", error)
+        if not any(engine.up for engine in self._engines):
+            self._end(error)
+
+    def _end(self, error: VimeError) -> None:
+        self._fatal = error
+        while self._waiting:
+            _, ready = self._waiting.popleft()
+            if not ready.done():
+                ready.set_exception(error)
+
+    async def _watch(self) -> None:
+        """Find engines that have requests and make no tokens: their connections stay open for hours."""
+        while True:
+            await asyncio.sleep(self.patience.watch)
+            await asyncio.gather(*(self._look_at(e) for e in self._engines if e.up and e.calls))
+
+    async def _look_at(self, engine: _Engine) -> None:
+        try:
+            text = await engine.client.metrics()
+        except EngineError as error:
+            self._strike(engine, error)
+            return
+        tokens = sum(float(value) for value in _GENERATED_TOKENS.findall(text))
+        now = time.monotonic()
+        if tokens != engine.tokens or not engine.calls:
+            engine.tokens, engine.progress_at = tokens, now
+        elif now - engine.progress_at > self.patience.stall:
+            seconds = f"{now - engine.progress_at:.0f} s"
+            hung = EngineTimeout(
+                f"engine {engine.client.url} made no token in {seconds}, with {len(engine.calls)} requests"
+            )
+            self._put_down(engine, hung)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failure = VimeError(f"the watch over the engines failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._end(failure)
