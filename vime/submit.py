@@ -197,8 +197,11 @@ def _local(plan: Plan) -> int:
 
 
 def _submit(plan: Plan) -> int:
-    from vime.launch.submit import submit
+    from vime.launch.submit import check_accepted, check_path, sbatch_text, submit
 
+    # Before anything is written: a run that Slurm would refuse leaves no folder behind.
+    check_path(plan.run_dir)
+    check_accepted(sbatch_text(plan))
     _start(plan)
     print(f"job {submit(plan)}: python -m vime.status shows it, python -m vime.logs -f follows it")
     return 0
