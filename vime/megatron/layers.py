@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
@@ -132,6 +133,25 @@ class CoreAttention(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return {}
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel that gives logits where it would give the loss, so that MTP layers can be trained beside the policy.
+
+    With labels Megatron adds the loss of the MTP layers to the graph, weighted by `loss_mask`, and then asks for the
+    main loss, in whose place the logits, [1, t, V / TP], are handed on.
+    """
+
+    _main_labels: torch.Tensor | None = None
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        self._main_labels = labels
+        return super().forward(*args, labels=labels, **kwargs)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if labels is self._main_labels:
+            return logits.transpose(0, 1).contiguous()
+        return super().compute_language_model_loss(labels, logits)
 
 
 _REPLACED: dict[Any, Any] = {WrappedTorchNorm: RMSNorm, DotProductAttention: CoreAttention}

@@ -146,3 +146,8 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Σ weight x value over the tokens of weight above 0; other tokens add nothing, whatever they hold."""
     counted = weights > 0
     return (torch.where(counted, values, torch.zeros_like(values)) * weights).sum()
+
+
+def rewards_less_kl(rewards: Tensor, divergences: Tensor, coefficient: float) -> Tensor:
+    """KL in the reward, [G]: R - β Σ_t KL_t, with the summed per-token estimate of each sample (arXiv 2203.02155)."""
+    return rewards - coefficient * divergences

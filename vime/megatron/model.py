@@ -35,8 +35,6 @@ class ModelOptions:
     attention_backend: str = "auto"
     moe_enable_deepep: bool = False
     moe_token_dispatcher_type: str = "alltoall"
-    random_init: bool = False
-    """Initialise the weights; left out where they are loaded anyway."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ModelOptions:
@@ -74,14 +72,13 @@ def build_model(
     refuse_wrong(config, layout)
     device = backend.setup()
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
 
-    from vime.megatron.layers import decoder_spec, mtp_spec
+    from vime.megatron.layers import PolicyModel, decoder_spec, mtp_spec
 
     mtp = mtp and config.mtp_layers > 0
     megatron = megatron_config(config, layout, bf16=bf16, mtp=mtp, options=options or ModelOptions())
     spec = decoder_spec(megatron, transformer_engine=device.transformer_engine)
-    model = GPTModel(
+    model = PolicyModel(
         config=megatron,
         transformer_layer_spec=spec,
         vocab_size=config.padded_vocab_size(layout.tp),
@@ -131,8 +128,10 @@ def megatron_config(
         "attention_softmax_in_fp32": options.attention_softmax_in_fp32,
         "attention_backend": AttnBackend[options.attention_backend],
         "mtp_num_layers": config.mtp_layers if mtp else None,
-        "perform_initialization": options.random_init,
-        "use_cpu_initialization": device.cpu,
+        # Weights are loaded over it, but it is the initialisation that marks which parameters are tensor-parallel
+        # (the gradient norm asks). Each rank initialises its own shard, on a CPU too.
+        "perform_initialization": True,
+        "use_cpu_initialization": False,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": not device.cpu,

@@ -20,6 +20,11 @@ def refuse_wrong(config: ModelConfig, layout: ParallelLayout) -> None:
     check_layout(config, layout)
     if layout.tp == 1:
         return
+    if config.vocab_size % layout.tp:
+        raise BadInput(
+            f"the vocabulary of {config.vocab_size} does not divide by --tensor-model-parallel-size {layout.tp}: "
+            "the columns that fill it up would count in every probability, use a divisor"
+        )
     if config.moe is not None and not layout.sequence_parallel:
         raise BadInput(
             f"TP{layout.tp} without --sequence-parallel: Megatron trains mixtures of experts under tensor parallelism "

@@ -1,0 +1,160 @@
+"""Samples as the tensors of packed micro-batches, and per-token columns that survive any way of packing them.
+
+Every response token of a rollout has a slot, a number from 0 to `Tokens.slots`: sample by sample, in order. Advantages,
+log-probs and weights are columns, fp32 [slots], the same on all ranks; a micro-batch only says which slot each of its
+positions predicts. So nothing depends on how samples are packed and dealt out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vime.errors import DataError
+from vime.megatron.attention_layout import local_tokens
+from vime.recipe.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Prompts and responses of all samples of a rollout."""
+
+    sequences: tuple[np.ndarray, ...]
+    """int64 [length] each: the prompt's tokens, then the response's."""
+    prompts: tuple[int, ...]
+    """Tokens of each prompt."""
+    starts: tuple[int, ...]
+    """Slot of each sample's first response token."""
+    slots: int
+    """Response tokens of all samples."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, longest: int | None = None) -> Tokens:
+        """From prompts and responses. Raises DataError for an empty prompt or a sequence beyond `longest` tokens."""
+        for number, (prompt, response) in enumerate(pairs):
+            if not len(prompt):
+                raise DataError(f"sample {number} has an empty prompt, so nothing predicts its first token")
+            if longest is not None and len(prompt) + len(response) > longest:
+                raise DataError(
+                    f"sample {number} has {len(prompt) + len(response)} tokens, more than the model's "
+                    f"{longest} positions: lower --rollout-max-response-len or --rollout-max-prompt-len"
+                )
+        sequences = tuple(np.asarray([*prompt, *response], np.int64) for prompt, response in pairs)
+        ends = np.cumsum([0, *(len(response) for _, response in pairs)])
+        return cls(sequences, tuple(len(prompt) for prompt, _ in pairs), tuple(ends[:-1].tolist()), int(ends[-1]))
+
+    def response(self, sample: int) -> slice:
+        """The slots of a sample."""
+        start = self.starts[sample]
+        return slice(start, start + len(self.sequences[sample]) - self.prompts[sample])
+
+    def split(self, column: torch.Tensor) -> list[torch.Tensor]:
+        """A column, sample by sample."""
+        return [column[self.response(sample)] for sample in range(len(self.sequences))]
+
+    @property
+    def trained(self) -> list[int]:
+        """Samples that have a response; the others have nothing to predict."""
+        return [i for i, sequence in enumerate(self.sequences) if len(sequence) > self.prompts[i]]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What lengths must be multiples of: a sequence for context parallelism, a micro-batch for tensor parallelism."""
+
+    sequence: int = 1
+    batch: int = 1
+
+    @classmethod
+    def of(cls, layout: ParallelLayout) -> Padding:
+        sequence = 2 * layout.cp if layout.cp > 1 else 1
+        return cls(sequence, math.lcm(sequence, layout.cp * layout.tp))
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence takes in a micro-batch."""
+        return -(-length // self.sequence) * self.sequence
+
+    def capacity(self, layout: ParallelLayout, tokens_per_gpu: int) -> int:
+        """Tokens of a micro-batch: CP x tokens a GPU, less what the padding of the whole may add."""
+        return max(self.batch, layout.cp * tokens_per_gpu // self.batch * self.batch)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch as a context-parallel rank sees it; t is its number of local tokens, padding included."""
+
+    tokens: torch.Tensor
+    """int64 [1, t]."""
+    positions: torch.Tensor
+    """int64 [1, t]: position inside the sequence."""
+    targets: torch.Tensor
+    """int64 [t]: the next token; 0 where none is predicted."""
+    slots: torch.Tensor
+    """int64 [t]: slot of the target; -1 where it is no response token."""
+    samples: torch.Tensor
+    """int64 [t]: number of the sample inside the micro-batch, from 0 to `count`."""
+    count: int
+    packed: PackedSeqParams
+
+    def column(self, column: torch.Tensor) -> torch.Tensor:
+        """A column at the targets of this micro-batch, fp32 [t]; 0 where there is none."""
+        picked = column.to(self.slots.device)[self.slots.clamp(min=0)] if column.numel() else self.targets.float()
+        return torch.where(self.slots >= 0, picked, torch.zeros_like(picked))
+
+
+def make_batch(
+    data: Tokens, members: Sequence[int], padding: Padding, *, cp_rank: int, cp_size: int, device: torch.device
+) -> PackedBatch:
+    """The micro-batch of these samples. Without any it is a single padding sequence that predicts nothing."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    lengths = [padding.padded(len(data.sequences[i])) for i in members]
+    total = sum(lengths)
+    rest = (-total % padding.batch) if total else padding.batch
+    # What is missing to a multiple is one more sequence; it divides as `batch` is a multiple of `sequence`.
+    if rest:
+        lengths = [*lengths, rest]
+    total += rest
+    tokens, targets = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    slots, samples = np.full(total, -1, np.int64), np.zeros(total, np.int64)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    start = 0
+    for number, sample in enumerate(members):
+        sequence, prompt = data.sequences[sample], data.prompts[sample]
+        end = start + len(sequence)
+        tokens[start:end] = sequence
+        targets[start : end - 1] = sequence[1:]
+        slots[start + prompt - 1 : end - 1] = data.starts[sample] + np.arange(len(sequence) - prompt)
+        samples[start : start + lengths[number]] = number
+        start += lengths[number]
+    mine = local_tokens(lengths, cp_rank, cp_size)
+    bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
+    # Padding stands at the end of each sequence, where causal attention hides it: it may count as part of it.
+    packed = PackedSeqParams("thd", bounds, bounds, bounds, bounds, max(lengths), max(lengths))
+    columns = np.stack([tokens, positions, targets, slots, samples])[:, mine]
+    on_device = torch.from_numpy(columns).to(device)
+    return PackedBatch(
+        tokens=on_device[0:1],
+        positions=on_device[1:2],
+        targets=on_device[2],
+        slots=on_device[3],
+        samples=on_device[4],
+        count=max(len(members), 1),
+        packed=packed,
+    )
+
+
+def optimizer_steps(samples: int, steps: int) -> list[range]:
+    """Samples of each optimizer step: consecutive, in equal parts as far as they divide, none empty."""
+    steps = max(1, min(steps, samples))
+    bounds = [samples * step // steps for step in range(steps + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]

@@ -1,0 +1,121 @@
+"""From a micro-batch's logits to its share of the loss and of the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vime.megatron import losses
+from vime.megatron.batch import PackedBatch
+from vime.megatron.logprobs import token_log_probs
+from vime.recipe.schema import AlgorithmOptions
+
+METRICS = (
+    "loss",
+    "pg_loss",
+    "kl_loss",
+    "entropy",
+    "pg_clipfrac",
+    "ppo_kl",
+    "train_rollout_logprob_abs_diff",
+    "tis",
+)
+"""Means over the global batch with the loss's own weights, in this order; `ppo_kl` is the mean of log π_old - log π."""
+
+Columns = Mapping[str, Tensor]
+"""fp32 [slots] each: `weights`; for the policy loss `advantages`; where there are any `old` (the trainer's log-probs
+before the first step), `reference` and `rollout` (the engine's)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The recipe's loss of this rank's part of a micro-batch; parts of all ranks and micro-batches add up."""
+
+    options: AlgorithmOptions
+    temperature: float
+    tensor_group: dist.ProcessGroup | None = None
+    """Ranks that share the vocabulary."""
+    context_group: dist.ProcessGroup | None = None
+    """Ranks that share each sequence."""
+
+    def log_probs(self, logits: Tensor, batch: PackedBatch) -> Tensor:
+        """log π of every target at the rollout temperature, fp32 [t]."""
+        return token_log_probs(logits, batch.targets, temperature=self.temperature, group=self.tensor_group)[0]
+
+    def __call__(self, logits: Tensor, batch: PackedBatch, columns: Columns) -> tuple[Tensor, Tensor]:
+        """Loss, a scalar with gradient, and the `METRICS` without, fp32 [len(METRICS)]. `logits` is [t, V / TP]."""
+        log_probs, entropy = token_log_probs(
+            logits, batch.targets, temperature=self.temperature, group=self.tensor_group, with_entropy=True
+        )
+        assert entropy is not None
+        weights = batch.column(columns["weights"])
+        if self.options.loss_type == "sft_loss":
+            loss = losses.weighted_sum(-log_probs, weights)
+            return loss, self._metrics({"loss": loss, "entropy": losses.weighted_sum(entropy, weights)}, loss)
+        return self._policy(log_probs, entropy, weights, batch, columns)
+
+    def _policy(
+        self, log_probs: Tensor, entropy: Tensor, weights: Tensor, batch: PackedBatch, columns: Columns
+    ) -> tuple[Tensor, Tensor]:
+        options = self.options
+        old = batch.column(columns["old"]) if "old" in columns else log_probs.detach()
+        token = self._token_loss(log_probs, old, batch.column(columns["advantages"]), weights, batch)
+        values = {"ppo_kl": losses.weighted_sum((old - log_probs).detach(), weights)}
+        token_loss = token.loss
+        if "rollout" in columns:
+            rollout = batch.column(columns["rollout"])
+            difference = (old - rollout).abs()
+            values["train_rollout_logprob_abs_diff"] = losses.weighted_sum(difference, weights)
+            if options.use_tis:
+                correction = losses.importance_weights(old, rollout, options.tis_clip)
+                token_loss = token_loss * correction
+                values["tis"] = losses.weighted_sum(correction, weights)
+        values["pg_loss"] = losses.weighted_sum(token_loss, weights)
+        values["pg_clipfrac"] = losses.weighted_sum(token.clipped.float(), weights)
+        values["entropy"] = losses.weighted_sum(entropy, weights)
+        loss = values["pg_loss"]
+        if options.entropy_coef:
+            loss = loss - options.entropy_coef * values["entropy"]
+        if "reference" in columns:
+            divergence = losses.kl_divergence(log_probs, batch.column(columns["reference"]), options.kl_loss_type)
+            values["kl_loss"] = losses.weighted_sum(divergence, weights)
+            if options.use_kl_loss and options.kl_loss_coef:
+                loss = loss + options.kl_loss_coef * values["kl_loss"]
+        return loss, self._metrics({**values, "loss": loss}, loss)
+
+    def _token_loss(
+        self, log_probs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, batch: PackedBatch
+    ) -> losses.PolicyLoss:
+        options = self.options
+        log_ratio = log_probs - old
+        if options.advantage_estimator == "gspo":
+            log_ratio = losses.sequence_log_ratio(log_probs, self._sequence_mean(log_ratio, weights, batch))
+        if options.advantage_estimator == "cispo":
+            return losses.cispo_loss(
+                log_probs, log_ratio, advantages, eps_clip=options.eps_clip, eps_clip_high=options.eps_clip_high
+            )
+        return losses.clipped_policy_loss(
+            log_ratio,
+            advantages,
+            eps_clip=options.eps_clip,
+            eps_clip_high=options.eps_clip_high,
+            eps_clip_c=options.eps_clip_c,
+        )
+
+    def _sequence_mean(self, values: Tensor, weights: Tensor, batch: PackedBatch) -> Tensor:
+        """At every token the mean of its sample's trained tokens, over all context-parallel ranks."""
+        trained = (weights > 0).float()
+        counted = torch.where(weights > 0, values.detach(), torch.zeros_like(values))
+        sums = torch.zeros(2, batch.count, device=values.device)
+        sums.index_add_(1, batch.samples, torch.stack([counted, trained]))
+        if self.context_group is not None and self.context_group.size() > 1:
+            dist.all_reduce(sums, group=self.context_group)
+        return (sums[0] / sums[1].clamp(min=1.0))[batch.samples]
+
+    def _metrics(self, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        zero = torch.zeros((), device=like.device)
+        return torch.stack([values.get(name, zero).detach().float() for name in METRICS])

@@ -1,0 +1,182 @@
+"""Megatron's distributed optimizer: data-parallel wrapping, Adam, learning rate, guarded steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vime.errors import BadInput, VimeError
+from vime.megatron import backend
+from vime.recipe.schema import OptimizerOptions, Recipe
+
+MAX_SKIPPED_STEPS = 3
+_NAMED_GRADIENTS = 3
+
+
+class NotFinite(VimeError):
+    """Gradients were not finite several steps in a row."""
+
+
+def learning_rate(options: OptimizerOptions, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant, linear or cosine to `min_lr`.
+
+    The decay ends at `lr_decay_iters` steps, by default at `total_steps`.
+    """
+    warmup, end = options.lr_warmup_iters, options.lr_decay_iters or total_steps
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    if options.lr_decay_style == "constant":
+        return options.lr
+    done = min(1.0, (step - warmup) / max(1, end - warmup))
+    share = 1 - done if options.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return options.min_lr + (options.lr - options.min_lr) * share
+
+
+def notes(options: OptimizerOptions, cpu: bool) -> list[str]:
+    """Sentences about flags that are accepted and do nothing on this device."""
+    flags = {
+        "--optimizer-cpu-offload": options.optimizer_cpu_offload,
+        "--overlap-cpu-optimizer-d2h-h2d": options.overlap_cpu_optimizer_d2h_h2d,
+        "--use-precision-aware-optimizer": options.use_precision_aware_optimizer,
+    }
+    given = [flag for flag, on in flags.items() if on]
+    return [f"{', '.join(given)}: without a GPU the optimizer is on the host already"] if cpu and given else []
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global norm before clipping; not finite where the step was skipped."""
+    learning_rate: float
+    skipped: bool
+
+
+class Optimizer:
+    """The data-parallel chunks and their Adam. `steps` counts the steps that were taken."""
+
+    def __init__(self, chunks: Sequence[Any], recipe: Recipe, *, total_steps: int) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+
+        self._options, self._total_steps = recipe.optimizer, total_steps
+        bf16, self._cpu = recipe.model.bf16, backend.setup().cpu
+        # fp32 accumulation costs nothing on a CPU, and bf16 sums over many ranks lose what small steps need.
+        in_fp32 = recipe.misc.accumulate_allreduce_grads_in_fp32 or self._cpu
+        data_parallel = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=in_fp32, check_for_nan_in_grad=False
+        )
+        self.chunks: list[Any] = [DistributedDataParallel(chunk.config, data_parallel, chunk) for chunk in chunks]
+        config = OptimizerConfig(**_values(recipe.optimizer, bf16=bf16, cpu=self._cpu))
+        self.megatron: Any = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
+        if self._cpu:
+            for group in self.megatron.param_groups:
+                group["fused"] = True
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.grad_scale_func = self.megatron.scale_loss
+            chunk.config.no_sync_func = self.chunks[0].no_sync
+        self.steps = 0
+        self._skipped = 0
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self) -> StepResult:
+        """Clip and step. A gradient that is not finite skips the step; `MAX_SKIPPED_STEPS` in a row raise NotFinite.
+
+        The norm is global, so all ranks decide alike.
+        """
+        rate = learning_rate(self._options, self.steps, self._total_steps)
+        for group in self.megatron.param_groups:
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+        norm = self._norm()
+        if not math.isfinite(norm):
+            self._refuse(norm)
+            return StepResult(norm, rate, True)
+        _, norm_again, _ = self.megatron.step()
+        self._skipped = 0
+        self.steps += 1
+        return StepResult(float(norm if norm_again is None else norm_again), rate, False)
+
+    def _norm(self) -> float:
+        self.megatron.prepare_grads()
+        return float(self.megatron.get_grad_norm())
+
+    def _refuse(self, norm: float) -> None:
+        self._skipped += 1
+        where = self._not_finite()
+        names = f"; on this rank first in {', '.join(where)}" if where else ""
+        print(f"optimizer step {self.steps} skipped: gradient norm is {norm}{names}", flush=True)
+        if self._skipped >= MAX_SKIPPED_STEPS:
+            raise NotFinite(f"the gradient was not finite in {self._skipped} steps in a row, last norm {norm}{names}")
+
+    def _not_finite(self) -> list[str]:
+        found = []
+        for chunk in self.chunks:
+            for name, parameter in chunk.module.named_parameters():
+                gradient = getattr(parameter, "main_grad", None)
+                if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                    found.append(name)
+                    if len(found) == _NAMED_GRADIENTS:
+                        return found
+        return found
+
+    def reload_master_weights(self) -> None:
+        """Take the model's weights over into the optimizer's fp32 copies; needed after weights were loaded."""
+        self.megatron.reload_model_params()
+
+    def check_master_weights(self) -> None:
+        """Raises AssertionError where a master weight, rounded to the model's type, is not the model's weight."""
+        for optimizer in self.megatron.chained_optimizers:
+            for models, masters in zip(
+                getattr(optimizer, "model_float16_groups", []),
+                getattr(optimizer, "shard_fp32_from_float16_groups", []),
+                strict=True,
+            ):
+                for model, master in zip(models, masters, strict=True):
+                    if master is None:
+                        continue  # the precision-aware optimizer keeps them inside Transformer Engine
+                    span = optimizer._get_model_param_range_map(model)["param"]
+                    shard = model.detach().view(-1)[span.start : span.end]
+                    assert torch.equal(master.detach().to(shard.dtype).to(shard.device), shard), (
+                        f"master weights of a parameter of shape {tuple(model.shape)} are not the model's"
+                    )
+
+
+def _values(options: OptimizerOptions, *, bf16: bool, cpu: bool) -> dict[str, Any]:
+    """Keyword values of Megatron's OptimizerConfig."""
+    if options.min_lr > options.lr:
+        raise BadInput(f"--min-lr {options.min_lr} is above --lr {options.lr}: give a smaller one")
+    values: dict[str, Any] = {
+        "optimizer": options.optimizer,
+        "lr": options.lr,
+        "min_lr": options.min_lr,
+        "weight_decay": options.weight_decay,
+        "adam_beta1": options.adam_beta1,
+        "adam_beta2": options.adam_beta2,
+        "adam_eps": options.adam_eps,
+        "clip_grad": options.clip_grad,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "use_distributed_optimizer": True,
+    }
+    if not cpu:
+        values |= {
+            "optimizer_cpu_offload": options.optimizer_cpu_offload,
+            "optimizer_offload_fraction": 1.0 if options.optimizer_cpu_offload else 0.0,
+            "overlap_cpu_optimizer_d2h_h2d": options.overlap_cpu_optimizer_d2h_h2d,
+            "use_precision_aware_optimizer": options.use_precision_aware_optimizer,
+        }
+    return values

@@ -1,0 +1,148 @@
+"""Runs packed micro-batches through Megatron's pipeline schedule: log-probs without, optimizer steps with gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vime.megatron import backend
+from vime.megatron.batch import PackedBatch, Padding, Tokens, make_batch
+from vime.megatron.objective import METRICS, Columns, Objective
+from vime.megatron.packing import fixed_micro_batches, micro_batches
+from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.recipe.schema import PerfOptions
+
+
+@dataclass(frozen=True)
+class Packer:
+    """How samples become micro-batches under the recipe."""
+
+    perf: PerfOptions
+    layout: ParallelLayout
+
+    def shares(self, data: Tokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[list[list[int]]]:
+        """`[data-parallel rank][micro-batch][sample]` of these samples; the same on every rank."""
+        padding = Padding.of(self.layout)
+        trained = set(data.trained)
+        chosen = [sample for sample in samples if sample in trained]
+        lengths = [padding.padded(len(data.sequences[sample])) for sample in chosen]
+        if self.perf.use_dynamic_batch_size:
+            assert tokens_per_gpu is not None, "dynamic batches need --max-tokens-per-gpu"
+            found = micro_batches(lengths, padding.capacity(self.layout, tokens_per_gpu), self.layout.dp)
+        else:
+            found = fixed_micro_batches(lengths, self.perf.micro_batch_size, self.layout.dp)
+        return [[[chosen[i] for i in members] for members in share] for share in found]
+
+
+class Runner:
+    """One rank's passes through the model. All ranks call the same method with the same arguments."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        objective: Objective,
+        packer: Packer,
+        coords: Coordinates,
+    ) -> None:
+        self.chunks, self.objective = list(chunks), objective
+        self._packer, self._layout, self._coords = packer, packer.layout, coords
+        self._device = backend.setup().device
+        self._padding = Padding.of(packer.layout)
+
+    def log_probs(self, data: Tokens, tokens_per_gpu: int | None) -> torch.Tensor:
+        """The model's log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank."""
+        column = torch.zeros(data.slots, device=self._device)
+        batches = self._batches(data, range(len(data.sequences)), tokens_per_gpu)
+
+        def measure(batch: PackedBatch, output: torch.Tensor) -> Any:
+            found = self.objective.log_probs(output[0], batch)
+            here = batch.slots >= 0
+            column[batch.slots[here]] = found[here]
+            return output.new_zeros(()), _no_tokens(), {}
+
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            self._run(batches, measure, None, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return self._over_all_ranks(column).cpu()
+
+    def gradients(
+        self, data: Tokens, samples: Sequence[int], columns: Columns, tokens_per_gpu: int | None
+    ) -> dict[str, float]:
+        """Adds the gradients of one global batch to the chunks' buffers, reduced over ranks; returns the `METRICS`."""
+        batches = self._batches(data, samples, tokens_per_gpu)
+        columns = {name: column.to(self._device) for name, column in columns.items()}
+        sums = torch.zeros(len(METRICS), device=self._device)
+
+        def measure(batch: PackedBatch, output: torch.Tensor) -> Any:
+            loss, metrics = self.objective(output[0], batch, columns)
+            sums.add_(metrics)
+            # With a token count of 0 Megatron sums gradients over ranks and divides by nothing.
+            return loss, _no_tokens(), {}
+
+        self._run(batches, measure, columns, forward_only=False)
+        return dict(zip(METRICS, self._over_all_ranks(sums).tolist(), strict=True))
+
+    def _batches(self, data: Tokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[PackedBatch]:
+        share = self._packer.shares(data, samples, tokens_per_gpu)[self._coords.dp]
+        return [
+            make_batch(
+                data,
+                members,
+                self._padding,
+                cp_rank=self._coords.cp,
+                cp_size=self._layout.cp,
+                device=self._device,
+            )
+            for members in share
+        ]
+
+    def _run(
+        self,
+        batches: list[PackedBatch],
+        measure: Callable[[PackedBatch, torch.Tensor], Any],
+        columns: Columns | None,
+        *,
+        forward_only: bool,
+    ) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
+            batch = next(iterator)
+            extra: dict[str, Any] = {}
+            if model.config.mtp_num_layers:
+                weights = batch.column(columns["weights"]) if columns else torch.zeros_like(batch.targets).float()
+                extra = {"labels": batch.targets[None], "loss_mask": weights[None]}
+            output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed, **extra)
+            return output, functools.partial(measure, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.size(1) * self._layout.cp,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _over_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over data- and context-parallel ranks of the last pipeline stage, then from there to the others."""
+        from megatron.core import parallel_state as ps
+
+        dist.all_reduce(values, group=ps.get_data_parallel_group(with_context_parallel=True))
+        if self._layout.pp > 1:
+            stages: Any = ps.get_pipeline_model_parallel_group()
+            dist.broadcast(values, src=ps.get_pipeline_model_parallel_last_rank(), group=stages)
+        return values
+
+
+def _no_tokens() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int, device=backend.setup().device)

@@ -1,0 +1,338 @@
+"""One rank of the trainer: what the training loop calls, on all ranks at the same time."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from vime.checkpoint.hf import HFCheckpoint
+from vime.checkpoint.load import load_hf_into
+from vime.checkpoint.torch_dist import TRACKER
+from vime.errors import BadInput, DataError
+from vime.megatron import backend, losses, optimizer
+from vime.megatron.batch import Tokens, optimizer_steps
+from vime.megatron.checkpointing import Checkpointer, State, has_tracker
+from vime.megatron.model import ModelOptions, build_model
+from vime.megatron.objective import METRICS, Objective
+from vime.megatron.parallel import destroy_parallel, init_parallel
+from vime.megatron.reference import HostWeights
+from vime.megatron.runner import Packer, Runner
+from vime.models.config import ModelConfig
+from vime.planning.types import Plan
+from vime.rollout.types import Rollout, Sample
+
+if TYPE_CHECKING:
+    from vime.sync.source import WeightSource
+
+
+@dataclass(frozen=True)
+class StartState:
+    """Where training starts."""
+
+    next_rollout_id: int
+    loaded_from: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the driver gave to `save`; empty at the start of a run."""
+
+
+class TrainWorker:
+    """One Megatron rank of a plan."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.plan, self.rank, self.recipe = plan, rank, plan.recipe
+        self.config = ModelConfig.from_hf(plan.model_config_hf)
+        self.layout = plan.layout
+        self.coords = plan.layout.coordinates(rank)
+        self._weights: WeightSource | None = None
+        self._trained_since_save = True
+        self._last_saved: Path | None = None
+
+    # --- start
+
+    def setup(self, master_address: str, master_port: int) -> StartState:
+        """Join the other ranks, build model and optimizer, load weights and, when the run is resumed, its state."""
+        recipe = self.recipe
+        options = ModelOptions.from_recipe(recipe)
+        self._seed = recipe.misc.seed
+        init_parallel(
+            self.layout, rank=self.rank, master_address=master_address, master_port=master_port, seed=self._seed
+        )
+        trains_mtp = recipe.model.mtp_num_layers > 0
+        chunks = build_model(self.config, self.layout, bf16=recipe.model.bf16, mtp=trains_mtp, options=options)
+        steps_a_rollout = recipe.rollout.num_steps_per_rollout or 1
+        total_steps = recipe.rollout.num_rollout * steps_a_rollout
+        self._optimizer = optimizer.Optimizer(chunks, recipe, total_steps=total_steps)
+        self._chunks = chunks
+        self._checkpointer = Checkpointer(
+            chunks,
+            self._optimizer,
+            self.config,
+            self.layout,
+            self.coords,
+            keep=recipe.checkpoint.save_keep,
+            background=recipe.checkpoint.async_save,
+        )
+        self._runner = self._make_runner()
+        if self.rank == 0:
+            cpu = backend.setup().cpu
+            for note in (*options.without_effect(cpu), *optimizer.notes(recipe.optimizer, cpu)):
+                print(f"note: {note}", flush=True)
+        start = self._load()
+        self._make_source(chunks)
+        return start
+
+    def _make_runner(self) -> Runner:
+        from megatron.core import parallel_state as ps
+
+        tensor: Any = ps.get_tensor_model_parallel_group()
+        context: Any = ps.get_context_parallel_group()
+        objective = Objective(self.recipe.algorithm, self.recipe.rollout.rollout_temperature, tensor, context)
+        return Runner(self._optimizer.chunks, objective, Packer(self.recipe.perf, self.layout), self.coords)
+
+    def _make_source(self, chunks: Sequence[Any]) -> None:
+        if self.plan.engines:
+            from vime.sync.source import WeightSource
+
+            self._weights = WeightSource(chunks, self.config, self.layout, self.coords, self.plan, self.rank)
+
+    def _load(self) -> StartState:
+        """Reference weights first, if a KL needs them, then what training starts from."""
+        load = self.recipe.checkpoint.load
+        resumes = has_tracker(load) and (Path(str(load)) / TRACKER).read_text().strip().isdigit()
+        self._reference: HostWeights | None = None
+        if self._needs_reference or not resumes:
+            start = self._load_start()
+            if self._needs_reference:
+                self._reference = HostWeights(self._chunks)
+            if not resumes:
+                return start
+        assert load is not None
+        state, folder = self._checkpointer.load(load)
+        self._last_saved, self._trained_since_save = folder, False
+        return StartState(state.rollout_id + 1, str(folder), state.extra)
+
+    def _load_start(self) -> StartState:
+        """`--load` that holds a release, else `--ref-load`, else the HF checkpoint itself."""
+        checkpoint = self.recipe.checkpoint
+        for root in (checkpoint.load, checkpoint.ref_load):
+            if root is not None and self._holds_weights(Path(root)):
+                return StartState(0, str(self._checkpointer.load_weights(root)))
+        if checkpoint.ref_load is not None and checkpoint.conversion != "direct":
+            raise BadInput(f"--ref-load {checkpoint.ref_load} holds no checkpoint: run the convert stage first")
+        if checkpoint.hf_checkpoint is None:
+            raise BadInput("there are no weights to start from: give --ref-load or --hf-checkpoint")
+        source = HFCheckpoint(checkpoint.hf_checkpoint)
+        load_hf_into(self._chunks, source, self.config, self.layout, self.coords)
+        self._checkpointer.took_weights()
+        return StartState(0, checkpoint.hf_checkpoint)
+
+    @staticmethod
+    def _holds_weights(root: Path) -> bool:
+        if (root / ".metadata").exists():
+            return True
+        return has_tracker(root) and not (root / TRACKER).read_text().strip().isdigit()
+
+    @property
+    def _needs_reference(self) -> bool:
+        algorithm = self.recipe.algorithm
+        policy = algorithm.loss_type == "policy_loss"
+        return policy and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
+
+    # --- training
+
+    def train(self, rollout: Rollout) -> dict[str, float]:
+        """All optimizer steps of a rollout. Returns metrics, the same on every rank."""
+        self._checkpointer.poll()
+        samples = rollout.samples
+        if not samples:
+            raise DataError(f"rollout {rollout.rollout_id} has no samples to train on")
+        self._reseed(rollout.rollout_id)
+        data = Tokens.of([(s.prompt_ids, s.response_ids) for s in samples], longest=self.config.max_position_embeddings)
+        times: dict[str, float] = {}
+        columns = self._columns(rollout, data, times)
+        masks = [_mask(sample) for sample in samples]
+        steps = optimizer_steps(len(samples), self.recipe.rollout.num_steps_per_rollout or 1)
+        with _timed(times, "train"):
+            results = [self._step(data, step, masks, columns) for step in steps]
+        self._trained_since_save = True
+        metrics = _means(results)
+        tokens = sum(len(sequence) for sequence in data.sequences)
+        metrics["perf/train_tokens_per_s"] = tokens / max(times["train"], 1e-9)
+        return metrics | {f"perf/{name}_time": seconds for name, seconds in times.items()}
+
+    def _columns(self, rollout: Rollout, data: Tokens, times: dict[str, float]) -> dict[str, torch.Tensor]:
+        """Everything the loss needs a token, besides its weight."""
+        algorithm, limit = self.recipe.algorithm, self._forward_limit
+        columns: dict[str, torch.Tensor] = {}
+        if algorithm.loss_type == "sft_loss":
+            return columns
+        if self._reference is not None:
+            with _timed(times, "ref_log_probs"), self._reference.in_place():
+                columns["reference"] = self._runner.log_probs(data, limit)
+        if (self.recipe.rollout.num_steps_per_rollout or 1) > 1 or algorithm.kl_coef:
+            with _timed(times, "log_probs"):
+                columns["old"] = self._runner.log_probs(data, limit)
+        if all(len(sample.log_probs) == len(sample.response_ids) for sample in rollout.samples):
+            columns["rollout"] = torch.tensor(
+                [value for sample in rollout.samples for value in sample.log_probs], dtype=torch.float32
+            )
+        elif algorithm.use_tis:
+            raise DataError("--use-tis needs the engine's log-probs of every response token, and some are missing")
+        columns["advantages"] = self._advantages(rollout, data, columns)
+        return columns
+
+    def _advantages(self, rollout: Rollout, data: Tokens, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        algorithm = self.recipe.algorithm
+        column = torch.zeros(data.slots)
+        rewards, number = [], 0
+        for group in rollout.groups:
+            values = torch.tensor([_reward(sample) for sample in group.samples], dtype=torch.float32)
+            if algorithm.kl_coef:
+                divergence = losses.kl_divergence(columns["old"], columns["reference"], algorithm.kl_loss_type)
+                sums = [
+                    float((divergence[data.response(number + i)] * _mask(sample)).sum())
+                    for i, sample in enumerate(group.samples)
+                ]
+                values = losses.rewards_less_kl(values, torch.tensor(sums), algorithm.kl_coef)
+            rewards.append(values)
+            number += len(group.samples)
+        advantages = losses.batch_advantages(
+            rewards, algorithm.advantage_estimator, normalise=algorithm.normalize_advantages
+        )
+        for sample, value in enumerate(torch.cat(advantages).tolist()):
+            column[data.response(sample)] = value
+        return column
+
+    def _step(
+        self, data: Tokens, step: Sequence[int], masks: list[torch.Tensor], columns: dict[str, torch.Tensor]
+    ) -> dict[str, float]:
+        """One optimizer step on these samples."""
+        weights = torch.zeros(data.slots)
+        per_token = self.recipe.algorithm.calculate_per_token_loss
+        for sample, value in zip(
+            step, losses.token_weights([masks[i] for i in step], per_token=per_token), strict=True
+        ):
+            weights[data.response(sample)] = value
+        self._optimizer.zero_grad()
+        measured = self._runner.gradients(
+            data, step, {**columns, "weights": weights}, self.recipe.perf.max_tokens_per_gpu
+        )
+        done = self._optimizer.step()
+        values = {f"train/{name}": measured[name] for name in self._reported}
+        values |= {"train/grad_norm": done.grad_norm, "train/lr": done.learning_rate}
+        return values | {"train/skipped_steps": float(done.skipped)}
+
+    @property
+    def _reported(self) -> list[str]:
+        algorithm = self.recipe.algorithm
+        if algorithm.loss_type == "sft_loss":
+            return ["loss", "entropy"]
+        absent = {"tis"} if not algorithm.use_tis else set()
+        if self._reference is None:
+            absent.add("kl_loss")
+        return [name for name in METRICS if name not in absent]
+
+    def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """Log-probs of the responses, in nats, at the rollout temperature; the same on every rank."""
+        data = Tokens.of(sequences, longest=self.config.max_position_embeddings)
+        found = self._runner.log_probs(data, self._forward_limit)
+        return [values.tolist() for values in data.split(found)]
+
+    @property
+    def _forward_limit(self) -> int | None:
+        return self.recipe.perf.log_probs_max_tokens_per_gpu or self.recipe.perf.max_tokens_per_gpu
+
+    def _reseed(self, rollout_id: int) -> None:
+        """Random states follow from seed and rollout alone, so a resumed run draws what the first would have drawn."""
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        seed = self._seed + 1009 * (rollout_id + 1)
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+    # --- what leaves the trainer
+
+    @property
+    def weights(self) -> WeightSource:
+        """The source of the weight sync."""
+        if self._weights is None:
+            raise RuntimeError("the plan has no engines, or setup has not run")
+        return self._weights
+
+    def save(self, rollout_id: int, extra: dict[str, Any]) -> str:
+        """Write a checkpoint below `--save`; returns its folder. `extra` must be JSON."""
+        json.dumps(extra)  # on every rank, so that all fail alike
+        root = self.recipe.checkpoint.save
+        if root is None:
+            raise BadInput("--save is not set: give a folder for checkpoints")
+        folder = self._checkpointer.save(root, State(rollout_id, self._optimizer.steps, extra))
+        self._last_saved, self._trained_since_save = folder, False
+        if self.recipe.checkpoint.save_hf:
+            self.export_hf(self.recipe.checkpoint.save_hf.replace("{rollout_id}", str(rollout_id)))
+        return str(folder)
+
+    def export_hf(self, path: str) -> None:
+        """Write the current weights as an HF folder. Goes through a checkpoint, which has to be up to date."""
+        if self._last_saved is None or self._trained_since_save:
+            raise RuntimeError("export_hf writes the last checkpoint, but the weights have changed since: save first")
+        from vime.checkpoint.export import export
+
+        self._checkpointer.finish()
+        error: list[Any] = [None]
+        if self.rank == 0:
+            assert self.recipe.checkpoint.hf_checkpoint is not None
+            try:
+                export(self._last_saved, self.recipe.checkpoint.hf_checkpoint, path)
+            except BadInput as problem:
+                error = [problem]
+        dist.broadcast_object_list(error, src=0)
+        if error[0] is not None:
+            raise error[0]
+
+    def close(self) -> None:
+        """Finish background work and leave the process groups."""
+        if hasattr(self, "_checkpointer"):
+            self._checkpointer.close()
+        destroy_parallel()
+
+
+def _reward(sample: Sample) -> float:
+    if sample.reward is None or not math.isfinite(sample.reward):
+        raise DataError(f"sample {sample.index} of group {sample.group_index} has the reward {sample.reward}")
+    return sample.reward
+
+
+def _mask(sample: Sample) -> torch.Tensor:
+    """The sample's loss mask, fp32; every response token is trained on where none is given."""
+    if not sample.loss_mask:
+        return torch.ones(len(sample.response_ids))
+    if len(sample.loss_mask) != len(sample.response_ids):
+        raise DataError(
+            f"sample {sample.index} has {len(sample.response_ids)} response tokens, {len(sample.loss_mask)} in its mask"
+        )
+    return torch.tensor(sample.loss_mask, dtype=torch.float32)
+
+
+def _means(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps; skipped steps are summed and count in nothing else, the learning rate is the last."""
+    whole = [result for result in results if not result["train/skipped_steps"]]
+    found = {name: sum(r[name] for r in whole) / len(whole) for name in results[0]} if whole else {}
+    found["train/skipped_steps"] = sum(result["train/skipped_steps"] for result in results)
+    found["train/lr"] = results[-1]["train/lr"]
+    return found
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start
