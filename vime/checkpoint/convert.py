@@ -222,3 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks.rank == 0:
         print(f"{save_dir / RELEASE} is complete")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
