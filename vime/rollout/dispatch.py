@@ -121,6 +121,11 @@ class Dispatcher:
         """Requests that all engines take at once."""
         return sum(engine.client.concurrency for engine in self._engines)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the round under way sends no more requests."""
+        return self._stopping
+
     async def begin(self) -> int:
         """Start a round: every engine must hold the same weights; returns their version."""
         self._stopping = False

@@ -88,13 +88,23 @@ class Scorer:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
+    @property
+    def of_groups(self) -> bool:
+        """Whether the reward function looks at a whole group at once."""
+        return self._rm_type.startswith(GROUP_PREFIX)
+
+    @property
+    def filters(self) -> bool:
+        """Whether the filter is a plug-in, which `keeps` asks."""
+        return self._filter is not None
+
     async def score(self, group: Group) -> None:
         """Set the reward of every finished sample of the group.
 
         A sample whose function fails keeps the reward None and becomes `failed`; its group cannot be trained on.
         Raises DataError once more than the allowed share of samples has failed.
         """
-        if self._rm_type.startswith(GROUP_PREFIX):
+        if self.of_groups:
             await self._score_group(group)
         else:
             await asyncio.gather(*(self.score_sample(sample) for sample in group.samples))

@@ -1,0 +1,99 @@
+"""Evaluation on held-out sets: mean reward and pass@k of each."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vime.errors import DataError
+from vime.recipe.schema import Recipe
+from vime.rollout.client import SamplingSettings
+from vime.rollout.data import Prompt, PromptSet
+from vime.rollout.generation import Generator, all_of
+from vime.rollout.measures import length_metrics
+from vime.rollout.types import Group, Sample
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One held-out set."""
+
+    name: str
+    data: PromptSet
+
+
+def eval_settings(recipe: Recipe) -> SamplingSettings:
+    """Sampling of the evaluation; what `--eval-…` does not say is as in training."""
+    own, rollout = recipe.eval, recipe.rollout
+    longest, temperature, top_p, top_k = (
+        getattr(own, name) for name in ("eval_max_response_len", "eval_temperature", "eval_top_p", "eval_top_k")
+    )
+    return SamplingSettings(
+        max_tokens=rollout.rollout_max_response_len if longest is None else longest,
+        temperature=rollout.rollout_temperature if temperature is None else temperature,
+        top_p=rollout.rollout_top_p if top_p is None else top_p,
+        top_k=rollout.rollout_top_k if top_k is None else top_k,
+        stop=tuple(rollout.rollout_stop),
+        stop_token_ids=tuple(rollout.rollout_stop_token_ids),
+    )
+
+
+def new_group(index: int, prompt: Prompt, samples: int) -> Group:
+    """A group without answers; its samples are numbered through the run."""
+    return Group(
+        index,
+        [
+            Sample(
+                index=index * samples + place,
+                group_index=index,
+                prompt=prompt.prompt,
+                prompt_ids=list(prompt.token_ids),
+                label=prompt.label,
+                metadata=dict(prompt.metadata),
+            )
+            for place in range(samples)
+        ],
+    )
+
+
+async def evaluate(
+    generator: Generator, sets: Sequence[EvalSet], settings: SamplingSettings, samples: int, deadline_s: float
+) -> dict[str, float]:
+    """`eval/<name>` (mean reward), `eval/<name>/pass@k` and lengths of every set, all sets at once.
+
+    Raises DataError when no sample of a set got a reward.
+    """
+    groups = {each.name: [new_group(i, p, samples) for i, p in enumerate(each.data.prompts)] for each in sets}
+
+    async def finish(group: Group) -> None:
+        await generator.finish(group, settings, deadline_s)
+
+    await all_of(finish(group) for name in groups for group in groups[name])
+    metrics: dict[str, float] = {}
+    for name, finished in groups.items():
+        metrics |= set_metrics(f"eval/{name}", finished)
+    return metrics
+
+
+def set_metrics(prefix: str, groups: Sequence[Group]) -> dict[str, float]:
+    """Mean reward, pass@k where rewards say right or wrong, lengths."""
+    rewards = [[s.reward for s in group.samples if s.reward is not None] for group in groups]
+    flat = [reward for group in rewards for reward in group]
+    if not flat:
+        raise DataError(f"{prefix}: no sample got a reward")
+    metrics = {prefix: statistics.fmean(flat)}
+    if set(flat) <= {-1.0, 0.0, 1.0}:
+        fewest = min(len(group) for group in rewards)
+        k = 1
+        while k <= fewest:
+            estimates = [pass_at_k(len(group), sum(reward > 0 for reward in group), k) for group in rewards]
+            metrics[f"{prefix}/pass@{k}"] = statistics.fmean(estimates)
+            k *= 2
+    return metrics | length_metrics(prefix, [sample for group in groups for sample in group.samples])
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that at least one of k of the n samples, drawn without replacement, is right: 1 - C(n-c, k)/C(n, k)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)

@@ -1,0 +1,304 @@
+"""A rollout: prompts to finished groups, until as many as training wants have passed the filter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from vime.errors import BadInput, DataError
+from vime.planning.types import Plan
+from vime.rollout.client import EngineClient, SamplingSettings
+from vime.rollout.data import Columns, Prompt, PromptSet, PromptStream, load_prompts, load_tokenizer
+from vime.rollout.dispatch import Dispatcher, Patience, Recover
+from vime.rollout.evaluate import EvalSet, eval_settings, evaluate, new_group
+from vime.rollout.filters import BUILT_IN as BUILT_IN_FILTERS
+from vime.rollout.filters import check_filter_path
+from vime.rollout.generation import Generator
+from vime.rollout.measures import finished_metrics, training_metrics
+from vime.rollout.rewards.scorer import Scorer
+from vime.rollout.types import Group, Rollout, Sample, Status
+
+TRIES_OF_A_PROMPT = 2
+"""Times that every prompt of the set is tried before a round counts as one that can never fill."""
+_KEPT_FIELDS = ("response_ids", "log_probs", "weight_versions", "loss_mask", "response", "reward", "status")
+
+
+@dataclass
+class _Round:
+    """What one rollout has so far."""
+
+    wanted: int
+    passed: list[Group] = field(default_factory=list)
+    finished: list[Group] = field(default_factory=list)
+    dropped: int = 0
+    failed: int = 0
+    active: dict[asyncio.Task[bool], Group] = field(default_factory=dict)
+    ended: asyncio.Queue[asyncio.Task[bool]] = field(default_factory=asyncio.Queue)
+
+    @property
+    def open(self) -> int:
+        """Groups that are still missing, if every active one passes."""
+        return self.wanted - len(self.passed) - len(self.active)
+
+    def counts(self) -> str:
+        return (
+            f"{len(self.passed)} of {self.wanted} groups passed; {len(self.finished)} finished, of which the filter "
+            f"dropped {self.dropped}; {self.failed} failed in their reward; {len(self.active)} are under way"
+        )
+
+
+class Sampler:
+    """Makes rollouts and evaluations of a plan with its engines. An async context manager; of one event loop.
+
+    `recover(engine, error)` is called when an engine fails; it restarts it and gives it the current weights. Without
+    it the engine is used again once it answers with the weights of the rollout.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        clients: Sequence[EngineClient],
+        *,
+        recover: Recover | None = None,
+        patience: Patience | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self._recipe = plan.recipe
+        options = plan.recipe.rollout
+        check_filter_path(options.dynamic_sampling_filter_path)
+        if options.rollout_temperature <= 0:
+            raise BadInput(f"--rollout-temperature {options.rollout_temperature}: give a value above 0 to learn from")
+        self._settings = SamplingSettings(
+            max_tokens=options.rollout_max_response_len,
+            temperature=options.rollout_temperature,
+            top_p=options.rollout_top_p,
+            top_k=options.rollout_top_k,
+            stop=tuple(options.rollout_stop),
+            stop_token_ids=tuple(options.rollout_stop_token_ids),
+        )
+        tokenizer = tokenizer or load_tokenizer(plan.recipe.checkpoint.hf_checkpoint or "")
+        context = context_length(plan)
+        self._stream = PromptStream(
+            self._load(options.prompt_data, tokenizer, context), options.rollout_shuffle, options.rollout_seed
+        )
+        sets = plan.recipe.eval.eval_prompt_data
+        self._eval_sets = [
+            EvalSet(name, self._load(path, tokenizer, context))
+            for name, path in zip(sets[::2], sets[1::2], strict=True)
+        ]
+        self._dispatcher = Dispatcher(
+            clients, [engine.data_parallel_size for engine in plan.engines], recover=recover, patience=patience
+        )
+        self._scorer = Scorer(
+            options.rm_type,
+            limit_s=options.rm_timeout,
+            rm_url=options.rm_url,
+            filter_path=options.dynamic_sampling_filter_path,
+        )
+        self._generator = Generator(
+            self._dispatcher, self._scorer, tokenizer, context, options.mask_offpolicy_in_partial_rollout
+        )
+        self._next_group = 0
+        self._kept: list[Group] = []
+        self._rows: dict[int, int] = {}
+        """Row in the prompt set of every group that is not done with."""
+        self._stack = contextlib.AsyncExitStack()
+
+    def _load(self, path: str | None, tokenizer: Any, context: int) -> PromptSet:
+        options = self._recipe.rollout
+        if path is None:
+            raise BadInput("--prompt-data is not set: give a .jsonl or .parquet file of prompts")
+        longest = min(options.rollout_max_prompt_len or context - 1, context - 1)
+        columns = Columns(options.input_key, options.label_key, options.metadata_key)
+        return load_prompts(
+            path,
+            tokenizer,
+            columns=columns,
+            apply_chat_template=options.apply_chat_template,
+            max_prompt_tokens=longest,
+        )
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._scorer)
+            await stack.enter_async_context(self._dispatcher)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def generate(self, rollout_id: int) -> Rollout:
+        """The groups of one rollout, in the order of their prompts.
+
+        Raises DataError when the round cannot fill, EngineError or DeadlineExceeded when the engines cannot answer.
+        """
+        options = self._recipe.rollout
+        started, tokens = time.monotonic(), self._generator.tokens
+        version = await self._dispatcher.begin()
+        round_ = _Round(options.rollout_batch_size)
+        try:
+            async with asyncio.timeout(options.rollout_timeout):
+                await self._fill(round_)
+        except TimeoutError:
+            limit = f"--rollout-timeout {options.rollout_timeout:g} s"
+            raise DataError(f"rollout {rollout_id} is not full after {limit}: {round_.counts()}") from None
+        finally:
+            await self._end(round_)
+        seconds = time.monotonic() - started
+        tokens = self._generator.tokens - tokens
+        groups = sorted(round_.passed, key=lambda group: group.index)
+        metrics = {
+            **finished_metrics(round_.finished),
+            **training_metrics(groups, version),
+            **self._scorer.take_metrics(),
+            **self._dispatcher.take_metrics(),
+            "rollout/filter_drops": float(round_.dropped),
+            "rollout/failed_groups": float(round_.failed),
+            "rollout/unfinished_groups": float(len(self._kept)),
+            "rollout/prompts_too_long": float(self._stream.data.too_long),
+            "rollout/epoch": self._stream.epoch + self._stream.position / len(self._stream.data),
+            "perf/rollout_tokens_per_s": tokens / seconds,
+        }
+        return Rollout(rollout_id, groups, metrics)
+
+    async def evaluate(self, rollout_id: int) -> dict[str, float]:
+        """`eval/<name>` of every evaluation set, with the engines' current weights."""
+        options = self._recipe.eval
+        limit = self._recipe.rollout.rollout_timeout
+        await self._dispatcher.begin()
+        try:
+            async with asyncio.timeout(limit):
+                return await evaluate(
+                    self._generator,
+                    self._eval_sets,
+                    eval_settings(self._recipe),
+                    options.n_samples_per_eval_prompt,
+                    limit,
+                )
+        except TimeoutError:
+            raise DataError(f"evaluation {rollout_id} did not end within --rollout-timeout {limit:g} s") from None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next rollout begins: data cursor, counters, and groups that wait for it. Plain values only."""
+        return {
+            "stream": self._stream.state_dict(),
+            "next_group": self._next_group,
+            "kept": [_packed(group, self._rows[group.index]) for group in self._kept],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._stream.load_state_dict(state["stream"])
+        self._next_group = int(state["next_group"])
+        rows = {prompt.number: prompt for prompt in self._stream.data.prompts}
+        samples = self._recipe.rollout.n_samples_per_prompt
+        self._kept = [_unpacked(packed, rows[packed["row"]], samples) for packed in state["kept"]]
+        self._rows = {packed["index"]: packed["row"] for packed in state["kept"]}
+
+    async def _fill(self, round_: _Round) -> None:
+        """Submit prompts and take finished groups until enough have passed."""
+        while len(round_.passed) < round_.wanted:
+            while round_.open > 0:
+                self._check_fillable(round_)
+                self._submit(round_)
+            task = await round_.ended.get()
+            group = round_.active.pop(task)
+            passes = task.result()
+            if any(sample.status == Status.FAILED for sample in group.samples):
+                round_.failed += 1
+            else:
+                round_.finished.append(group)
+                round_.dropped += not passes
+                if passes:
+                    round_.passed.append(group)
+
+    def _check_fillable(self, round_: _Round) -> None:
+        tried = len(round_.finished) + round_.failed
+        if tried >= TRIES_OF_A_PROMPT * len(self._stream.data) + round_.wanted:
+            raise DataError(
+                f"no rollout can be filled: after every one of {len(self._stream.data)} prompts was tried "
+                f"{TRIES_OF_A_PROMPT} times, {round_.counts()}; mean reward "
+                f"{finished_metrics(round_.finished).get('rollout/raw_reward', float('nan')):.3g}"
+            )
+
+    def _submit(self, round_: _Round) -> None:
+        """Start the next prompts; those that wait from the last rollout come first."""
+        options = self._recipe.rollout
+        count = options.over_sampling_batch_size or options.rollout_batch_size
+        groups, self._kept = self._kept[:count], self._kept[count:]
+        for prompt in self._stream.take(count - len(groups)):
+            groups.append(new_group(self._next_group, prompt, options.n_samples_per_prompt))
+            self._rows[self._next_group] = prompt.number
+            self._next_group += 1
+        for group in groups:
+            task = asyncio.create_task(self._work(group))
+            round_.active[task] = group
+            task.add_done_callback(round_.ended.put_nowait)
+
+    async def _work(self, group: Group) -> bool:
+        """Generate and score a group; whether training wants it. Meaningless once the round was stopped."""
+        if not await self._generator.finish(group, self._settings, self._recipe.rollout.rollout_timeout):
+            return False
+        if any(sample.status == Status.FAILED for sample in group.samples):
+            return False
+        if self._scorer.filters:
+            return await self._scorer.keeps(group)
+        path = self._recipe.rollout.dynamic_sampling_filter_path
+        return path is None or BUILT_IN_FILTERS[path](group)
+
+    async def _end(self, round_: _Round) -> None:
+        """Abort what is under way and keep it for the next rollout: whole with `--partial-rollout`, else its prompt."""
+        try:
+            await self._dispatcher.abort()
+        finally:
+            for task in round_.active:
+                task.cancel()
+            await asyncio.gather(*round_.active, return_exceptions=True)
+        unfinished = sorted((*self._kept, *round_.active.values()), key=lambda group: group.index)
+        partial = self._recipe.rollout.partial_rollout
+        self._kept = [group if partial else _without_answers(group) for group in unfinished]
+        self._rows = {group.index: self._rows[group.index] for group in self._kept}
+
+
+def context_length(plan: Plan) -> int:
+    """Tokens of prompt and response that the engines take: `--vllm-max-model-len`, or what the model was made for."""
+    given = plan.recipe.engine.vllm.get("max_model_len")
+    if given is not None:
+        try:
+            return int(given)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"--vllm-max-model-len is {given!r}: give a whole number") from error
+    longest = plan.model_config_hf.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        raise BadInput("the model's config.json has no max_position_embeddings: give --vllm-max-model-len")
+    return longest
+
+
+def _without_answers(group: Group) -> Group:
+    samples = [
+        Sample(s.index, s.group_index, s.prompt, s.prompt_ids, label=s.label, metadata=s.metadata)
+        for s in group.samples
+    ]
+    return Group(group.index, samples)
+
+
+def _packed(group: Group, row: int) -> dict[str, Any]:
+    """A waiting group as plain values; its prompt stays in the data set."""
+    fresh = all(sample.status == Status.PENDING for sample in group.samples)
+    samples = [] if fresh else [{name: getattr(sample, name) for name in _KEPT_FIELDS} for sample in group.samples]
+    for sample in samples:
+        sample["status"] = str(sample["status"])
+    return {"index": group.index, "row": row, "samples": samples}
+
+
+def _unpacked(packed: Mapping[str, Any], prompt: Prompt, samples: int) -> Group:
+    group = new_group(packed["index"], prompt, len(packed["samples"]) or samples)
+    for sample, values in zip(group.samples, packed["samples"], strict=False):
+        for name in _KEPT_FIELDS:
+            setattr(sample, name, Status(values[name]) if name == "status" else values[name])
+    return group
