@@ -1,4 +1,4 @@
-"""From the findings of preflight to the binding: which nodes are fit, who is which logical node, what ports are free."""
+"""From the findings of preflight to the binding: which nodes are fit, which host is which node, what ports are free."""
 
 from __future__ import annotations
 

@@ -114,13 +114,11 @@ def sbatch_text(plan: Plan) -> str:
 
 
 def submit(plan: Plan) -> str:
-    """Submits the controller; the job's id. Raises BadInput where Slurm refuses, with nothing submitted."""
-    check_path(plan.run_dir)
+    """Submits the controller; the job's id. `check_path` and `check_accepted` go before. Raises BadInput."""
     folder = submit_folder(plan)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # The job unpickles what lies here: nobody else may write to it.
     folder.chmod(0o700)
-    check_accepted(sbatch_text(plan))
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:

@@ -1,0 +1,270 @@
+"""The controller on this machine, with real tasks and stub stages: order, services, gates, and every way a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launch_stub import folder, make_plan, preflight, service, stub, write_code
+
+from vime.errors import Cause
+from vime.launch import rundir
+from vime.launch.controller import Controller
+from vime.launch.events import Event, last_start, read_events
+from vime.launch.preflight import LOCAL_ADDRESS
+from vime.launch.runner_local import LocalRunner
+from vime.launch.supervise import descendants
+from vime.planning.io import read_binding
+from vime.planning.types import Plan, Stage
+from vime.train import control
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    assert descendants(os.getpid()) == []
+
+
+def run(plan: Plan) -> Cause:
+    return Controller(plan, LocalRunner(plan), say=lambda line: None).run()
+
+
+def run_stages(run_dir: Path, *stages: Stage, nodes: int = 1) -> Cause:
+    return run(make_plan(run_dir, [preflight(run_dir, nodes), *stages], nodes=nodes))
+
+
+def journal(run_dir: Path) -> list[tuple[str, str | None]]:
+    return [(event.kind, event.stage) for event in last_start(read_events(run_dir))]
+
+
+def last(run_dir: Path) -> Event:
+    return read_events(run_dir)[-1]
+
+
+def test_a_run_goes_through_its_stages_in_order_and_keeps_services_up(run_dir: Path, tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    up = f"import pathlib, time; p = pathlib.Path({str(alive)!r}); p.touch(); from vime.launch.reports import report; "
+    up += "report('ready'); time.sleep(600)"
+    check = f"import pathlib, os; assert pathlib.Path({str(alive)!r}).exists(); print('rank', os.environ['RANK'])"
+    both = stub("convert", check, nodes=(0, 1), tasks_per_node=2)
+    assert run_stages(run_dir, service("ray-head", up), both, stub("train", check), nodes=2) is Cause.SUCCESS
+    assert journal(run_dir) == [
+        ("run-start", None),
+        ("stage-start", "preflight"), ("preflight", "preflight"), ("binding", None), ("stage-end", "preflight"),
+        ("stage-start", "ray-head"), ("stage-ready", "ray-head"),
+        ("stage-start", "convert"), ("stage-end", "convert"),
+        ("stage-start", "train"), ("stage-end", "train"),
+        ("stage-end", "ray-head"),
+        ("run-end", None),
+    ]  # fmt: skip
+    said = sorted(path.read_text().split()[-1] for path in (run_dir / "logs/convert").glob("node*.log"))
+    assert said == ["0", "1", "2", "3"]
+    assert (run_dir / "logs" / "current.log").resolve() == (run_dir / "logs/train/node00.log").resolve()
+    binding = read_binding(run_dir)
+    assert [(node.index, node.address) for node in binding.nodes] == [(0, LOCAL_ADDRESS), (1, LOCAL_ADDRESS)]
+
+
+def test_private_files_are_private_and_new_at_every_start(run_dir: Path) -> None:
+    tokens = []
+    for _ in range(2):
+        assert run_stages(run_dir) is Cause.SUCCESS
+        tokens.append(rundir.read_secret(run_dir, "ray_token"))
+    assert tokens[0] != tokens[1]
+    assert (run_dir / "secrets").stat().st_mode & 0o777 == 0o700
+    for name in rundir.SECRETS:
+        assert rundir.secret_path(run_dir, name).stat().st_mode & 0o777 == 0o600
+    token = tokens[1]
+    for path in run_dir.rglob("*"):
+        if path.is_file() and path.parent.name != "secrets":
+            assert token not in path.read_text(errors="replace"), path
+
+
+def test_the_first_failure_ends_the_run_and_names_stage_node_rank_cause_and_log(run_dir: Path) -> None:
+    code = "import os, time; time.sleep(0 if os.environ['RANK'] == '1' else 60); raise ValueError('shard 3 is missing')"
+    stages = (service("ray-head"), stub("convert", code, nodes=(0, 1)), stub("train", "print('never')"))
+    assert run_stages(run_dir, *stages, nodes=2) is Cause.CODE_ERROR
+    end = last(run_dir)
+    assert (end.kind, end.stage, end.rank, end.data["cause"]) == ("run-end", "convert", 1, "CODE_ERROR")
+    assert end.node is not None
+    assert "ValueError: shard 3 is missing" in end.text
+    assert "Traceback" in end.data["log_tail"]
+    assert ("stage-start", "train") not in journal(run_dir)
+
+
+@pytest.mark.parametrize("cause", [Cause.BAD_INPUT, Cause.DATA_ERROR, Cause.OUT_OF_MEMORY])
+def test_a_stage_that_exits_with_its_cause_passes_it_on(run_dir: Path, cause: Cause) -> None:
+    plan = make_plan(run_dir, [stub("train", f"import sys; sys.exit({int(cause)})")])
+    assert run(plan) is cause
+
+
+def test_a_stage_that_hangs_ends_at_its_deadline(run_dir: Path) -> None:
+    plan = make_plan(run_dir, [stub("cast", "import time; print('reading'); time.sleep(600)", deadline_s=1.5)])
+    begin = time.monotonic()
+    assert run(plan) is Cause.DEADLINE
+    assert time.monotonic() - begin < 12
+    assert "not done after 2 s: ranks [0]" in last(run_dir).text
+
+
+def test_a_service_that_is_not_ready_says_what_is_missing(run_dir: Path) -> None:
+    code = "from vime.launch.reports import report; import time; report('waiting', missing=['node07']); time.sleep(60)"
+    plan = make_plan(run_dir, [service("ray-workers", code, deadline_s=1.5)])
+    assert run(plan) is Cause.DEADLINE
+    assert "missing: node07" in last(run_dir).text
+
+
+@pytest.mark.parametrize(("code", "cause"), [(0, Cause.CODE_ERROR), (12, Cause.NODE_FAILURE)])
+def test_a_service_that_dies_ends_the_run_whatever_its_code(run_dir: Path, code: int, cause: Cause) -> None:
+    up = f"from vime.launch.reports import report; import sys, time; report('ready'); time.sleep(0.7); sys.exit({code})"
+    plan = make_plan(run_dir, [service("ray-head", up), stub("train", "import time; time.sleep(60)")])
+    assert run(plan) is cause
+    assert last(run_dir).stage == "ray-head"
+
+
+def test_a_failure_under_a_dying_service_is_blamed_on_the_service(run_dir: Path) -> None:
+    up = "from vime.launch.reports import report; import sys, time; report('ready'); time.sleep(1.2); sys.exit('lost')"
+    plan = make_plan(run_dir, [service("ray-head", up), stub("train", "import time; time.sleep(0.7); raise OSError")])
+    run(plan)
+    assert (last(run_dir).stage, ": lost" in last(run_dir).text) == ("ray-head", True)
+
+
+# -- gates --
+
+
+def gated_plan(run_dir: Path, tmp_path: Path, text: str = "weights") -> Plan:
+    source = tmp_path / "fp8"
+    source.mkdir(exist_ok=True)
+    (source / "shard").write_text("bytes") if not (source / "shard").exists() else None
+    output = tmp_path / "bf16"
+    cast = stub("cast", write_code(output, text), inputs=(folder("in", source),), outputs=(folder("out", output),))
+    return make_plan(run_dir, [cast])
+
+
+def test_a_stage_is_skipped_when_its_outputs_verify(tmp_path: Path) -> None:
+    assert run(gated_plan(tmp_path / "first", tmp_path)) is Cause.SUCCESS
+    assert run(gated_plan(tmp_path / "second", tmp_path)) is Cause.SUCCESS
+    assert ("stage-skip", "cast") in journal(tmp_path / "second")
+
+
+@pytest.mark.parametrize("change", ["input", "output", "command", "killed"])
+def test_outputs_that_do_not_verify_are_made_again_and_the_old_ones_kept_aside(tmp_path: Path, change: str) -> None:
+    run(gated_plan(tmp_path / "first", tmp_path))
+    if change == "input":
+        (tmp_path / "fp8" / "shard").write_text("other bytes")
+    elif change == "output":
+        (tmp_path / "bf16" / "model").write_text("cut")
+    elif change == "killed":
+        (tmp_path / "bf16" / ".vime-artefact.json").unlink()
+        (tmp_path / ".bf16.vime-stage.json").write_text("{}")
+    text = "other weights" if change == "command" else "weights"
+    assert run(gated_plan(tmp_path / "second", tmp_path, text)) is Cause.SUCCESS
+    assert (tmp_path / "bf16" / "model").read_text() == text
+    assert len(list(tmp_path.glob("bf16.stale-*"))) == 1
+
+
+def test_a_folder_that_vime_did_not_make_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "bf16").mkdir()
+    (tmp_path / "bf16" / "mine").write_text("by hand")
+    assert run(gated_plan(tmp_path / "run", tmp_path)) is Cause.CODE_ERROR
+    assert (tmp_path / "bf16" / "mine").read_text() == "by hand"
+    assert "FileExistsError" in last(tmp_path / "run").text
+
+
+def test_a_stage_without_its_output_has_failed(run_dir: Path, tmp_path: Path) -> None:
+    plan = make_plan(run_dir, [stub("cast", "pass", outputs=(folder("out", tmp_path / "bf16"),))])
+    assert run(plan) is Cause.BAD_INPUT
+    assert "ended without its output" in last(run_dir).text
+
+
+# -- signals --
+
+
+def when_running(run_dir: Path, stage: str, act: Callable[[], None]) -> threading.Thread:
+    """Acts as soon as the stage has started and said something."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if (run_dir / "logs" / stage / "node00.log").exists():
+                act()
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_terminated_run_is_cancelled_and_leaves_nothing(run_dir: Path) -> None:
+    plan = make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on'); time.sleep(600)")])
+    when_running(run_dir, "train", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(plan) is Cause.CANCELLED
+    assert (last(run_dir).kind, last(run_dir).stage, last(run_dir).data["cause"]) == ("run-end", "train", "CANCELLED")
+
+
+TRAINING = """
+import pathlib, time
+from vime.train.control import answer_checkpoint, checkpoint_requested
+run = {run!r}
+print("training", flush=True)
+while not checkpoint_requested(run):
+    time.sleep(0.05)
+{answer}
+"""
+
+
+def test_a_warning_makes_training_save_before_the_run_stops(run_dir: Path) -> None:
+    code = TRAINING.format(run=str(run_dir), answer="answer_checkpoint(run, 7, 'iter_7')")
+    plan = make_plan(run_dir, [stub("train", code)], signal_lead_s=60)
+    when_running(run_dir, "train", lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    assert run(plan) is Cause.PREEMPTED
+    events = {event.kind: event for event in read_events(run_dir)}
+    assert json.loads(events["checkpoint"].text)["rollout_id"] == 7
+    assert "iter_7" in events["run-end"].text
+    assert events["run-end"].data["requeued"] is False
+
+
+def test_training_that_does_not_save_in_time_is_stopped_all_the_same(run_dir: Path) -> None:
+    code = TRAINING.format(run=str(run_dir), answer="time.sleep(600)")
+    plan = make_plan(run_dir, [stub("train", code)], signal_lead_s=26)
+    when_running(run_dir, "train", lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    begin = time.monotonic()
+    assert run(plan) is Cause.PREEMPTED
+    assert time.monotonic() - begin < 20
+    assert "none was written in time" in [event.text for event in read_events(run_dir)]
+
+
+def test_an_answer_of_an_earlier_start_does_not_count(run_dir: Path) -> None:
+    count = f"import pathlib, sys; sys.exit(len(list(pathlib.Path({str(run_dir)!r}, 'control').glob('checkpoint*'))))"
+    plan = make_plan(run_dir, [stub("train", count)])
+    (run_dir / "control").mkdir()
+    for name in (rundir.CHECKPOINT_REQUEST, rundir.CHECKPOINT_DONE):
+        (run_dir / "control" / name).touch()
+    assert run(plan) is Cause.SUCCESS
+
+
+def test_controller_and_training_mean_the_same_files() -> None:
+    assert (rundir.CHECKPOINT_REQUEST, rundir.CHECKPOINT_DONE) == (control.CHECKPOINT_REQUEST, control.CHECKPOINT_DONE)
+
+
+def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
+    make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on', flush=True); time.sleep(600)")])
+    code = "import sys; from vime.launch import local; from vime.planning.io import read_plan; "
+    code += "local.run(read_plan(sys.argv[1]))"
+    controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
+    below: list[int] = []
+    when_running(run_dir, "train", lambda: below.extend(descendants(controller.pid))).join()
+    controller.kill()
+    controller.wait()
+    deadline = time.monotonic() + 15
+    while any(Path("/proc", str(pid)).exists() for pid in below):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(below) >= 4
