@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ def _random_state() -> None:
     torch.cuda.random.get_rng_state = get_state
     torch.cuda.random.set_rng_state = set_state
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment]
+    # It warns at every fork that the CPU generator has moved, which here it must.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 class _Event:

@@ -18,6 +18,7 @@ from vime.planning.types import Binding, Plan
 def connect(plan: Plan, binding: Binding) -> None:
     """Join the run's Ray cluster as its driver; the job's token is read from its private file."""
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=read_secret(plan.run_dir, "ray_token"), RAY_DEDUP_LOGS="0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray
 
     address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
