@@ -169,7 +169,7 @@ class Dispatcher:
                     if not error.retry or attempt == self.patience.attempts:
                         raise
                     self.retries += 1
-                    log.warning("request %d repeated: %s", attempt, error)
+                    log.debug("request %d repeated: %s", attempt, error)
             raise AssertionError("unreachable")
         finally:
             self._free(seat)

@@ -98,6 +98,11 @@ class Scorer:
         """Whether the filter is a plug-in, which `keeps` asks."""
         return self._filter is not None
 
+    @property
+    def workers_replaced(self) -> int:
+        """Worker processes that were killed or died."""
+        return self._pool.replaced
+
     async def score(self, group: Group) -> None:
         """Set the reward of every finished sample of the group.
 

@@ -1,0 +1,359 @@
+"""Rollouts against stub engines: groups stay whole, none is lost or doubled, whatever the engines do."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from stub_engine import END, KEY, CharacterTokenizer, StubEngine, answer_of, encode
+
+from vime.errors import BadInput, DataError, VimeError
+from vime.rollout.client import Deadlines, EngineClient, EngineStatus
+from vime.rollout.dispatch import Patience
+from vime.rollout.sampler import Sampler
+from vime.rollout.types import Status
+
+IMPATIENT = Patience(recovery=5.0, stall=0.3, watch=0.1, abort=5.0)
+
+
+def sometimes_wrong(token_ids, number):
+    """Right and wrong answers in turn, so that every group's rewards differ."""
+    return answer_of(token_ids) if number % 2 else [*encode("99"), END]
+
+
+@contextlib.asynccontextmanager
+async def sampler_of(plan, *engines, patience=IMPATIENT, concurrency=64, recover=None):
+    async with contextlib.AsyncExitStack() as stack:
+        clients = []
+        for engine in engines:
+            client = EngineClient(engine.url, KEY, concurrency=concurrency, deadlines=Deadlines(control=2))
+            clients.append(await stack.enter_async_context(client))
+        sampler = Sampler(plan, clients, recover=recover, patience=patience, tokenizer=CharacterTokenizer())
+        yield await stack.enter_async_context(sampler)
+
+
+def prompts_of(rollout):
+    return [group.samples[0].prompt for group in rollout.groups]
+
+
+def assert_whole(rollout, groups=6, samples=4):
+    assert len(rollout.groups) == groups
+    assert len({group.index for group in rollout.groups}) == groups
+    numbers = [sample.index for sample in rollout.samples]
+    assert len(set(numbers)) == groups * samples
+    for group in rollout.groups:
+        assert len(group.samples) == samples
+        assert len({sample.prompt for sample in group.samples}) == 1
+        for sample in group.samples:
+            assert sample.status in (Status.COMPLETED, Status.TRUNCATED)
+            assert len(sample.response_ids) == len(sample.log_probs) == len(sample.weight_versions)
+            assert len(sample.response_ids) == len(sample.loss_mask)
+            assert sample.response_ids
+            assert sample.reward is not None
+
+
+async def test_a_rollout_has_as_many_whole_groups_as_training_wants_in_the_order_of_their_prompts(sums):
+    async with StubEngine() as engine, sampler_of(sums(), engine) as sampler:
+        rollout = await sampler.generate(0)
+    assert_whole(rollout)
+    indices = [group.index for group in rollout.groups]
+    assert indices == sorted(indices)
+    assert rollout.metrics["rollout/raw_reward"] == 1.0
+    assert rollout.metrics["rollout/response_length"] >= 2
+    assert rollout.metrics["perf/rollout_tokens_per_s"] > 0
+    assert rollout.samples[0].response == rollout.samples[0].label
+
+
+async def test_only_groups_with_different_rewards_pass_and_the_mean_reward_counts_the_dropped_ones_too(sums):
+    def half_of_the_prompts(token_ids, number):
+        return sometimes_wrong(token_ids, number) if token_ids[0] % 2 else answer_of(token_ids)
+
+    plan = sums("--dynamic-sampling-filter-path", "check_reward_nonzero_std")
+    async with StubEngine(answer=half_of_the_prompts) as engine, sampler_of(plan, engine) as sampler:
+        rollout = await sampler.generate(0)
+    assert_whole(rollout)
+    for group in rollout.groups:
+        assert {sample.reward for sample in group.samples} == {0.0, 1.0}
+    assert rollout.metrics["rollout/filter_drops"] > 0
+    assert rollout.metrics["rollout/raw_reward"] > rollout.metrics["rollout/reward"] == 0.5
+    dropped, finished = rollout.metrics["rollout/filter_drops"], rollout.metrics["rollout/num_finished_groups"]
+    assert finished == 6 + dropped
+    assert rollout.metrics["rollout/raw_reward"] == pytest.approx((dropped + 6 * 0.5) / finished)
+
+
+async def test_a_round_that_can_never_fill_ends_with_the_counts(sums):
+    plan = sums("--dynamic-sampling-filter-path", "check_reward_nonzero_std")
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        with pytest.raises(
+            DataError, match=r"0 of 6 groups passed; [89]\d finished, of which the filter dropped [89]\d"
+        ):
+            await sampler.generate(0)
+
+
+async def test_a_round_that_takes_too_long_ends_with_the_counts(sums):
+    async with (
+        StubEngine(tokens_per_s=0.5) as engine,
+        sampler_of(sums("--rollout-timeout", "0.5"), engine) as sampler,
+    ):
+        with pytest.raises(DataError, match=r"not full after --rollout-timeout 0\.5 s: 0 of 6 groups passed"):
+            await sampler.generate(0)
+
+
+async def test_truncated_responses_are_marked_and_counted(sums):
+    def long(token_ids, number):
+        return encode("123456789") if number % 2 else answer_of(token_ids)
+
+    async with StubEngine(answer=long) as engine, sampler_of(sums(), engine) as sampler:
+        rollout = await sampler.generate(0)
+    cut = [sample for sample in rollout.samples if sample.status == Status.TRUNCATED]
+    assert all(len(sample.response_ids) == 8 for sample in cut)
+    assert len(cut) == 12
+    assert rollout.metrics["rollout/truncated_share"] == 0.5
+
+
+async def test_all_samples_of_a_prompt_go_to_one_engine_and_one_data_parallel_rank(sums):
+    flags = ("--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2", "--vllm-data-parallel-size", "2")
+    plan = sums(*flags, nodes=2)
+    assert len(plan.engines) == 2
+    async with StubEngine() as first, StubEngine() as second, sampler_of(plan, first, second) as sampler:
+        await sampler.generate(0)
+    seats: dict[str, set[tuple[int, str]]] = {}
+    for number, engine in enumerate((first, second)):
+        for request in engine.requests:
+            seats.setdefault(str(request["token_ids"]), set()).add((number, request["rank"]))
+    assert all(len(places) == 1 for places in seats.values())
+    assert {place for places in seats.values() for place in places} == {(0, "0"), (0, "1"), (1, "0"), (1, "1")}
+
+
+async def test_the_order_of_prompts_depends_on_the_seed_alone_and_goes_on_exactly_after_a_resume(sums):
+    async def run(rollouts, state=None, seed="5"):
+        plan = sums("--rollout-shuffle", "--rollout-seed", seed, "--over-sampling-batch-size", "6")
+        async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+            if state:
+                sampler.load_state_dict(state)
+            return [prompts_of(await sampler.generate(number)) for number in range(rollouts)], sampler.state_dict()
+
+    whole, _ = await run(8)
+    again, _ = await run(8)
+    other, _ = await run(8, seed="6")
+    start, state = await run(3)
+    rest, _ = await run(5, state)
+    assert whole == again == start + rest
+    assert other != whole
+    assert len({prompt for prompts in whole[:6] for prompt in prompts}) == 36  # an epoch has 40
+
+
+async def test_prompts_that_were_aborted_are_first_in_the_next_rollout(sums):
+    async with StubEngine(tokens_per_s=100) as engine, sampler_of(sums(), engine, concurrency=8) as sampler:
+        first = await sampler.generate(0)
+        waiting = [row["row"] for row in sampler.state_dict()["kept"]]
+        second = await sampler.generate(1)
+    assert "/abort_requests" in engine.calls
+    assert len(waiting) == 2
+    assert_whole(second)
+    assert not set(prompts_of(first)) & set(prompts_of(second))
+    assert {group.index for group in (*first.groups, *second.groups)} == set(range(12))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+async def test_partial_rollouts_keep_tokens_versions_and_mask_and_survive_a_resume(sums, mask):
+    def one_long_group(token_ids, _):
+        return encode("1234567") if token_ids == encode("0+0=") else answer_of(token_ids)
+
+    def continued(token_ids, _):
+        made = len(token_ids) - 4
+        return encode("1234567")[made:] if token_ids[:4] == encode("0+0=") else answer_of(token_ids)
+
+    flags = ("--partial-rollout", *(("--mask-offpolicy-in-partial-rollout",) if mask else ()))
+    flags += ("--over-sampling-batch-size", "7")
+    async with (
+        StubEngine(tokens_per_s=20, answer=one_long_group) as engine,
+        sampler_of(sums(*flags), engine) as sampler,
+    ):
+        first = await sampler.generate(0)
+        state = sampler.state_dict()
+    assert_whole(first)
+    assert [kept["row"] for kept in state["kept"]] == [0]
+    before = state["kept"][0]["samples"]
+    assert {sample["status"] for sample in before} == {"aborted"}
+    made = [len(sample["response_ids"]) for sample in before]
+    assert all(0 < tokens < 7 for tokens in made)
+    plan = sums(*flags[:-1], "6")
+    async with StubEngine(version="1", answer=continued) as engine, sampler_of(plan, engine) as sampler:
+        sampler.load_state_dict(state)
+        second = await sampler.generate(1)
+    assert_whole(second)
+    group = next(group for group in second.groups if group.index == 0)
+    for sample, old in zip(group.samples, made, strict=True):
+        assert sample.response == "1234567"
+        assert sample.weight_versions == [0] * old + [1] * (7 - old)
+        assert sample.loss_mask == [0 if mask else 1] * old + [1] * (7 - old)
+    assert second.metrics["rollout/staleness_max"] == 1.0
+
+
+def nth(numbers, fault):
+    """A fault on some requests, counted from 0."""
+    return lambda number, _body: fault if number in numbers else None
+
+
+@pytest.mark.parametrize(
+    "fault", [500, 503, "reset", {"token_ids": [1], "logprobs": None, "finish_reason": "stop"}, "hang"], ids=str
+)
+async def test_a_faulty_engine_changes_nothing_about_the_finished_groups(sums, fault):
+    flags = ("--over-sampling-batch-size", "6")
+    async with StubEngine() as engine, sampler_of(sums(*flags), engine) as sampler:
+        wanted = await sampler.generate(0)
+    async with (
+        StubEngine(fault=nth({1, 2, 9, 17}, fault), tokens_per_s=200) as first,
+        StubEngine(tokens_per_s=200) as second,
+        sampler_of(sums(*flags, nodes=2), first, second) as sampler,
+    ):
+        rollout = await sampler.generate(0)
+    assert_whole(rollout)
+    assert [s.response_ids for s in rollout.samples] == [s.response_ids for s in wanted.samples]
+    assert prompts_of(rollout) == prompts_of(wanted)
+    assert rollout.metrics["rollout/request_retries"] > 0
+
+
+async def test_an_engine_killed_in_the_middle_is_recovered_and_its_requests_are_repeated(sums):
+    flags = ("--over-sampling-batch-size", "6")
+    recovered = []
+    async with StubEngine(tokens_per_s=20) as engine:
+
+        async def recover(index, error):
+            recovered.append((index, type(error).__name__))
+            await asyncio.sleep(0.2)
+            await engine.listen(engine.port)
+            engine.tokens_per_s = None
+
+        async with sampler_of(sums(*flags), engine, recover=recover) as sampler:
+            round_ = asyncio.create_task(sampler.generate(0))
+            await engine.has_requests(24)
+            await engine.die()
+            rollout = await round_
+    assert_whole(rollout)
+    assert recovered == [(0, "EngineUnreachable")]
+    assert rollout.metrics["rollout/request_retries"] == 24
+    assert [group.index for group in rollout.groups] == list(range(6))
+
+
+async def test_an_engine_that_came_back_with_old_weights_is_not_used_until_it_has_the_current_ones(sums):
+    async with StubEngine(version="3", fault=nth({0}, "reset")) as engine:
+
+        async def recover(_index, _error):
+            engine.version = "default"
+            asyncio.get_running_loop().call_later(0.4, setattr, engine, "version", "3")
+
+        async with sampler_of(sums(), engine, recover=recover) as sampler:
+            rollout = await sampler.generate(3)
+    assert all(version == 3 for sample in rollout.samples for version in sample.weight_versions)
+
+
+async def test_engines_with_different_weights_are_refused_before_a_rollout(sums):
+    async with StubEngine(version="1") as a, StubEngine(version="2") as b, sampler_of(sums(nodes=2), a, b) as sampler:
+        with pytest.raises(VimeError, match="engine 0: 1, engine 1: 2"):
+            await sampler.generate(0)
+
+
+async def test_an_engine_that_never_recovers_ends_the_run_with_its_failure(sums):
+    patience = Patience(recovery=0.5)
+    async with StubEngine(fault=lambda *_: "reset") as engine, sampler_of(sums(), engine, patience=patience) as sampler:
+
+        async def die():
+            await engine.has_requests(1)
+            await engine.die()
+
+        dead = asyncio.create_task(die())
+        with pytest.raises(VimeError, match=engine.url):
+            await sampler.generate(0)
+        await dead
+
+
+async def test_a_request_that_every_engine_refuses_ends_the_run_at_once(sums):
+    async with StubEngine(fault=lambda *_: 400) as engine, sampler_of(sums(), engine) as sampler:
+        with pytest.raises(EngineStatus, match="400"):
+            await sampler.generate(0)
+    assert len(engine.requests) <= 32
+
+
+async def test_a_slow_engine_gets_fewer_groups(sums):
+    plan = sums("--rollout-batch-size", "30", "--over-sampling-batch-size", "30", nodes=2)
+    async with (
+        StubEngine(tokens_per_s=10) as slow,
+        StubEngine(tokens_per_s=200) as fast,
+        sampler_of(plan, slow, fast, concurrency=8) as sampler,
+    ):
+        assert_whole(await sampler.generate(0), groups=30)
+    assert len(fast.requests) > 3 * len(slow.requests)
+
+
+async def test_two_engines_give_nearly_twice_the_tokens_of_one(sums):
+    async def seconds(engines):
+        flags = ("--rollout-batch-size", "24", "--over-sampling-batch-size", "24", "--rollout-max-response-len", "40")
+        async with contextlib.AsyncExitStack() as stack:
+            stubs = [
+                await stack.enter_async_context(StubEngine(tokens_per_s=100, answer=lambda *_: encode("1" * 40)))
+                for _ in range(engines)
+            ]
+            sampler = await stack.enter_async_context(sampler_of(sums(*flags, nodes=engines), *stubs, concurrency=16))
+            start = time.monotonic()
+            assert_whole(await sampler.generate(0), groups=24)
+            return time.monotonic() - start
+
+    assert await seconds(1) / await seconds(2) > 1.8
+
+
+async def test_a_slow_reward_keeps_no_other_group_waiting(sums):
+    plan = sums("--rm-type", "reward_plugins:slow_on_odd", "--rollout-batch-size", "4")
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        rollout = await sampler.generate(0)
+    # 4 samples of an odd sum take over a second in two workers; even ones are all done by then.
+    assert sum(int(group.samples[0].label) % 2 for group in rollout.groups) <= 3
+
+
+async def test_the_plugin_filter_and_the_group_reward_decide(sums):
+    plan = sums("--dynamic-sampling-filter-path", "reward_plugins:keeps_even")
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        rollout = await sampler.generate(0)
+    assert all(int(group.samples[0].label) % 2 == 0 for group in rollout.groups)
+    plan = sums("--rm-type", "group:reward_plugins:rank_by_length")
+    async with StubEngine(answer=sometimes_wrong) as engine, sampler_of(plan, engine) as sampler:
+        rollout = await sampler.generate(0)
+    for group in rollout.groups:
+        assert sorted(sample.reward for sample in group.samples) == [0.0, 1.0, 2.0, 3.0]
+
+
+async def test_evaluation_gives_mean_reward_and_pass_at_k_of_every_set(sums):
+    plan = sums("--n-samples-per-eval-prompt", "4", "--eval-temperature", "0.5", "--eval-max-response-len", "5")
+    async with StubEngine(answer=sometimes_wrong) as engine, sampler_of(plan, engine) as sampler:
+        metrics = await sampler.evaluate(0)
+    assert metrics["eval/sums"] == 0.5
+    assert metrics["eval/sums/pass@1"] == 0.5
+    assert metrics["eval/sums/pass@2"] == pytest.approx(5 / 6)
+    assert metrics["eval/sums/pass@4"] == 1.0
+    assert len(engine.requests) == 160
+    assert engine.requests[0]["sampling_params"]["temperature"] == 0.5
+    assert engine.requests[0]["sampling_params"]["max_tokens"] == 5
+
+
+async def test_stop_words_and_settings_reach_the_engine(sums):
+    plan = sums(
+        "--rollout-stop", "###", "--rollout-stop-token-ids", "7", "--rollout-temperature", "0.7", "--rollout-top-k", "5"
+    )
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        await sampler.generate(0)
+    sent = engine.requests[0]["sampling_params"]
+    assert (sent["stop"], sent["stop_token_ids"], sent["temperature"], sent["top_k"]) == (["###"], [7], 0.7, 5)
+    assert sent["detokenize"]
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_starts(sums):
+    for flags, reason in (
+        (("--rm-type", "deepscalar"), "deepscalar is unknown"),
+        (("--rm-type", "remote"), "--rm-url"),
+        (("--dynamic-sampling-filter-path", "nonzero"), "nonzero is unknown"),
+        (("--rollout-temperature", "0"), "above 0"),
+        (("--prompt-data", "/nowhere.jsonl"), "does not exist"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            Sampler(sums(*flags), [EngineClient("http://nowhere", KEY)], tokenizer=CharacterTokenizer())
