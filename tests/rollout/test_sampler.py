@@ -287,17 +287,18 @@ async def test_a_slow_engine_gets_fewer_groups(sums):
     assert len(fast.requests) > 3 * len(slow.requests)
 
 
+@pytest.mark.e2e
 async def test_two_engines_give_nearly_twice_the_tokens_of_one(sums):
     async def seconds(engines):
-        flags = ("--rollout-batch-size", "24", "--over-sampling-batch-size", "24", "--rollout-max-response-len", "40")
+        flags = ("--rollout-batch-size", "16", "--over-sampling-batch-size", "16", "--rollout-max-response-len", "40")
         async with contextlib.AsyncExitStack() as stack:
             stubs = [
-                await stack.enter_async_context(StubEngine(tokens_per_s=100, answer=lambda *_: encode("1" * 40)))
+                await stack.enter_async_context(StubEngine(tokens_per_s=26, answer=lambda *_: encode("1" * 40)))
                 for _ in range(engines)
             ]
             sampler = await stack.enter_async_context(sampler_of(sums(*flags, nodes=engines), *stubs, concurrency=16))
             start = time.monotonic()
-            assert_whole(await sampler.generate(0), groups=24)
+            assert_whole(await sampler.generate(0), groups=16)
             return time.monotonic() - start
 
     assert await seconds(1) / await seconds(2) > 1.8

@@ -41,6 +41,7 @@ class ProcessPool:
         self._workers: set[_Worker] = set()
         self._successions: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self._closed = False
         self.replaced = 0
         """Workers that were killed or died and got a successor."""
 
@@ -81,9 +82,10 @@ class ProcessPool:
             reply = await worker.ask((target, argument, limit_s), limit_s + KILL_AFTER_SECONDS)
         except BaseException as error:
             # Whatever the reason, a worker with half a call in it is of no use.
-            succession = asyncio.create_task(self._replace(worker))
-            self._successions.add(succession)
-            succession.add_done_callback(self._successions.discard)
+            if not self._closed:
+                succession = asyncio.create_task(self._replace(worker))
+                self._successions.add(succession)
+                succession.add_done_callback(self._successions.discard)
             if isinstance(error, TimeoutError):
                 raise CallTimeout(f"{target} did not return within {limit_s:g} s and was killed") from None
             if isinstance(error, (ConnectionError, asyncio.IncompleteReadError)):
@@ -98,10 +100,13 @@ class ProcessPool:
 
     async def close(self) -> None:
         """End all workers."""
-        for task in (*self._running, *self._successions):
+        self._closed = True
+        tasks = (*self._running, *self._successions)
+        for task in tasks:
             task.cancel()
-        workers, self._workers = self._workers, set()
-        await asyncio.gather(*(worker.kill() for worker in workers))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.kill() for worker in self._workers))
+        self._workers.clear()
 
     async def _start(self) -> _Worker:
         worker = _Worker()
