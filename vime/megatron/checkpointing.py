@@ -18,12 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from vime.checkpoint.hf_writer import publish_folder
-from vime.checkpoint.torch_dist import TRACKER, TorchDistReader, write_tracker
+from vime.checkpoint.torch_dist import TRACKER, TorchDistReader, use_disk_keys, write_tracker
 from vime.errors import BadInput
 from vime.megatron.naming import fill, local_tensors
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig
-from vime.models.disk import canonical_key
 from vime.models.transform import shard
 from vime.recipe.parallel import Coordinates, ParallelLayout
 
@@ -213,11 +212,11 @@ class Checkpointer:
 
     def _model_state(self) -> dict[str, Any]:
         """The model's sharded state under Transformer Engine's keys, whichever layer spec runs."""
-        state = self._chunks[0].sharded_state_dict()
-        for entry in state.values():
-            key = getattr(entry, "key", None)
-            if key is not None:
-                entry.key = canonical_key(key, self._config)
+        from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+        # The embedding's copy beside MTP layers on a later stage needs the group to know which rank writes it.
+        state = self._chunks[0].sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
+        use_disk_keys(state, self._config)
         return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
 
     def _publish(self, root: Path, partial: Path, state: State, with_optimizer: bool) -> None:
