@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import VimeError
+from vime.launch.nodetmp import remove_dead
 from vime.launch.reports import report
 from vime.launch.task import PLACES
 from vime.planning import ports
@@ -145,6 +146,8 @@ def look(plan: Plan) -> dict[str, Any]:
     names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]
     others = [name for name in names if name != os.environ.get("SLURMD_NODENAME", here)][:3]
     address, interface = (LOCAL_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
+    for job in remove_dead():
+        print(f"removed what job {job} left on this node")
     first, last = ports.FIRST, ports.LAST
     return {
         "host": here,

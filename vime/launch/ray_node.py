@@ -86,6 +86,8 @@ def ray_environment(run_dir: str) -> dict[str, str]:
         "RAY_memory_usage_threshold": MEMORY_THRESHOLD,
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
+        # Draining a node that ends with the whole run would wait half a minute for nothing.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         # The plan says which GPU a rank takes; Ray's own order is shuffled.

@@ -58,9 +58,3 @@ def make_secrets(run_dir: str | os.PathLike[str]) -> None:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32) + "\n")
         os.replace(partial, folder / name)
-
-
-def node_folder(job: str) -> Path:
-    """The run's own folder for node-local files; short, since it holds the paths of sockets."""
-    base = Path(os.environ.get("VIME_NODE_TMP", "/tmp"))
-    return base / f"vime-{os.getuid()}" / job

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
 
 from vime.errors import Cause
 from vime.launch import supervise
@@ -22,7 +21,7 @@ class LocalRunner:
     def __init__(self, plan: Plan) -> None:
         self.restart, self.can_requeue = 0, False
         self._plan = plan
-        self.job = f"local-{os.getpid()}-{int(time.time())}"
+        self.job = f"local-{os.getpid()}"
 
     def nodes(self) -> tuple[str, ...]:
         return (socket.gethostname(),) * len(self._plan.nodes)

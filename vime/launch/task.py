@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vime.errors import BadInput, Cause, VimeError
+from vime.launch.nodetmp import NodeFolder, base_folder
 from vime.launch.reports import REPORT_FD, Report, encode
-from vime.launch.rundir import node_folder, task_log
+from vime.launch.rundir import task_log
 from vime.launch.supervise import Supervisor
 from vime.planning.io import BINDING, read_binding, read_plan
 from vime.planning.types import Binding, Plan, Stage
@@ -86,7 +86,7 @@ def task_env(
         VIME_RUN=plan.run_dir,
         VIME_NODE=str(seat.node),
         **{name: environ[name] for name in (PLACES, JOB) if name in environ},
-        TMPDIR=str(node_folder(job)),
+        TMPDIR=str(base_folder() / job),
         PYTHONUNBUFFERED="1",
         PYTHONFAULTHANDLER="1",
     )
@@ -117,8 +117,7 @@ def run_task(run_dir: str, stage_name: str) -> int:
     seat = find_seat(stage, os.environ)
     binding = read_binding(run_dir) if (Path(run_dir) / BINDING).exists() else None
     env = task_env(plan, stage, seat, binding, os.environ)
-    temporary = Path(env["TMPDIR"])
-    temporary.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = NodeFolder(Path(env["TMPDIR"]).name)
     log = task_log(run_dir, stage_name, seat.node, seat.rank, stage.tasks_per_node)
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -134,9 +133,7 @@ def run_task(run_dir: str, stage_name: str) -> int:
     send(Report(seat.rank, "start", {"node": seat.node, "host": host, "pid": os.getpid(), "step": step}))
     supervisor = Supervisor((sys.executable, *stage.command), env, log, on_report=pass_on, report_variable=REPORT_FD)
     end = supervisor.run()
-    if stage.service:
-        # The last of a node's services to end is Ray; sockets and session files go with it.
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder.leave()
     data = {"node": seat.node, "host": host, "code": end.code, "signal": end.signal, "stopped": end.stopped}
     send(Report(seat.rank, "exit", {**data, "meaning": end.meaning, "tail": end.tail}))
     return end.code
