@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 from pathlib import Path
 
 _LOCK = ".lock"
@@ -27,10 +28,9 @@ class NodeFolder:
         base = base_folder()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = base.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise OSError(
-                f"{base} is not a folder of yours alone (owner {status.st_uid}): set VIME_NODE_TMP to another"
-            )
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+            raise OSError(f"{base} is not a folder of yours (owner {status.st_uid}): set VIME_NODE_TMP to another")
+        base.chmod(0o700)
         self.path = base / job
         while True:
             self.path.mkdir(mode=0o700, exist_ok=True)
