@@ -14,7 +14,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "make_tiny_checkpoint.py"
 sys.path.insert(0, str(TOOL.parent))
-import make_tiny_checkpoint as tiny  # noqa: E402
+import make_tiny_checkpoint as tiny  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from vime.checkpoint import fp8  # noqa: E402
 from vime.models.config import ModelConfig  # noqa: E402

@@ -17,8 +17,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vime.checkpoint import fp8
 from vime.errors import VimeError
@@ -54,11 +56,14 @@ class _Receiver(WeightTransferEngine[Any, BucketInfo]):
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
-        missing = unloaded_layers(self.model)
+        missing, shared = unloaded_layers(self.model)
         finalize_layerwise_reload(self.model, self.model_config)
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise IncompleteUpdate(f"the update brought no weights for {', '.join(missing[:5])}{more}")
+        if self.device.type == "cpu":
+            for name in shared:
+                _pack_again(self.model.get_submodule(name))
 
     def receive_weights(self, update_info: BucketInfo) -> None:
         data = self._bytes_of(update_info)
@@ -112,15 +117,25 @@ class SharedMemoryReceiver(_Receiver):
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def unloaded_layers(model: torch.nn.Module) -> list[str]:
-    """Layers with parameters for which no weight has come since the update began."""
-    from vllm.model_executor.layers.attention import is_deferred_attention_layer
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    missing = []
+def unloaded_layers(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Layers for which no weight has come since the update began: those with parameters of their own, and those whose
+    parameters another layer shares and got (a tied output head)."""
+    missing: dict[str, set[int]] = {}
+    loaded: set[int] = set()
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
+        kept = layer._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
+        memory = {parameter.data_ptr() for parameter in kept.values() if parameter is not None}
         waiting = info.can_load() and (info.load_numel_total or 0) > 0 and info.load_numel <= 0
-        if waiting and layer._parameters and not is_deferred_attention_layer(layer):
-            missing.append(name)
-    return missing
+        if waiting and memory and not is_deferred_attention_layer(layer):
+            missing[name] = memory
+        else:
+            loaded |= memory
+    shared = [name for name, memory in missing.items() if memory <= loaded]
+    return [name for name in missing if name not in shared], shared
+
+
+def _pack_again(layer: Any) -> None:
+    """On a CPU a linear layer computes with a packed copy of its weight, which vLLM makes anew for loaded layers only:
+    a tied output head would go on with the old embedding."""
+    layer.quant_method.process_weights_after_loading(layer)

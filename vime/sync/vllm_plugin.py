@@ -5,6 +5,7 @@ vLLM calls `register` in every process of an engine, through the entry point `vl
 
 from __future__ import annotations
 
+import hashlib
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +20,9 @@ def register() -> None:
     for name, receiver in BACKENDS.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "vime.sync.receiver", receiver)
-    mend_cpu_experts()
+    if _on_cpu():
+        mend_cpu_experts()
+        show_packed_weights()
 
 
 def mend_cpu_experts() -> None:
@@ -28,10 +31,6 @@ def mend_cpu_experts() -> None:
     On a CPU the grouped expert kernel reads a packed layout. vLLM 0.32 packs when the kernel is first set up, but an
     update copies the plain layout over the packed one and leaves it: wrong results without an error.
     """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() or not _installed_vllm().startswith(TESTED_VLLM):
-        return
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     original = UnquantizedFusedMoEMethod._setup_kernel
@@ -46,6 +45,52 @@ def mend_cpu_experts() -> None:
 
     setup_kernel.mended_by_vime = True  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def show_packed_weights() -> None:
+    """Let `/weight_checker` see linear layers.
+
+    On a CPU they keep only a packed copy, which is no parameter, and vLLM's checksums cover parameters: they would be
+    those of nothing. What was packed is hashed when it is packed, and reported as `<layer>.packed`.
+    """
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.model_loader import weight_checksum
+    from vllm.v1.worker import gpu_worker
+
+    pack, digests = utils.dispatch_cpu_unquantized_gemm, weight_checksum.compute_tensor_digests
+    if getattr(pack, "mended_by_vime", False):
+        return
+
+    def packed(layer: Any, remove_weight: bool) -> None:
+        if not layer.weight.is_meta:
+            layer.packed_digest = _digest(layer.weight)
+        pack(layer, remove_weight)
+
+    def with_packed(model: Any) -> dict[str, str]:
+        found = {
+            f"{name}.packed": layer.packed_digest
+            for name, layer in model.named_modules()
+            if hasattr(layer, "packed_digest")
+        }
+        return digests(model) | found
+
+    packed.mended_by_vime = True  # type: ignore[attr-defined]
+    utils.dispatch_cpu_unquantized_gemm = packed
+    weight_checksum.compute_tensor_digests = gpu_worker.compute_tensor_digests = with_packed
+
+
+def _digest(weight: Any) -> str:
+    import torch
+
+    data = weight.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _on_cpu() -> bool:
+    """Whether this is vLLM on a CPU, in the version whose defects are known."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and _installed_vllm().startswith(TESTED_VLLM)
 
 
 def _installed_vllm() -> str:

@@ -1,0 +1,272 @@
+"""Sources of every layout: in the engines' buffers lies what quantising the whole tensors gives, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import stat
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import tiny_hf
+from tests.sync.small_models import Tensors, shards, trained
+from tests.sync.test_plan import engine
+from vime.checkpoint import fp8
+from vime.checkpoint.hf import HFCheckpoint
+from vime.errors import BadInput, VimeError
+from vime.models.config import ModelConfig
+from vime.recipe.parallel import ParallelLayout
+from vime.sync import segment
+from vime.sync.plan import SLOTS, Schedule, make_schedule, receivers_of
+from vime.sync.segment import Segment, SegmentError, segment_name
+from vime.sync.source import WeightSource, entry_views
+
+FP8 = tiny_hf.with_fp8(tiny_hf.DEEPSEEK, (16, 16))
+CROSSING = tiny_hf.with_fp8(tiny_hf.DEEPSEEK, (40, 24))
+UE8M0 = {**FP8, "quantization_config": {**FP8["quantization_config"], "scale_fmt": "ue8m0"}}
+SKIPPING = {
+    **FP8,
+    "quantization_config": {
+        **FP8["quantization_config"],
+        "modules_to_not_convert": ["self_attn", "model.layers.1.mlp"],
+    },
+}
+LAYOUTS = {
+    "tp2-pp2-ep2": ParallelLayout(8, tp=2, pp=2, ep=2),
+    "pp2-ep4": ParallelLayout(8, pp=2, ep=4, last_stage_layers=1),
+    "tp4-etp2-ep2": ParallelLayout(8, tp=4, etp=2, ep=2),
+    "ep8": ParallelLayout(8, ep=8),
+    "tp2-pp4": ParallelLayout(8, tp=2, pp=4),
+    "dp8": ParallelLayout(8),
+}
+Case = tuple[dict[str, Any], ParallelLayout, int]
+"""Model, layout, ranks a node."""
+
+
+def expected(hf: dict[str, Any], tensors: Tensors, name: str, source: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A tensor of the stream and its scales, made from the whole weight."""
+    config = ModelConfig.from_hf(hf)
+    part = next(p for p in _parts(config) if p.name == source)
+    if fp8.is_quantised(name, part.quantised, config.quantisation):
+        assert config.quantisation is not None
+        return fp8.quantise(tensors[source], config.quantisation.block, scale_format=config.quantisation.scale_format)
+    return tensors[source].to(torch.float32 if name.endswith("correction_bias") else torch.bfloat16), None
+
+
+def _parts(config: ModelConfig) -> list[Any]:
+    from vime.models.families import params_of
+
+    return [part for param in params_of(config) for part in param.parts]
+
+
+def check_published(
+    source: WeightSource, bucket: int, infos: dict[str, Any], hf: dict[str, Any], whole: Tensors
+) -> int:
+    """Compare everything that this rank published; how many tensors."""
+    schedule, count = source.schedule, 0
+    for number, info in infos.items():
+        data = source._buffers[int(number), bucket % SLOTS].data
+        if info["segment"] is not None:
+            data = torch.frombuffer(Segment.open(info["segment"]).memory, dtype=torch.uint8)
+        places, size = schedule.places(bucket, int(number))
+        assert info["size"] == size
+        assert [entry[0] for entry in info["tensors"]] == [place.entry.name for place in places]
+        for place in places:
+            got, scales = entry_views(data, place, schedule.block)
+            part = place.entry.param.parts[place.entry.part].name
+            wanted, wanted_scales = expected(hf, whole, place.entry.name, part)
+            assert got.dtype == wanted.dtype, place.entry.name
+            assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)), place.entry.name
+            assert (scales is None) == (wanted_scales is None)
+            assert scales is None or torch.equal(scales, wanted_scales), place.entry.name
+            count += 1
+    return count
+
+
+def sync_case(rank: int, case: Case, run: str) -> None:
+    """One rank's part of two syncs of a case, with receivers near and far."""
+    hf, layout, per_node = case
+    config = ModelConfig.from_hf(hf)
+    nodes = [place // per_node for place in range(layout.world_size)]
+    far = nodes[-1] + 1
+    engines = [
+        engine(0, {0: (0,), far: (0,)}, data=2, expert_parallel=config.moe is not None),
+        engine(1, {nodes[-1]: (0,)}),
+    ]
+    schedule = make_schedule(config, layout, nodes, receivers_of(config, nodes, engines), 60_000, draft=True,
+                             mtp_trained=True)  # fmt: skip
+    for version in (1, 2):
+        whole = trained(hf, version)
+        source = WeightSource.of_tensors(shards(hf, whole, layout, rank), schedule, rank, run)
+        assert source.prepare(version) == len(schedule.buckets)
+        published = 0
+        for bucket in range(len(schedule.buckets)):
+            infos = source.publish(bucket)
+            dist.barrier()
+            published += check_published(source, bucket, infos, hf, whole)
+            dist.barrier()
+            source.release(bucket)
+        source.finish()
+        total = torch.tensor(published)
+        dist.all_reduce(total)
+        assert total == sum(
+            len(schedule.places(b.index, r)[0]) for b in schedule.buckets for r in range(len(schedule.receivers))
+        )
+
+
+def _rank(rank: int, world: int, store: str, work: Callable[..., None], arguments: list[Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        for argument in arguments:
+            work(rank, *argument)
+        results.put((rank, None))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+        raise
+
+
+def on_ranks(world: int, folder: Path, work: Callable[..., None], arguments: list[Any]) -> None:
+    """Run `work(rank, *argument)` for every argument on `world` processes; the first failure is raised here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "vime.sync.source", "tests.sync.small_models"])
+    results = context.Queue()
+    store = str(folder / "store")
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, store, work, arguments, results), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for _ in ranks:
+            rank, failure = results.get(timeout=120)
+            assert failure is None, f"rank {rank}: {failure}"
+    except queue.Empty:
+        pytest.fail("the ranks did not end within 120 s")
+    finally:
+        for process in ranks:
+            process.join(5)
+            process.kill()
+
+
+@pytest.mark.e2e
+def test_every_layout_gives_what_quantising_the_whole_gives(tmp_path: Path) -> None:
+    cases: list[Case] = [(FP8, layout, 4) for layout in LAYOUTS.values()]
+    cases += [(CROSSING, LAYOUTS["tp2-pp2-ep2"], 2), (CROSSING, LAYOUTS["tp4-etp2-ep2"], 8)]
+    cases += [(UE8M0, LAYOUTS["tp2-pp2-ep2"], 2), (SKIPPING, LAYOUTS["pp2-ep4"], 4)]
+    cases += [(tiny_hf.QWEN3, ParallelLayout(8, tp=2), 2)]
+    cases += [(tiny_hf.QWEN3, ParallelLayout(8, tp=2, pp=2, first_stage_layers=1), 2)]
+    cases += [(tiny_hf.QWEN3_MOE, ParallelLayout(8, ep=4), 4)]
+    on_ranks(8, tmp_path, sync_case, [(case, str(tmp_path)) for case in cases])
+    assert not [
+        path for path in segment.DIRECTORY.iterdir() if path.name.startswith(segment_name(str(tmp_path), 0, 0, 0)[:21])
+    ]
+
+
+def one_rank(
+    hf: dict[str, Any], run: str, *, buffer: int = 100_000, tensors: Tensors | None = None, **more: Any
+) -> WeightSource:
+    config = ModelConfig.from_hf(hf)
+    schedule: Schedule = make_schedule(
+        config, ParallelLayout(), [0], receivers_of(config, [0], [engine(0, {0: (0,)})]), buffer,
+        draft=bool(more),
+    )  # fmt: skip
+    return WeightSource.of_tensors(tensors or shards(hf, trained(hf, 1), ParallelLayout(), 0), schedule, 0, run, **more)
+
+
+def test_frozen_layers_come_from_the_checkpoint_as_they_are(tmp_path: Path) -> None:
+    folder = tiny_hf.write_checkpoint(tmp_path / "hf", FP8, files=2)
+    checkpoint = HFCheckpoint(folder)
+    weights = trained(FP8, 3)
+    held = shards(FP8, weights, ParallelLayout(), 0, mtp=False)
+    source = one_rank(FP8, str(tmp_path), tensors=held, checkpoint=checkpoint)
+    frozen = 0
+    for bucket in range(source.prepare(1)):
+        infos = source.publish(bucket)
+        data = torch.frombuffer(Segment.open(infos["0"]["segment"]).memory, dtype=torch.uint8)
+        for place in source.schedule.places(bucket, 0)[0]:
+            got, scales = entry_views(data, place, source.schedule.block)
+            if place.entry.frozen:
+                frozen += 1
+                stored = checkpoint.stored(place.entry.name)
+                assert torch.equal(got.view(torch.uint8), stored.view(torch.uint8))
+                assert scales is None or torch.equal(scales, checkpoint.scale(place.entry.name))
+            elif place.entry.name.endswith(("4.embed_tokens.weight", "shared_head.head.weight")):
+                part = "model.embed_tokens.weight" if "embed" in place.entry.name else "lm_head.weight"
+                assert torch.equal(got, weights[part].to(torch.bfloat16))
+        source.release(bucket)
+    source.finish()
+    assert frozen > 20
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    held = shards(FP8, trained(FP8, 1), ParallelLayout(), 0)
+    name = "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"
+    held[name][45, 3] = float("nan")
+    source = one_rank(FP8, str(tmp_path), tensors=held)
+    buckets = source.prepare(1)
+    with pytest.raises(fp8.NotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
+        [(source.publish(bucket), source.release(bucket)) for bucket in range(buckets)]
+    source.finish()
+
+
+def test_buckets_are_released_before_their_memory_is_used_again(tmp_path: Path) -> None:
+    source = one_rank(FP8, str(tmp_path), buffer=20_000)
+    source.prepare(1)
+    source.publish(0)
+    source.publish(1)
+    with pytest.raises(VimeError, match="bucket 2 is published before bucket 0 was released"):
+        source.publish(2)
+    source.finish()
+
+
+def test_segments_are_private_and_go_when_the_sync_ends(tmp_path: Path) -> None:
+    source = one_rank(FP8, str(tmp_path))
+    source.prepare(1)
+    name = source.publish(0)["0"]["segment"]
+    status = (segment.DIRECTORY / name).stat()
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    source.finish()
+    assert not (segment.DIRECTORY / name).exists()
+    # What a killed run left is replaced.
+    left = Segment.create(name, 10)
+    source.prepare(2)
+    assert len(Segment.open(name).memory) > len(left.memory)
+    source.finish()
+
+
+def test_files_of_others_are_no_segments(tmp_path: Path) -> None:
+    name = segment_name(str(tmp_path), 0, 0, 0)
+    path = segment.DIRECTORY / name
+    (tmp_path / "other").write_text("x" * 100)
+    try:
+        os.symlink(tmp_path / "other", path)
+        with pytest.raises(SegmentError):
+            Segment.open(name)
+        with pytest.raises(SegmentError):
+            Segment.create(name, 100)
+        path.unlink()
+        path.write_text("x" * 100)
+        path.chmod(0o644)
+        with pytest.raises(SegmentError, match="not a private file"):
+            Segment.open(name)
+    finally:
+        path.unlink()
+    for bad in ("../etc/passwd", "vime-x", name + "/..", "/etc/passwd"):
+        with pytest.raises(SegmentError, match="is not the name of a weight segment"):
+            Segment.open(bad)
+
+
+def test_no_room_in_shared_memory_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    name = segment_name(str(tmp_path), 0, 0, 0)
+    with pytest.raises(BadInput, match="smaller --update-weight-buffer-size"):
+        Segment.create(name, 1 << 50)
+    assert not (segment.DIRECTORY / name).exists()
