@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ from vime.recipe.flags import flag, parse_flags
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.tables import MEGATRON_MODEL_FLAGS
 
+# More writers than this do not make a file system faster.
+MAX_THREADS = 8
 TIMEOUT = datetime.timedelta(hours=6)
 _LAYOUT_FLAGS = {
     "tensor_model_parallel_size": "tp",
@@ -77,9 +80,16 @@ def convert(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, ra
     chunks = [_chunk(checkpoint, w, types[w.place.key]) for w, _ in mine]
     objects = {name: None for w, _ in mine if not any(w.offset) for name in _extra_states(w.param, w.place)}
     common = {"checkpoint_version": 3.0, "iteration": 0, "vime": {"hf_config": dict(config.hf)}}
-    torch_dist.save(save_dir, chunks, objects, common, said=progress.add)
+    torch_dist.save(save_dir, chunks, objects, common, threads=threads_of_a_rank(), said=progress.add)
     progress.close()
     return progress.done
+
+
+def threads_of_a_rank() -> int:
+    """This rank's part of the cores of its node (LOCAL_WORLD_SIZE or Slurm's tasks of this node share them)."""
+    beside = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
+    share = len(os.sched_getaffinity(0)) // (int(beside) if beside.isdigit() else 1)
+    return max(1, min(share, MAX_THREADS))
 
 
 def stored_types(checkpoint: HFCheckpoint, params: Sequence[Param]) -> dict[str, torch.dtype]:

@@ -119,12 +119,14 @@ def save(
     objects: Mapping[str, Any],
     common: dict[str, Any],
     *,
+    threads: int = 1,
     said: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes `<save_dir>/release` with all ranks of the default process group, and the tracker last. Collective.
 
     `chunks` and `objects` are this rank's; every box and object is given by exactly one rank. `common` goes to
-    `common.pt`. Raises what a rank's `load` raised, on every rank.
+    `common.pt`. Each of `threads` makes and writes its own chunks, to a file of its own. Raises what a rank's `load`
+    raised, on every rank.
     """
     partial, first = save_dir / f".{RELEASE}.partial", dist.get_rank() == 0
     if first:
@@ -133,7 +135,7 @@ def save(
             shutil.rmtree(partial)
         partial.mkdir()
     dist.barrier()
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
+    writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, thread_count=threads)
     try:
         dcp.save({}, storage_writer=writer, planner=_LazySavePlanner(chunks, objects, said))
     except CheckpointException as error:
