@@ -1,0 +1,178 @@
+"""The driver's protocol against a trainer and engines that record what they are asked, and fail when told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tests.sync.test_plan import engine
+from tests.tiny_hf import DEEPSEEK, with_fp8
+from vime.errors import Cause, DeadlineExceeded
+from vime.models.config import ModelConfig
+from vime.planning.types import EnginePlan
+from vime.recipe.parallel import ParallelLayout
+from vime.rollout.client import EngineStatus
+from vime.sync.plan import make_schedule, receivers_of
+from vime.sync.session import Deadlines, Session, SyncFailed, worker_infos
+
+CONFIG = ModelConfig.from_hf(with_fp8(DEEPSEEK))
+
+
+class FakeTrainer:
+    """Answers as ranks that publish for one receiver each; keeps the order of calls with those of the engines."""
+
+    def __init__(self, journal: list[tuple[str, Any]], buckets: int, receivers: int) -> None:
+        self.journal, self.buckets, self.receivers = journal, buckets, receivers
+        self.late: str | None = None
+
+    async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+        self.journal.append((method, args[0] if args else None))
+        if method == self.late:
+            raise DeadlineExceeded(f"trainer {method} did not end within {deadline_s:.0f} s")
+        await asyncio.sleep(0)
+        if method == "weights_prepare":
+            return [self.buckets] * 2
+        if method == "weights_publish":
+            return [{str(number): {"size": 10, "bucket": args[0]}} for number in range(self.receivers)]
+        return [None, None]
+
+
+class FakeEngine:
+    """Records every call; `fails_at` is a (method, bucket) at which it answers 500, or never answers."""
+
+    def __init__(self, journal: list[tuple[str, Any]], number: int) -> None:
+        self.journal, self.number = journal, number
+        self.fails_at: tuple[str, int | None] | None = None
+        self.hangs = False
+
+    def __getattr__(self, method: str) -> Any:
+        async def call(*args: Any) -> None:
+            bucket = args[0].get("bucket") if args and isinstance(args[0], dict) else None
+            value = bucket if method == "update_weights" else args[0] if args else None
+            self.journal.append((f"{self.number}:{method}", value))
+            await asyncio.sleep(0.001)
+            if self.fails_at == (method, bucket):
+                if self.hangs:
+                    await asyncio.sleep(30)
+                raise EngineStatus(f"POST /{method} answered 500", 500)
+
+        return call
+
+
+def session(
+    engines: Sequence[EnginePlan], *, draft: bool = False, deadline: float = 5.0
+) -> tuple[Session, FakeTrainer, list[FakeEngine], list[tuple[str, Any]]]:
+    journal: list[tuple[str, Any]] = []
+    receivers = receivers_of(CONFIG, [0, 1], engines)
+    schedule = make_schedule(CONFIG, ParallelLayout(2), [0, 1], receivers, 100_000, draft=draft)
+    trainer = FakeTrainer(journal, len(schedule.buckets), len(receivers))
+    fakes = [FakeEngine(journal, number) for number in range(len(engines))]
+    deadlines = Deadlines(engine=deadline)
+    return Session(schedule, engines, trainer, fakes, "keep", deadlines), trainer, fakes, journal
+
+
+async def test_the_order_of_a_sync() -> None:
+    sync, trainer, _, journal = session([engine(0, {0: (0,)})])
+    metrics = await sync.run(5)
+    calls = [name for name, _ in journal]
+    engine_calls = [name for name in calls if name.startswith("0:")]
+    loads = ["0:update_weights"] * trainer.buckets
+    assert engine_calls == [
+        "0:pause",
+        "0:init_weight_transfer",
+        "0:start_update",
+        *loads,
+        "0:finish_update",
+        "0:reset_prefix_cache",
+        "0:resume",
+    ]
+    assert ("0:pause", "keep") in journal
+    assert ("0:finish_update", 5) in journal
+    assert metrics["sync/buckets"] == trainer.buckets
+    assert metrics["sync/bytes"] == 10 * trainer.buckets
+    assert calls.index("weights_prepare") < calls.index("0:pause")
+    assert calls.index("weights_finish") < calls.index("0:resume")
+
+
+async def test_a_bucket_is_released_after_it_was_loaded_and_before_its_memory_is_published_again() -> None:
+    sync, trainer, _, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    await sync.run(1)
+    for bucket in range(trainer.buckets):
+        release = journal.index(("weights_release", bucket))
+        assert all(journal.index((f"{number}:update_weights", bucket)) < release for number in (0, 1))
+        if bucket + 2 < trainer.buckets:
+            assert release < journal.index(("weights_publish", bucket + 2))
+        if bucket + 1 < trainer.buckets:
+            assert journal.index(("weights_publish", bucket + 1)) < release, "gathering and loading overlap"
+
+
+async def test_engines_are_connected_once_and_again_after_a_restart() -> None:
+    sync, _, _, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    await sync.run(1)
+    await sync.run(2)
+    assert [name for name, _ in journal].count("1:init_weight_transfer") == 1
+    sync.connected.discard(1)
+    sync.clients[1] = FakeEngine(journal, 7)
+    await sync.run(3)
+    assert [name for name, _ in journal].count("7:init_weight_transfer") == 1
+    assert [name for name, _ in journal].count("0:init_weight_transfer") == 1
+
+
+async def test_the_draft_is_updated_after_the_policy() -> None:
+    sync, _, _, journal = session([engine(0, {0: (0,)})], draft=True)
+    await sync.run(1)
+    calls = [name for name, _ in journal if name.startswith("0:")]
+    assert calls.index("0:start_update") < calls.index("0:start_draft_update")
+    assert calls.count("0:finish_update") == 2
+    first = next(bucket.index for bucket in sync.schedule.buckets if bucket.target == "draft")
+    assert journal.index(("0:start_draft_update", None)) < journal.index(("0:update_weights", first))
+
+
+@pytest.mark.parametrize("at", [("update_weights", 1), ("finish_update", None), ("start_update", None)])
+async def test_a_failure_half_way_names_engine_and_bucket_and_nothing_is_resumed(at: tuple[str, int | None]) -> None:
+    sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    fakes[1].fails_at = at
+    with pytest.raises(SyncFailed) as caught:
+        await sync.run(1)
+    assert (caught.value.engine, caught.value.bucket) == (1, at[1])
+    assert "engine 1" in str(caught.value)
+    assert "restart" in str(caught.value)
+    names = [name for name, _ in journal]
+    assert not [name for name in names if name.endswith(":resume")]
+    assert "weights_finish" in names
+
+
+async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:
+    sync, _, fakes, _ = session([engine(0, {0: (0,)})], deadline=0.2)
+    fakes[0].fails_at, fakes[0].hangs = ("update_weights", 0), True
+    with pytest.raises(SyncFailed, match="engine 0 did not end update_weights within 0 s") as caught:
+        await asyncio.wait_for(sync.run(1), 5)
+    assert caught.value.cause == Cause.DEADLINE
+
+
+async def test_a_trainer_that_is_late_fails_the_sync_too() -> None:
+    sync, trainer, _, journal = session([engine(0, {0: (0,)})])
+    trainer.late = "weights_publish"
+    with pytest.raises(SyncFailed, match="weights_publish did not end") as caught:
+        await sync.run(1)
+    assert caught.value.engine is None
+    assert caught.value.bucket == 0
+    assert ("0:resume", None) not in journal
+
+
+async def test_ranks_that_planned_otherwise_are_found_out_before_an_engine_is_touched() -> None:
+    sync, trainer, _, journal = session([engine(0, {0: (0,)})])
+    trainer.buckets += 1
+    with pytest.raises(SyncFailed, match="buckets, the driver"):
+        await sync.run(1)
+    assert not [name for name, _ in journal if name.startswith("0:")]
+
+
+def test_an_engine_on_several_nodes_gets_a_description_for_every_worker() -> None:
+    spread = engine(0, {3: (0, 1), 4: (0, 1)}, tensor=2, data=2)
+    infos = {3: {"segment": "a"}, 4: {"segment": "b"}}
+    assert [info["segment"] for info in worker_infos(spread, infos)] == ["a", "a", "b", "b"]  # type: ignore[index]
+    assert worker_infos(engine(0, {3: (0,)}), infos) == {"segment": "a"}
