@@ -69,6 +69,8 @@ def ray_arguments(plan: Plan, binding: Binding, node: int, *, temp_dir: str, cpu
         f"--metrics-export-port={ports.metrics_export}",
         f"--object-store-memory={object_store_bytes(plan.recipe)}",
         "--disable-usage-stats",
+        "--log-style=record",
+        "--log-color=false",
         "--block",
     ]
     if node == 0:

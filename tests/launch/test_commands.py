@@ -1,0 +1,119 @@
+"""vime.status, vime.logs and vime.cancel on the folders of local runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from launch_stub import make_plan, service, stub
+
+from vime import cancel, logs, status
+from vime.launch.events import Journal, read_events
+from vime.launch.state import run_state
+from vime.launch.supervise import descendants
+from vime.planning.registry import record_run
+
+
+@pytest.fixture(autouse=True)
+def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def running(run_dir: Path):
+    """A local run in its training stage."""
+    train = stub("train", "print('rollout 1', flush=True); import time; time.sleep(600)")
+    make_plan(run_dir, [service("ray-head"), train])
+    record_run(run_dir)
+    code = "import sys; from vime.launch import local; from vime.planning.io import read_plan; "
+    code += "sys.exit(local.run(read_plan(sys.argv[1])))"
+    controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
+    log, deadline = run_dir / "logs/train/node00.log", time.monotonic() + 30
+    while not (log.exists() and "rollout 1" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield controller
+    controller.kill()
+    controller.wait()
+
+
+def test_a_run_is_seen_followed_and_cancelled(
+    running: subprocess.Popen[bytes], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status.main(["--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert (seen["run"], seen["state"], seen["stage"]) == (run_dir.name, "running", "train")
+    assert {stage["name"]: stage["state"] for stage in seen["stages"]} == {"ray-head": "ready", "train": "running"}
+
+    follower = threading.Thread(target=logs.main, args=(["-f"],))
+    follower.start()
+    below = descendants(running.pid)
+    assert cancel.main([]) == 0
+    follower.join(timeout=30)
+    assert not follower.is_alive()
+    said = capsys.readouterr().out
+    assert "train/node00 rollout 1" in said
+    assert "controller run-end train train was ended by SIGTERM: cancelled" in said
+    assert running.wait(timeout=10) == 15
+    assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
+
+    assert status.main([str(run_dir)]) == 0
+    assert ": failed" in capsys.readouterr().out
+    assert cancel.main([]) == 0
+    assert "nothing to cancel" in capsys.readouterr().out
+
+
+def test_a_run_whose_controller_was_killed_is_lost(running: subprocess.Popen[bytes], run_dir: Path) -> None:
+    running.kill()
+    running.wait()
+    assert run_state(run_dir).state == "lost"
+
+
+def test_progress_and_the_next_checkpoint_are_told(run_dir: Path) -> None:
+    plan = make_plan(run_dir, [stub("train", "")])
+    recipe = plan.recipe.model_copy(
+        update={
+            "rollout": plan.recipe.rollout.model_copy(update={"num_rollout": 40}),
+            "checkpoint": plan.recipe.checkpoint.model_copy(update={"save_interval": 10}),
+        }
+    )
+    (run_dir / "plan.json").write_text(plan.model_copy(update={"recipe": recipe}).model_dump_json())
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 9, "time": 1, "rollout/raw_reward": 0.5}) + "\n")
+    state = run_state(run_dir)
+    assert (state.state, state.rollout, state.num_rollout, state.reward) == ("planned", 10, 40, 0.5)
+    assert state.next_checkpoint == 19
+    assert "rollout 10 of 40: reward 0.5" in status.render(state)
+
+
+def test_the_state_is_that_of_the_last_start(run_dir: Path) -> None:
+    make_plan(run_dir, [stub("cast", ""), stub("train", "")])
+    journal = Journal(run_dir)
+    for kind, stage, data in (
+        ("run-start", None, {"restart": 0}), ("stage-start", "cast", {}), ("stage-end", "cast", {"seconds": 4.0}),
+        ("run-end", "train", {"cause": "TIME_LIMIT", "requeued": True}),
+        ("run-start", None, {"restart": 1}), ("stage-skip", "cast", {}), ("stage-start", "train", {}),
+        ("run-end", "train", {"cause": "DATA_ERROR"}),
+    ):  # fmt: skip
+        journal.write(kind, stage=stage, data=data)
+    journal.close()
+    state = run_state(run_dir)
+    assert (state.state, state.cause, state.restart) == ("failed", "DATA_ERROR", 1)
+    assert [(stage.name, stage.state) for stage in state.stages] == [("cast", "skipped"), ("train", "failed")]
+    assert len(read_events(run_dir)) == 8
+
+
+@pytest.mark.parametrize("command", [status.main, logs.main, cancel.main])
+def test_a_run_that_is_not_there_is_bad_input(command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["no-such-run"]) == 2
+    assert capsys.readouterr().err.startswith("error: no run 'no-such-run'")
+
+
+def test_a_stage_that_is_not_there_is_bad_input(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_plan(run_dir, [stub("train", "")])
+    assert logs.main([str(run_dir), "--stage", "trian"]) == 2
+    assert "controller, train" in capsys.readouterr().err

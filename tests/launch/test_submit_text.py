@@ -1,0 +1,145 @@
+"""The texts that Slurm gets, held against golden files: the batch script and the srun call of a stage.
+
+`UPDATE_GOLDEN=1 pytest …` writes the files anew; look at their difference before you commit them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_stub import make_plan, preflight, stub
+
+from vime.errors import BadInput
+from vime.launch.runner_slurm import srun_argv
+from vime.launch.slurm import clean_environment, cpus_per_node, parse_job
+from vime.launch.submit import check_path, sbatch_text
+from vime.planning.types import Plan
+
+GOLDEN = Path(__file__).parent / "golden"
+PYTHON = "/shared/envs/vime 2/bin/python"
+
+
+def plan_of(tmp_path: Path, run_dir: str = "/shared/runs/first", nodes: int = 2, **cluster: Any) -> Plan:
+    stages = [preflight(tmp_path, nodes), stub("convert", "", nodes=range(nodes), tasks_per_node=4, cpus_per_task=2)]
+    plan = make_plan(tmp_path, stages, nodes=nodes, kind="slurm", cluster={"python": PYTHON, **cluster}, spares=1)
+    return plan.model_copy(update={"run_dir": run_dir, "run_name": "first"})
+
+
+def check_golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "whole-nodes": {
+        "exclusive": True, "mem": "0", "gpus_per_node": 8, "gpu_request": "gpus-per-node", "partition": "gpu",
+        "account": "project", "qos": "high", "constraint": "h100", "time_limit_minutes": 2880,
+    },
+    "gres-and-setup": {
+        "gpus_per_node": 4, "gpu_request": "gres", "cpus_per_node": 48, "mem": "200GB",
+        "setup": ("module load cuda", "source /shared/envs/vime/bin/activate"), "env": {"NAME": "it's $HOME"},
+        "extra_sbatch": {"reservation": "big", "no-kill": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_batch_script_of_a_profile(tmp_path: Path, name: str) -> None:
+    check_golden(f"{name}.sbatch", sbatch_text(plan_of(tmp_path, **PROFILES[name])))
+
+
+def test_the_batch_script_of_a_hostile_path(tmp_path: Path) -> None:
+    text = sbatch_text(plan_of(tmp_path, run_dir='/shared/it\'s a "run" & größe $HOME'))
+    check_golden("hostile-path.sbatch", text)
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    command = next(line for line in text.splitlines() if line.startswith("exec"))
+    assert shlex.split(command)[-1] == '/shared/it\'s a "run" & größe $HOME/submit'
+
+
+def test_the_batch_process_becomes_python_and_gets_the_signal_itself(tmp_path: Path) -> None:
+    text = sbatch_text(plan_of(tmp_path))
+    assert "#SBATCH --signal=B:USR2@300" in text
+    assert text.splitlines()[-1].startswith("exec ")
+    assert "srun" not in text
+
+
+def test_no_slurm_and_no_torch_are_needed_for_the_text(tmp_path: Path) -> None:
+    plan_of(tmp_path)
+    code = (
+        "import sys; from vime.launch.submit import sbatch_text; from vime.planning.io import read_plan;"
+        "print(sbatch_text(read_plan(sys.argv[1]))); heavy = {'torch', 'ray', 'numpy', 'vllm'} & set(sys.modules);"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    env = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --nodes=3" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["/shared/100%", "/shared/a\nb", "/shared/a\\b"])
+def test_paths_that_sbatch_would_change_are_refused(path: str) -> None:
+    with pytest.raises(BadInput, match="--run-dir"):
+        check_path(path)
+
+
+def test_the_srun_call_states_cpus_and_shares_nodes(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, gpus_per_node=8)
+    stage = plan.stages[1]
+    argv = srun_argv(
+        stage, ["node01", "node04"], cluster=plan.cluster, run_dir="/shared/a run", python=PYTHON, cpus_per_node=64
+    )
+    check_golden("convert.srun", "\n".join(argv) + "\n")
+
+
+@pytest.mark.parametrize(("tasks", "wanted", "present", "cpus"), [(1, None, 64, 64), (8, None, 64, 8), (8, 16, 64, 8)])
+def test_a_step_never_asks_for_more_cpus_than_the_job_has(
+    tmp_path: Path, tasks: int, wanted: int | None, present: int, cpus: int
+) -> None:
+    stage = stub("train", "", tasks_per_node=tasks, cpus_per_task=wanted)
+    cluster = plan_of(tmp_path).cluster
+    argv = srun_argv(stage, ["a"], cluster=cluster, run_dir="r", python="p", cpus_per_node=present)
+    assert f"--cpus-per-task={cpus}" in argv
+
+
+@pytest.mark.parametrize(
+    ("request_as", "flag"), [("gres", "--gres=gpu:8"), ("gpus-per-node", "--gpus-per-node=8"), ("none", None)]
+)
+def test_gpus_are_asked_for_as_the_cluster_wants_it(tmp_path: Path, request_as: str, flag: str | None) -> None:
+    cluster = plan_of(tmp_path, gpus_per_node=8, gpu_request=request_as).cluster
+    argv = srun_argv(
+        stub("ray-head", "", gpus_per_node=8), ["a"], cluster=cluster, run_dir="r", python="p", cpus_per_node=1
+    )
+    assert [word for word in argv if "gpu" in word] == ([flag] if flag else [])
+
+
+def test_srun_does_not_inherit_the_jobs_own_options() -> None:
+    own = {"SLURM_CPUS_PER_TASK": "4", "SLURM_NTASKS": "9", "SLURM_MEM_PER_NODE": "1", "SRUN_DEBUG": "3"}
+    environ = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root", **own}
+    assert clean_environment(environ) == {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root"}
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("64(x3),32", 32), ("8", 8), ("", None)])
+def test_cpus_of_the_least_node(text: str, cpus: int | None) -> None:
+    assert cpus_per_node({"SLURM_JOB_CPUS_PER_NODE": text}) == cpus
+
+
+def test_a_job_is_read_from_what_scontrol_says() -> None:
+    text = (
+        "JobId=12 JobName=my run UserId=root(0) Comment=vime: ray-head of a run JobState=PENDING Reason=NodeDown "
+        "Restarts=2 StartTime=2026-01-02T03:04:05 EndTime=Unknown NodeList=(null) Command=/a b/c.sh"
+    )
+    job = parse_job(text)
+    assert (job.job_id, job.state, job.reason, job.restarts) == ("12", "PENDING", "NodeDown", 2)
+    assert (job.comment, job.nodelist, job.end) == ("vime: ray-head of a run", "", None)
+    assert job.start is not None
+    assert re.match(r"\d+\.0", str(job.start))

@@ -1,0 +1,69 @@
+"""`python -m vime.cancel [RUN]`: ends a run, its job or its controller on this machine; by default the last one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vime.errors import BadInput, DeadlineExceeded, VimeError
+from vime.launch import slurm
+from vime.launch.events import last_start, read_events
+from vime.launch.state import RUNNING, WAITING, controller_is_here, run_state
+from vime.launch.submit import read_job
+from vime.launch.supervise import start_ticks
+from vime.planning.registry import find_run, last_run
+
+_PATIENCE_S = 60.0
+
+
+def cancel(run_dir: Path) -> str:
+    """Ends the run and waits until it has; what was done, as a line. Raises DeadlineExceeded."""
+    state = run_state(run_dir)
+    if state.state in ("succeeded", "failed", "planned"):
+        return f"{state.run}: nothing to cancel, it is {state.state}"
+    job = read_job(run_dir)
+    if job is not None:
+        slurm.cancel(job)
+        _wait(f"job {job}", lambda: _job_is_over(job))
+        return f"{state.run}: job {job} cancelled"
+    pid = controller_is_here(last_start(read_events(run_dir)))
+    if pid is None:
+        raise BadInput(f"{state.run} has no controller on this machine: cancel it where it was started")
+    ticks = start_ticks(pid)
+    os.kill(pid, signal.SIGTERM)
+    _wait(f"process {pid}", lambda: start_ticks(pid) != ticks)
+    return f"{state.run}: cancelled"
+
+
+def _job_is_over(job: str) -> bool:
+    state = slurm.job_state(job)
+    return state is None or state.state not in (*RUNNING, *WAITING)
+
+
+def _wait(what: str, over) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not over():
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"{what} has not ended {_PATIENCE_S:.0f} s after it was cancelled")
+        time.sleep(0.2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.cancel", description="End a run.")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    args = parser.parse_args(argv)
+    try:
+        print(cancel(find_run(args.run) if args.run else last_run()))
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""`python -m vime.logs [RUN]`: the logs of a run's tasks and its events, merged in the order of time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vime.errors import BadInput, VimeError
+from vime.launch.events import Event, read_events
+from vime.launch.logfiles import Follower, Line, LogFile, find_logs, merge
+from vime.launch.state import RunState, run_state
+from vime.planning.io import read_plan
+from vime.planning.registry import find_run, last_run
+
+_POLL_SECONDS = 0.5
+_STATE_SECONDS = 5.0
+CONTROLLER = "controller"
+"""The stage under which the run's events stand."""
+
+
+class Logs:
+    """The logs that match, and the events; `poll` gives what is new in all of them, files that appear later too."""
+
+    def __init__(self, run_dir: Path, *, stage: str | None, node: int | None, rank: int | None) -> None:
+        self._run_dir, self._stage, self._node, self._rank = run_dir, stage, node, rank
+        self._followers: dict[Path, Follower] = {}
+        self._with_events = node is None and rank is None and stage in (None, CONTROLLER)
+        self._events_seen = 0
+
+    def poll(self) -> list[Line]:
+        for log in find_logs(self._run_dir, stage=self._stage, node=self._node, rank=self._rank):
+            self._followers.setdefault(log.path, Follower(log))
+        lines = [line for follower in self._followers.values() for line in follower.poll()]
+        if self._with_events:
+            events = read_events(self._run_dir)
+            lines += [_line_of(event, self._run_dir) for event in events[self._events_seen :]]
+            self._events_seen = len(events)
+        return merge(lines)
+
+
+def _line_of(event: Event, run_dir: Path) -> Line:
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
+    stamp = f"{clock}.{int(event.time % 1 * 1000):03d}"
+    text = " ".join(part for part in (event.kind, event.stage, event.node, event.text) if part)
+    return Line(stamp, LogFile(CONTROLLER, 0, None, run_dir), text)
+
+
+def render(line: Line) -> str:
+    label = CONTROLLER if line.file.stage == CONTROLLER else line.file.label
+    return f"{line.stamp[11:]} {label} {line.text}"
+
+
+def follow(logs: Logs, run_dir: Path, first: int | None) -> Iterator[Line]:
+    """The last lines, then every new one, until the run has ended and its logs are read to their ends."""
+    lines, checked, ended = logs.poll(), 0.0, False
+    yield from lines if first is None else lines[-first:] if first else []
+    while not ended:
+        if time.monotonic() - checked > _STATE_SECONDS:
+            ended, checked = _has_ended(run_state(run_dir)), time.monotonic()
+        yield from logs.poll()
+        time.sleep(_POLL_SECONDS)
+    yield from logs.poll()
+
+
+def _has_ended(state: RunState) -> bool:
+    return state.state in ("succeeded", "failed", "lost")
+
+
+def check_stage(run_dir: Path, stage: str | None) -> None:
+    """Raises BadInput for a stage that the plan does not have."""
+    names = [CONTROLLER, *(planned.name for planned in read_plan(run_dir).stages)]
+    if stage is not None and stage not in names and not (run_dir / "logs" / stage).is_dir():
+        raise BadInput(f"--stage is {stage!r}: this run has {', '.join(names)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.logs", description="The logs of a run in the order of time.")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the run ends")
+    parser.add_argument("-n", "--lines", type=int, help="only the last N lines (of those that are there)")
+    parser.add_argument("--stage", help="of one stage; `controller` is the run's events")
+    parser.add_argument("--node", type=int, help="of one logical node")
+    parser.add_argument("--rank", type=int, help="of one rank, where several tasks share a node")
+    args = parser.parse_args(argv)
+    try:
+        if args.lines is not None and args.lines < 0:
+            raise BadInput(f"--lines is {args.lines}: give 0 or more")
+        folder = find_run(args.run) if args.run else last_run()
+        check_stage(folder, args.stage)
+        logs = Logs(folder, stage=args.stage, node=args.node, rank=args.rank)
+        if args.follow:
+            for line in follow(logs, folder, args.lines):
+                print(render(line), flush=True)
+        else:
+            lines = logs.poll()
+            for line in lines if args.lines is None else lines[len(lines) - min(args.lines, len(lines)) :]:
+                print(render(line))
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # `| head` has seen enough; Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
