@@ -12,12 +12,19 @@ from vime.recipe.load import load_recipe
 BASE = "/shared/models"
 
 
-def plan_of(recipe: str, nodes: int, *flags: str, cluster: str = "local", run_dir: str | Path = "/shared/run") -> Plan:
+def plan_of(
+    recipe: str,
+    nodes: int,
+    *flags: str,
+    cluster: str = "local",
+    base: str | Path = BASE,
+    run_dir: str | Path = "/shared/run",
+) -> Plan:
     return make_plan(
         load_recipe(recipe, list(flags)),
         cluster=load_cluster(cluster),
         nodes=nodes,
-        base_dir=BASE,
+        base_dir=base,
         run_dir=run_dir,
         run_name="test",
         checks=Checks(inputs=False, run_folder=False),
