@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.checkpoint import convert as tool
+from vime.checkpoint import torch_dist
 from vime.checkpoint.convert import deal_out
 from vime.checkpoint.export import export
 from vime.checkpoint.export import main as export_main
 from vime.checkpoint.hf import HFCheckpoint
-from vime.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader
+from vime.checkpoint.ranks import Ranks, process_group
+from vime.checkpoint.torch_dist import RELEASE, TRACKER, Chunk, TorchDistReader
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.disk import disk_place
@@ -207,6 +209,20 @@ def test_a_torch_dist_of_another_model_is_named(tmp_path):
     assert not (tmp_path / "back").exists()
     with pytest.raises(BadInput, match="torch_dist folder"):
         TorchDistReader(tmp_path, ModelConfig.from_hf(tiny_hf.QWEN3))
+
+
+def test_a_thread_holds_one_tensor_at_a_time(tmp_path):
+    made: list[torch.Tensor] = []
+
+    def load() -> torch.Tensor:
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in made)
+        made.append(torch.ones(8, 8))
+        return made[-1]
+
+    chunks = [Chunk(f"key{i}", (8, 8), (0, 0), (8, 8), torch.float32, load) for i in range(5)]
+    with process_group(Ranks(), tool.TIMEOUT):
+        torch_dist.save(tmp_path, chunks, {}, {})
+    assert len(made) == 5
 
 
 @pytest.mark.e2e

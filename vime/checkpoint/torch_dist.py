@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,10 @@ RELEASE = "release"
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a key, written by one rank. `load` makes the tensor when it is written."""
+    """A box of a key, written by one rank.
+
+    `load` makes the tensor when it is written: one of its own, which is freed after that, or a view of a mapped file.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -70,6 +74,7 @@ class _LazySavePlanner(SavePlanner):
         self._chunks = {(chunk.key, chunk.offset): chunk for chunk in chunks}
         self._objects = objects
         self._said = said
+        self._thread = threading.local()
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
@@ -103,9 +108,17 @@ class _LazySavePlanner(SavePlanner):
             return data
         assert write_item.index.offset is not None
         chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
+        self._release_last()
         tensor = chunk.load().to(chunk.dtype).reshape(chunk.size).contiguous()
+        self._thread.last = tensor
         self._said(tensor.numel() * tensor.element_size())
         return tensor
+
+    def _release_last(self) -> None:
+        """Frees what this thread has written; torch's writer keeps a tensor of every key until its file is closed."""
+        last: torch.Tensor | None = getattr(self._thread, "last", None)
+        if last is not None and last.untyped_storage().resizable():
+            last.untyped_storage().resize_(0)
 
 
 def object_name(key: str, index: tuple[int, ...] = (), stack: tuple[int, ...] = ()) -> str:
