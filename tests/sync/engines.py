@@ -72,7 +72,11 @@ async def _ready(client: EngineClient, process: subprocess.Popen[bytes], log: Pa
             return
 
 
-async def log_probs(client: EngineClient, prompt: list[int], tokens: int = 6) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probs."""
-    answer = await client.generate(prompt, SamplingSettings(max_tokens=tokens, temperature=0.0), deadline_s=60)
+async def log_probs(
+    client: EngineClient, prompt: list[int], tokens: int = 6, replica: int | None = None
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probs, from one data-parallel replica if it is given."""
+    answer = await client.generate(
+        prompt, SamplingSettings(max_tokens=tokens, temperature=0.0), deadline_s=60, data_parallel_rank=replica
+    )
     return answer.token_ids, answer.log_probs

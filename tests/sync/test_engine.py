@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.sync.engines import engine, log_probs
-from tests.sync.small_models import DEEPSEEK, QWEN3, shards, trained, write_folder
+from tests.sync.small_models import DEEPSEEK, QWEN3, Tensors, shards, trained, write_folder
 from tests.sync.test_plan import engine as engine_plan
 from vime.models.config import ModelConfig
+from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
+from vime.rollout.client import EngineClient
+from vime.rollout.command import MODEL_NAME
 from vime.sync.plan import make_schedule, receivers_of
 from vime.sync.session import Deadlines, Session
 from vime.sync.source import WeightSource
@@ -22,49 +26,97 @@ PROMPTS = [[2, 9, 16, 8, 17, 3], [2, 7, 7, 16, 12, 17, 3]]
 
 
 class OneRank:
-    """The trainer as the session calls it: one rank in this process."""
+    """The trainer as the session calls it: one rank in this process, on threads, as the engines run beside it."""
 
     def __init__(self, source: WeightSource) -> None:
         self.source = source
 
     async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        return [getattr(self.source, method.removeprefix("weights_"))(*args)]
+        return [await asyncio.to_thread(getattr(self.source, method.removeprefix("weights_")), *args)]
 
 
-def source_of(hf: dict[str, Any], tensors: dict[str, torch.Tensor], run: str, buffer: int) -> WeightSource:
+def source_of(
+    hf: dict[str, Any], tensors: Tensors, engines: list[EnginePlan], run: str, buffer: int, **more: Any
+) -> WeightSource:
+    """A trainer of one rank on node 0."""
     config, layout = ModelConfig.from_hf(hf), ParallelLayout()
-    receivers = receivers_of(config, [0], [engine_plan(0, {0: (0,)})])
-    schedule = make_schedule(config, layout, [0], receivers, buffer)
+    schedule = make_schedule(config, layout, [0], receivers_of(config, [0], engines), buffer, **more)
     return WeightSource.of_tensors(shards(hf, tensors, layout, 0), schedule, 0, run)
 
 
-@pytest.mark.parametrize("hf", [DEEPSEEK, QWEN3], ids=["deepseek-v3", "qwen3"])
-async def test_after_a_sync_the_engine_equals_one_that_loads_the_exported_weights(
-    hf: dict[str, Any], tmp_path: Path
-) -> None:
-    old, new = trained(hf, 1), trained(hf, 2)
-    run = str(tmp_path)
-    async with engine(write_folder(tmp_path / "old", hf, old), tmp_path / "old.log") as client:
-        first = await client.checksums()
-        source = source_of(hf, new, run, 200_000)
-        session = Session(source.schedule, [engine_plan(0, {0: (0,)})], OneRank(source), [client], "keep", Deadlines())
-        before = [await log_probs(client, prompt) for prompt in PROMPTS]
-        metrics = await session.run(7)
-        synced = await client.checksums()
-        answers = [await log_probs(client, prompt) for prompt in PROMPTS]
-        version = await client.weight_info()
-        # A second sync goes the same way, over the first one's traces.
-        source_again = source_of(hf, old, run, 10**8)
-        session.schedule, session.call = source_again.schedule, OneRank(source_again)
-        await session.run(8)
-        back = await client.checksums()
-    assert metrics["sync/buckets"] > 3
-    assert version == 7
+def session_of(source: WeightSource, engines: list[EnginePlan], clients: list[EngineClient]) -> Session:
+    nodes = max(node for engine in engines for node in engine.nodes) + 1
+    return Session(source.schedule, engines, OneRank(source), clients, "keep", Deadlines(), ["127.0.0.1"] * nodes)
+
+
+async def long_answer(client: EngineClient) -> list[tuple[int, int]]:
+    """Versions and numbers of tokens of an answer of 150 tokens."""
+    body = {
+        "model": MODEL_NAME,
+        "token_ids": PROMPTS[0],
+        "sampling_params": {"max_tokens": 150, "temperature": 1.0, "logprobs": 0, "ignore_eos": True},
+    }
+    answer = await client._json("POST", "/inference/v1/generate", body, 120)
+    return [(int(span["version"]), span["end"] - span["start"]) for span in answer["choices"][0]["weight_versions"]]
+
+
+async def test_two_engines_near_and_far_equal_one_that_loads_the_exported_weights(tmp_path: Path) -> None:
+    """DeepSeek-V3: one engine gets its weights through shared memory, one as if on another node, through gloo."""
+    hf, middle, new = DEEPSEEK, trained(DEEPSEEK, 2), trained(DEEPSEEK, 3)
+    folder = write_folder(tmp_path / "old", hf, trained(hf, 1))
+    plans = [engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})]
+    async with contextlib.AsyncExitStack() as stack:
+        starting = [engine(folder, tmp_path / f"old{i}.log") for i in range(2)]
+        clients = list(await asyncio.gather(*map(stack.enter_async_context, starting)))
+        first = await clients[0].checksums()
+        source = source_of(hf, middle, plans, str(tmp_path), 200_000)
+        session = session_of(source, plans, clients)
+        metrics = await session.run(6)
+        assert metrics["sync/buckets"] > 3
+        between = await log_probs(clients[0], PROMPTS[0])
+
+        # Requests that are under way when the weights change go on with the new ones and say so.
+        asking = asyncio.create_task(long_answer(clients[0]))
+        await asyncio.sleep(0.2)
+        source._tensors = shards(hf, new, ParallelLayout(), 0)
+        await session.run(7)
+        spans = await asking
+        assert [version for version, _ in spans] == [6, 7]
+        assert sum(tokens for _, tokens in spans) == 150
+
+        synced = [await client.checksums() for client in clients]
+        answers = [[await log_probs(client, prompt) for prompt in PROMPTS] for client in clients]
+        assert [await client.weight_info() for client in clients] == [7, 7]
     async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log") as client:
         fresh = await client.checksums()
         expected = [await log_probs(client, prompt) for prompt in PROMPTS]
-    assert synced == fresh
     assert any(name.endswith("o_proj.packed") for name in fresh)
-    assert answers == expected
-    assert before != answers
+    assert synced == [fresh, fresh]
+    assert answers == [expected, expected]
+    assert first != fresh
+    assert between != expected[0]
+
+
+async def test_both_replicas_of_an_engine_equal_one_that_loads_the_exported_weights(tmp_path: Path) -> None:
+    """Qwen3 with tied embeddings, two data-parallel replicas in one engine."""
+    hf, old, new = QWEN3, trained(QWEN3, 1), trained(QWEN3, 2)
+    folder = write_folder(tmp_path / "old", hf, old)
+    plans = [engine_plan(0, {0: (0, 1)}, data=2)]
+    async with engine(folder, tmp_path / "old.log", "--data-parallel-size", "2") as client:
+        first = await client.checksums()
+        source = source_of(hf, new, plans, str(tmp_path), 200_000)
+        session = session_of(source, plans, [client])
+        await session.run(7)
+        synced = await client.checksums()
+        answers = [await log_probs(client, prompt, replica=replica) for replica in (0, 1) for prompt in PROMPTS]
+        source._tensors = shards(hf, old, ParallelLayout(), 0)
+        await session.run(8)
+        back = await client.checksums()
+    async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log") as client:
+        fresh = await client.checksums()
+        expected = [await log_probs(client, prompt) for prompt in PROMPTS]
     assert back == first
+    for replica in ("dp0:", "dp1:"):
+        of_replica = {name.removeprefix(replica): value for name, value in synced.items() if name.startswith(replica)}
+        assert of_replica == {name.removeprefix("dp0:"): value for name, value in fresh.items()}
+    assert answers == expected * 2

@@ -71,7 +71,8 @@ def session(
     trainer = FakeTrainer(journal, len(schedule.buckets), len(receivers))
     fakes = [FakeEngine(journal, number) for number in range(len(engines))]
     deadlines = Deadlines(engine=deadline)
-    return Session(schedule, engines, trainer, fakes, "keep", deadlines), trainer, fakes, journal
+    clients: list[Any] = list(fakes)
+    return Session(schedule, engines, trainer, clients, "keep", deadlines), trainer, fakes, journal
 
 
 async def test_the_order_of_a_sync() -> None:
@@ -115,7 +116,8 @@ async def test_engines_are_connected_once_and_again_after_a_restart() -> None:
     await sync.run(2)
     assert [name for name, _ in journal].count("1:init_weight_transfer") == 1
     sync.connected.discard(1)
-    sync.clients[1] = FakeEngine(journal, 7)
+    replaced: Any = FakeEngine(journal, 7)
+    sync.clients[1] = replaced
     await sync.run(3)
     assert [name for name, _ in journal].count("7:init_weight_transfer") == 1
     assert [name for name, _ in journal].count("0:init_weight_transfer") == 1

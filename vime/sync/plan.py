@@ -112,6 +112,20 @@ class Move:
 
 
 @dataclass(frozen=True)
+class FarGroup:
+    """The workers of one engine on a node without trainer ranks, and the publisher that sends to them."""
+
+    receiver: int
+    """Index into `Schedule.receivers`."""
+    engine: int
+    address: str
+    """Of the publisher's node."""
+    first_worker: int
+    """Number of the first of these workers in the engine."""
+    workers: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """All buckets of a sync, and what each rank sends and receives for them."""
 
@@ -186,6 +200,19 @@ def has_draft(plan: Plan) -> bool:
     """Whether the engines speculate with the model's own MTP layers, so hold them as a draft model."""
     speculative: Mapping[str, Any] = plan.recipe.engine.vllm.get("speculative_config") or {}
     return "mtp" in str(speculative.get("method", ""))
+
+
+def far_groups(schedule: Schedule, engine: EnginePlan, addresses: Sequence[str]) -> list[FarGroup]:
+    """The groups through which an engine's far nodes are reached; `addresses` are those of the logical nodes."""
+    groups, first = [], 0
+    for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
+        number = next(i for i, receiver in enumerate(schedule.receivers) if receiver.node == node)
+        receiver = schedule.receivers[number]
+        if not receiver.local:
+            address = addresses[schedule.nodes[receiver.publishers[0]]]
+            groups.append(FarGroup(number, engine.index, address, first, len(gpus)))
+        first += len(gpus)
+    return groups
 
 
 def make_schedule(

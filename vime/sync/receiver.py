@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vime.checkpoint import fp8
 from vime.errors import VimeError
+from vime.sync.channel import Channel
 from vime.sync.segment import Segment
 
 
@@ -32,8 +33,12 @@ class IncompleteUpdate(VimeError):
 
 
 @dataclass
-class SharedMemoryInit(WeightTransferInitInfo):
-    """Nothing to agree on beforehand: every bucket names its segment."""
+class ReceiverInit(WeightTransferInitInfo):
+    """How buckets come: workers that are in one of the groups get them from it, all others from shared memory."""
+
+    groups: list[dict[str, Any]]
+    """address and port of the publisher, first_worker and number of workers of each."""
+    timeout_s: float
 
 
 @dataclass
@@ -47,10 +52,22 @@ class BucketInfo(WeightTransferUpdateInfo):
     """[name, dtype, shape, offset, offset of the scales or None] of each tensor, offsets in bytes."""
 
 
-class _Receiver(WeightTransferEngine[Any, BucketInfo]):
-    """What both backends share: the update's life cycle, and tensors out of a bucket's bytes."""
+class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
+    """vime's weight-transfer engine in each worker of an engine on CPUs."""
 
+    init_info_cls = ReceiverInit
     update_info_cls = BucketInfo
+    _channel: Channel | None = None
+
+    def init_transfer_engine(self, init_info: ReceiverInit) -> None:
+        """Join the group of this worker's node, if its buckets come through one."""
+        worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
+        self._channel = None
+        for group in init_info.groups:
+            rank = 1 + worker - group["first_worker"]
+            if 1 <= rank <= group["workers"]:
+                size = 1 + group["workers"]
+                self._channel = Channel(group["address"], group["port"], rank, size, init_info.timeout_s)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -72,10 +89,19 @@ class _Receiver(WeightTransferEngine[Any, BucketInfo]):
             model.load_weights(self._tensors(data, update_info))
 
     def shutdown(self) -> None:
-        """Nothing is held between buckets."""
+        self._channel = None
 
     def _bytes_of(self, bucket: BucketInfo) -> torch.Tensor:
-        raise NotImplementedError
+        if self._channel is not None:
+            data = torch.empty(bucket.size, dtype=torch.uint8)
+            self._channel.move(data)
+            return data
+        if bucket.segment is None:
+            raise VimeError("this bucket is in no shared memory of this node, and this worker is in no group")
+        memory = Segment.open(bucket.segment).memory
+        if len(memory) < bucket.size:
+            raise VimeError(f"segment {bucket.segment} has {len(memory)} bytes, the bucket {bucket.size}")
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     @property
     def _takes_fp8(self) -> bool:
@@ -98,23 +124,6 @@ class _Receiver(WeightTransferEngine[Any, BucketInfo]):
                 yield fp8.scale_name(name), scale.to(self.device, copy=True)
             else:
                 yield name, fp8.dequantise(tensor, scale, block, dtype=self.model_config.dtype).to(self.device)
-
-
-class SharedMemoryReceiver(_Receiver):
-    """`vime-shm`: the bucket lies in shared memory that a trainer rank on this node filled."""
-
-    init_info_cls = SharedMemoryInit
-
-    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
-        """Nothing to set up."""
-
-    def _bytes_of(self, bucket: BucketInfo) -> torch.Tensor:
-        if bucket.segment is None:
-            raise VimeError("this bucket is in no shared memory of this node")
-        memory = Segment.open(bucket.segment).memory
-        if len(memory) < bucket.size:
-            raise VimeError(f"segment {bucket.segment} has {len(memory)} bytes, the bucket {bucket.size}")
-        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def unloaded_layers(model: torch.nn.Module) -> tuple[list[str], list[str]]:

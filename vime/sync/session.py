@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vime.errors import Cause, DeadlineExceeded, VimeError
-from vime.planning.types import EnginePlan, Plan
-from vime.sync.plan import Schedule, Target, schedule_of
+from vime.planning.types import Binding, EnginePlan, Plan
+from vime.sync.plan import Schedule, Target, far_groups, schedule_of
 
 Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -64,10 +64,14 @@ class WeightSync:
         call: Call,
         clients: Sequence[Client],
         *,
+        binding: Binding | None = None,
         pause_mode: str = "keep",
         deadlines: Deadlines | None = None,
     ) -> None:
-        self._session = Session(schedule_of(plan), plan.engines, call, clients, pause_mode, deadlines or Deadlines())
+        addresses = [node.address for node in binding.nodes] if binding else []
+        self._session = Session(
+            schedule_of(plan), plan.engines, call, clients, pause_mode, deadlines or Deadlines(), addresses
+        )
 
     async def run(self, version: int) -> dict[str, float]:
         """Sync; metrics `sync/…`. Raises SyncFailed, and then leaves every engine paused."""
@@ -90,8 +94,9 @@ class Session:
         clients: Sequence[Client],
         pause_mode: str,
         deadlines: Deadlines,
+        addresses: Sequence[str] = (),
     ) -> None:
-        self.schedule, self.engines, self.call = schedule, engines, call
+        self.schedule, self.engines, self.call, self.addresses = schedule, engines, call, addresses
         self.clients = list(clients)
         self.pause_mode, self.deadlines = pause_mode, deadlines
         self.connected: set[int] = set()
@@ -101,6 +106,8 @@ class Session:
         try:
             metrics = await self._run(version)
         except BaseException as error:
+            # Whatever comes next starts from engines that were restarted.
+            self.connected.clear()
             try:
                 await self._trainer("weights_finish", self.deadlines.prepare, None)
             except VimeError as second:
@@ -114,9 +121,7 @@ class Session:
             raise self._failed(f"ranks planned {sorted(set(counts))} buckets, the driver {len(self.schedule.buckets)}")
         await self._each(None, "pause", lambda client: client.pause(self.pause_mode))
         paused = time.monotonic()
-        for engine in sorted(set(range(len(self.clients))) - self.connected):
-            await self._engine(engine, None, "init", self.clients[engine].init_weight_transfer(self._init_info(engine)))
-            self.connected.add(engine)
+        await self._connect()
         sent = 0
         for target in ("policy", "draft"):
             sent += await self._stream(target, version)
@@ -129,8 +134,35 @@ class Session:
             "sync/paused_time": time.monotonic() - paused,
         }
 
-    def _init_info(self, engine: int) -> dict[str, Any]:
-        return {}
+    async def _connect(self) -> None:
+        """Let new engines know how buckets come: through shared memory, and to far nodes through groups of gloo."""
+        new = sorted(set(range(len(self.clients))) - self.connected)
+        groups = {engine: far_groups(self.schedule, self.engines[engine], self.addresses) for engine in new}
+        far = [group for mine in groups.values() for group in mine]
+        ports: dict[str, int] = {}
+        if far:
+            for answer in await self._trainer("weights_listen", self.deadlines.prepare, None, far):
+                ports |= answer
+
+        def init(engine: int) -> Awaitable[None]:
+            joining = [
+                {
+                    "address": group.address,
+                    "port": ports[f"{group.receiver}/{engine}"],
+                    "first_worker": group.first_worker,
+                    "workers": group.workers,
+                }
+                for group in groups[engine]
+            ]
+            info = {"groups": joining, "timeout_s": self.deadlines.prepare}
+            return self._engine(engine, None, "init", self.clients[engine].init_weight_transfer(info))
+
+        waiting: list[Awaitable[Any]] = [init(engine) for engine in new]
+        if far:
+            deadline = self.deadlines.prepare
+            waiting.append(self._trainer("weights_connect", deadline + 30, None, deadline))
+        await asyncio.gather(*waiting)
+        self.connected |= set(new)
 
     async def _stream(self, target: Target, version: int) -> int:
         """One update of one model of every engine; a bucket is gathered while the one before it is loaded. Bytes."""

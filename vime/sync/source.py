@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from vime.megatron.naming import local_tensors
 from vime.models.config import ModelConfig
 from vime.planning.types import Plan
 from vime.recipe.parallel import Coordinates, ParallelLayout
-from vime.sync.plan import SLOTS, Entry, Move, Place, Schedule, schedule_of
+from vime.sync.channel import Channel, Listener
+from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
 from vime.sync.segment import Segment, segment_name
 
 
@@ -94,8 +96,30 @@ class WeightSource:
         ]
         self._buffers: dict[tuple[int, int], Buffer] = {}
         self._pending: set[int] = set()
+        self._listeners: dict[tuple[int, int], tuple[Listener, int]] = {}
+        self._channels: dict[tuple[int, int], Channel] = {}
+        self._sending: dict[int, list[Future[None]]] = {}
+        # One thread: the messages of a group have to follow each other in the order of the buckets.
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self.bytes_sent = 0
         """Bytes that went to other ranks since `prepare`."""
+
+    # Engines on nodes without trainer ranks
+
+    def listen(self, groups: Sequence[FarGroup]) -> dict[str, int]:
+        """Open a port for every group that this rank publishes to; ports by `receiver/engine`."""
+        for group in groups:
+            if self.rank in self.schedule.receivers[group.receiver].publishers:
+                key = (group.receiver, group.engine)
+                self._channels.pop(key, None)
+                self._listeners[key] = (Listener(group.address), group.workers)
+        return {f"{receiver}/{engine}": listener.port for (receiver, engine), (listener, _) in self._listeners.items()}
+
+    def connect(self, timeout_s: float) -> None:
+        """Wait for the workers of every group for which `listen` opened a port."""
+        for key, (listener, workers) in self._listeners.items():
+            self._channels[key] = listener.accept(workers, timeout_s)
+        self._listeners.clear()
 
     # The four calls of a sync
 
@@ -125,6 +149,7 @@ class WeightSource:
             self._write_local(bucket, moves)
             self._exchange(bucket, moves)
             self._write_frozen(bucket)
+        self._send_far(bucket)
         return {
             str(number): self._update_info(bucket, number)
             for number, receiver in enumerate(self.schedule.receivers)
@@ -133,6 +158,8 @@ class WeightSource:
 
     def release(self, bucket: int) -> None:
         """The engines have loaded the bucket; its memory is free for another."""
+        for sending in self._sending.pop(bucket, ()):
+            sending.result()
         self._pending.discard(bucket)
 
     def finish(self) -> None:
@@ -142,6 +169,12 @@ class WeightSource:
                 buffer.segment.unlink()
         self._buffers.clear()
         self._pending.clear()
+        if any(not sending.done() for mine in self._sending.values() for sending in mine):
+            # A failed sync left a message that nobody takes: it ends at the group's own deadline, out of the way.
+            self._channels.clear()
+            self._sender.shutdown(wait=False, cancel_futures=True)
+            self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._sending.clear()
 
     # Memory
 
@@ -307,6 +340,13 @@ class WeightSource:
             scales.copy_(self._checkpoint.scale(place.entry.name))
         else:
             scales.copy_(self._quantise(self._checkpoint.tensor(place.entry.name), place.entry, out=target)[1])
+
+    def _send_far(self, bucket: int) -> None:
+        """Start sending the bucket to far nodes; `release` waits for the end, which needs the engines' update call."""
+        for (number, _), channel in self._channels.items():
+            if self.schedule.receivers[number].publisher(bucket) == self.rank:
+                data = self._buffers[number, bucket % SLOTS].data[: self.schedule.places(bucket, number)[1]]
+                self._sending.setdefault(bucket, []).append(self._sender.submit(channel.move, data))
 
     def _update_info(self, bucket: int, number: int) -> dict[str, Any]:
         places, size = self.schedule.places(bucket, number)

@@ -9,7 +9,8 @@ import hashlib
 from importlib.metadata import version
 from typing import Any
 
-BACKENDS = {"vime-shm": "SharedMemoryReceiver"}
+BACKENDS = ("vime-shm", "vime-gloo")
+"""Both are one receiver: each node's workers get buckets from shared memory or a gloo group, as the driver says."""
 TESTED_VLLM = "0.32"
 
 
@@ -17,9 +18,9 @@ def register() -> None:
     """Make vime's backends known to vLLM; safe to call again."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    for name, receiver in BACKENDS.items():
+    for name in BACKENDS:
         if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, "vime.sync.receiver", receiver)
+            WeightTransferEngineFactory.register_engine(name, "vime.sync.receiver", "Receiver")
     if _on_cpu():
         mend_cpu_experts()
         show_packed_weights()

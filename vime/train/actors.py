@@ -55,6 +55,12 @@ class RankActor:
     def export_hf(self, path: str) -> None:
         self._worker.export_hf(path)
 
+    def weights_listen(self, groups: list[Any]) -> dict[str, int]:
+        return self._worker.weights.listen(groups)
+
+    def weights_connect(self, timeout_s: float) -> None:
+        self._worker.weights.connect(timeout_s)
+
     def weights_prepare(self, version: int) -> int:
         return self._worker.weights.prepare(version)
 

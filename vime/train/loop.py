@@ -87,7 +87,7 @@ class Loop:
                 self.sampler = await stack.enter_async_context(Sampler(self.plan, clients))
                 if start.extra:
                     self.sampler.load_state_dict(start.extra["sampler"])
-                self.sync = WeightSync(self.plan, self.trainer.call, clients)
+                self.sync = WeightSync(self.plan, self.trainer.call, clients, binding=self.binding)
                 await self._sync(start.next_rollout_id)
                 yield start.next_rollout_id
         finally:
