@@ -61,10 +61,10 @@ def base(tmp_path_factory):
     return base
 
 
-def plan_and_binding(base, run_dir, *flags):
+def plan_and_binding(base, run_dir, *flags, port_offset=0):
     plan = plan_of("tiny-deepseek-r1", 1, "--dynamic-sampling-filter-path", "none", *flags, base=base, run_dir=run_dir)
     node = BoundNode(index=0, host=socket.gethostname(), address="127.0.0.1")
-    return plan, Binding(nodes=(node,))
+    return plan, Binding(nodes=(node,), port_offset=port_offset)
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +214,19 @@ async def test_partial_rollouts_go_on_after_a_real_abort(engine, base, tmp_path)
     assert {group.index for group in rollout.groups} <= kept_groups
 
 
+def test_another_server_on_the_port_is_not_taken_for_the_engine(engine, base, tmp_path):
+    plan, binding = plan_and_binding(base, tmp_path)
+    server = EngineServer(plan, binding, 0, 0, KEY)
+    server.start()
+    try:
+        with pytest.raises((EngineFailed, DeadlineExceeded), match=r"another server answers|exited with 1"):
+            server.wait_ready(3)
+    finally:
+        server.stop()
+
+
 def test_a_checkpoint_that_is_not_there_is_named_by_the_engines_last_words(base, tmp_path):
-    plan, binding = plan_and_binding(base, tmp_path, "--hf-checkpoint", str(tmp_path / "none"))
+    plan, binding = plan_and_binding(base, tmp_path, "--hf-checkpoint", str(tmp_path / "none"), port_offset=100)
     server = EngineServer(plan, binding, 0, 0, KEY)
     server.start()
     try:
@@ -226,7 +237,7 @@ def test_a_checkpoint_that_is_not_there_is_named_by_the_engines_last_words(base,
 
 
 def test_an_engine_that_is_not_ready_in_time_says_so_and_stops(base, tmp_path):
-    plan, binding = plan_and_binding(base, tmp_path)
+    plan, binding = plan_and_binding(base, tmp_path, port_offset=100)
     server = EngineServer(plan, binding, 0, 0, KEY)
     server.start()
     group = server.pid
@@ -250,7 +261,7 @@ time.sleep(600)
 
 
 def test_a_server_ends_with_the_process_that_started_it(base, tmp_path):
-    plan, binding = plan_and_binding(base, tmp_path)
+    plan, binding = plan_and_binding(base, tmp_path, port_offset=100)
     write_plan(plan)
     write_binding(tmp_path, binding)
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

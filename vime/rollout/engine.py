@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 from vime.errors import DeadlineExceeded, VimeError
 from vime.planning.types import Binding, Plan
 from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
-from vime.rollout.guard import KEY_VARIABLE
+from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
 from vime.rollout.serve import PARENT_VARIABLE
 
 POLL_SECONDS = 0.25
@@ -30,6 +31,10 @@ GRACE_SECONDS = 15.0
 KILL_SECONDS = 15.0
 _PROBE_SECONDS = 120.0
 _TAIL_BYTES = 16384
+
+
+class _Stranger(OSError):
+    """Another server answered on this engine's port."""
 
 
 class EngineFailed(VimeError):
@@ -52,6 +57,7 @@ class EngineServer:
         self._key = api_key
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
+        self._server_name = ""
 
     @property
     def pid(self) -> int | None:
@@ -67,6 +73,8 @@ class EngineServer:
         self._scratch = tempfile.mkdtemp(prefix="vime-")
         env = {**os.environ, **self.command.env}
         env |= {KEY_VARIABLE: self._key, PARENT_VARIABLE: str(os.getpid()), "TMPDIR": self._scratch}
+        self._server_name = secrets.token_hex(8)
+        env |= {NAME_VARIABLE: self._server_name}
         env |= {"VLLM_RPC_BASE_PATH": self._scratch, "PYTHONUNBUFFERED": "1"}
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -159,6 +167,8 @@ class EngineServer:
         # The cluster's web proxy has no business between a node and itself.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=timeout) as response:
+            if response.headers.get(NAME_HEADER) != self._server_name:
+                raise _Stranger(f"another server answers at {self.command.url}")
             answer = json.load(response)
         choice = answer["choices"][0]
         logprobs: list[dict[str, Any]] = choice["logprobs"]["content"]
