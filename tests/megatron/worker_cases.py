@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,27 @@ def run_cases(cases: list[Case], processes: int, folder: Path) -> dict[str, Resu
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(DEADLINE) for process in started]
+        codes = wait_for_all(started)
     finally:
         for process in started:
             process.kill()
     text = "".join(f"--- rank {r}\n" + (folder / f"rank{r}.log").read_text()[-3000:] for r in range(processes))
-    assert not any(codes), f"exit codes {codes}\n{text}"
+    assert codes == [0] * processes, f"exit codes {codes}\n{text}"
     results = {case.name: Result(**json.loads((folder / f"{case.name}.json").read_text())) for case in cases}
     for result in results.values():
         result.printed = (folder / "rank0.log").read_text()
     return results
+
+
+def wait_for_all(started: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Exit codes; ends early when one has failed, since the others then wait for it."""
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end:
+        codes = [process.poll() for process in started]
+        if any(codes) or None not in codes:
+            return codes
+        time.sleep(0.1)
+    return [process.poll() for process in started]
 
 
 def rollout_of(number: int, vocabulary: int, poisoned: bool) -> Any:
@@ -175,8 +187,6 @@ def main(file: str, rank: int) -> None:
 
 def _port(folder: Path, number: int, rank: int) -> int:
     """A free port that rank 0 finds and the others read."""
-    import time
-
     from single import free_port
 
     file = folder / f"port{number}"

@@ -66,7 +66,8 @@ def _stack(rows: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
-def _build(lengths: Sequence[int], rank: int, size: int, device: torch.device) -> list[AttentionGroup]:
+def build_groups(lengths: Sequence[int], rank: int, size: int, device: torch.device) -> list[AttentionGroup]:
+    """The groups of a context-parallel rank for sequences of these padded lengths; together they have every token."""
     local = [length // size for length in lengths]
     starts = np.cumsum([0, *local])
     total = int(starts[-1])
@@ -96,5 +97,5 @@ def attention_groups(packed: Any, rank: int, size: int) -> list[AttentionGroup]:
     if kept is None:
         padded = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
         lengths = padded.diff().tolist()
-        kept = packed.vime_attention_groups = _build(lengths, rank, size, padded.device)
+        kept = packed.vime_attention_groups = build_groups(lengths, rank, size, padded.device)
     return kept

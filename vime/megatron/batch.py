@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ import torch
 from vime.errors import DataError
 from vime.megatron.attention_layout import local_tokens
 from vime.recipe.parallel import ParallelLayout
-
-if TYPE_CHECKING:
-    from megatron.core.packed_seq_params import PackedSeqParams
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,13 @@ class PackedBatch:
     samples: torch.Tensor
     """int64 [t]: number of the sample inside the micro-batch, from 0 to `count`."""
     count: int
-    packed: PackedSeqParams
+    bounds: torch.Tensor
+    """int32 [sequences + 1]: where each padded sequence starts in the whole micro-batch; its length last.
+
+    Padding stands at the end of each sequence, where causal attention hides it: it counts as part of it.
+    """
+    longest: int
+    """Tokens of the longest padded sequence."""
 
     def column(self, column: torch.Tensor) -> torch.Tensor:
         """A column at the targets of this micro-batch, fp32 [t]; 0 where there is none."""
@@ -115,8 +117,6 @@ def make_batch(
     data: Tokens, members: Sequence[int], padding: Padding, *, cp_rank: int, cp_size: int, device: torch.device
 ) -> PackedBatch:
     """The micro-batch of these samples. Without any it is a single padding sequence that predicts nothing."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     lengths = [padding.padded(len(data.sequences[i])) for i in members]
     total = sum(lengths)
     rest = (-total % padding.batch) if total else padding.batch
@@ -138,8 +138,6 @@ def make_batch(
         start += lengths[number]
     mine = local_tokens(lengths, cp_rank, cp_size)
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
-    # Padding stands at the end of each sequence, where causal attention hides it: it may count as part of it.
-    packed = PackedSeqParams("thd", bounds, bounds, bounds, bounds, max(lengths), max(lengths))
     columns = np.stack([tokens, positions, targets, slots, samples])[:, mine]
     on_device = torch.from_numpy(columns).to(device)
     return PackedBatch(
@@ -149,7 +147,8 @@ def make_batch(
         slots=on_device[3],
         samples=on_device[4],
         count=max(len(members), 1),
-        packed=packed,
+        bounds=bounds,
+        longest=max(lengths),
     )
 
 

@@ -28,12 +28,6 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 
 STATE_FILE = "vime.json"
 _ITERATION = re.compile(r"^iter_(\d+)$")
-# Adam's moments as whole parameters, so that any layout can take its part.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 @dataclass(frozen=True)
@@ -135,13 +129,15 @@ class Checkpointer:
         content: dict[str, Any] = {"model": self._model_state(), "iteration": state.rollout_id}
         content["checkpoint_version"] = 3.0
         if with_optimizer and self._optimizer is not None:
-            content["optimizer"] = self._optimizer.megatron.sharded_state_dict(content["model"], metadata=_SHARDING)
+            content["optimizer"] = self._optimizer.sharded_state(content["model"])
 
         def publish() -> None:
             if dist.get_rank() == 0:
                 self._publish(root, partial, state, with_optimizer)
 
-        request = dist_checkpointing.save(content, str(partial), async_sharded_save=self._background)
+        request = dist_checkpointing.save(
+            content, str(partial), _parallel_writer(), async_sharded_save=self._background
+        )
         if request is None:
             dist.barrier()
             publish()
@@ -179,15 +175,13 @@ class Checkpointer:
         with_optimizer = self._optimizer is not None and content["with_optimizer"]
         if with_optimizer:
             assert self._optimizer is not None
-            wanted["optimizer"] = self._optimizer.megatron.sharded_state_dict(
-                wanted["model"], is_loading=True, metadata=_SHARDING
-            )
+            self._optimizer.steps = state.optimizer_steps
+            wanted["optimizer"] = self._optimizer.sharded_state(wanted["model"], to_load=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder))
         self._chunks[0].load_state_dict(loaded["model"], strict=True)
         if with_optimizer:
             assert self._optimizer is not None
-            self._optimizer.megatron.load_state_dict(loaded["optimizer"])
-            self._optimizer.steps = state.optimizer_steps
+            self._optimizer.take_state(loaded["optimizer"])
         self._took_weights(reload=not with_optimizer)
         return state, folder
 
@@ -250,6 +244,16 @@ class Checkpointer:
 
             self._queue = AsyncCallsQueue(persistent=False)
         return self._queue
+
+
+def _parallel_writer() -> Any:
+    """Megatron's writer, with the replicas of a data-parallel group sharing the work."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+    group: Any = ps.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
 
 
 def _from_first(call: Callable[[], str]) -> str:

@@ -144,7 +144,7 @@ class PolicyModel(GPTModel):
 
     _main_labels: torch.Tensor | None = None
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> torch.Tensor:
         self._main_labels = labels
         return super().forward(*args, labels=labels, **kwargs)
 

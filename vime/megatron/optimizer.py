@@ -133,6 +133,41 @@ class Optimizer:
                         return found
         return found
 
+    def sharded_state(self, model_state: dict[str, Any], *, to_load: bool = False) -> dict[str, Any]:
+        """Master weights and moments as whole parameters keyed like the model's, so that any layout can load them.
+
+        The optimizers' other values follow from the recipe and the number of steps; they are left out, because which
+        optimizers a rank has (dense, expert) depends on its place. Collective.
+        """
+        # Gathering on one rank's host keeps a GPU from holding the states of its whole data-parallel group.
+        metadata = {"distrib_optim_fully_reshardable_mem_efficient": not self._cpu}
+        found = {}
+        for number, optimizer in enumerate(self.megatron.chained_optimizers):
+            self._allocate(optimizer, force=to_load)
+            found[str(number)] = optimizer.sharded_param_state_fully_reshardable(model_state, to_load, metadata)
+        return {number: state for number, state in found.items() if state is not None}
+
+    def take_state(self, loaded: dict[str, Any]) -> None:
+        """Put what was loaded by a `sharded_state(..., to_load=True)` into the optimizers."""
+        for number, optimizer in enumerate(self.megatron.chained_optimizers):
+            optimizer.load_parameter_state_from_fully_reshardable(loaded[str(number)])
+
+    def _allocate(self, optimizer: Any, *, force: bool) -> None:
+        """Make the moments exist (they do after a step), counted as `self.steps` steps."""
+        if len(optimizer.optimizer.state) and not force:
+            return
+        groups = optimizer.optimizer.state_dict()["param_groups"]
+        counted = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        for group in counted:
+            group["step"] = self.steps
+        fresh = not len(optimizer.optimizer.state)
+        optimizer.load_state_dict({"optimizer": {"param_groups": counted}})
+        if fresh and not force:
+            for state in optimizer.optimizer.state.values():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in state:
+                        state[name].zero_()
+
     def reload_master_weights(self) -> None:
         """Take the model's weights over into the optimizer's fp32 copies; needed after weights were loaded."""
         self.megatron.reload_model_params()

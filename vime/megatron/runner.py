@@ -112,6 +112,7 @@ class Runner:
         *,
         forward_only: bool,
     ) -> None:
+        from megatron.core.packed_seq_params import PackedSeqParams
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -120,7 +121,9 @@ class Runner:
             if model.config.mtp_num_layers:
                 weights = batch.column(columns["weights"]) if columns else torch.zeros_like(batch.targets).float()
                 extra = {"labels": batch.targets[None], "loss_mask": weights[None]}
-            output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed, **extra)
+            bounds, longest = batch.bounds, batch.longest
+            packed = PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
+            output = model(batch.tokens, batch.positions, None, packed_seq_params=packed, **extra)
             return output, functools.partial(measure, batch)
 
         get_forward_backward_func()(

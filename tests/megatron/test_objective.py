@@ -1,0 +1,178 @@
+"""The loss of packed micro-batches against a float64 reference that goes through samples and tokens one by one."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from vime.megatron import losses
+from vime.megatron.batch import Padding, Tokens, make_batch
+from vime.megatron.objective import METRICS, Objective
+from vime.recipe.parallel import ParallelLayout
+from vime.recipe.schema import AlgorithmOptions
+
+VOCABULARY = 11
+TEMPERATURE = 0.8
+CPU = torch.device("cpu")
+
+
+class Problem:
+    """Samples with logits at every position and all columns."""
+
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed)
+        self.pairs = [
+            (
+                [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 5))],
+                [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))],
+            )
+            for _ in range(7)
+        ]
+        self.masks = [torch.tensor([float(draw.random() < 0.8) for _ in response]) for _, response in self.pairs]
+        self.masks[3].zero_()
+        self.data = Tokens.of(self.pairs)
+        torch.manual_seed(seed)
+        self.logits = [torch.randn(len(p) + len(r), VOCABULARY, dtype=torch.float64) for p, r in self.pairs]
+        self.columns = {name: torch.randn(self.data.slots) * 0.3 - 2 for name in ("old", "reference", "rollout")}
+        self.columns["advantages"] = torch.cat(
+            [torch.full((len(r),), draw.uniform(-2, 2)) for _, r in self.pairs]
+        )  # fmt: skip
+
+
+def packed_loss(
+    problem: Problem, options: AlgorithmOptions, parts: list[list[int]], layout: ParallelLayout | None = None
+) -> tuple[float, dict[str, float], list[torch.Tensor]]:
+    """Loss, metrics and gradient of the logits of every sample, over these micro-batches and context-parallel ranks."""
+    layout = layout or ParallelLayout()
+    logits = [value.float().requires_grad_() for value in problem.logits]
+    lengths = [len(value) for value in logits]
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    rows = torch.cat([*logits, torch.zeros(1, VOCABULARY)])
+    weights = torch.cat(losses.token_weights(problem.masks, per_token=options.calculate_per_token_loss))
+    columns = {**problem.columns, "weights": weights}
+    objective = Objective(options, TEMPERATURE)
+    total, sums = torch.zeros(()), torch.zeros(len(METRICS))
+    for members in parts:
+        for rank in range(layout.cp):
+            batch = make_batch(
+                problem.data, members, Padding.of(layout), cp_rank=rank, cp_size=layout.cp, device=CPU
+            )  # fmt: skip
+            # Positions that fill a sequence up have the row of zeros at the end.
+            index = [
+                starts[members[sample]] + position if members and position < lengths[members[sample]] else -1
+                for sample, position in zip(batch.samples.tolist(), batch.positions[0].tolist(), strict=True)
+            ]
+            loss, metrics = objective(rows[index], batch, columns)
+            total = total + loss
+            sums += metrics
+    total.backward()
+    gradients = [value.grad if value.grad is not None else torch.zeros_like(value) for value in logits]
+    return float(total.detach()), dict(zip(METRICS, sums.tolist(), strict=True)), gradients
+
+
+def reference_loss(problem: Problem, options: AlgorithmOptions) -> tuple[float, list[torch.Tensor]]:
+    """The same by the formulas, sample by sample in float64."""
+    logits = [value.clone().requires_grad_() for value in problem.logits]
+    high = options.eps_clip if options.eps_clip_high is None else options.eps_clip_high
+    all_tokens = sum(float(mask.sum()) for mask in problem.masks)
+    total = torch.zeros((), dtype=torch.float64)
+    for sample, (prompt, response) in enumerate(problem.pairs):
+        mask = problem.masks[sample].double()
+        log_softmax = (logits[sample][len(prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        log_pi = log_softmax[range(len(response)), response]
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+        span = problem.data.response(sample)
+        old, reference, rollout, advantage = (
+            problem.columns[name][span].double() for name in ("old", "reference", "rollout", "advantages")
+        )
+        trained = float(mask.sum())
+        if options.loss_type == "sft_loss":
+            token = -log_pi
+        else:
+            log_ratio = log_pi - old
+            if options.advantage_estimator == "gspo":
+                ratio = ((log_ratio * mask).sum() / max(trained, 1)).exp().expand(len(response))
+            else:
+                ratio = log_ratio.exp()
+            bounded = ratio.clamp(1 - options.eps_clip, 1 + high)
+            if options.advantage_estimator == "cispo":
+                token = -bounded.detach() * advantage * log_pi
+            else:
+                token = torch.maximum(-ratio * advantage, -bounded * advantage)
+                if options.eps_clip_c is not None:
+                    limit = -options.eps_clip_c * advantage
+                    token = torch.where(advantage < 0, torch.minimum(token, limit), token)
+            if options.use_tis:
+                token = token * (old - rollout).exp().clamp(max=options.tis_clip)
+            d = log_pi - reference
+            kl = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d, "low_var_kl": ((-d).exp() - 1 + d).clamp(-10, 10)}
+            token = token - options.entropy_coef * entropy
+            if options.use_kl_loss:
+                token = token + options.kl_loss_coef * kl[options.kl_loss_type]
+        share = 1 / all_tokens if options.calculate_per_token_loss else 1 / max(trained, 1) / len(problem.pairs)
+        total = total + (token * mask).sum() * share
+    total.backward()
+    found = [value.grad for value in logits]
+    return float(total.detach()), [torch.zeros(0) if g is None else g for g in found]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "grpo": {"eps_clip_high": 0.28},
+    "grpo_per_token": {"calculate_per_token_loss": True},
+    "dual_clip": {"eps_clip_c": 1.5},
+    "gspo": {"advantage_estimator": "gspo", "eps_clip": 0.05},
+    "cispo": {"advantage_estimator": "cispo"},
+    "reinforce": {"advantage_estimator": "reinforce_plus_plus"},
+    "entropy": {"entropy_coef": 0.01},
+    "tis": {"use_tis": True, "tis_clip": 1.1},
+    "k1": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k1"},
+    "k2": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k2"},
+    "k3": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k3"},
+    "low_var_kl": {"use_kl_loss": True, "kl_loss_coef": 0.3},
+    "sft": {"loss_type": "sft_loss"},
+}
+PARTS = {"one": [[0, 1, 2, 3, 4, 5, 6]], "each": [[i] for i in range(7)], "mixed": [[6, 0, 3], [], [5, 1], [2, 4]]}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("parts", PARTS)
+def test_loss_and_gradient_are_the_formulas_for_every_packing(name: str, parts: str) -> None:
+    options = AlgorithmOptions(**OPTIONS[name])
+    for seed in range(3):
+        problem = Problem(seed)
+        expected, expected_gradients = reference_loss(problem, options)
+        loss, metrics, gradients = packed_loss(problem, options, PARTS[parts])
+        assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        # GSPO's gradient of the geometric mean reaches a token through the mean of the sample.
+        for mine, theirs in zip(gradients, expected_gradients, strict=True):
+            assert torch.allclose(mine.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "gspo"])
+def test_context_parallel_parts_add_up(name: str) -> None:
+    """GSPO needs the ranks' sums, which `test_layouts` has with real ranks."""
+    options, problem = AlgorithmOptions(**OPTIONS[name]), Problem(5)
+    layout = ParallelLayout(world_size=2, cp=2)
+    loss, metrics, gradients = packed_loss(problem, options, PARTS["mixed"], layout)
+    expected, expected_metrics, expected_gradients = packed_loss(problem, options, PARTS["one"])
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=1e-6)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_without_old_log_probs_the_ratio_is_one_and_the_gradient_is_policy_gradient() -> None:
+    problem = Problem(1)
+    del problem.columns["old"]
+    loss, metrics, gradients = packed_loss(problem, AlgorithmOptions(), PARTS["one"])
+    advantages = [float(problem.columns["advantages"][problem.data.response(i)][0]) for i in range(7)]
+    trained = [bool(mask.any()) for mask in problem.masks]
+    expected = -sum(a for a, t in zip(advantages, trained, strict=True) if t) / 7
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (metrics["ppo_kl"], metrics["pg_clipfrac"]) == (0.0, 0.0)
+    assert all(math.isfinite(float(gradient.sum())) for gradient in gradients)
