@@ -214,6 +214,36 @@ async def test_partial_rollouts_go_on_after_a_real_abort(engine, base, tmp_path)
     assert {group.index for group in rollout.groups} <= kept_groups
 
 
+async def test_an_engine_that_dies_in_a_rollout_is_restarted_and_no_group_is_lost_or_doubled(engine, base, tmp_path):
+    server, _ = engine
+    flags = ("--rollout-max-response-len", "200", "--rollout-batch-size", "8", "--over-sampling-batch-size", "8")
+    plan, _ = plan_and_binding(base, tmp_path, *flags, "--num-steps-per-rollout", "1")
+    errors = []
+
+    async def recover(index, error):
+        errors.append((index, type(error).__name__))
+        server.stop()
+        server.start()
+        await asyncio.to_thread(server.wait_ready, READY_SECONDS)
+
+    client = EngineClient(server.command.url, KEY, concurrency=64)
+    async with client, Sampler(plan, [client], recover=recover) as sampler:
+        round_ = asyncio.create_task(sampler.generate(0))
+        await asyncio.sleep(0.5)
+        assert client.in_flight == 64
+        os.kill(named(server.pid, "VLLM::EngineCor"), signal.SIGKILL)
+        rollout = await round_
+    assert len(errors) == 1
+    assert [group.index for group in rollout.groups] == list(range(8))
+    assert sorted(sample.index for sample in rollout.samples) == list(range(64))
+    assert all(sample.status in (Status.COMPLETED, Status.TRUNCATED) for sample in rollout.samples)
+    assert rollout.metrics["rollout/request_retries"] > 0
+
+
+def named(group, name):
+    return next(pid for pid in members(group) if Path(f"/proc/{pid}/comm").read_text().strip() == name)
+
+
 def test_another_server_on_the_port_is_not_taken_for_the_engine(engine, base, tmp_path):
     plan, binding = plan_and_binding(base, tmp_path)
     server = EngineServer(plan, binding, 0, 0, KEY)

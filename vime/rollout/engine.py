@@ -129,6 +129,7 @@ class EngineServer:
         if self._process is None:
             return
         process, self._process = self._process, None
+        segments = _shared_memory(process.pid)
         if process.poll() is None:
             process.terminate()
         if not _group_ended(process, time.monotonic() + grace_s):
@@ -136,6 +137,8 @@ class EngineServer:
                 os.killpg(process.pid, signal.SIGKILL)
             if not _group_ended(process, time.monotonic() + KILL_SECONDS):
                 raise DeadlineExceeded(f"{self.name}: process group {process.pid} outlived its kill")
+        for segment in segments:
+            segment.unlink(missing_ok=True)  # a killed process leaves them behind
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
@@ -187,6 +190,19 @@ def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """Segments of Python's shared memory that the processes of a group hold."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == group:
+                maps = (folder / "maps").read_text()
+                found.update(Path(line.split(None, 5)[5]) for line in maps.splitlines() if " /dev/shm/psm_" in line)
+        except OSError:
+            continue  # it has just ended
+    return {path for path in found if path.suffix == ""}
 
 
 def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:
