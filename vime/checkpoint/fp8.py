@@ -7,8 +7,12 @@ nothing is padded. With `ue8m0` the scale is rounded up to a power of two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +23,6 @@ __all__ = [
     "SCALE_SUFFIX",
     "Block",
     "NotFinite",
-    "block_scales",
     "dequantise",
     "is_quantised",
     "quantise",
@@ -29,12 +32,11 @@ __all__ = [
 
 FP8_MAX = 448.0
 MIN_AMAX = 1e-10
-
-# Elements that are worked on at a time: their fp32 and 16-bit copies stay in a core's L2 cache.
-_STRIP = 1 << 17
-# fp16's exponent bias is 15, e4m3's is 7: an e4m3 number put into fp16's bits is 2^8 too small.
-_REBIAS = 256.0
-_MAX_REBIASED_SCALE = 2.0**119
+# Above it the CPU's kernel, which multiplies scales by 2^8, would overflow; no real checkpoint comes near.
+_MAX_SCALE = 2.0**119
+# Elements that are worth a thread of their own.
+_THREAD_ELEMENTS = 1 << 20
+_NAN_CODE = 0x7F
 
 
 class NotFinite(VimeError):
@@ -55,42 +57,49 @@ def quantise(
     Raises NotFinite, with `name` in the text, for NaN or infinity.
     """
     _check_matrix(weight, block)
-    scale = block_scales(weight, block, scale_format=scale_format, name=name)
     q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device) if out is None else out
     if weight.is_cuda:
-        q.copy_(weight.to(torch.float32) / _expand(scale, weight.shape, block))
-    else:
-        _quantise_strips(weight, scale, block, q.view(torch.int8))
+        return q, _quantise_plain(weight, q, block, scale_format, name)
+    kernels = _kernels()
+    source = _unit_rows(weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.to(torch.float32))
+    target = _unit_rows(q)
+    scale = torch.empty(scale_shape(weight.shape, block), dtype=torch.float32)
+    shift, bits = (16, torch.int16) if source.dtype == torch.bfloat16 else (0, torch.int32)
+
+    def part(first: int, last: int) -> None:
+        blocks = slice(first // block[0], -(-last // block[0]))
+        down, across = kernels.quantise(
+            _flat(source[first:last], bits), shift, source.stride(0), _flat(target[first:last], torch.uint8),
+            target.stride(0), scale[blocks].numpy(), last - first, weight.shape[1], *block, scale_format == "ue8m0",
+        )  # fmt: skip
+        if down >= 0:
+            at = (first // block[0] + down, across)
+            raise NotFinite(f"{name} holds NaN or infinity in its block {at} of {scale.shape[0]} x {scale.shape[1]}")
+
+    _over_rows(part, weight.shape, block[0])
+    if target is not q:
+        q.copy_(target)
     return q, scale
 
 
-def block_scales(weight: Tensor, block: Block, *, scale_format: str = "float32", name: str = "weight") -> Tensor:
-    """fp32 scales of a matrix's blocks: `max(amax, 1e-10) / 448`, rounded up to a power of two for `ue8m0`."""
+def _quantise_plain(weight: Tensor, q: Tensor, block: Block, scale_format: str, name: str) -> Tensor:
+    """The formula itself, block rows at a time, on any device; fills `q` and returns the scales."""
     rows, columns = scale_shape(weight.shape, block)
-    amax = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
-    pad = columns * block[1] - weight.shape[1]
-    across = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
-    for row, part in _strips(weight.shape, block):
-        torch.maximum(across[row], _largest(weight[part]), out=across[row])
-    across = torch.nn.functional.pad(across, (0, pad)) if pad else across
-    torch.amax(across.view(rows, columns, block[1]), dim=2, out=amax)
-    if not bool(torch.isfinite(amax).all()):
-        at = (~torch.isfinite(amax)).nonzero()[0].tolist()
-        raise NotFinite(f"{name} holds NaN or infinity in its block {tuple(at)} of {rows} x {columns}")
-    scale = amax.clamp_(min=MIN_AMAX).div_(FP8_MAX)
-    if scale_format == "ue8m0":
-        mantissa, exponent = torch.frexp(scale)
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-        scale = torch.ldexp(torch.ones_like(scale), exponent)
+    scale = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
+    for row in range(rows):
+        part = slice(row * block[0], (row + 1) * block[0])
+        values = weight[part].to(torch.float32)
+        across = torch.nn.functional.pad(values.abs().amax(dim=0), (0, columns * block[1] - weight.shape[1]))
+        amax = across.view(columns, block[1]).amax(dim=1)
+        scale[row] = amax.clamp(min=MIN_AMAX) / FP8_MAX
+        if scale_format == "ue8m0":
+            mantissa, exponent = torch.frexp(scale[row])
+            scale[row] = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
+        q[part] = (values / scale[row].repeat_interleave(block[1])[: weight.shape[1]]).to(torch.float8_e4m3fn)
+    if not bool(torch.isfinite(scale).all()):
+        at = tuple((~torch.isfinite(scale)).nonzero()[0].tolist())
+        raise NotFinite(f"{name} holds NaN or infinity in its block {at} of {rows} x {columns}")
     return scale
-
-
-def _largest(strip: Tensor) -> Tensor:
-    """fp32 [N]: the largest absolute value of each column; NaN where there is one."""
-    if strip.dtype == torch.bfloat16:
-        # Without their sign, bf16 numbers are in the order of their bits, NaN last; integers reduce 5 times as fast.
-        return (strip.view(torch.int16) & 0x7FFF).amax(dim=0).view(torch.bfloat16).to(torch.float32)
-    return strip.abs().amax(dim=0).to(torch.float32)
 
 
 def dequantise(
@@ -111,13 +120,65 @@ def dequantise(
             f"scales {list(scale.shape)} do not fit a matrix {list(q.shape)} in blocks of {block[0]} x {block[1]}: "
             f"expected {list(scale_shape(q.shape, block))}"
         )
-    scale = scale.to(torch.float32)
+    scale = scale.to(torch.float32).contiguous()
     out = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
-    # A scale that would overflow when rebiased never occurs in a real checkpoint; the plain formula is right for it.
-    if q.is_cuda or not bool((scale.abs() <= _MAX_REBIASED_SCALE).all()):
+    if q.is_cuda or not bool((scale.abs() <= _MAX_SCALE).all()):
         return out.copy_(q.to(torch.float32) * _expand(scale, q.shape, block))
-    _dequantise_strips(q, scale, block, out)
-    return out
+    kernels = _kernels()
+    source = _unit_rows(q)
+    direct = out.dtype in (torch.bfloat16, torch.float32) and _unit_rows(out) is out
+    target = out if direct else torch.empty(q.shape, dtype=torch.float32)
+    kernel, bits = (
+        (kernels.dequantise_bf16, torch.int16) if target.dtype == torch.bfloat16
+        else (kernels.dequantise_fp32, torch.float32)
+    )  # fmt: skip
+
+    def part(first: int, last: int) -> None:
+        blocks = slice(first // block[0], -(-last // block[0]))
+        largest = kernel(
+            _flat(source[first:last], torch.int8), source.stride(0), scale[blocks].numpy(),
+            _flat(target[first:last], bits), target.stride(0), last - first, q.shape[1], *block,
+        )  # fmt: skip
+        if largest == _NAN_CODE:
+            is_nan = source[first:last].view(torch.uint8).bitwise_and(_NAN_CODE) == _NAN_CODE
+            target[first:last].masked_fill_(is_nan, float("nan"))
+
+    _over_rows(part, q.shape, block[0])
+    return out if direct else out.copy_(target)
+
+
+def _kernels() -> Any:
+    """The compiled kernels; numba takes a while to import, and who only reads names does not need it."""
+    from vime.checkpoint import fp8_cpu
+
+    return fp8_cpu
+
+
+def _unit_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous, else a contiguous copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def _flat(matrix: Tensor, bits: torch.dtype) -> np.ndarray:
+    """The memory from a matrix's first element to its last, as numbers of another type of the same size."""
+    if matrix.numel() == 0:
+        return torch.empty(0, dtype=bits).numpy()
+    span = (matrix.shape[0] - 1) * matrix.stride(0) + matrix.shape[1]
+    return matrix.detach().view(bits).as_strided((span,), (1,)).numpy()
+
+
+def _over_rows(part: Callable[[int, int], None], shape: Sequence[int], block_rows: int) -> None:
+    """Call `part(first, last)` for ranges of whole block rows, on as many of torch's threads as the size is worth."""
+    blocks = math.ceil(shape[0] / block_rows)
+    threads = min(torch.get_num_threads(), blocks, shape[0] * shape[1] // _THREAD_ELEMENTS)
+    if threads <= 1:
+        part(0, shape[0])
+        return
+    step = math.ceil(blocks / threads) * block_rows
+    with ThreadPoolExecutor(threads) as pool:
+        ranges = [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+        for _ in pool.map(lambda each: part(*each), ranges):
+            pass
 
 
 def _check_matrix(matrix: Tensor, block: Block) -> None:
@@ -131,57 +192,3 @@ def _expand(scale: Tensor, shape: Sequence[int], block: Block) -> Tensor:
     """Scales as a matrix of the weight's shape."""
     wide = scale.repeat_interleave(block[0], 0)[: shape[0]]
     return wide.repeat_interleave(block[1], 1)[:, : shape[1]]
-
-
-def _strips(shape: Sequence[int], block: Block) -> Iterator[tuple[int, slice]]:
-    """(block row, rows) of pieces that fit into the cache and never cross a block row."""
-    rows = max(1, min(block[0], _STRIP // max(1, shape[1])))
-    for first in range(0, shape[0], block[0]):
-        last = min(first + block[0], shape[0])
-        for start in range(first, last, rows):
-            yield first // block[0], slice(start, min(start + rows, last))
-
-
-def _dequantise_strips(q: Tensor, scale: Tensor, block: Block, out: Tensor) -> None:
-    """e4m3 bits moved into fp16's, which the processor widens; 17 times as fast as torch's own e4m3 conversion."""
-    columns = q.shape[1]
-    codes = q.view(torch.int8)
-    wide = (scale * _REBIAS).repeat_interleave(block[1], 1)[:, :columns]
-    largest = max(1, min(block[0], _STRIP // max(1, columns)))
-    bits = torch.empty(largest, columns, dtype=torch.int16)
-    values = torch.empty(largest, columns, dtype=torch.float32)
-    for row, rows in _strips(q.shape, block):
-        part, n = codes[rows], rows.stop - rows.start
-        # Sign-extended and shifted: sign in bit 15, exponent and mantissa in bits 7 to 13.
-        bits[:n].copy_(part).bitwise_left_shift_(7).bitwise_and_(-0x4080)
-        values[:n].copy_(bits[:n].view(torch.float16)).mul_(wide[row])
-        out[rows].copy_(values[:n])
-        if int((part & 0x7F).max()) == 0x7F:
-            out[rows].masked_fill_((part == 0x7F) | (part == -1), float("nan"))
-
-
-def _quantise_strips(weight: Tensor, scale: Tensor, block: Block, codes: Tensor) -> None:
-    """Rounds in fp32 by adding and taking away a number whose last bit is the wanted one, then packs through fp16."""
-    columns = weight.shape[1]
-    wide = scale.repeat_interleave(block[1], 1)[:, :columns]
-    largest = max(1, min(block[0], _STRIP // max(1, columns)))
-    values = torch.empty(largest, columns, dtype=torch.float32)
-    magic = torch.empty(largest, columns, dtype=torch.int32)
-    half = torch.empty(largest, columns, dtype=torch.float16)
-    sign = torch.empty(largest, columns, dtype=torch.int16)
-    for row, rows in _strips(weight.shape, block):
-        n = rows.stop - rows.start
-        x, m, h, s = values[:n], magic[:n], half[:n], sign[:n]
-        x.copy_(weight[rows]).div_(wide[row])
-        # Taken now: the rounding below makes a positive zero of what is smaller than the smallest number.
-        torch.bitwise_right_shift(x.view(torch.int32), 24, out=m)
-        s.copy_(m).bitwise_and_(-0x80)
-        # 1.5 * 2^(e+20), with e at least -6: beside it a number of exponent e keeps 3 bits of mantissa, and what is
-        # below 2^-6 (e4m3's subnormals) keeps multiples of 2^-9.
-        torch.bitwise_and(x.view(torch.int32), 0x7F800000, out=m)
-        m.clamp_(min=121 << 23).add_((20 << 23) | 0x400000)
-        x.add_(m.view(torch.float32)).sub_(m.view(torch.float32))
-        h.copy_(x.mul_(1 / _REBIAS))
-        b = h.view(torch.int16)
-        b.bitwise_right_shift_(7).bitwise_and_(0x7F).bitwise_or_(s)
-        codes[rows].copy_(b)
