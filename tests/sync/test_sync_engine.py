@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,24 @@ async def test_both_replicas_of_an_engine_equal_one_that_loads_the_exported_weig
         of_replica = {name.removeprefix(replica): value for name, value in synced.items() if name.startswith(replica)}
         assert of_replica == {name.removeprefix("dp0:"): value for name, value in fresh.items()}
     assert answers == expected * 2
+
+
+async def test_the_mtp_draft_is_updated_too(tmp_path: Path) -> None:
+    """DeepSeek-V3 that speculates with its own MTP layer: the draft's weights follow, and guesses are accepted."""
+    hf, new = DEEPSEEK, trained(DEEPSEEK, 2)
+    speculate = ("--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 1}))
+    plans = [engine_plan(0, {0: (0,)})]
+    async with engine(write_folder(tmp_path / "old", hf, trained(hf, 1)), tmp_path / "old.log", *speculate) as client:
+        first = await client.checksums()
+        source = source_of(hf, new, plans, str(tmp_path), 200_000, draft=True, mtp_trained=True)
+        await session_of(source, plans, [client]).run(3)
+        synced = await client.checksums()
+        answers = [await log_probs(client, prompt) for prompt in PROMPTS]
+    async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log", *speculate) as client:
+        fresh = await client.checksums()
+        expected = [await log_probs(client, prompt) for prompt in PROMPTS]
+    draft = {name for name in fresh if "draft." in name}
+    assert any("experts" in name for name in draft)
+    assert all(first[name] != fresh[name] for name in draft if name.endswith((".packed", "eh_proj.weight")))
+    assert synced == fresh
+    assert answers == expected
