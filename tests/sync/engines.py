@@ -19,7 +19,7 @@ from vime.rollout.client import EngineClient, EngineError, SamplingSettings
 from vime.rollout.command import MODEL_NAME
 from vime.rollout.guard import KEY_VARIABLE
 
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 
 
 @contextlib.asynccontextmanager

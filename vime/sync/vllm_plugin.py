@@ -21,6 +21,7 @@ def register() -> None:
     for name in BACKENDS:
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "vime.sync.receiver", "Receiver")
+    show_draft_weights()
     if _on_cpu():
         mend_cpu_experts()
         show_packed_weights()
@@ -46,6 +47,26 @@ def mend_cpu_experts() -> None:
 
     setup_kernel.mended_by_vime = True  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def show_draft_weights() -> None:
+    """Let `/weight_checker` see the draft model that an engine speculates with, as `draft.<name>`."""
+    from vllm.v1.worker import gpu_worker
+
+    original = gpu_worker.Worker.compute_weight_checksums
+    if getattr(original, "mended_by_vime", False):
+        return
+
+    def with_draft(self: Any) -> dict[str, str]:
+        found = original(self)
+        draft = self.get_draft_model() if self.speculative_config is not None else None
+        if draft is not None:
+            prefix = self._weight_checksum_prefix() + "draft."
+            found |= {prefix + name: digest for name, digest in gpu_worker.compute_tensor_digests(draft).items()}
+        return found
+
+    with_draft.mended_by_vime = True  # type: ignore[attr-defined]
+    gpu_worker.Worker.compute_weight_checksums = with_draft
 
 
 def show_packed_weights() -> None:
