@@ -15,6 +15,11 @@ def slow_on_odd(sample):
     return right(sample)
 
 
+def takes_a_while(sample):
+    time.sleep(0.05)
+    return right(sample)
+
+
 def hangs_on_seven(sample):
     while sample.label == "7":
         time.sleep(0.01)

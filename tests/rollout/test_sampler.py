@@ -312,6 +312,16 @@ async def test_a_slow_reward_keeps_no_other_group_waiting(sums):
     assert sum(int(group.samples[0].label) % 2 for group in rollout.groups) <= 3
 
 
+@pytest.mark.e2e
+async def test_engines_do_not_wait_for_rewards(sums):
+    flags = ("--rollout-batch-size", "24", "--over-sampling-batch-size", "32")
+    flags += ("--rm-type", "reward_plugins:takes_a_while")
+    async with StubEngine(tokens_per_s=10) as engine, sampler_of(sums(*flags), engine, concurrency=8) as sampler:
+        rollout = await sampler.generate(0)
+    # The rewards alone take over 2 of the 4 seconds.
+    assert rollout.metrics["perf/engine_idle_share"] < 0.05
+
+
 async def test_the_plugin_filter_and_the_group_reward_decide(sums):
     plan = sums("--dynamic-sampling-filter-path", "reward_plugins:keeps_even")
     async with StubEngine() as engine, sampler_of(plan, engine) as sampler:

@@ -61,6 +61,14 @@ class _Engine:
     tokens: float | None = None
     """Tokens that it had generated when it last made progress."""
     progress_at: float = 0.0
+    busy_from: float = 0.0
+    busy: float = 0.0
+    """Seconds of the round in which it had a request."""
+
+    def call_ended(self, call: asyncio.Task[Generated]) -> None:
+        self.calls.discard(call)
+        if not self.calls:
+            self.busy += time.monotonic() - self.busy_from
 
     @property
     def load(self) -> int:
@@ -102,6 +110,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Future[None]] = set()
         self._stopping = False
         self._fatal: VimeError | None = None
+        self._began = time.monotonic()
         self.expected_version: int | None = None
         self.retries = 0
         """Requests that were repeated since the count was last taken."""
@@ -131,6 +140,9 @@ class Dispatcher:
         self._stopping = False
         if self._fatal:
             raise self._fatal
+        self._began = time.monotonic()
+        for engine in self._engines:
+            engine.busy, engine.busy_from = 0.0, self._began
         up = [engine for engine in self._engines if engine.up]
         versions = await asyncio.gather(*(engine.client.weight_info() for engine in up))
         if len(set(versions)) > 1:
@@ -200,8 +212,10 @@ class Dispatcher:
         return [list(engine.loads) for engine in self._engines]
 
     def take_metrics(self) -> dict[str, float]:
-        """Counts since the last call."""
+        """Counts since the last call, and the share of the round in which an engine had nothing to do."""
+        elapsed = max(1e-9, time.monotonic() - self._began) * max(1, len(self._engines))
         metrics = {
+            "perf/engine_idle_share": max(0.0, 1 - sum(engine.busy for engine in self._engines) / elapsed),
             "rollout/request_retries": float(self.retries),
             "rollout/engines_down": float(sum(not engine.up for engine in self._engines)),
         }
@@ -230,9 +244,9 @@ class Dispatcher:
             )
         )
         if not engine.calls:
-            engine.progress_at = time.monotonic()
+            engine.progress_at = engine.busy_from = time.monotonic()
         engine.calls.add(call)
-        call.add_done_callback(engine.calls.discard)
+        call.add_done_callback(engine.call_ended)
         try:
             generated = await call
         except asyncio.CancelledError:
