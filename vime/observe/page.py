@@ -158,12 +158,15 @@ def _checkpoints(run: RunSummary) -> str:
     if not run.checkpoints:
         return ""
     items = "".join(f"<li><code>{escape(path)}</code></li>" for path in run.checkpoints)
-    return f"<ul>{items}</ul><p>To go on from the newest:</p><pre>{escape(resume_command(run))}</pre>"
+    return f"<ul>{items}</ul><p>To go on from the newest, submit again under the same name, with the same flags after <code>--</code>:</p><pre>{escape(resume_command(run))}</pre>"
 
 
 def resume_command(run: RunSummary) -> str:
-    """The command that continues this run from its newest checkpoint."""
-    words = ["python", "-m", "vime.submit", "--resume", run.plan.run_dir]
+    """The command that continues this run from its newest checkpoint: the same submission again, by the run's name."""
+    plan = run.plan
+    words = ["python", "-m", "vime.submit", "--recipe", plan.recipe.name, "--nodes", str(len(plan.nodes))]
+    words += ["--cluster", plan.cluster.name, "--run-name", plan.run_name]
+    words += ["--base-dir", plan.base_dir] if plan.base_dir else []
     return shlex.join(words)
 
 
