@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,8 @@ from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 
 STAMP = "vime_cast.json"
-# Bytes of output that are worked on at a time; a thread's memory is this and its fp32 strip.
-PIECE_BYTES = 16 * 2**20
+# Bytes of output that a thread works on at a time, in memory of its own that it keeps.
+PIECE_BYTES = 4 * 2**20
 STALL_SECONDS = 1800.0
 _POLL_SECONDS = 0.2
 
@@ -181,9 +182,20 @@ def _write_rows(checkpoint: HFCheckpoint, file: int, info: TensorInfo, first: in
     if checkpoint.is_quantised(info.name):
         block = checkpoint.block
         scales = checkpoint.scale(info.name)[first // block[0] : -(-last // block[0])]
-        rows = dequantise(rows, scales, block)
+        rows = dequantise(rows, scales, block, out=_memory(rows.numel()).view(rows.shape))
     offset = info.begin + first * ((info.end - info.begin) // max(1, info.shape[0] if info.shape else 1))
     return _write_at(file, raw_bytes(rows), offset)
+
+
+_kept = threading.local()
+
+
+def _memory(elements: int) -> torch.Tensor:
+    """This thread's bf16 buffer: to allocate one for every piece would leave the heaps of all threads large."""
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < elements:
+        _kept.buffer = buffer = torch.empty(elements, dtype=torch.bfloat16)
+    return buffer[:elements]
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> int:
