@@ -158,7 +158,8 @@ def _checkpoints(run: RunSummary) -> str:
     if not run.checkpoints:
         return ""
     items = "".join(f"<li><code>{escape(path)}</code></li>" for path in run.checkpoints)
-    return f"<ul>{items}</ul><p>To go on from the newest, submit again under the same name, with the same flags after <code>--</code>:</p><pre>{escape(resume_command(run))}</pre>"
+    advice = "To go on from the newest, submit again under the same name, with the same flags after <code>--</code>:"
+    return f"<ul>{items}</ul><p>{advice}</p><pre>{escape(resume_command(run))}</pre>"
 
 
 def resume_command(run: RunSummary) -> str:
