@@ -92,6 +92,7 @@ async def test_the_key_is_never_part_of_an_error():
         with pytest.raises(EngineStatus) as caught:
             await client.generate(encode("1+1="), SETTINGS, deadline_s=1)
     assert KEY not in str(caught.value)
+    assert KEY not in repr(client)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -9999.0, 0.5])

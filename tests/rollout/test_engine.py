@@ -230,7 +230,7 @@ async def test_an_engine_that_dies_in_a_rollout_is_restarted_and_no_group_is_los
     async with client, Sampler(plan, [client], recover=recover) as sampler:
         round_ = asyncio.create_task(sampler.generate(0))
         await asyncio.sleep(0.5)
-        assert client.in_flight == 64
+        assert client.in_flight > 8
         os.kill(named(server.pid, "VLLM::EngineCor"), signal.SIGKILL)
         rollout = await round_
     assert len(errors) == 1
@@ -250,7 +250,7 @@ def test_another_server_on_the_port_is_not_taken_for_the_engine(engine, base, tm
     server.start()
     try:
         with pytest.raises((EngineFailed, DeadlineExceeded), match=r"another server answers|exited with 1"):
-            server.wait_ready(3)
+            server.wait_ready(10)
     finally:
         server.stop()
 

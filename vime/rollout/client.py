@@ -193,7 +193,7 @@ class EngineClient:
     """One engine's server. Use as an async context manager, or call `close`. Safe for many tasks of one event loop."""
 
     url: str
-    api_key: str
+    api_key: str = field(repr=False)
     concurrency: int = 512
     """Generation requests under way at once; more wait here."""
     deadlines: Deadlines = field(default_factory=Deadlines)
