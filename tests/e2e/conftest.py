@@ -1,0 +1,27 @@
+"""The cluster of the Slurm tests: real Slurm, brought up once, and down again when the tests brought it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from slurm_cluster import DevCluster, bring_up, running_nodes
+
+
+@pytest.fixture(scope="session")
+def cluster_before() -> Iterator[None]:
+    """Takes down at the end what was not up at the start."""
+    before = running_nodes()
+    yield
+    if before is None and running_nodes() is not None:
+        DevCluster(0).call("down")
+
+
+@pytest.fixture(scope="module")
+def four_nodes(cluster_before: None) -> DevCluster:
+    return bring_up(4)
+
+
+@pytest.fixture(scope="module")
+def sixteen_nodes(cluster_before: None) -> DevCluster:
+    return bring_up(16)

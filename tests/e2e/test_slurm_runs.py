@@ -1,0 +1,186 @@
+"""Runs of stub stages as jobs of a real Slurm: how they end, and that nothing of them is left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch_stub import make_plan, preflight, ray_stages, service, stub
+from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
+
+from vime import cancel, logs, status
+from vime.launch import slurm
+from vime.launch.events import read_events
+from vime.launch.submit import check_accepted, sbatch_text, submit
+from vime.planning.io import read_binding
+from vime.planning.registry import record_run
+from vime.planning.types import Stage
+
+pytestmark = pytest.mark.e2e
+
+TRAINING = "print('training', flush=True); import time; time.sleep(600)"
+
+
+@pytest.fixture(autouse=True)
+def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / 'it\'s a "run" & größe $HOME'
+
+
+def start(run_dir: Path, *stages: Stage, nodes: int = 4, **options: object) -> str:
+    """Submits a run; the job's id."""
+    plan = make_plan(run_dir, [preflight(run_dir, nodes), *stages], nodes=nodes, kind="slurm", **options)
+    record_run(run_dir)
+    check_accepted(sbatch_text(plan))
+    return submit(plan)
+
+
+def test_a_run_succeeds_with_services_on_all_nodes(four_nodes: DevCluster, run_dir: Path) -> None:
+    ranks = "import os; print(os.uname().nodename, os.environ['RANK'], os.environ['MASTER_ADDR'], flush=True)"
+    stages = (
+        service("ray-head"),
+        service("ray-workers", nodes=(1, 2, 3)),
+        stub("convert", ranks, nodes=range(4), tasks_per_node=2, cpus_per_task=1),
+        stub("train", "print('done')"),
+    )
+    job = start(run_dir, *stages)
+    assert wait_for_end(job, 120) == "COMPLETED"
+    binding = read_binding(run_dir)
+    assert [(node.host, node.address) for node in binding.nodes] == [(f"node0{i}", f"10.77.0.{i}") for i in range(1, 5)]
+    assert binding.end_time is not None
+    assert abs(binding.end_time - time.time() - 600) < 120
+    said = [path.read_text().split()[2:] for path in sorted((run_dir / "logs" / "convert").glob("node*.log"))]
+    assert said == [[f"node0{rank // 2 + 1}", str(rank), "10.77.0.1"] for rank in range(8)]
+    four_nodes.assert_nothing_is_left(job, run_dir)
+
+
+def test_the_first_failure_is_the_runs_last_word(four_nodes: DevCluster, run_dir: Path) -> None:
+    code = "import os, time; time.sleep(0 if os.environ['RANK'] == '2' else 300); raise SystemExit('shard 3 is cut')"
+    job = start(run_dir, service("ray-head"), stub("convert", code, nodes=range(4)), stub("train", "pass"))
+    assert wait_for_end(job, 120) == "FAILED"
+    end = read_events(run_dir)[-1]
+    assert (end.kind, end.stage, end.node, end.rank) == ("run-end", "convert", "node03", 2)
+    assert end.data["cause"] == "CODE_ERROR"
+    assert "shard 3 is cut" in end.text
+    assert "shard 3 is cut" in end.data["log_tail"]
+    four_nodes.assert_nothing_is_left(job, run_dir)
+
+
+def test_the_exit_code_tells_the_cause(four_nodes: DevCluster, run_dir: Path) -> None:
+    job = start(run_dir, stub("train", "raise SystemExit(18)"), nodes=1)
+    assert wait_for_end(job, 60) == "FAILED"
+    assert "18:0" in subprocess.run(["sacct", "-nPXj", job, "-o", "ExitCode"], capture_output=True, text=True).stdout
+
+
+SAVING = """
+import time
+from pathlib import Path
+from vime.train.control import answer_checkpoint, checkpoint_requested
+run = Path({run!r})
+if (run / "saved").exists():
+    print("goes on", flush=True)
+    raise SystemExit
+print("training", flush=True)
+while not checkpoint_requested(run):
+    time.sleep(0.1)
+(run / "saved").touch()
+answer_checkpoint(run, 3, "iter_3")
+"""
+
+
+def test_the_signal_before_the_time_limit_saves_and_requeues(four_nodes: DevCluster, run_dir: Path) -> None:
+    """A one-minute job whose signal is due at once: Slurm sends it up to a minute early."""
+    settings = {"cluster": {"time_limit_minutes": 2}, "signal_lead_s": 90}
+    stages = (service("ray-head"), stub("train", SAVING.format(run=str(run_dir)), deadline_s=300))
+    job = start(run_dir, *stages, nodes=2, **settings)
+    wait_for_event(run_dir, "run-start", 60)
+    wait_for_event(run_dir, "signal", 120)
+    ended = wait_for_event(run_dir, "run-end", 60)
+    assert ended.data == {"cause": "TIME_LIMIT", "log_tail": "", "requeued": True}
+    assert "iter_3" in ended.text
+    again = wait_for_event(run_dir, "run-start", 120, count=2)
+    assert again.data["restart"] == 1
+    assert wait_for_end(job, 120) == "COMPLETED"
+    assert "goes on" in (run_dir / "logs/train/node00.log").read_text()
+    four_nodes.assert_nothing_is_left(job, run_dir)
+
+
+def test_a_signal_sent_by_hand_reaches_the_controller(four_nodes: DevCluster, run_dir: Path) -> None:
+    """The batch process is the controller itself: a shell in its place would die of the signal."""
+    job = start(run_dir, stub("train", SAVING.format(run=str(run_dir))), nodes=1)
+    wait_for_event(run_dir, "stage-start", 60, stage="train")
+    slurm.call("scancel", "--batch", "-s", "USR2", job)
+    assert wait_for_event(run_dir, "run-end", 60).data["cause"] == "PREEMPTED"
+    assert wait_for_end(job, 120) == "COMPLETED"
+    assert [event.data["restart"] for event in read_events(run_dir) if event.kind == "run-start"] == [0, 1]
+
+
+@pytest.mark.parametrize("stage", ["preflight", "ray-workers", "train"])
+def test_scancel_leaves_nothing_running(four_nodes: DevCluster, run_dir: Path, stage: str) -> None:
+    detached = (
+        "import subprocess, sys; deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)'; "
+        f"subprocess.Popen(['setsid', '--fork', sys.executable, '-c', deaf, {str(run_dir)!r}]); {TRAINING}"
+    )
+    services = ray_stages(run_dir, 4) if stage == "ray-workers" else []
+    job = start(run_dir, *services, stub("train", detached, nodes=range(4)))
+    wait_for_event(run_dir, "stage-start", 150, stage=stage)
+    if stage == "train":
+        wait_until(lambda: len(list((run_dir / "logs/train").glob("node*.log"))) == 4, 60)
+    slurm.cancel(job)
+    assert wait_for_end(job, 60) == "CANCELLED"
+    end = wait_for_event(run_dir, "run-end", 30)
+    assert (end.stage, end.data["cause"]) == (stage, "CANCELLED")
+    four_nodes.assert_nothing_is_left(job, run_dir)
+
+
+def test_the_controllers_death_leaves_nothing_running(four_nodes: DevCluster, run_dir: Path) -> None:
+    job = start(run_dir, service("ray-head"), stub("train", TRAINING, nodes=range(4)))
+    wait_for_event(run_dir, "stage-start", 60, stage="train")
+    wait_until(lambda: len(list((run_dir / "logs/train").glob("node*.log"))) == 4, 60)
+    slurm.call("scancel", "--batch", "-s", "KILL", job)
+    wait_for_end(job, 60)
+    four_nodes.assert_nothing_is_left(job, run_dir)
+
+
+def test_a_run_is_seen_followed_and_cancelled(
+    four_nodes: DevCluster, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = start(run_dir, service("ray-head"), stub("train", TRAINING, nodes=range(2)), nodes=2)
+    wait_until(lambda: len(list((run_dir / "logs/train").glob("node*.log"))) == 2, 90)
+    assert status.main(["--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert (seen["state"], seen["job"], seen["stage"]) == ("running", job, "train")
+    assert seen["hosts"] == ["node01", "node02"]
+    assert 0 < seen["seconds_left"] <= 600
+    assert "vime: train" in slurm.call("squeue", "-h", "-j", job, "-o", "%k")
+    assert (run_dir / "logs" / "current.log").read_text().endswith("training\n")
+
+    argv = [sys.executable, "-m", "vime.logs", "-f"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as follower:
+        assert cancel.main([]) == 0
+        said, _ = follower.communicate(timeout=60)
+    assert f"job {job} cancelled" in capsys.readouterr().out
+    for text in ("train/node00 training", "train/node01 training", "controller run-end"):
+        assert text in said
+    assert status.main([]) == 0
+    assert "failed" in capsys.readouterr().out
+    assert logs.main(["--stage", "train", "--node", "1"]) == 0
+    assert capsys.readouterr().out.count("training") == 1
+    four_nodes.assert_nothing_is_left(job, run_dir)
+
+
+def test_a_job_that_slurm_could_never_run_is_refused_before_anything_is_submitted(
+    four_nodes: DevCluster, run_dir: Path
+) -> None:
+    plan = make_plan(run_dir, [preflight(run_dir, 17)], nodes=17, kind="slurm")
+    with pytest.raises(Exception, match="Slurm would refuse the job"):
+        check_accepted(sbatch_text(plan))
+    assert slurm.call("squeue", "-h", "-n", plan.run_name) == ""
