@@ -155,7 +155,7 @@ def test_loss_and_gradient_are_the_formulas_for_every_packing(name: str, parts: 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "gspo"])
 def test_context_parallel_parts_add_up(name: str) -> None:
-    """GSPO needs the ranks' sums, which `test_layouts` has with real ranks."""
+    """GSPO is left out: it needs the sums of real ranks."""
     options, problem = AlgorithmOptions(**OPTIONS[name]), Problem(5)
     layout = ParallelLayout(world_size=2, cp=2)
     loss, metrics, gradients = packed_loss(problem, options, PARTS["mixed"], layout)

@@ -57,12 +57,14 @@ BASE: dict[str, dict[str, Any]] = {
 }
 
 
-def run_cases(cases: list[Case], processes: int, folder: Path) -> dict[str, Result]:
+def run_cases(
+    cases: list[Case], processes: int, folder: Path, environment: dict[str, str] | None = None
+) -> dict[str, Result]:
     """Run the cases one after the other in `processes` processes; results by name."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "cases.json"
     file.write_text(json.dumps([asdict(case) for case in cases]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     logs = [(folder / f"rank{rank}.log").open("w") for rank in range(processes)]
     started = [
         subprocess.Popen([sys.executable, __file__, str(file), str(rank)], env=environment, stdout=log, stderr=log)

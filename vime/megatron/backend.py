@@ -1,4 +1,7 @@
-"""Which device the trainer runs on. On a GPU nothing is changed; without one the CPU shim is installed."""
+"""Which device the trainer runs on.
+
+On a GPU with Transformer Engine nothing is changed; without a GPU the CPU shim is installed.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,23 @@ def setup() -> Backend:
             raise BadInput(f"LOCAL_RANK is {local} but {count} GPUs are visible: start one rank a GPU")
         torch.cuda.set_device(index)
         engine = importlib.util.find_spec("transformer_engine") is not None
+        if not engine:
+            _without_transformer_engine()
         return Backend(torch.device("cuda", index), "nccl", engine)
     from vime.megatron import cpu_shim
 
     cpu_shim.install()
+    _without_transformer_engine()
     return Backend(torch.device("cpu"), "gloo", False)
+
+
+def _without_transformer_engine() -> None:
+    """Three Megatron modules take Transformer Engine for granted when its wrapper can be imported, installed or not."""
+    import megatron.core.optimizer.optimizer_config as optimizer_config
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    latent.HAVE_TE = False
+    moe_utils.te_general_gemm = None
+    # Its version is compared without asking whether there is one.
+    optimizer_config.is_te_min_version = lambda version, check_equality=True: False

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor")
@@ -150,13 +151,10 @@ def _megatron() -> None:
     import megatron.core.tensor_parallel.random as parallel_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    import megatron.core.transformer.multi_latent_attention as latent
+    from megatron.core.tensor_parallel import mappings
 
     parallel_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    # Both modules believe in Transformer Engine when its wrapper can be imported, whether or not it is installed.
-    latent.HAVE_TE = False
-    moe_utils.te_general_gemm = None
     plain = moe_utils.maybe_move_tensor_to_cpu
 
     def splits_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -166,3 +164,33 @@ def _megatron() -> None:
         return plain(tensor, as_numpy, record_stream)
 
     token_dispatcher.maybe_move_tensor_to_cpu = splits_to_cpu
+    _uneven_collectives(mappings)
+
+
+def _uneven_collectives(mappings: Any) -> None:
+    """Expert tensor parallelism gathers parts of different sizes, which gloo does not."""
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(
+        part: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(part, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))
+        padded[: part.shape[0]] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)])
+
+    def scatter(
+        whole: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(whole, group, input_split_sizes, use_global_buffer)
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter

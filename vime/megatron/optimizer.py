@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,15 @@ class Optimizer:
     def take_state(self, loaded: dict[str, Any]) -> None:
         """Put what was loaded by a `sharded_state(..., to_load=True)` into the optimizers."""
         for number, optimizer in enumerate(self.megatron.chained_optimizers):
+            states = optimizer.optimizer.state.values()
+            # Torch's Adam counts steps in each parameter's state, where Megatron would look for a loaded tensor.
+            counts = [state.pop("step", None) for state in states]
             optimizer.load_parameter_state_from_fully_reshardable(loaded[str(number)])
+            for state, count in zip(states, counts, strict=True):
+                if count is not None:
+                    state["step"] = count
+            if hasattr(optimizer.optimizer, "_sync_hdo_state_to_sub_optimizers"):
+                optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
     def _allocate(self, optimizer: Any, *, force: bool) -> None:
         """Make the moments exist (they do after a step), counted as `self.steps` steps."""
@@ -162,8 +171,11 @@ class Optimizer:
             group["step"] = self.steps
         fresh = not len(optimizer.optimizer.state)
         optimizer.load_state_dict({"optimizer": {"param_groups": counted}})
-        if fresh and not force:
-            for state in optimizer.optimizer.state.values():
+        for state in optimizer.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                # Megatron gives all parameters one and the same tensor, which a step would count up once for each.
+                state["step"] = state["step"].clone()
+            if fresh and not force:
                 for name in ("exp_avg", "exp_avg_sq"):
                     if name in state:
                         state[name].zero_()
@@ -174,20 +186,22 @@ class Optimizer:
 
     def check_master_weights(self) -> None:
         """Raises AssertionError where a master weight, rounded to the model's type, is not the model's weight."""
+        for model, master in self._master_pairs():
+            assert torch.equal(master.detach().to(model.dtype).to(model.device), model), (
+                f"the master weights of a shard of {model.numel()} elements are not the model's"
+            )
+
+    def _master_pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Flat shards of low-precision weights with their fp32 masters, where these can be seen."""
         for optimizer in self.megatron.chained_optimizers:
-            for models, masters in zip(
-                getattr(optimizer, "model_float16_groups", []),
-                getattr(optimizer, "shard_fp32_from_float16_groups", []),
-                strict=True,
-            ):
-                for model, master in zip(models, masters, strict=True):
-                    if master is None:
-                        continue  # the precision-aware optimizer keeps them inside Transformer Engine
+            # The masters of an optimizer on the host.
+            yield from getattr(optimizer.optimizer, "param_to_fp32_param", {}).items()
+            groups = getattr(optimizer, "model_float16_groups", [])
+            masters = getattr(optimizer, "shard_fp32_from_float16_groups", [])
+            for model, master in zip(itertools.chain(*groups), itertools.chain(*masters), strict=True):
+                if master is not None:
                     span = optimizer._get_model_param_range_map(model)["param"]
-                    shard = model.detach().view(-1)[span.start : span.end]
-                    assert torch.equal(master.detach().to(shard.dtype).to(shard.device), shard), (
-                        f"master weights of a parameter of shape {tuple(model.shape)} are not the model's"
-                    )
+                    yield model.detach().view(-1)[span.start : span.end], master
 
 
 def _values(options: OptimizerOptions, *, bf16: bool, cpu: bool) -> dict[str, Any]:
@@ -208,10 +222,17 @@ def _values(options: OptimizerOptions, *, bf16: bool, cpu: bool) -> dict[str, An
         "use_distributed_optimizer": True,
     }
     if not cpu:
+        # Megatron restores the state of an offloaded optimizer only in its precision-aware form.
+        precision_aware = options.use_precision_aware_optimizer or options.optimizer_cpu_offload
+        if precision_aware and not options.optimizer_cpu_offload and not backend.setup().transformer_engine:
+            raise BadInput(
+                "--use-precision-aware-optimizer needs Transformer Engine, which is not installed: "
+                "install it or give --optimizer-cpu-offload too"
+            )
         values |= {
             "optimizer_cpu_offload": options.optimizer_cpu_offload,
             "optimizer_offload_fraction": 1.0 if options.optimizer_cpu_offload else 0.0,
             "overlap_cpu_optimizer_d2h_h2d": options.overlap_cpu_optimizer_d2h_h2d,
-            "use_precision_aware_optimizer": options.use_precision_aware_optimizer,
+            "use_precision_aware_optimizer": precision_aware,
         }
     return values
