@@ -184,3 +184,21 @@ def test_a_job_that_slurm_could_never_run_is_refused_before_anything_is_submitte
     with pytest.raises(Exception, match="Slurm would refuse the job"):
         check_accepted(sbatch_text(plan))
     assert slurm.call("squeue", "-h", "-n", plan.run_name) == ""
+
+
+def test_a_run_on_sixteen_nodes_takes_one_srun_a_stage(sixteen_nodes: DevCluster, run_dir: Path) -> None:
+    ranks = "import os; print(os.uname().nodename, os.environ['RANK'], flush=True)"
+    stages = (
+        service("ray-head"),
+        service("ray-workers", nodes=range(1, 16)),
+        stub("convert", ranks, nodes=range(16), deadline_s=120),
+        stub("train", "print('done')"),
+    )
+    job = start(run_dir, *stages, nodes=16)
+    assert wait_for_end(job, 300) == "COMPLETED", read_events(run_dir)[-1]
+    assert [node.host for node in read_binding(run_dir).nodes] == [f"node{i:02d}" for i in range(1, 17)]
+    said = [path.read_text().split()[2:] for path in sorted((run_dir / "logs" / "convert").glob("node*.log"))]
+    assert said == [[f"node{rank + 1:02d}", str(rank)] for rank in range(16)]
+    steps = slurm.call("sacct", "-nP", "-j", job, "-o", "JobID").split()
+    assert len([step for step in steps if step.partition(".")[2].isdigit()]) == len(stages) + 1
+    sixteen_nodes.assert_nothing_is_left(job, run_dir)

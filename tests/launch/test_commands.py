@@ -42,6 +42,7 @@ def running(run_dir: Path):
     controller.wait()
 
 
+@pytest.mark.e2e
 def test_a_run_is_seen_followed_and_cancelled(
     running: subprocess.Popen[bytes], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_run_is_seen_followed_and_cancelled(
     assert "nothing to cancel" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 def test_a_run_whose_controller_was_killed_is_lost(running: subprocess.Popen[bytes], run_dir: Path) -> None:
     running.kill()
     running.wait()

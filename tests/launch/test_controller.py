@@ -87,6 +87,7 @@ def test_private_files_are_private_and_new_at_every_start(run_dir: Path) -> None
             assert token not in path.read_text(errors="replace"), path
 
 
+@pytest.mark.e2e
 def test_the_first_failure_ends_the_run_and_names_stage_node_rank_cause_and_log(run_dir: Path) -> None:
     code = "import os, time; time.sleep(0 if os.environ['RANK'] == '1' else 60); raise ValueError('shard 3 is missing')"
     stages = (service("ray-head"), stub("convert", code, nodes=(0, 1)), stub("train", "print('never')"))
@@ -231,6 +232,7 @@ def test_a_warning_makes_training_save_before_the_run_stops(run_dir: Path) -> No
     assert events["run-end"].data["requeued"] is False
 
 
+@pytest.mark.e2e
 def test_training_that_does_not_save_in_time_is_stopped_all_the_same(run_dir: Path) -> None:
     code = TRAINING.format(run=str(run_dir), answer="time.sleep(600)")
     plan = make_plan(run_dir, [stub("train", code)], signal_lead_s=26)
@@ -254,6 +256,7 @@ def test_controller_and_training_mean_the_same_files() -> None:
     assert (rundir.CHECKPOINT_REQUEST, rundir.CHECKPOINT_DONE) == (control.CHECKPOINT_REQUEST, control.CHECKPOINT_DONE)
 
 
+@pytest.mark.e2e
 def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
     make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on', flush=True); time.sleep(600)")])
     code = "import sys; from vime.launch import local; from vime.planning.io import read_plan; "

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from launch_stub import make_plan, preflight, stub
 
-from vime.errors import BadInput
-from vime.launch.runner_slurm import srun_argv
+from vime.errors import BadInput, Cause
+from vime.launch.runner_slurm import cause_of_message, srun_argv
 from vime.launch.slurm import clean_environment, cpus_per_node, parse_job
 from vime.launch.submit import check_path, sbatch_text
 from vime.planning.types import Plan
@@ -126,6 +126,25 @@ def test_srun_does_not_inherit_the_jobs_own_options() -> None:
     own = {"SLURM_CPUS_PER_TASK": "4", "SLURM_NTASKS": "9", "SLURM_MEM_PER_NODE": "1", "SRUN_DEBUG": "3"}
     environ = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root", **own}
     assert clean_environment(environ) == {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root"}
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        (" ***", Cause.CANCELLED),
+        (" DUE TO TIME LIMIT ***", Cause.TIME_LIMIT),
+        (" DUE TO JOB REQUEUE ***", Cause.PREEMPTED),
+        (" DUE TO PREEMPTION ***", Cause.PREEMPTED),
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***", Cause.NODE_FAILURE),
+    ],
+)
+def test_slurms_last_message_tells_why_the_job_ends(end: str, cause: Cause) -> None:
+    line = "slurmstepd-node01: error: *** JOB 7 ON node01 CANCELLED AT 2026-01-02T03:04:05"
+    assert cause_of_message(f"stage-start train\n{line}{end}\n") is cause
+    assert (
+        cause_of_message("slurmstepd-node01: error: *** STEP 7.1 ON node01 CANCELLED AT 2026-01-02T03:04:05 ***")
+        is None
+    )
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("64(x3),32", 32), ("8", 8), ("", None)])

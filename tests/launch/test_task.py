@@ -135,6 +135,7 @@ def assert_gone(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.e2e
 def test_a_detached_deaf_descendant_ends_with_the_command(run_dir: Path) -> None:
     task = Task(run_dir, DETACHED.format(seconds=1.5))
     wait_for_log(run_dir, "deaf")
@@ -154,6 +155,7 @@ def test_being_told_to_end_ends_everything_and_says_so(run_dir: Path, number: si
     assert_gone(below)
 
 
+@pytest.mark.e2e
 def test_the_death_of_its_parent_ends_a_task(run_dir: Path) -> None:
     make_plan(run_dir, [stub("cast", DETACHED.format(seconds=600))])
     argv = [sys.executable, "-m", "vime.launch.task", "--run", str(run_dir), "--stage", "cast"]

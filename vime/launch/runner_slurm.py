@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import stat
 import sys
 from collections.abc import Sequence
 
@@ -53,11 +55,22 @@ def srun_argv(
     return [*argv, python, "-m", "vime.launch.task", "--run", run_dir, "--stage", stage.name]
 
 
-def cause_of_state(state: str) -> Cause:
-    """Why a job in this state was told to end. A requeued job is pending, or completes what it was."""
-    by_state = {"CANCELLED": Cause.CANCELLED, "TIMEOUT": Cause.TIME_LIMIT, "NODE_FAIL": Cause.NODE_FAILURE}
-    by_state |= {"DEADLINE": Cause.TIME_LIMIT, "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY}
-    return by_state.get(state.rstrip("+"), Cause.PREEMPTED)
+_MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
+_REASONS = {
+    "TIME LIMIT": Cause.TIME_LIMIT,
+    "NODE FAILURE": Cause.NODE_FAILURE,
+    "PREEMPTION": Cause.PREEMPTED,
+    "JOB REQUEUE": Cause.PREEMPTED,
+}
+
+
+def cause_of_message(text: str) -> Cause | None:
+    """Why Slurm ends the job, from what it writes into the job's output just before TERM; None where it wrote nothing.
+
+    Asking for the job's state does not tell: while it ends, it is COMPLETING, whatever it was.
+    """
+    found = _MESSAGE.findall(text)
+    return _REASONS.get(found[-1], Cause.CANCELLED) if found else None
 
 
 class SlurmRunner:
@@ -68,6 +81,8 @@ class SlurmRunner:
         self.job = os.environ["SLURM_JOB_ID"]
         self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), True
         self._cpus = slurm.cpus_per_node()
+        # A requeued job appends to the output of its first start.
+        self._output_start = os.fstat(1).st_size
 
     def nodes(self) -> tuple[str, ...]:
         return slurm.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
@@ -104,9 +119,20 @@ class SlurmRunner:
         return None if state is None else state.end
 
     def why_ended(self) -> Cause:
+        cause = cause_of_message(self._own_output())
+        if cause is not None:
+            return cause
         # There are few seconds between TERM and KILL.
         state = slurm.job_state(self.job, seconds=2.0)
-        return Cause.CANCELLED if state is None else cause_of_state(state.state)
+        return Cause.PREEMPTED if state is not None and state.restarts > self.restart else Cause.CANCELLED
+
+    def _own_output(self) -> str:
+        """What this start of the job, and Slurm about it, have written to the job's output file."""
+        if not stat.S_ISREG(os.fstat(1).st_mode):
+            return ""
+        with open("/proc/self/fd/1", "rb") as output:
+            output.seek(self._output_start)
+            return output.read().decode(errors="replace")
 
     def requeue(self) -> None:
         slurm.requeue(self.job)
