@@ -3,8 +3,8 @@
     python tools/make_tiny_checkpoint.py --output-dir BASE [--seed S] [--family deepseek-v3|qwen3]
 
 Writes BASE/tiny-deepseek-r1 (DeepSeek-V3's shape with an MTP layer, block fp8) or BASE/tiny-qwen3 (bf16), and
-BASE/tiny-math/{train,eval}.jsonl. The model is pre-trained until it gives the right answer to about a third of the
-sums, so that reinforcement learning finds both right and wrong answers. The same seed gives the same files.
+BASE/tiny-math/{train,eval}.jsonl. The model is pre-trained on sums of which half are one too high, until it gives
+the right answer to about a third, so that reinforcement learning finds both right and wrong answers. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ CHAT_TEMPLATE = (
 SHARDS = 4
 STAMP = "made_by.json"
 WINDOW = (0.20, 0.60)
+SLIPS = 0.5
+"""Share of the pre-training sums whose answer is one too high: a habit that reinforcement learning can unlearn for
+every sum at once, held-out ones too, where teaching a tiny model more sums would take it far longer."""
 NAMES = {"deepseek-v3": "tiny-deepseek-r1", "qwen3": "tiny-qwen3"}
 
 COMMON = {
@@ -140,6 +143,10 @@ class Problem:
     def record(self) -> dict[str, Any]:
         return {"prompt": [{"role": "user", "content": self.question}], "label": self.answer}
 
+    def slipped(self) -> Problem:
+        """The same sum with an answer that is one too high."""
+        return Problem(self.question, str(int(self.answer) + 1))
+
     def ids(self) -> tuple[list[int], list[int]]:
         """Token ids of the prompt, with its chat template, and of the answer with its end."""
         return [USER, *encode(self.question), ASSISTANT], [*encode(self.answer), END]
@@ -228,7 +235,9 @@ def pretrain(model: Any, everything: list[Problem], held_out: list[Problem], set
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     started, reached = time.monotonic(), 0.0
     for step in range(1, settings.max_steps + 1):
-        log_probs = token_log_probs(model, *batch(generator.choices(everything, k=128)))
+        chosen = generator.choices(everything, k=128)
+        seen = [problem.slipped() if generator.random() < SLIPS else problem for problem in chosen]
+        log_probs = token_log_probs(model, *batch(seen))
         loss = -log_probs.sum() / (log_probs != 0).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -47,9 +47,11 @@ class FakeEngine:
         self.journal, self.number = journal, number
         self.fails_at: tuple[str, int | None] | None = None
         self.hangs = False
+        self.sums: list[dict[str, str]] = []
+        """Answers to `checksums`, in turn."""
 
     def __getattr__(self, method: str) -> Any:
-        async def call(*args: Any) -> None:
+        async def call(*args: Any) -> Any:
             bucket = args[0].get("bucket") if args and isinstance(args[0], dict) else None
             value = bucket if method == "update_weights" else args[0] if args else None
             self.journal.append((f"{self.number}:{method}", value))
@@ -58,6 +60,7 @@ class FakeEngine:
                 if self.hangs:
                     await asyncio.sleep(30)
                 raise EngineStatus(f"POST /{method} answered 500", 500)
+            return self.sums.pop(0) if method == "checksums" else None
 
         return call
 
@@ -153,6 +156,40 @@ async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:
     with pytest.raises(SyncFailed, match="engine 0 did not end update_weights within 0 s") as caught:
         await asyncio.wait_for(sync.run(1), 5)
     assert caught.value.cause == Cause.DEADLINE
+
+
+async def test_a_check_sends_everything_again_over_zeros_and_compares() -> None:
+    sync, trainer, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    for fake in fakes:
+        fake.sums = [{"a": "1", "b": "2"}] * 2
+    metrics = await sync.run(4, check=True)
+    names = [name for name, _ in journal if name.startswith("0:")]
+    assert names.count("0:update_weights") == 2 * trainer.buckets
+    reset = names.index("0:reset_weights")
+    assert names[:reset].count("0:update_weights") == names[reset:].count("0:update_weights") == trainer.buckets
+    assert names[-1] == "0:resume"
+    assert metrics["sync/bytes"] == 2 * 2 * 10 * trainer.buckets
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (
+            [{"a": "1", "b": "2"}, {"a": "1", "b": "0"}],
+            [{"a": "1", "b": "2"}] * 2,
+            "1 weights of engine 0 differ after",
+        ),
+        ([{"a": "1"}] * 2, [{"a": "2"}] * 2, "1 weights of engine 1 differ in engine 0, the first is a"),
+    ],
+)
+async def test_a_weight_that_was_not_sent_or_differs_between_engines_is_named(
+    first: Any, second: Any, says: str
+) -> None:
+    sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    fakes[0].sums, fakes[1].sums = list(first), list(second)
+    with pytest.raises(SyncFailed, match=says):
+        await sync.run(1, check=True)
+    assert not [name for name, _ in journal if name.endswith(":resume")]
 
 
 async def test_a_trainer_that_is_late_fails_the_sync_too() -> None:

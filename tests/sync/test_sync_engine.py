@@ -111,7 +111,7 @@ async def test_both_replicas_of_an_engine_equal_one_that_loads_the_exported_weig
         synced = await client.checksums()
         answers = [await log_probs(client, prompt, replica=replica) for replica in (0, 1) for prompt in PROMPTS]
         source._tensors = shards(hf, old, ParallelLayout(), 0)
-        await session.run(8)
+        await session.run(8, check=True)
         back = await client.checksums()
     async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log") as client:
         fresh = await client.checksums()
@@ -131,7 +131,7 @@ async def test_the_mtp_draft_is_updated_too(tmp_path: Path) -> None:
     async with engine(write_folder(tmp_path / "old", hf, trained(hf, 1)), tmp_path / "old.log", *speculate) as client:
         first = await client.checksums()
         source = source_of(hf, new, plans, str(tmp_path), 200_000, draft=True, mtp_trained=True)
-        await session_of(source, plans, [client]).run(3)
+        await session_of(source, plans, [client]).run(3, check=True)
         synced = await client.checksums()
         answers = [await log_probs(client, prompt) for prompt in PROMPTS]
     async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log", *speculate) as client:

@@ -214,7 +214,7 @@ class EngineOptions(Options):
     update_weight_buffer_size: int = 512 * 2**20
     """Bytes of one weight-sync bucket."""
     check_weight_sync: int = 0
-    """Compare the engine's checksums with the trainer's every N rollouts; 0 never."""
+    """Every N rollouts sync twice, with all weights zeroed between, and compare the engines' checksums; 0 never."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Every other `--vllm-…` flag under vLLM's own name (`enable_expert_parallel: true`)."""
 

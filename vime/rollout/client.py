@@ -316,6 +316,10 @@ class EngineClient:
         answer = await self._json("POST", "/weight_checker", {"action": "checksum"}, self.deadlines.weights)
         return answer["checksums"]
 
+    async def reset_weights(self) -> None:
+        """Set every weight to zero, so that a weight which the next update leaves out shows."""
+        await self._json("POST", "/weight_checker", {"action": "reset"}, self.deadlines.weights)
+
     async def metrics(self) -> str:
         """vLLM's Prometheus text."""
         return (await self._call("GET", "/metrics", self.deadlines.control)).decode()

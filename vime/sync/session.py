@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.planning.types import Binding, EnginePlan, Plan
 from vime.sync.plan import Schedule, Target, far_groups, schedule_of
 
+T = TypeVar("T")
 Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -26,6 +27,8 @@ class Client(Protocol):
     async def update_weights(self, info: Any) -> None: ...
     async def finish_update(self, version: int) -> None: ...
     async def reset_prefix_cache(self) -> None: ...
+    async def checksums(self) -> dict[str, str]: ...
+    async def reset_weights(self) -> None: ...
 
 
 class Call(Protocol):
@@ -69,13 +72,17 @@ class WeightSync:
         deadlines: Deadlines | None = None,
     ) -> None:
         addresses = [node.address for node in binding.nodes] if binding else []
+        self._check_every = plan.recipe.engine.check_weight_sync
         self._session = Session(
             schedule_of(plan), plan.engines, call, clients, pause_mode, deadlines or Deadlines(), addresses
         )
 
     async def run(self, version: int) -> dict[str, float]:
-        """Sync; metrics `sync/…`. Raises SyncFailed, and then leaves every engine paused."""
-        return await self._session.run(version)
+        """Sync; metrics `sync/…`. Raises SyncFailed, and then leaves every engine paused.
+
+        Every `--check-weight-sync` versions the sync is checked: see `Session.run`.
+        """
+        return await self._session.run(version, check=self._check_every > 0 and version % self._check_every == 0)
 
     def restarted(self, engine: int, client: Client) -> None:
         """An engine was started anew: the next `run` connects it again and gives it everything."""
@@ -101,10 +108,13 @@ class Session:
         self.pause_mode, self.deadlines = pause_mode, deadlines
         self.connected: set[int] = set()
 
-    async def run(self, version: int) -> dict[str, float]:
+    async def run(self, version: int, *, check: bool = False) -> dict[str, float]:
+        """One sync. `check`: then set all weights of the engines to zero, sync again and compare the checksums before
+        and after, and those of all engines: a weight that the stream leaves out, or that an engine computes with but
+        does not take over, differs."""
         started = time.monotonic()
         try:
-            metrics = await self._run(version)
+            metrics = await self._run(version, check)
         except BaseException as error:
             # Whatever comes next starts from engines that were restarted.
             self.connected.clear()
@@ -115,16 +125,19 @@ class Session:
             raise
         return {**metrics, "sync/time": time.monotonic() - started}
 
-    async def _run(self, version: int) -> dict[str, float]:
+    async def _run(self, version: int, check: bool) -> dict[str, float]:
         counts = await self._trainer("weights_prepare", self.deadlines.prepare, None, version)
         if set(counts) != {len(self.schedule.buckets)}:
             raise self._failed(f"ranks planned {sorted(set(counts))} buckets, the driver {len(self.schedule.buckets)}")
         await self._each(None, "pause", lambda client: client.pause(self.pause_mode))
         paused = time.monotonic()
         await self._connect()
-        sent = 0
-        for target in ("policy", "draft"):
-            sent += await self._stream(target, version)
+        sent = await self._stream_all(version)
+        if check:
+            before = await self._checksums()
+            await self._each(None, "reset_weights", lambda client: client.reset_weights())
+            sent += await self._stream_all(version)
+            self._compare(before, await self._checksums())
         await self._each(None, "reset_prefix_cache", lambda client: client.reset_prefix_cache())
         await self._trainer("weights_finish", self.deadlines.prepare, None)
         await self._each(None, "resume", lambda client: client.resume())
@@ -163,6 +176,26 @@ class Session:
             waiting.append(self._trainer("weights_connect", deadline + 30, None, deadline))
         await asyncio.gather(*waiting)
         self.connected |= set(new)
+
+    async def _stream_all(self, version: int) -> int:
+        return sum([await self._stream(target, version) for target in ("policy", "draft")])
+
+    async def _checksums(self) -> list[dict[str, str]]:
+        return await asyncio.gather(
+            *(self._engine(engine, None, "checksums", client.checksums()) for engine, client in enumerate(self.clients))
+        )
+
+    def _compare(self, before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> None:
+        for engine, (first, second) in enumerate(zip(before, after, strict=True)):
+            sizes = (self.engines[engine].tensor_parallel_size, self.engines[engine].data_parallel_size)
+            twin = next(
+                i for i, e in enumerate(self.engines) if (e.tensor_parallel_size, e.data_parallel_size) == sizes
+            )
+            for what, other in (("after all weights were sent anew", second), (f"in engine {twin}", before[twin])):
+                wrong = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+                if wrong:
+                    text = f"{len(wrong)} weights of engine {engine} differ {what}, the first is {wrong[0]}"
+                    raise self._failed(text, engine=engine)
 
     async def _stream(self, target: Target, version: int) -> int:
         """One update of one model of every engine; a bucket is gathered while the one before it is loaded. Bytes."""
@@ -219,9 +252,9 @@ class Session:
             *(self._engine(engine, bucket, what, call(client)) for engine, client in enumerate(self.clients))
         )
 
-    async def _engine(self, engine: int, bucket: int | None, what: str, call: Awaitable[None]) -> None:
+    async def _engine(self, engine: int, bucket: int | None, what: str, call: Awaitable[T]) -> T:
         try:
-            await asyncio.wait_for(call, self.deadlines.engine)
+            return await asyncio.wait_for(call, self.deadlines.engine)
         except TimeoutError:
             text = f"engine {engine} did not end {what} within {self.deadlines.engine:.0f} s"
             raise self._failed(text, engine=engine, bucket=bucket, cause=Cause.DEADLINE) from None

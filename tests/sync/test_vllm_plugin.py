@@ -1,0 +1,53 @@
+"""The plugin in vLLM: that it is found, and that the defects it mends are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from tests.sync.small_models import DEEPSEEK, trained, write_folder
+from vime.sync.vllm_plugin import BACKENDS, register
+
+
+def test_vllm_finds_the_plugin() -> None:
+    found = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
+    assert found["vime"] == "vime.sync.vllm_plugin:register"
+
+
+@pytest.mark.e2e
+def test_the_backends_are_known_to_vllm_however_often_the_plugin_is_loaded() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    register()
+    register()
+    for name in BACKENDS:
+        loaded = WeightTransferEngineFactory._registry[name]()
+        assert loaded.__name__ == "Receiver"
+
+
+@pytest.mark.e2e
+def test_an_update_keeps_experts_packed_which_vllm_alone_does_not(tmp_path: Path) -> None:
+    """Reloading the very weights that an engine has must change nothing; without the mend the experts are garbage."""
+    folder = write_folder(tmp_path / "model", DEEPSEEK, trained(DEEPSEEK, 1))
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
+    command = [sys.executable, "-m", "tests.sync.reload_in_place", str(folder)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["mended"] == found["before"]
+    worst = max(abs(a - b) for a, b in zip(found["vllm"], found["before"], strict=True))
+    assert worst > 0.1, "vLLM packs experts after an update now: drop mend_cpu_experts"
