@@ -13,8 +13,8 @@ from pathlib import Path
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 from vime.launch import slurm
 from vime.launch.events import last_start, read_events
-from vime.launch.state import RUNNING, WAITING, controller_is_here, run_state
-from vime.launch.submit import read_job
+from vime.launch.jobs import read_jobs
+from vime.launch.state import controller_is_here, run_state
 from vime.launch.supervise import start_ticks
 from vime.planning.registry import find_run, last_run
 
@@ -26,11 +26,11 @@ def cancel(run_dir: Path) -> str:
     state = run_state(run_dir)
     if state.state in ("succeeded", "failed", "planned"):
         return f"{state.run}: nothing to cancel, it is {state.state}"
-    job = read_job(run_dir)
-    if job is not None:
-        slurm.cancel(job)
-        _wait(f"job {job}", lambda: _job_is_over(job))
-        return f"{state.run}: job {job} cancelled"
+    if jobs := read_jobs(run_dir):
+        ended = cancel_jobs([job.job_id for job in jobs])
+        return f"{state.run}: " + (
+            f"job {', '.join(ended)} cancelled" if ended else "nothing to cancel, no job is left"
+        )
     pid = controller_is_here(last_start(read_events(run_dir)))
     if pid is None:
         raise BadInput(f"{state.run} has no controller on this machine: cancel it where it was started")
@@ -40,9 +40,20 @@ def cancel(run_dir: Path) -> str:
     return f"{state.run}: cancelled"
 
 
-def _job_is_over(job: str) -> bool:
-    state = slurm.job_state(job)
-    return state is None or state.state not in (*RUNNING, *WAITING)
+def cancel_jobs(jobs: Sequence[str]) -> list[str]:
+    """Ends those that have not ended, and waits until they have. Raises SlurmError, DeadlineExceeded."""
+    active = [job for job in jobs if not _is_over(job)]
+    # The last one of a chain first, so that none starts because the one before it ends.
+    for job in reversed(active):
+        slurm.cancel(job)
+    for job in active:
+        _wait(f"job {job}", lambda job=job: _is_over(job))
+    return active
+
+
+def _is_over(job: str) -> bool:
+    state = slurm.query_job(job)
+    return state is None or not state.active
 
 
 def _wait(what: str, over) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from vime.errors import BadInput, VimeError
 from vime.launch.events import Event, read_events
 from vime.launch.logfiles import Follower, Line, LogFile, find_logs, merge
-from vime.launch.state import RunState, run_state
+from vime.launch.state import run_state
 from vime.planning.io import read_plan
 from vime.planning.registry import find_run, last_run
 
@@ -60,14 +60,10 @@ def follow(logs: Logs, run_dir: Path, first: int | None) -> Iterator[Line]:
     yield from lines if first is None else lines[-first:] if first else []
     while not ended:
         if time.monotonic() - checked > _STATE_SECONDS:
-            ended, checked = _has_ended(run_state(run_dir)), time.monotonic()
+            ended, checked = run_state(run_dir).ended, time.monotonic()
         yield from logs.poll()
         time.sleep(_POLL_SECONDS)
     yield from logs.poll()
-
-
-def _has_ended(state: RunState) -> bool:
-    return state.state in ("succeeded", "failed", "lost")
 
 
 def check_stage(run_dir: Path, stage: str | None) -> None:

@@ -18,7 +18,6 @@ _SHOWN = (
     ("perf/rollout_tokens_per_s", "tokens generated a second"),
     ("perf/train_tokens_per_s", "trained a second"),
 )
-ENDED = ("succeeded", "failed", "lost")
 
 
 def render(state: RunState) -> str:
@@ -27,6 +26,11 @@ def render(state: RunState) -> str:
     lines = [f"{state.run}: {state.state}{job}" + (f", start {state.restart}" if state.restart else "")]
     if state.reason:
         lines.append(f"  {state.reason}")
+    if state.note:
+        lines.append(f"  note: {state.note}")
+    for one in state.jobs:
+        told = one.state + (f" ({one.reason})" if one.reason else "")
+        lines.append(f"    job {one.job_id} {one.link or '':8} {told or 'ended'}")
     if state.expected_start and state.expected_start > time.time():
         lines.append(f"  expected to start {time.strftime('%Y-%m-%d %H:%M', time.localtime(state.expected_start))}")
     marks = {"done": "+", "skipped": "-", "ready": "*", "running": ">", "failed": "!", "stopped": "x"}
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while True:
             state = run_state(folder)
             print(json.dumps(state.as_json()) if args.json else render(state), flush=True)
-            if not args.watch or state.state in ENDED:
+            if not args.watch or state.ended:
                 return 0
             time.sleep(_WATCH_SECONDS)
     except VimeError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vime.errors import BadInput, VimeError
+from vime.launch import snapshot
 from vime.launch.discover import has_slurm, query_partitions, resolve
 from vime.planning.build import Checks, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
@@ -57,6 +58,7 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--spares", type=int, default=0, help="nodes more, which replace those that preflight refuses")
     add("--time", help="time limit: minutes, H:M:S or D-H; default: the profile's")
     add("--partition", help="Slurm partition; default: the profile's, else Slurm's default")
+    add("--no-snapshot", action="store_true", help="run the code that is there when the job starts, not that of now")
     add("--list-options", action="store_true", help="print every option of the recipe and its value, and end")
     add("flags", nargs="*", metavar="-- FLAGS", help=argparse.SUPPRESS)
     return parser
@@ -89,7 +91,10 @@ def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool,
         spares=args.spares,
         checks=Checks(inputs=required, run_folder=run_folder),
     )
-    return plan.model_copy(update={"notes": (*found, *plan.notes)})
+    code = None
+    if cluster.kind == "slurm" and not args.no_snapshot and (taken := snapshot.look(plan.recipe)) is not None:
+        code = snapshot.folder_of(plan.run_dir, taken)
+    return plan.model_copy(update={"notes": (*found, *plan.notes), "code": code})
 
 
 def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> int | None:
@@ -114,8 +119,8 @@ def _cluster(
         update["partition"] = args.partition
     cluster = cluster.model_copy(update=update)
     if cluster.kind == "local":
-        if args.partition or args.spares:
-            raise BadInput("--partition and --spares have no meaning with --cluster local: leave them out")
+        if args.partition or args.spares or args.shape != "allocation":
+            raise BadInput("--partition, --spares and --shape have no meaning with --cluster local: leave them out")
         return cluster, []
     if has_slurm():
         wanted = (nodes or _default_nodes(recipe)) + args.spares
@@ -177,33 +182,39 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _dry_run(plan: Plan, *, write: bool) -> int:
-    print(render(plan))
-    if plan.cluster.kind == "slurm":
-        from vime.launch.submit import sbatch_text
+    from vime.launch.submit import scripts, write_scripts
 
-        print("Batch script\n")
-        print(sbatch_text(plan))
+    print(render(plan))
+    slurm = plan.cluster.kind == "slurm"
+    for script in scripts(plan) if slurm else ():
+        print(f"Batch script{f' of {script.link}' if script.link else ''}\n")
+        print(script.text)
     if write:
         check_same_run(plan)
+        write_code(plan)
         print(f"plan written to {write_plan(plan)}")
+        for path in write_scripts(plan) if slurm else ():
+            print(f"script written to {path}")
     return 0
 
 
 def _local(plan: Plan) -> int:
     from vime.launch import local
 
-    _start(plan)
+    start(plan)
     return local.run(plan)
 
 
 def _submit(plan: Plan) -> int:
-    from vime.launch.submit import check_accepted, check_path, sbatch_text, submit
+    from vime.launch.submit import check_accepted, check_free, check_path, scripts, submit_jobs
 
     # Before anything is written: a run that Slurm would refuse leaves no folder behind.
     check_path(plan.run_dir)
-    check_accepted(sbatch_text(plan))
-    _start(plan)
-    print(f"job {submit(plan)}: python -m vime.status shows it, python -m vime.logs -f follows it")
+    check_free(plan.run_dir)
+    check_accepted(scripts(plan))
+    start(plan)
+    jobs = ", ".join(f"{job.job_id} ({job.link})" if job.link else job.job_id for job in submit_jobs(plan))
+    print(f"job {jobs}: python -m vime.status shows it, python -m vime.logs -f follows it")
     return 0
 
 
@@ -219,9 +230,16 @@ def check_same_run(plan: Plan) -> None:
         )
 
 
-def _start(plan: Plan) -> None:
-    """Writes the plan and records the run, so that vime.status and its siblings find it from here on."""
+def write_code(plan: Plan) -> None:
+    """Takes the snapshot that the plan names."""
+    if plan.code is not None and (found := snapshot.look(plan.recipe)) is not None:
+        snapshot.write(found, plan.code)
+
+
+def start(plan: Plan) -> None:
+    """Writes code and plan and records the run, so that vime.status and its siblings find it from here on."""
     check_same_run(plan)
+    write_code(plan)
     write_plan(plan)
     record_run(plan.run_dir)
     print(f"run {plan.run_name}: {plan.run_dir}")

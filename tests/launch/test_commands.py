@@ -13,8 +13,9 @@ import pytest
 from launch_stub import make_plan, service, stub
 
 from vime import cancel, logs, status
-from vime.launch.events import Journal, read_events
-from vime.launch.state import run_state
+from vime.launch.events import Journal, last_start, read_events
+from vime.launch.jobs import Job, write_jobs
+from vime.launch.state import current_job, run_state
 from vime.launch.supervise import descendants
 from vime.planning.registry import record_run
 
@@ -107,6 +108,88 @@ def test_the_state_is_that_of_the_last_start(run_dir: Path) -> None:
     assert (state.state, state.cause, state.restart) == ("failed", "DATA_ERROR", 1)
     assert [(stage.name, stage.state) for stage in state.stages] == [("cast", "skipped"), ("train", "failed")]
     assert len(read_events(run_dir)) == 8
+
+
+def write_events(run_dir: Path, *events: tuple[str, str | None, dict]) -> None:
+    journal = Journal(run_dir)
+    for kind, stage, data in events:
+        journal.write(kind, stage=stage, data=data)  # pyright: ignore[reportArgumentType]
+    journal.close()
+
+
+CHAIN = [Job("7", "convert"), Job("8", "train"), Job("9", "report")]
+CONVERTED = [
+    ("run-start", None, {"link": "convert", "link_index": 0}), ("stage-end", "convert", {"seconds": 4.0}),
+    ("job-end", None, {}),
+]  # fmt: skip
+TRAINS = [("run-start", None, {"link": "train", "link_index": 1, "restart": 1}), ("stage-start", "train", {})]
+
+
+@pytest.mark.parametrize(
+    ("events", "job"),
+    [
+        ([], "7"),
+        (CONVERTED[:2], "7"),
+        (CONVERTED, "8"),
+        (CONVERTED + TRAINS, "8"),
+        (CONVERTED + TRAINS + TRAINS + [("job-end", None, {})], "9"),
+        # The chain is submitted anew: what the jobs of before did is of no account.
+        (CONVERTED + TRAINS + CONVERTED[:1], "7"),
+    ],
+)
+def test_the_job_that_runs_or_comes_next_is_told_from_the_journal(events: list, job: str, run_dir: Path) -> None:
+    run_dir.mkdir()
+    write_events(run_dir, *events)
+    found = current_job(CHAIN, last_start(read_events(run_dir)))
+    assert found is not None
+    assert found.job_id == job
+
+
+@pytest.fixture(params=["no tools", "tools that fail"])
+def without_slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where Slurm cannot be asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    if request.param == "tools that fail":
+        for name in ("scontrol", "sacct", "squeue"):
+            (folder / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/bin")
+        return
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        (CONVERTED, "pending"),
+        (CONVERTED + TRAINS, "running"),
+        ([*CONVERTED, *TRAINS, ("run-end", "train", {"cause": "PREEMPTED", "requeued": True})], "requeued"),
+        ([*CONVERTED, *TRAINS, ("run-end", "train", {"cause": "CODE_ERROR"})], "failed"),
+        ([*CONVERTED, *TRAINS, ("run-end", None, {"cause": "SUCCESS"})], "succeeded"),
+    ],
+)
+def test_where_slurm_does_not_answer_the_journal_tells_the_state(
+    without_slurm: None, events: list, state: str, run_dir: Path
+) -> None:
+    make_plan(run_dir, [stub("convert", ""), stub("train", ""), stub("report", "")], kind="slurm", shape="chain")
+    write_jobs(run_dir, CHAIN)
+    write_events(run_dir, *events)
+    found = run_state(run_dir)
+    assert found.state == state
+    assert bool(found.note) == (state not in ("failed", "succeeded"))
+    assert {stage.name: stage.state for stage in found.stages}["convert"] == "done"
+    assert found.run in status.render(found)
+
+
+def test_nothing_is_cancelled_where_slurm_does_not_answer(
+    without_slurm: None, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_plan(run_dir, [stub("train", "")], kind="slurm")
+    write_jobs(run_dir, [Job("7")])
+    write_events(run_dir, *TRAINS)
+    assert cancel.main([str(run_dir)]) != 0
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("command", [status.main, logs.main, cancel.main])

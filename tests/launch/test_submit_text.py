@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_stub import make_plan, preflight, stub
+from launch_stub import make_plan, preflight, service, stub
 
 from vime.errors import BadInput, Cause
+from vime.launch.jobs import Job, read_jobs
 from vime.launch.runner_slurm import cause_of_message, srun_argv
 from vime.launch.slurm import clean_environment, cpus_per_node, parse_job
-from vime.launch.submit import check_path, sbatch_text
+from vime.launch.submit import check_path, sbatch_text, scripts, submit_jobs, write_scripts
+from vime.planning.chain import Link, links
 from vime.planning.types import Plan
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +53,59 @@ PROFILES: dict[str, dict[str, Any]] = {
         "extra_sbatch": {"reservation": "big", "no-kill": True},
     },
 }  # fmt: skip
+
+
+def chain_of(tmp_path: Path) -> Plan:
+    """Three jobs: 4 tasks a node on 2 nodes; Ray and training with GPUs; the report."""
+    plan = plan_of(tmp_path, gpus_per_node=8, gpu_request="gpus-per-node", exclusive=True, mem="0")
+    stages = (
+        *plan.stages,
+        service("ray-head", gpus_per_node=8),
+        stub("train", "", deadline_s=10**6),
+        stub("report", ""),
+    )
+    return plan.model_copy(update={"shape": "chain", "stages": stages, "code": "/shared/runs/first/code/0123456789ab"})
+
+
+def test_the_batch_scripts_of_a_chain(tmp_path: Path) -> None:
+    plan = chain_of(tmp_path)
+    ids = (None, "7", "8")
+    for link, after in zip(links(plan), ids, strict=True):
+        check_golden(f"chain-{link.index + 1}-{link.name}.sbatch", sbatch_text(plan, link, after))
+
+
+def test_the_scripts_that_slurm_is_asked_about_name_no_job_that_is_to_be(tmp_path: Path) -> None:
+    told = scripts(chain_of(tmp_path))
+    assert [script.link for script in told] == ["convert", "train", "report"]
+    assert not any("dependency" in script.text for script in told)
+
+
+def test_a_script_that_is_written_can_be_submitted_by_hand(tmp_path: Path) -> None:
+    plan = chain_of(tmp_path).model_copy(update={"run_dir": str(tmp_path / "it's a run")})
+    paths = write_scripts(plan)
+    assert [path.name for path in paths] == ["convert.sbatch", "train.sbatch", "report.sbatch"]
+    for path, script in zip(paths, scripts(plan), strict=True):
+        *head, _, command = path.read_text().splitlines()
+        assert head == script.text.splitlines()[: len(head)]
+        words = shlex.split(command)
+        assert words[:2] == ["exec", PYTHON]
+        assert words[2:] == ["-u", "-m", "vime.batch", "--run-dir", plan.run_dir, "--stage", script.link]
+
+
+def test_a_submission_that_fails_in_the_middle_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, cancelled = chain_of(tmp_path).model_copy(update={"run_dir": str(tmp_path)}), []
+
+    def submit_one(plan: Plan, link: Link, after: str | None) -> Job:
+        if link.name == "report":
+            raise BadInput("sbatch refused the job: QOSMaxSubmitJobPerUserLimit")
+        return Job(str(7 + link.index), link.name)
+
+    monkeypatch.setattr("vime.launch.submit._submit_one", submit_one)
+    monkeypatch.setattr("vime.launch.slurm.cancel", cancelled.append)
+    with pytest.raises(BadInput, match="QOSMaxSubmit"):
+        submit_jobs(plan)
+    assert cancelled == ["7", "8"]
+    assert read_jobs(tmp_path) == ()
 
 
 @pytest.mark.parametrize("name", PROFILES)

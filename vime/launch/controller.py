@@ -23,6 +23,7 @@ from vime.launch.rundir import CHECKPOINT_DONE, CHECKPOINT_REQUEST, log_folder, 
 from vime.launch.signals import Signals
 from vime.launch.steps import Place, Runner, Step
 from vime.launch.supervise import start_ticks
+from vime.planning.chain import Link, find_link, part
 from vime.planning.io import BINDING, read_plan, write_binding
 from vime.planning.types import Binding, Plan, Stage
 
@@ -45,9 +46,13 @@ class Controller:
         *,
         say: Callable[[str], None] = print,
         watching: Callable[[], None] = lambda: None,
+        link: Link | None = None,
     ) -> None:
-        """`say` gets a line an event, `watching` is called again and again while a stage runs."""
-        self._plan, self._runner = plan, runner
+        """`say` gets a line an event, `watching` is called again and again while a stage runs.
+
+        In a chain `plan` is that of the job's own part, and `link` tells which one it is.
+        """
+        self._plan, self._runner, self._link = plan, runner, link
         self._say, self._watching = say, watching
         self._run = Path(plan.run_dir)
         self._steps: list[Step] = []
@@ -68,6 +73,8 @@ class Controller:
     def _attempt(self) -> Failure | None:
         data = {"job": self._runner.job, "restart": self._runner.restart, "host": socket.gethostname()}
         data |= {"pid": os.getpid(), "pid_start": start_ticks(os.getpid())}
+        if self._link is not None:
+            data |= {"link": self._link.name, "link_index": self._link.index}
         self._event("run-start", f"{self._plan.run_name}: start {self._runner.restart}", data=data)
         try:
             for stage in self._plan.stages:
@@ -88,7 +95,10 @@ class Controller:
 
     def _finish(self, failure: Failure | None) -> Cause:
         if failure is None:
-            self._event("run-end", "the run succeeded", data={"cause": Cause.SUCCESS.name})
+            if self._link is not None and self._link.before is not None:
+                self._event("job-end", f"{self._link.name} is done, {self._link.before} follows")
+            else:
+                self._event("run-end", "the run succeeded", data={"cause": Cause.SUCCESS.name})
             return Cause.SUCCESS
         cause = failure.cause
         again = self._requeue(cause)
@@ -308,7 +318,9 @@ def line_of(event: Event) -> str:
     return f"{clock} {event.kind:12} {where}{': ' if where and event.text else ''}{event.text}"
 
 
-def control(run_dir: str, runner_of: Callable[[Plan], Runner]) -> Cause:
-    """Runs the controller of a run folder."""
-    plan = read_plan(run_dir)
-    return Controller(plan, runner_of(plan), say=lambda line: print(line, flush=True)).run()
+def control(run_dir: str, runner_of: Callable[[Plan], Runner], *, link: str | None = None) -> Cause:
+    """Runs the controller of a run folder, or of one link of a chain."""
+    whole = read_plan(run_dir)
+    own = find_link(whole, link)
+    plan = part(whole, own)
+    return Controller(plan, runner_of(plan), say=lambda line: print(line, flush=True), link=own).run()

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from vime.errors import BadInput
+from vime.launch.slurm import parse_limit
 from vime.planning.types import Cluster
 
 
@@ -59,7 +60,7 @@ def parse_partitions(text: str) -> list[Partition]:
             cpus=_number(cpus),
             memory_bytes=_number(memory) * 2**20,
             gpus=sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres)),
-            time_limit_minutes=_minutes(limit),
+            time_limit_minutes=parse_limit(limit),
         )
         merged[name] = _merge(merged[name], this) if name in merged else this
     return list(merged.values())
@@ -81,15 +82,6 @@ def _merge(a: Partition, b: Partition) -> Partition:
 def _number(text: str) -> int:
     """sinfo writes `64+` where nodes differ."""
     return int(text.rstrip("+"))
-
-
-def _minutes(text: str) -> int | None:
-    """`7-00:00:00`, `1:00:00`, `30:00`; None for `infinite`."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return None
-    days, hours, minutes, _ = (int(part or 0) for part in match.groups())
-    return (days * 24 + hours) * 60 + minutes
 
 
 def resolve(cluster: Cluster, nodes: int, partitions: list[Partition], *, needs_gpus: int) -> tuple[Cluster, list[str]]:

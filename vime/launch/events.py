@@ -23,6 +23,7 @@ Kind = Literal[
     "checkpoint-request",
     "checkpoint",
     "requeue",
+    "job-end",
     "run-end",
 ]
 
@@ -93,9 +94,18 @@ def parse_events(text: str) -> list[Event]:
 
 
 def last_start(events: list[Event]) -> list[Event]:
-    """The events since the run was started or requeued for the last time."""
-    starts = [place for place, event in enumerate(events) if event.kind == "run-start"]
-    return events[starts[-1] :] if starts else events
+    """The events since the run was started or requeued for the last time; of a chain, since each job was."""
+    before: list[Event] = []
+    starts: dict[int, list[Event]] = {}
+    current = before
+    for event in events:
+        if event.kind == "run-start":
+            # A job that starts again makes what the jobs after it did of no account.
+            index = event.data.get("link_index", 0)
+            starts = {link: kept for link, kept in starts.items() if link < index}
+            current = starts[index] = []
+        current.append(event)
+    return [event for index in sorted(starts) for event in starts[index]] if starts else before
 
 
 def _text(path: Path) -> str:

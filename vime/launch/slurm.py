@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from vime.errors import VimeError
 
 CALL_SECONDS = 30.0
+RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "SPECIAL_EXIT")
 
 
 class SlurmError(VimeError):
@@ -57,6 +60,13 @@ class JobState:
     end: float | None = None
     comment: str = ""
     restarts: int = 0
+    time_limit_minutes: int | None = None
+    """None: without limit, or not known."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the job has not ended."""
+        return self.state in (*RUNNING, *WAITING)
 
 
 def parse_time(text: str) -> float | None:
@@ -87,20 +97,41 @@ def parse_job(text: str) -> JobState:
         end=parse_time(values.get("EndTime", "")),
         comment=values.get("Comment", ""),
         restarts=int(values.get("Restarts", "0")),
+        time_limit_minutes=parse_limit(values.get("TimeLimit", "")),
     )
 
 
+def parse_limit(text: str) -> int | None:
+    """Minutes of a limit in Slurm's spelling: `7-00:00:00`, `1:00:00`, `30:00`; None for `UNLIMITED`, `infinite`."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, _ = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes
+
+
 def job_state(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
-    """A job that slurmctld still knows, else what slurmdbd kept, else None."""
+    """A job that slurmctld still knows, else what slurmdbd kept, else None, also where neither answers."""
+    try:
+        return query_job(job_id, seconds=seconds)
+    except SlurmError:
+        return None
+
+
+def query_job(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
+    """The same; raises SlurmError where slurmctld does not answer and slurmdbd does not know the job."""
+    silent: SlurmError | None = None
     try:
         return parse_job(call("scontrol", "show", "job", "-o", job_id, seconds=seconds))
-    except SlurmError:
-        pass
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            silent = error
     try:
         text = call("sacct", "-nPXD", "-j", job_id, "-o", "State,NodeList,Start,End", seconds=seconds)
     except SlurmError:
-        # No accounting here: the journal of the run is what remains.
-        return None
+        text = ""  # no accounting here: the journal of the run is what remains
+    if silent is not None and not text.strip():
+        raise silent
     lines = text.strip().splitlines()
     if not lines:
         return None

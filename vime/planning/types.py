@@ -168,6 +168,8 @@ class Plan(Frozen):
     engines: tuple[EnginePlan, ...]
     ports: Ports
     stages: tuple[Stage, ...]
+    code: str | None = None
+    """Folder with the copy of the code that the run's processes import; None: what is installed."""
     max_timeouts: int = 1000
     signal_lead_s: int = 300
     """Seconds before the time limit at which the batch script is signalled."""

@@ -1,0 +1,216 @@
+"""Submission to a real Slurm: chains of jobs, templates submitted by hand, and the code that a queued run runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch_stub import make_plan, preflight, service, stub
+from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
+
+from vime import cancel, status
+from vime.launch import slurm
+from vime.launch.events import read_events
+from vime.launch.jobs import Job, read_jobs
+from vime.launch.submit import check_accepted, check_free, scripts, submit_jobs
+from vime.planning.io import read_plan
+from vime.planning.registry import record_run
+from vime.planning.types import Plan, Stage
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / 'it\'s a "run" & größe $HOME'
+
+
+def plan_chain(run_dir: Path, *stages: Stage, nodes: int) -> Plan:
+    return make_plan(run_dir, [preflight(run_dir, nodes), *stages], nodes=nodes, kind="slurm", shape="chain")
+
+
+def start_chain(run_dir: Path, *stages: Stage, nodes: int) -> tuple[Job, ...]:
+    plan = plan_chain(run_dir, *stages, nodes=nodes)
+    record_run(run_dir)
+    check_accepted(scripts(plan))
+    return submit_jobs(plan)
+
+
+def nodes_of(job: Job) -> int:
+    return int(slurm.call("sacct", "-nPXj", job.job_id, "-o", "NNodes").strip())
+
+
+def test_a_chain_runs_a_job_a_stage_each_after_the_one_before(
+    four_nodes: DevCluster, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], flush=True)"
+    stages = (
+        stub("convert", ranks, nodes=range(4)),
+        service("ray-head"),
+        service("ray-workers", nodes=(1,)),
+        stub("train", "import time; time.sleep(8)"),
+        stub("report", "print('the end')"),
+    )
+    jobs = start_chain(run_dir, *stages, nodes=4)
+    assert [job.link for job in jobs] == ["convert", "train", "report"]
+    with pytest.raises(Exception, match=f"belongs to job {jobs[0].job_id}"):
+        check_free(run_dir)
+    wait_for_event(run_dir, "stage-start", 120, stage="train")
+    assert status.main(["--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert (seen["state"], seen["job"], seen["stage"]) == ("running", jobs[1].job_id, "train")
+    assert [(job["link"], job["state"]) for job in seen["jobs"]] == [
+        ("convert", "COMPLETED"), ("train", "RUNNING"), ("report", "PENDING")
+    ]  # fmt: skip
+    assert seen["jobs"][2]["reason"] == "Dependency"
+    assert {stage["name"]: stage["state"] for stage in seen["stages"]}["convert"] == "done"
+    assert [wait_for_end(job.job_id, 120) for job in jobs] == ["COMPLETED"] * 3
+    assert [nodes_of(job) for job in jobs] == [4, 2, 1]
+    said = [path.read_text().split()[2:] for path in sorted((run_dir / "logs" / "convert").glob("node*.log"))]
+    assert said == [[str(rank), "4"] for rank in range(4)]
+    events = read_events(run_dir)
+    assert [event.text for event in events if event.kind == "job-end"] == [
+        "convert is done, train follows", "train is done, report follows"
+    ]  # fmt: skip
+    assert (events[-1].kind, events[-1].data["cause"]) == ("run-end", "SUCCESS")
+    for job in jobs:
+        four_nodes.assert_nothing_is_left(job.job_id, run_dir)
+
+
+def test_the_first_failure_of_a_chain_ends_the_jobs_that_wait(four_nodes: DevCluster, run_dir: Path) -> None:
+    jobs = start_chain(
+        run_dir, stub("convert", "raise SystemExit('shard 3 is cut')"), stub("train", "pass"), stub("report", "pass"),
+        nodes=1,
+    )  # fmt: skip
+    assert [wait_for_end(job.job_id, 120) for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+    end = read_events(run_dir)[-1]
+    assert (end.kind, end.stage) == ("run-end", "convert")
+    assert "shard 3 is cut" in end.text
+    assert not (run_dir / "logs" / "train").exists()
+
+
+def test_a_job_of_a_chain_is_requeued_and_the_chain_goes_on(four_nodes: DevCluster, run_dir: Path) -> None:
+    mark = run_dir / "was here"
+    once = f"import pathlib, time; p = pathlib.Path({str(mark)!r}); p.exists() or (p.touch(), time.sleep(300))"
+    jobs = start_chain(run_dir, stub("convert", once, deadline_s=400), stub("train", "pass"), nodes=1)
+    wait_until(mark.exists, 60)
+    slurm.call("scancel", "--batch", "-s", "USR2", jobs[0].job_id)
+    assert [wait_for_end(job.job_id, 120) for job in jobs] == ["COMPLETED", "COMPLETED"]
+    starts = [event.data for event in read_events(run_dir) if event.kind == "run-start"]
+    assert [(data["link"], data["restart"]) for data in starts] == [("convert", 0), ("convert", 1), ("train", 0)]
+
+
+def test_a_whole_chain_is_cancelled(four_nodes: DevCluster, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = start_chain(run_dir, stub("convert", "import time; time.sleep(300)"), stub("train", "pass"), nodes=1)
+    wait_for_event(run_dir, "stage-start", 60, stage="convert")
+    assert cancel.main([]) == 0
+    assert f"job {jobs[0].job_id}, {jobs[1].job_id} cancelled" in capsys.readouterr().out
+    assert [wait_for_end(job.job_id, 60) for job in jobs] == ["CANCELLED", "CANCELLED"]
+    assert not (run_dir / "logs" / "train").exists()
+
+
+def tree_of(folder: Path) -> Path:
+    """A working tree of its own, that the test may edit."""
+    for name in ("vime", "configs", "slurm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+SUBMIT_HELD = """
+import sys
+from pathlib import Path
+from launch_stub import make_plan, preflight, stub
+from vime.launch import snapshot
+from vime.launch.submit import submit
+from vime.submit import start
+run_dir = Path(sys.argv[1])
+code = "import vime.version_of_test as v, my_plugin; print(v.VALUE, my_plugin.VALUE, flush=True)"
+plan = make_plan(run_dir, [preflight(run_dir, 2), stub("train", code, nodes=(0, 1))], nodes=2, kind="slurm",
+                 cluster={"extra_sbatch": {"hold": True}})
+rollout = plan.recipe.rollout.model_copy(update={"rm_type": "my_plugin:reward"})
+plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"rollout": rollout})})
+plan = plan.model_copy(update={"code": snapshot.folder_of(run_dir, snapshot.look(plan.recipe))})
+start(plan)
+print(submit(plan))
+"""
+
+
+def test_edits_after_the_submission_do_not_change_a_queued_run(four_nodes: DevCluster, tmp_path: Path) -> None:
+    tree, run_dir = tree_of(tmp_path / "a tree"), tmp_path / "run folder"
+    (tree / "vime" / "version_of_test.py").write_text("VALUE = 'as submitted'\n")
+    (tree / "my_plugin.py").write_text("VALUE = 'own reward'\n")
+    env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", SUBMIT_HELD, str(run_dir)], env=env, cwd=tree, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[-1]
+    (tree / "vime" / "version_of_test.py").write_text("VALUE = 'edited'\n")
+    (tree / "vime" / "launch" / "controller.py").write_text("raise SystemExit('edited')\n")
+    (tree / "vime" / "launch" / "task.py").write_text("raise SystemExit('edited')\n")
+    (tree / "my_plugin.py").write_text("VALUE = 'edited'\n")
+    slurm.call("scontrol", "release", job)
+    assert wait_for_end(job, 120) == "COMPLETED", read_events(run_dir)[-1:]
+    for node in range(2):
+        assert (run_dir / f"logs/train/node0{node}.log").read_text().endswith("as submitted own reward\n")
+    size = sum(path.stat().st_size for path in (run_dir / "code").rglob("*"))
+    assert size < 5 * 10**6
+
+
+def by_hand(tmp_path: Path, *words: str) -> str:
+    """Output of a program in a folder of its own, with this environment's Python first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path}
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_template_of_one_job_plans_in_the_allocation(
+    four_nodes: DevCluster, tmp_path: Path, base_dir: Path
+) -> None:
+    """Up to the cast, which refuses the checkpoint that is only a shell of one."""
+    template = str(ROOT / "slurm" / "deepseek-r1.sbatch")
+    more = ["--recipe", "tiny-deepseek-r1", "--base-dir", str(base_dir), "--", "--lr", "2e-6"]
+    job = by_hand(tmp_path, "sbatch", "--parsable", "--nodes=2", "--time=10", template, *more).strip()
+    state = wait_for_end(job, 120)
+    log = (tmp_path / f"vime-{job}.log").read_text()
+    run_dir = base_dir / "runs" / f"tiny-deepseek-r1-{job}"
+    plan = read_plan(run_dir)
+    assert (len(plan.nodes), plan.cluster.time_limit_minutes, plan.recipe.optimizer.lr) == (2, 10, 2e-6), log
+    assert plan.code is not None
+    assert Path(plan.code, "vime", "batch.py").is_file()
+    events = read_events(run_dir)
+    assert [event.kind for event in events if event.stage == "preflight"] == ["stage-start", "preflight", "stage-end"]
+    assert (events[-1].kind, state) == ("run-end", "FAILED"), log
+    assert read_jobs(run_dir) == (Job(job),)
+    assert status.main([f"tiny-deepseek-r1-{job}"]) == 0
+
+
+def test_the_template_of_a_chain_runs_the_plan_of_its_run_folder(sixteen_nodes: DevCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run"
+    plan_chain(
+        run_dir, stub("convert", "print('converted')"), service("ray-head"), stub("train", "print('trained')"),
+        stub("report", "print('told')"), nodes=1,
+    )  # fmt: skip
+    template = str(ROOT / "slurm" / "deepseek-r1-chain.sbatch")
+    said = by_hand(tmp_path, "bash", template, "--run-dir", str(run_dir))
+    jobs = [word for word in said.replace(",", " ").split() if word.isdigit()]
+    assert len(jobs) == 3
+    assert [wait_for_end(job, 180) for job in jobs] == ["COMPLETED"] * 3
+    assert [job.link for job in read_jobs(run_dir)] == ["convert", "train", "report"]
+    assert read_events(run_dir)[-1].data["cause"] == "SUCCESS"

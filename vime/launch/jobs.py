@@ -1,0 +1,47 @@
+"""The Slurm jobs of a run, as its submission wrote them down: one, or one a stage of a chain."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SUBMIT_FOLDER, JOB_FILE = "submit", "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job."""
+
+    job_id: str
+    link: str | None = None
+    """The link of the chain; None for a run that is one job."""
+
+
+def read_jobs(run_dir: str | os.PathLike[str]) -> tuple[Job, ...]:
+    """The jobs that were submitted last for this run, in order; empty for a local run or before submission."""
+    try:
+        text = (Path(run_dir) / SUBMIT_FOLDER / JOB_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ()
+    return tuple(Job(entry["job_id"], entry["link"]) for entry in json.loads(text)["jobs"])
+
+
+def write_jobs(run_dir: str | os.PathLike[str], jobs: Sequence[Job]) -> None:
+    """Replaces what was known."""
+    folder = Path(run_dir) / SUBMIT_FOLDER
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{JOB_FILE}.", dir=folder)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump({"jobs": [asdict(job) for job in jobs], "time": time.time()}, file)
+    os.replace(temporary, folder / JOB_FILE)
+
+
+def add_job(run_dir: str | os.PathLike[str], job: Job) -> None:
+    """For a job that a person submitted: it tells of itself when it starts, again after a requeue."""
+    known = [other for other in read_jobs(run_dir) if other.link is not None and other.link != job.link]
+    write_jobs(run_dir, [*known, job])

@@ -1,0 +1,108 @@
+"""The code of a queued run: a copy of the working tree in the run folder, so that later edits do not change the run.
+
+A checkout is copied; what pip has installed does not change under a run and is left where it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from vime.errors import BadInput
+from vime.recipe.schema import Recipe
+
+CODE_FOLDER = "code"
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_PARTS = ("vime", "configs", "slurm", "pyproject.toml", "setup.cfg")
+_SKIPPED = ("__pycache__",)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a run's code, and a name made of their content."""
+
+    files: tuple[tuple[str, Path], ...]
+    """Path in the snapshot, and the file."""
+    name: str
+
+
+def checkout() -> Path | None:
+    """The working tree that vime runs from; None where it is installed."""
+    return _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "configs").is_dir() else None
+
+
+def look(recipe: Recipe) -> Snapshot | None:
+    """What a run of the recipe would take along: the working tree's code, and the modules of the recipe's plug-ins."""
+    root = checkout()
+    if root is None:
+        return None
+    files = {name: path for part in _PARTS for name, path in _files(root, root / part)}
+    for module in plugin_modules(recipe):
+        files.update(_module_files(module))
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return Snapshot(tuple(sorted(files.items())), digest.hexdigest()[:12])
+
+
+def folder_of(run_dir: str | os.PathLike[str], snapshot: Snapshot) -> str:
+    return str(Path(run_dir) / CODE_FOLDER / snapshot.name)
+
+
+def write(snapshot: Snapshot, folder: str | os.PathLike[str]) -> None:
+    """Copies the files; the folder appears whole or not at all, and one that is there is left. Raises BadInput."""
+    target = Path(folder)
+    if target.is_dir():
+        return
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            for name, path in snapshot.files:
+                (partial / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                shutil.copy2(path, partial / name)
+            os.rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise BadInput(f"cannot copy the code to {target}: {error.strerror}: give another --run-dir") from error
+
+
+def plugin_modules(recipe: Recipe) -> list[str]:
+    """Top-level names of the modules that the recipe names as `package.module:function`."""
+    named = (recipe.rollout.rm_type, recipe.rollout.dynamic_sampling_filter_path)
+    targets = [text.removeprefix("group:") for text in named if text]
+    return sorted({target.partition(":")[0].partition(".")[0] for target in targets if ":" in target} - {"vime"})
+
+
+def _module_files(module: str) -> Iterable[tuple[str, Path]]:
+    """A module in the working directory or on the path; nothing for one that is installed or not to be found here."""
+    spec = PathFinder.find_spec(module, [os.getcwd(), *sys.path])
+    if spec is None or spec.origin is None or not spec.has_location:
+        return []
+    origin = Path(spec.origin)
+    if any(origin.is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")):
+        return []
+    top = origin.parent if spec.submodule_search_locations else origin
+    return _files(top.parent, top)
+
+
+def _files(root: Path, place: Path) -> Iterator[tuple[str, Path]]:
+    if place.is_file():
+        yield str(place.relative_to(root)), place
+        return
+    for folder, folders, names in os.walk(place):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        for name in sorted(names):
+            path = Path(folder, name)
+            yield str(path.relative_to(root)), path
