@@ -4,7 +4,8 @@
 
 Writes BASE/tiny-deepseek-r1 (DeepSeek-V3's shape with an MTP layer, block fp8) or BASE/tiny-qwen3 (bf16), and
 BASE/tiny-math/{train,eval}.jsonl. The model is pre-trained on sums of which half are one too high, until it gives
-the right answer to about a third, so that reinforcement learning finds both right and wrong answers. The same seed gives the same files.
+the right answer to about a third, so that reinforcement learning finds both right and wrong answers. The same seed
+gives the same files.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ def in_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, d
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(slurm, "job_state", lambda job: slurm.JobState(job, "RUNNING", time_limit_minutes=90))
-    monkeypatch.setattr(batch, "has_slurm", lambda: False, raising=False)
 
     def replace(path: str, argv: list[str], env: dict[str, str]) -> None:
         replaced.append((" ".join(argv[1:]), env))
