@@ -49,7 +49,7 @@ def test_the_dry_run_of_full_r1_needs_no_slurm_no_torch_and_no_checkpoint(no_slu
     result = python("-c", code, env=no_slurm, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    for text in ("128 ranks, TP8 x CP4 x DP1 x PP4", "DP8 x TP8, expert parallel", "node 4-11: 1.47 TB", "#SBATCH"):
+    for text in ("128 ranks, TP8 x CP4 x DP1 x PP4", "DP8 x TP8, expert parallel", "node 4-11: 1.39 TB", "#SBATCH"):
         assert text in result.stdout
     assert "planned without Slurm: there is none on this machine" in result.stdout
     assert not (tmp_path / "state").exists()
@@ -97,7 +97,7 @@ def test_a_plan_is_printed_for_people_and_for_programs(no_slurm: dict[str, str])
         (["--bogus"], "unrecognized arguments: --bogus: see python -m vime.submit --help"),
         (["stray"], "unexpected argument 'stray': options of the recipe stand after --"),
         (["--nodes", "0", "--dry-run"], "--nodes is 0: give at least 1"),
-        (["--nodes", "many"], "argument --nodes: invalid int value: 'many'"),
+        (["--nodes", "many"], "argument --nodes: 'many' is neither a number nor auto"),
         (["--nodes", "2", "--dry-run"], "16 ranks cannot hold TP8 x CP4 x PP4 = 128"),
         (["--nodes", "8", "--dry-run", "--", "--actor-num-nodes", "16"], "--nodes 8 and --actor-num-nodes 16 differ"),
         (
@@ -156,6 +156,27 @@ def test_more_nodes_than_the_partition_has_are_refused_before_anything_is_writte
     assert submit.main([*words, "--base-dir", str(tmp_path)]) == 2
     assert "the run needs 5 nodes, but partition gpu has 4" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_the_nodes_cannot_hold_is_refused_before_anything_is_written(
+    no_slurm: dict[str, str], tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    fake_sinfo(tmp_path / "bin", "gpu|gpu*|up|16|64|3000|gpu:8|7-00:00:00")
+    before = sorted(base_dir.rglob("*"))
+    assert submit.main(["--recipe", "tiny-deepseek-r1", "--base-dir", str(base_dir)]) == 2
+    assert "node 0 needs 4 GB of host memory and has 3 GB: python -m vime.plan" in capsys.readouterr().err
+    assert sorted(base_dir.rglob("*")) == before
+
+
+def test_auto_takes_the_fewest_nodes_that_fit(no_slurm: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    assert submit.main(["--nodes", "auto", "--node-memory", "1000", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "--nodes auto: 32 nodes" in printed
+    assert "nodes       32 of 8 GPUs" in printed
+    assert submit.main(["--nodes", "auto", "--node-memory", "30", "--dry-run"]) == 2
+    assert "--nodes auto: nothing up to 256 nodes of 30 GB fits" in capsys.readouterr().err
+    assert submit.main(["--nodes", "auto", "--dry-run"]) == 2
+    assert "host memory of a node of cluster slurm is not known" in capsys.readouterr().err
 
 
 def test_a_job_that_slurm_refuses_leaves_nothing_behind(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.planning.io import read_plan
+from vime.planning.needs import as_json, needs_of, render_needs
 from vime.planning.registry import find_run
 from vime.planning.show import render, render_placement
+from vime.planning.svg import placement_svg
 from vime.planning.types import Plan
 from vime.submit import build_parser, plan_from, split_flags
 
@@ -17,17 +21,33 @@ def run(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
     parser = build_parser("python -m vime.plan", "Print the plan of a run that is to be, or of one that is there.")
     parser.add_argument("--run", help="name or folder of a run: print its plan instead of a new one")
-    parser.add_argument("--json", action="store_true", help="the whole plan for programs")
+    parser.add_argument("--json", action="store_true", help="the whole plan and what it needs, for programs")
     parser.add_argument("--placement", action="store_true", help="a line a GPU: node, Megatron and engine ranks")
+    parser.add_argument("--svg", metavar="FILE", help="with --placement: write the map as SVG too")
     args = parser.parse_args(own)
     if args.flags:
         raise BadInput(f"unexpected argument {args.flags[0]!r}: options of the recipe stand after --")
+    if args.svg and not args.placement:
+        raise BadInput(f"--svg {args.svg} is the placement map: give --placement with it")
     plan: Plan = read_plan(find_run(args.run)) if args.run else plan_from(args, flags, required=False, run_folder=False)
+    if args.placement:
+        if args.svg:
+            _write(Path(args.svg), placement_svg(plan))
+        print(render_placement(plan), end="")
+        return 0
+    needs = needs_of(plan)
     if args.json:
-        print(plan.model_dump_json(indent=1))
+        print(json.dumps(as_json(plan, needs), indent=1))
     else:
-        print(render_placement(plan) if args.placement else render(plan), end="")
+        print(f"{render(plan)}\n{render_needs(plan, needs)}", end="")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--svg {path}: {error.strerror}: give a file that can be written") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,13 +8,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from vime.errors import BadInput, VimeError
 from vime.launch import snapshot
 from vime.launch.discover import has_slurm, query_partitions, resolve
-from vime.planning.build import Checks, make_plan
+from vime.planning.build import Checks, fewest_nodes, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
+from vime.planning.fit import shortages
 from vime.planning.io import PLAN, read_plan, write_plan
 from vime.planning.registry import record_run
 from vime.planning.show import render
@@ -47,7 +48,17 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
     add("--recipe", default=DEFAULT_RECIPE, help=f"name or YAML file; there are {', '.join(files.names('recipes'))}")
-    add("--nodes", type=int, help="nodes in all, without spares; by default the recipe's")
+    add(
+        "--nodes",
+        type=_number_or_auto,
+        help="nodes in all, without spares; auto: the fewest that fit; default: the recipe's",
+    )
+    add(
+        "--node-memory",
+        type=_gigabytes,
+        metavar="GB",
+        help="host memory of a node; default: the profile's, then sinfo's",
+    )
     add("--cluster", help=f"name or YAML file of a profile ({', '.join(files.names('clusters'))}); default: ask sinfo")
     add("--base-dir", help="the shared folder of models, data and checkpoints; default: $BASE_DIR, then the profile's")
     add("--run-name", help="by default the recipe's name and the time")
@@ -64,6 +75,25 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _number_or_auto(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return int(text)
+
+
+def _gigabytes(text: str) -> int:
+    """Bytes of a number of GB (10^9)."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 < found < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GB above 0")
+    return int(found * 1e9)
+
+
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The command's own arguments and those after `--`."""
     words = list(argv)
@@ -74,11 +104,17 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
     """The plan that the options ask for. `required`: what it names must be there, checkpoint and Slurm alike."""
     recipe = load_recipe(args.recipe, flags)
-    nodes = _nodes(args, recipe, flags)
+    auto = args.nodes == "auto"
+    nodes = 1 if auto else _nodes(args, recipe, flags)
     if args.spares < 0:
         raise BadInput(f"--spares is {args.spares}: give 0 or more")
     base_dir = args.base_dir or os.environ.get("BASE_DIR") or None
     cluster, found = _cluster(args, recipe, nodes, required=required)
+    if auto:
+        fit = fewest_nodes(recipe, cluster, base_dir, required=required)
+        recipe, nodes = fit.recipe, fit.nodes
+        cluster, found = _cluster(args, recipe, nodes, required=required)
+        found = [*found, " ".join((f"--nodes auto: {nodes} nodes", *(("with", *fit.flags) if fit.flags else ())))]
     plan = make_plan(
         recipe,
         cluster=cluster,
@@ -117,6 +153,8 @@ def _cluster(
     update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
     if args.partition:
         update["partition"] = args.partition
+    if args.node_memory:
+        update["memory_per_node_bytes"] = args.node_memory
     cluster = cluster.model_copy(update=update)
     if cluster.kind == "local":
         if args.partition or args.spares or args.shape != "allocation":
@@ -178,6 +216,7 @@ def run(argv: Sequence[str]) -> int:
     plan = plan_from(args, flags, required=not args.dry_run, run_folder=writes)
     if args.dry_run:
         return _dry_run(plan, write=args.run_dir is not None)
+    check_fits(plan)
     return _local(plan) if plan.cluster.kind == "local" else _submit(plan)
 
 
@@ -216,6 +255,14 @@ def _submit(plan: Plan) -> int:
     jobs = ", ".join(f"{job.job_id} ({job.link})" if job.link else job.job_id for job in submit_jobs(plan))
     print(f"job {jobs}: python -m vime.status shows it, python -m vime.logs -f follows it")
     return 0
+
+
+def check_fits(plan: Plan) -> None:
+    """Refuses a run whose nodes are known to lack host memory; what a GPU lacks is an estimate, so a note."""
+    for lack in shortages(plan):
+        if lack.what == "host memory":
+            raise BadInput(f"{lack}: python -m vime.plan shows what fits, and --nodes auto takes it (docs/plan.md)")
+        print(f"note: {lack}")
 
 
 def check_same_run(plan: Plan) -> None:

@@ -12,9 +12,10 @@ from vime.errors import BadInput
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
-from vime.planning import derive, layout, memory, ports, stages
+from vime.planning import derive, gpu_memory, layout, memory, ports, stages
 from vime.planning.checkpoint import check_shards, read_json
-from vime.planning.types import Cluster, EnginePlan, NodePlan, Plan, TrainerRank
+from vime.planning.fit import MOST_NODES, Fit, least_nodes
+from vime.planning.types import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
 from vime.recipe import files
 from vime.recipe.load import absolute_path, uses_base_dir, with_absolute_paths
 from vime.recipe.parallel import ParallelLayout
@@ -79,7 +80,8 @@ def make_plan(
     _check_conversion(recipe, config, slots.nodes)
 
     weights = memory.Weights.of(recipe, config, trainer)
-    planned = tuple(_node(node, recipe, config, weights, slots, ranks, engines) for node in range(slots.nodes))
+    gpus = _gpu_memory(recipe, config, cluster, weights)
+    planned = tuple(_node(node, recipe, config, weights, slots, ranks, engines, gpus) for node in range(slots.nodes))
     job = stages.Job(
         recipe=recipe,
         config=config,
@@ -89,6 +91,7 @@ def make_plan(
         slots_per_node=slots.gpus_per_node,
         bf16_bytes=memory.weight_bytes(config, weights, quantised=False),
         fp8_bytes=memory.weight_bytes(config, weights, quantised=True),
+        checkpoints_bytes=(recipe.checkpoint.save_keep + 1) * memory.checkpoint_bytes(recipe, weights),
     )
     return Plan(
         run_name=run_name,
@@ -108,6 +111,20 @@ def make_plan(
         signal_lead_s=_signal_lead(recipe, weights, slots.nodes, cluster),
         notes=tuple(found),
     )
+
+
+def fewest_nodes(recipe: Recipe, cluster: Cluster, base_dir: str | os.PathLike[str] | None, *, required: bool) -> Fit:
+    """The least number of nodes that the recipe fits on the cluster. Raises BadInput where none does."""
+    base = str(Path(base_dir).expanduser().absolute()) if base_dir is not None else cluster.base_dir
+    config, _ = _model(with_absolute_paths(recipe, base), required=required)
+    cluster = _with_devices(cluster, recipe)
+    found = least_nodes(recipe, config, cluster)
+    if found is None:
+        raise BadInput(
+            f"--nodes auto: nothing up to {MOST_NODES} nodes of {(cluster.memory_per_node_bytes or 0) / 1e9:.0f} GB "
+            "fits: look at python -m vime.plan for what would help"
+        )
+    return found
 
 
 def _run_folder(
@@ -232,16 +249,29 @@ def _node(
     slots: layout.Slots,
     ranks: tuple[TrainerRank, ...],
     engines: tuple[EnginePlan, ...],
+    gpus: tuple[GpuMemory, ...],
 ) -> NodePlan:
     mine = [rank for rank in ranks if rank.node == node]
+    stages = [gpus[rank.pp] for rank in mine] if gpus else []
     serving = [engine for engine in engines if node in engine.nodes]
     return NodePlan(
         index=node,
         gpus=slots.gpus_per_node,
         host_memory=memory.node_memory(recipe, config, weights, mine, serving, node),
+        gpu_memory=max(stages, key=lambda stage: stage.training.total_bytes, default=None),
         ranks=tuple(rank.rank for rank in mine),
         engines=tuple(engine.index for engine in serving),
     )
+
+
+def _gpu_memory(
+    recipe: Recipe, config: ModelConfig, cluster: Cluster, weights: memory.Weights
+) -> tuple[GpuMemory, ...]:
+    """The estimate for each pipeline stage; empty without GPUs."""
+    if recipe.cluster.device != "gpu":
+        return ()
+    of_gpu = cluster.gpu_memory_bytes or gpu_memory.DEFAULT_GPU_BYTES
+    return tuple(gpu_memory.stage_memory(recipe, config, weights, stage, of_gpu) for stage in range(weights.layout.pp))
 
 
 def _signal_lead(recipe: Recipe, weights: memory.Weights, nodes: int, cluster: Cluster) -> int:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 from dataclasses import dataclass
 
 from vime.models.config import ModelConfig
-from vime.models.families import params_of, stage_of
+from vime.models.families import params_of
 from vime.models.namemap import Param, Where
 from vime.recipe.parallel import ParallelLayout
+
+
+class Kind(enum.StrEnum):
+    """What a parameter is for."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    DENSE = "dense MLP"
+    ROUTED = "routed experts"
+    SHARED = "shared experts"
+    ROUTER = "router"
+    NORM = "norms"
+    MTP = "MTP layers"
+    HEAD = "output head"
 
 
 @dataclass(frozen=True)
@@ -23,17 +38,24 @@ class Counts:
     """Whole on every tensor-parallel rank."""
     experts: int = 0
     """Of routed experts: cut by expert and expert tensor parallelism."""
+    buffers: int = 0
+    """Of persistent buffers (the router's bias), whole on every rank and without gradient."""
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.split + other.split, self.copied + other.copied, self.experts + other.experts)
+        return Counts(
+            self.split + other.split,
+            self.copied + other.copied,
+            self.experts + other.experts,
+            self.buffers + other.buffers,
+        )
 
     @property
     def total(self) -> int:
-        """Each element once."""
-        return self.split + self.copied + self.experts
+        """Each element once, buffers included."""
+        return self.split + self.copied + self.experts + self.buffers
 
     def of_rank(self, layout: ParallelLayout) -> int:
-        """Elements one rank holds."""
+        """Elements of the parameters that one rank holds, exactly what Megatron builds there."""
         return self.split // layout.tp + self.copied + self.experts // (layout.ep * layout.etp)
 
     def of_optimizer_rank(self, layout: ParallelLayout) -> int:
@@ -42,33 +64,128 @@ class Counts:
         return math.ceil(dense + self.experts // (layout.ep * layout.etp) / layout.edp)
 
 
-def model_counts(config: ModelConfig) -> Counts:
-    """The whole model, MTP layers included; a tied output head counts once."""
-    return functools.reduce(Counts.__add__, stage_counts(config, ParallelLayout()))
+Parts = dict[Kind, Counts]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Equal tensors of one rank."""
+
+    elements: int
+    """Of one tensor."""
+    number: int
+    replicas: int
+    """Ranks that hold the same tensor, and divide its optimizer state among them."""
+
+
+def summed(parts: Parts) -> Counts:
+    """All kinds together."""
+    return functools.reduce(Counts.__add__, parts.values(), Counts())
 
 
 @functools.lru_cache(maxsize=32)
-def stage_counts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool = True) -> tuple[Counts, ...]:
-    """What each pipeline stage holds, with or without the MTP layers.
+def model_counts(config: ModelConfig) -> Counts:
+    """The whole model, MTP layers included; a tied output head counts once."""
+    return functools.reduce(Counts.__add__, (_counts(param, elements) for param, elements in _elements(config, 1)))
 
-    A tied output head is a second copy of the embedding on the last of several stages.
+
+def stage_counts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[Counts, ...]:
+    """What each pipeline stage holds in the trainer, which builds the MTP layers only to train them (`mtp`)."""
+    return tuple(summed(parts) for parts in stage_parts(config, layout, mtp=mtp))
+
+
+def stage_parts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[Parts, ...]:
+    """The same by kind.
+
+    The last of several stages has a second copy of the embedding where it needs one: as the output head of a tied
+    model, or as the input of MTP layers.
     """
-    stages = [Counts()] * layout.pp
-    for param, elements in _elements(config, layout.tp):
-        if param.where == Where.MTP and not mtp:
-            continue
-        stage = stage_of(param, layout, config.num_layers)
-        counts = _counts(param, elements)
-        stages[stage] += counts
-        if config.tie_word_embeddings and param.where == Where.EMBEDDING and layout.pp > 1:
-            stages[-1] += counts
+    stages: list[Parts] = []
+    for rows in _stages(config, layout, mtp):
+        parts: Parts = {}
+        for (kind, how, size), number in rows.items():
+            parts[kind] = parts.get(kind, Counts()) + Counts(**{how: size * number})
+        stages.append(parts)
     return tuple(stages)
 
 
-def _counts(param: Param, elements: int) -> Counts:
+def stage_tensors(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[tuple[Tensors, ...], ...]:
+    """The parameter tensors that a rank of each pipeline stage holds, equal ones together."""
+
+    def of_rank(how: str, size: int, number: int) -> Tensors:
+        if how == "experts":
+            return Tensors(size // layout.etp, number // layout.ep, layout.edp)
+        return Tensors(size // (layout.tp if how == "split" else 1), number, layout.dp * layout.cp)
+
+    return tuple(
+        tuple(of_rank(how, size, number) for (_, how, size), number in rows.items() if how != "buffers")
+        for rows in _stages(config, layout, mtp)
+    )
+
+
+def kind_of(param: Param) -> Kind:
+    """The kind of a parameter; everything in an MTP layer is of that kind."""
+    if param.where == Where.MTP:
+        return Kind.MTP
+    if param.where == Where.EMBEDDING:
+        return Kind.EMBEDDING
     if param.expert is not None:
-        return Counts(experts=elements)
-    return Counts(split=elements) if param.tp_dim is not None else Counts(copied=elements)
+        return Kind.ROUTED
+    for mark, kind in ((".router.", Kind.ROUTER), (".shared_experts.", Kind.SHARED), ("layernorm", Kind.NORM)):
+        if mark in param.name:
+            return kind
+    if param.where == Where.HEAD:
+        return Kind.HEAD
+    return Kind.ATTENTION if ".self_attention." in param.name else Kind.DENSE
+
+
+_Rows = dict[tuple[Kind, str, int], int]
+"""Number of whole tensors by kind, field of Counts and elements."""
+
+
+def _stages(config: ModelConfig, layout: ParallelLayout, mtp: bool) -> tuple[_Rows, ...]:
+    sizes = tuple(map(len, layout.stage_layers(config.num_layers)))
+    return _stage_rows(config, layout.tp, sizes, mtp)
+
+
+@functools.lru_cache(maxsize=256)
+def _stage_rows(config: ModelConfig, tp: int, sizes: tuple[int, ...], mtp: bool) -> tuple[_Rows, ...]:
+    """The tensors of pipeline stages of these numbers of layers."""
+    stages: list[_Rows] = [{} for _ in sizes]
+    copy_last = len(sizes) > 1 and (config.tie_word_embeddings or (mtp and config.mtp_layers > 0))
+    of_layer = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+
+    def add(stage: int, kind: Kind, how: str, size: int, number: int) -> None:
+        rows, key = stages[stage], (kind, how, size)
+        rows[key] = rows.get(key, 0) + number
+
+    for param, elements in _elements(config, tp):
+        if param.where == Where.MTP and not mtp:
+            continue
+        size = math.prod(param.shape) if param.expert is not None else elements
+        stage = of_layer[param.layer or 0] if param.where == Where.DECODER else _end(param.where)
+        add(stage, kind_of(param), _how(param), size, elements // size)
+        if copy_last and param.where == Where.EMBEDDING:
+            add(-1, Kind.HEAD if config.tie_word_embeddings else Kind.EMBEDDING, _how(param), size, 1)
+    return tuple(stages)
+
+
+def _end(where: Where) -> int:
+    """Stage of what is no decoder layer: the embedding comes first, head and MTP layers last."""
+    return 0 if where == Where.EMBEDDING else -1
+
+
+def _how(param: Param) -> str:
+    """The field of Counts that a parameter counts in."""
+    if param.buffer:
+        return "buffers"
+    if param.expert is not None:
+        return "experts"
+    return "split" if param.tp_dim is not None else "copied"
+
+
+def _counts(param: Param, elements: int) -> Counts:
+    return Counts(**{_how(param): elements})
 
 
 @functools.lru_cache(maxsize=32)

@@ -6,23 +6,31 @@ Sizes follow from parameter counts and the recipe; what a process takes besides 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from vime.models.config import ModelConfig
-from vime.planning.counts import Counts, model_counts, stage_counts
-from vime.planning.types import EnginePlan, Item, Memory, TrainerRank
+from vime.planning.counts import Counts, Tensors, model_counts, stage_counts, stage_tensors
+from vime.planning.types import Item, Memory, TrainerRank
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 
 GB = 10**9
-PINNED_ROUNDING = 0.072
-"""Pinned buffers are rounded up to powers of two; this share of CPU Adam's bytes for the tensors of a large model."""
 GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB
 """Host memory of a process with a CUDA context, NCCL and its libraries."""
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
 RAY_NODE = 400 * 10**6
 """Raylet, agents and idle workers of a node."""
+
+
+class Seat(Protocol):
+    """Where an engine sits: GPUs node by node."""
+
+    @property
+    def nodes(self) -> tuple[int, ...]: ...
+    @property
+    def gpus(self) -> tuple[tuple[int, ...], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,39 @@ class Weights:
 
     layout: ParallelLayout
     stages: tuple[Counts, ...]
-    trained: tuple[Counts, ...]
-    """Without frozen MTP layers."""
+    """Of the trainer; frozen MTP layers are not part of it, the weight sync reads them from the checkpoint."""
+    tensors: tuple[tuple[Tensors, ...], ...]
+    """The same, tensor by tensor."""
     model: Counts
+    """With MTP layers, as HF checkpoints and engines hold it."""
+    trained: Counts
+    """As the trainer holds it over all its ranks, each parameter once."""
 
     @classmethod
     def of(cls, recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> Weights:
-        trained = stage_counts(config, layout, mtp=recipe.model.mtp_num_layers > 0)
-        return cls(layout, stage_counts(config, layout), trained, model_counts(config))
+        mtp = recipe.model.mtp_num_layers > 0
+        return cls(
+            layout,
+            stage_counts(config, layout, mtp=mtp),
+            stage_tensors(config, layout, mtp=mtp),
+            model_counts(config),
+            stage_counts(config, ParallelLayout(), mtp=mtp)[0],
+        )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Elements on one node."""
+
+    ranks: int
+    held: int
+    """Parameters of all ranks of the node."""
+    kept: int
+    """Those whose optimizer state is kept here."""
+    rounding_4: int
+    """Bytes lost when each shard of the optimizer is an fp32 pinned buffer."""
+    rounding_2: int
+    """Bytes lost when each parameter is a bf16 pinned buffer."""
 
 
 def weight_bytes(config: ModelConfig, weights: Weights, *, quantised: bool) -> int:
@@ -48,7 +81,7 @@ def weight_bytes(config: ModelConfig, weights: Weights, *, quantised: bool) -> i
 
 def checkpoint_bytes(recipe: Recipe, weights: Weights) -> int:
     """Bytes of one training checkpoint: weights, fp32 master weights and both moments."""
-    return weights.model.total * (14 if recipe.model.bf16 else 12)
+    return weights.trained.total * (14 if recipe.model.bf16 else 12)
 
 
 def object_store_bytes(recipe: Recipe) -> int:
@@ -57,27 +90,27 @@ def object_store_bytes(recipe: Recipe) -> int:
     return max(100 * 10**6, 2 * samples * recipe.rollout.rollout_max_response_len * 32)
 
 
+def pinned_bytes(size: float) -> int:
+    """What torch's pinned allocator takes for a buffer: the next power of two (CachingHostAllocator rounds up)."""
+    return 1 << (math.ceil(size) - 1).bit_length() if size > 0 else 0
+
+
 def node_memory(
     recipe: Recipe,
     config: ModelConfig,
     weights: Weights,
-    ranks: list[TrainerRank],
-    engines: list[EnginePlan],
+    ranks: Sequence[TrainerRank],
+    engines: Sequence[Seat],
     node: int,
 ) -> Memory:
     """The account of one node with these trainer ranks and these engines on it."""
-    held = sum(weights.stages[rank.pp].of_rank(weights.layout) for rank in ranks)
-    graded = sum(weights.trained[rank.pp].of_rank(weights.layout) for rank in ranks)
-    kept = sum(weights.trained[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
+    on_node = _held(weights, ranks)
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
     if recipe.cluster.device == "gpu":
-        items = [
-            *_gpu_trainer(recipe, held, graded, kept, len(ranks)),
-            *_gpu_engines(recipe, config, weights, share, slots),
-        ]
+        items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, config, weights, share, slots)]
     else:
-        items = [*_cpu_trainer(recipe, held, graded, kept, len(ranks)), *_cpu_engines(recipe, weights, share, slots)]
+        items = [*_cpu_trainer(recipe, on_node), *_cpu_engines(recipe, weights, share, slots)]
     store = object_store_bytes(recipe)
     items.append(_item("ray", RAY_NODE + store, f"raylet and agents, and an object store of {store / GB:.1f} GB"))
     present = tuple(item for item in items if item.bytes)
@@ -86,7 +119,18 @@ def node_memory(
 
 def needs_reference(recipe: Recipe) -> bool:
     """Whether a copy of the reference model is kept."""
-    return recipe.algorithm.use_kl_loss or recipe.algorithm.kl_coef != 0
+    algorithm = recipe.algorithm
+    return algorithm.loss_type == "policy_loss" and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
+
+
+def _held(weights: Weights, ranks: Sequence[TrainerRank]) -> _Held:
+    held = sum(weights.stages[rank.pp].of_rank(weights.layout) for rank in ranks)
+    kept = sum(weights.stages[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
+    tensors = [one for rank in ranks for one in weights.tensors[rank.pp]]
+    shards = [(4 * one.elements / one.replicas, one.number) for one in tensors]
+    whole = [(2 * one.elements, one.number) for one in tensors]
+    lost_4, lost_2 = (math.ceil(sum(n * (pinned_bytes(size) - size) for size, n in sizes)) for sizes in (shards, whole))
+    return _Held(len(ranks), held, kept, lost_4, lost_2)
 
 
 def _item(name: str, size: float, why: str) -> Item:
@@ -97,47 +141,56 @@ def _billions(elements: int) -> str:
     return f"{elements / 1e9:.1f} B" if elements >= 10**8 else f"{elements / 1e6:.1f} M"
 
 
-def _gpu_trainer(recipe: Recipe, held: int, graded: int, kept: int, ranks: int) -> Iterator[Item]:
+def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     size = 2 if recipe.model.bf16 else 4
     grad = 4 if recipe.misc.accumulate_allreduce_grads_in_fp32 else size
+    held, kept, rounding, pinned = _billions(on_node.held), _billions(on_node.kept), 0, []
     if recipe.optimizer.optimizer_cpu_offload:
-        why = f"16 bytes (fp32 weight, gradient, two moments) for each of {_billions(kept)} parameters"
-        yield _item("cpu_adam", 16 * kept, why)
-        yield _item("pinned_rounding", PINNED_ROUNDING * 16 * kept, "pinned buffers are rounded up to powers of two")
+        why = f"CPU Adam: 16 bytes (fp32 weight, gradient, two moments) for each of {kept} parameters"
+        yield _item("cpu_adam", 16 * on_node.kept, why)
+        rounding += 2 * on_node.rounding_4
+        pinned.append("CPU Adam's weights and gradients")
     if recipe.cluster.colocate:
         while_away = "parameters, while the engine holds the GPU"
-        yield _item("weights_backup", size * held, f"{size} bytes for each of {_billions(held)} {while_away}")
-        yield _item("gradients_backup", grad * graded, f"{grad} bytes for each of {_billions(graded)} {while_away}")
+        yield _item("weights_backup", size * on_node.held, f"{size} bytes for each of {held} {while_away}")
+        yield _item("gradients_backup", grad * on_node.held, f"{grad} bytes for each of {held} {while_away}")
     if needs_reference(recipe):
-        why = f"two copies of {size} bytes for each of {_billions(held)} parameters, swapped in for log-probs"
-        yield _item("actor_and_reference_copies", 2 * size * held, why)
+        why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
+        yield _item("reference_copy", size * on_node.held, why)
+        rounding += on_node.rounding_2 * size // 2
+        pinned.append("the reference copy")
+    if rounding:
+        yield _item("pinned_rounding", rounding, f"pinned buffers take powers of two: {' and '.join(pinned)}")
     if recipe.checkpoint.async_save:
-        yield _item("save_buffers", 14 * kept, "the checkpoint of this node while it is written")
-    yield _item("trainer_processes", ranks * GPU_PROCESS, f"{ranks} processes of {GPU_PROCESS / GB:.0f} GB")
+        yield _item("save_buffers", 14 * on_node.kept, "the checkpoint of this node while it is written")
+    why = f"{on_node.ranks} processes of {GPU_PROCESS / GB:.0f} GB (CUDA context, NCCL, libraries)"
+    yield _item("trainer_processes", on_node.ranks * GPU_PROCESS, why)
 
 
 def _gpu_engines(recipe: Recipe, config: ModelConfig, weights: Weights, share: float, slots: int) -> Iterator[Item]:
     if recipe.cluster.colocate:
         size = weight_bytes(config, weights, quantised=True) * share
-        yield _item("engine_sleep_copy", size, "the engines' weights on this node, while the trainer holds the GPU")
-    yield _item(
-        "engine_processes", slots * GPU_ENGINE_PROCESS, f"{slots} processes of {GPU_ENGINE_PROCESS / GB:.0f} GB"
-    )
+        why = "the engines' weights on this node, asleep (level 1) while the trainer holds the GPU"
+        yield _item("engine_sleep_copy", size, why)
+    why = f"{slots} processes of {GPU_ENGINE_PROCESS / GB:.0f} GB (CUDA context, NCCL, libraries)"
+    yield _item("engine_processes", slots * GPU_ENGINE_PROCESS, why)
 
 
-def _cpu_trainer(recipe: Recipe, held: int, graded: int, kept: int, ranks: int) -> Iterator[Item]:
+def _cpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     size = 2 if recipe.model.bf16 else 4
-    yield _item("weights", size * held, f"{size} bytes for each of {_billions(held)} parameters")
-    yield _item("gradients", 4 * graded, f"4 bytes for each of {_billions(graded)} parameters")
+    held, kept = _billions(on_node.held), _billions(on_node.kept)
+    yield _item("weights", size * on_node.held, f"{size} bytes for each of {held} parameters")
+    yield _item("gradients", 4 * on_node.held, f"4 bytes (fp32) for each of {held} parameters")
     states = 12 if recipe.model.bf16 else 8
     what = "fp32 weight and two moments" if recipe.model.bf16 else "two moments"
-    yield _item("adam", states * kept, f"{states} bytes ({what}) for each of {_billions(kept)} parameters")
+    yield _item("adam", states * on_node.kept, f"{states} bytes ({what}) for each of {kept} parameters")
     if needs_reference(recipe):
-        yield _item("reference_copy", size * held, f"{size} bytes for each of {_billions(held)} parameters")
+        why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
+        yield _item("reference_copy", size * on_node.held, why)
     if recipe.checkpoint.async_save:
-        yield _item("save_buffers", (size + states) * kept, "the checkpoint of this node while it is written")
-    why = f"{ranks} processes of {CPU_TRAINER_PROCESS / GB:.1f} GB"
-    yield _item("trainer_processes", ranks * CPU_TRAINER_PROCESS, why)
+        yield _item("save_buffers", (size + states) * on_node.kept, "the checkpoint of this node while it is written")
+    why = f"{on_node.ranks} processes of {CPU_TRAINER_PROCESS / GB:.1f} GB (torch, Megatron)"
+    yield _item("trainer_processes", on_node.ranks * CPU_TRAINER_PROCESS, why)
 
 
 def _cpu_engines(recipe: Recipe, weights: Weights, share: float, slots: int) -> Iterator[Item]:

@@ -151,15 +151,15 @@ def _placement_summary(plan: Plan) -> str:
 
 def _placement_rows(plan: Plan, node: NodePlan) -> Iterator[tuple[object, ...]]:
     ranks: dict[int, TrainerRank] = {plan.trainer_ranks[rank].gpu: plan.trainer_ranks[rank] for rank in node.ranks}
-    serving = {gpu: cell for index in node.engines for gpu, cell in _engine_cells(plan.engines[index], node.index)}
+    serving = {gpu: cell for index in node.engines for gpu, cell in engine_cells(plan.engines[index], node.index)}
     for gpu in range(node.gpus):
         at = ranks.get(gpu)
         trainer = (at.rank, at.tp, at.cp, at.dp, at.pp, at.ep, at.etp, at.edp) if at else ("-",) * 8
         yield (node.index, gpu, *trainer, *serving.get(gpu, ("-",) * 3))
 
 
-def _engine_cells(engine: EnginePlan, node: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """GPU and (engine, data-parallel rank, tensor-parallel rank) on a node."""
+def engine_cells(engine: EnginePlan, node: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """The GPU and its (engine, data-parallel rank, tensor-parallel rank) on a node."""
     position = engine.nodes.index(node)
     before = sum(len(gpus) for gpus in engine.gpus[:position])
     for place, gpu in enumerate(engine.gpus[position], start=before):

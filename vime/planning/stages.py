@@ -30,6 +30,8 @@ class Job:
     bf16_bytes: int
     """Of the model's weights."""
     fp8_bytes: int
+    checkpoints_bytes: int
+    """Of the newest checkpoints that are kept, and one more that is being written."""
 
 
 def has_cast(job: Job) -> bool:
@@ -172,7 +174,7 @@ def _train(job: Job) -> Stage:
         command=("-m", "vime.train", "--run", job.run_dir),
         env=job.recipe.misc.env,
         inputs=tuple(inputs),
-        outputs=(Artefact(name="checkpoints", path=options.save or "", kind="run"),),
+        outputs=(Artefact(name="checkpoints", path=options.save or "", kind="run", bytes=job.checkpoints_bytes),),
         # Ends with the allocation; the phases inside have deadlines of their own.
         deadline_s=job.cluster.time_limit_minutes * 60.0,
     )

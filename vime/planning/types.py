@@ -29,6 +29,21 @@ class Memory(Frozen):
     total_bytes: int = 0
 
 
+class GpuMemory(Frozen):
+    """GPU memory of the fullest rank of a node: an estimate, unlike the host's account."""
+
+    estimate: Literal[True] = True
+    training: Memory = Memory()
+    engine: Memory = Memory()
+    """With the KV cache, which takes what weights and reserve leave of `--vllm-gpu-memory-utilization`."""
+    gpu_bytes: int
+    """Of one GPU, from the cluster profile."""
+    kv_cache_tokens: int = 0
+    """Tokens that the KV cache of one GPU holds."""
+    missing: int = 0
+    """Bytes that the engine's weights and reserve take beyond their budget."""
+
+
 class TrainerRank(Frozen):
     """One Megatron rank and where it sits."""
 
@@ -69,6 +84,8 @@ class NodePlan(Frozen):
     index: int
     gpus: int
     host_memory: Memory = Memory()
+    gpu_memory: GpuMemory | None = None
+    """None without GPUs."""
     ranks: tuple[int, ...] = ()
     engines: tuple[int, ...] = ()
 
@@ -135,6 +152,8 @@ class Cluster(Frozen):
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gpus-per-node"
     cpus_per_node: int | None = None
     memory_per_node_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    """Of one GPU; 80 GB where it is not given."""
     exclusive: bool = True
     mem: str | None = "0"
     time_limit_minutes: int = 24 * 60

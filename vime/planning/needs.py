@@ -1,0 +1,185 @@
+"""What a plan needs, beyond where things sit: for `vime.plan`, as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vime.models.config import ModelConfig
+from vime.planning import advice, fit, traffic
+from vime.planning.counts import Kind, stage_parts
+from vime.planning.show import duration, ranges, size, table
+from vime.planning.types import GpuMemory, Plan
+from vime.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Everything that is worked out from a plan and from the disk."""
+
+    shortages: tuple[fit.Shortage, ...]
+    least: fit.Fit | None
+    """Least number of nodes that fits; looked for only where the plan does not."""
+    levers: tuple[advice.Lever, ...]
+    document: tuple[advice.Difference, ...]
+    flows: tuple[traffic.Flow, ...]
+    space: tuple[traffic.Space, ...]
+    parts: tuple[dict[Kind, int], ...]
+    """Parameters of one rank of each pipeline stage, by kind."""
+    checkpoint_bytes: int
+
+
+def needs_of(plan: Plan, recipe: Recipe | None = None) -> Needs:
+    """The needs of a plan. `recipe`: as the person gave it, for the search of a layout; by default the plan's."""
+    config, lacks = ModelConfig.from_hf(plan.model_config_hf), fit.shortages(plan)
+    known = plan.cluster.memory_per_node_bytes is not None
+    return Needs(
+        shortages=lacks,
+        least=fit.least_nodes(recipe or plan.recipe, config, plan.cluster) if lacks and known else None,
+        levers=advice.levers(plan),
+        document=advice.against_document(plan),
+        flows=traffic.flows(plan),
+        space=traffic.free_space(plan),
+        parts=parameters(plan, config),
+        checkpoint_bytes=traffic.checkpoint_bytes(plan),
+    )
+
+
+def parameters(plan: Plan, config: ModelConfig) -> tuple[dict[Kind, int], ...]:
+    """Parameters of one rank of each pipeline stage, by kind."""
+    stages = stage_parts(config, plan.layout, mtp=plan.recipe.model.mtp_num_layers > 0)
+    return tuple({kind: n for kind, counts in parts.items() if (n := counts.of_rank(plan.layout))} for parts in stages)
+
+
+def as_json(plan: Plan, needs: Needs) -> dict[str, Any]:
+    """The plan's own fields, and what was worked out beside them."""
+    least = needs.least
+    return {
+        **plan.model_dump(mode="json"),
+        "fits": not needs.shortages,
+        "shortages": [dataclasses.asdict(one) for one in needs.shortages],
+        "least_nodes": least and {"nodes": least.nodes, "flags": least.flags, "host_bytes": least.host_bytes},
+        "savings": [dataclasses.asdict(lever) for lever in needs.levers],
+        "against_document": [{**dataclasses.asdict(one), "difference": one.bytes} for one in needs.document],
+        "traffic": [dataclasses.asdict(flow) for flow in needs.flows],
+        "disk": [
+            {"path": one.path, "free_bytes": one.free_bytes, "needs": dict(one.needs), "fits": one.fits}
+            for one in needs.space
+        ],
+        "parameters_per_rank": [{**{kind.value: n for kind, n in parts.items()}} for parts in needs.parts],
+        "checkpoint_bytes": needs.checkpoint_bytes,
+    }
+
+
+def render_needs(plan: Plan, needs: Needs) -> str:
+    """Sections after the plan's own."""
+    sections = [
+        _verdict(plan, needs), _parameters(needs), _gpu(plan), _document(needs), _levers(plan, needs), _traffic(needs),
+        _space(needs),
+    ]  # fmt: skip
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _verdict(plan: Plan, needs: Needs) -> str:
+    lines = ["Does it fit?"]
+    has = plan.cluster.memory_per_node_bytes
+    if not needs.shortages:
+        if has is None:
+            lines.append(
+                "  the nodes' host memory is not known here: give --node-memory; preflight checks it on the nodes"
+            )
+        else:
+            most = advice.fullest(plan).host_memory.total_bytes
+            lines.append(f"  yes: the fullest node needs {size(most)} of {size(has)} host memory")
+        return "\n".join(lines)
+    lines += [f"  no: {lack}" for lack in needs.shortages]
+    if needs.least is not None:
+        flags = f" -- {' '.join(needs.least.flags)}" if needs.least.flags else ""
+        lines.append(f"  the least that fits: --nodes {needs.least.nodes}{flags}")
+        lines.append(f"    {size(needs.least.host_bytes)} on the fullest node; --nodes auto takes it")
+    elif has is not None:
+        lines.append(f"  no layout of up to {fit.MOST_NODES} nodes fits with {fit.MOST_CHANGES} parallel sizes changed")
+    host = [lack for lack in needs.shortages if lack.what == "host memory"]
+    enough = [one for one in needs.levers for lack in host if lack.needs_bytes - one.saves_bytes <= lack.has_bytes]
+    if enough:
+        lines.append("  on its own each of these would do: " + "; ".join(f"{one.what} ({one.how})" for one in enough))
+    return "\n".join(lines)
+
+
+def _parameters(needs: Needs) -> str:
+    kinds = [kind for kind in Kind if any(kind in parts for parts in needs.parts)]
+    rows = [
+        (stage, f"{sum(parts.values()):,}", *(f"{parts.get(kind, 0):,}" for kind in kinds))
+        for stage, parts in enumerate(needs.parts)
+    ]
+    return "\n".join(["Parameters of one rank, by pipeline stage", table(("stage", "all", *kinds), rows)])
+
+
+def _gpu(plan: Plan) -> str:
+    groups: list[tuple[list[int], GpuMemory]] = []
+    for node in plan.nodes:
+        if node.gpu_memory is None:
+            continue
+        if groups and groups[-1][1] == node.gpu_memory:
+            groups[-1][0].append(node.index)
+        else:
+            groups.append(([node.index], node.gpu_memory))
+    if not groups:
+        return ""
+    lines = [f"GPU memory a rank: an estimate, of {size(groups[0][1].gpu_bytes)}"]
+    lines += [f"  node {ranges(nodes)}: training {size(gpu.training.total_bytes)}" for nodes, gpu in groups]
+    most = max((gpu for _, gpu in groups), key=lambda gpu: gpu.training.total_bytes)
+    for name, memory in (("training", most.training), ("engine", most.engine)):
+        rows = [(item.name, size(item.bytes), item.why) for item in memory.items]
+        lines += ["", f"  {name}, {size(memory.total_bytes)}", table(("item", "size", "why"), rows, indent="    ")]
+    return "\n".join(lines)
+
+
+def _document(needs: Needs) -> str:
+    if not needs.document:
+        return ""
+    low, high = advice.DOCUMENT_TOTAL
+    rows = [(d.item, size(d.theirs), size(d.ours), signed(d.bytes), d.why) for d in needs.document]
+    theirs, ours = (sum(getattr(d, name) for d in needs.document) for name in ("theirs", "ours"))
+    rows.append(("all", size(theirs), size(ours), signed(ours - theirs), ""))
+    head = f"The fullest node against the {low / 1e12:.1f} to {high / 1e12:.1f} TB of the recipe's document"
+    return "\n".join([head, table(("item", "there", "here", "difference", "why"), rows)])
+
+
+def _levers(plan: Plan, needs: Needs) -> str:
+    if not needs.levers:
+        return ""
+    left, rows = advice.fullest(plan).host_memory.total_bytes, []
+    for lever in needs.levers:
+        left -= lever.saves_bytes
+        rows.append((lever.what, size(lever.saves_bytes), size(left), lever.how))
+    return "\n".join(["What would bring the fullest node down", table(("change", "saves", "then", "how"), rows)])
+
+
+def _traffic(needs: Needs) -> str:
+    rows = [(flow.name, flow.when, size(flow.bytes), _seconds(flow.seconds), flow.why) for flow in needs.flows]
+    rates = (
+        f"disk {traffic.DISK / 1e9:.0f} GB/s a node, network {traffic.NETWORK / 1e9:.0f} GB/s a GPU, PCIe "
+        f"{traffic.PCIE / 1e9:.0f} GB/s a GPU, host memory {traffic.DRAM / 1e9:.0f} GB/s a node"
+    )
+    head = f"Traffic, and its time at {rates}: an estimate"
+    return "\n".join([head, table(("what", "when", "bytes", "time", "why"), rows)])
+
+
+def _space(needs: Needs) -> str:
+    lines = [f"Disk (one checkpoint is {size(needs.checkpoint_bytes)})"]
+    for one in needs.space:
+        wanted = ", ".join(f"{name} {size(count)}" for name, count in one.needs)
+        verdict = "fits" if one.fits else f"too little by {size(one.needs_bytes - one.free_bytes)}"
+        lines.append(f"  {one.path}: {size(one.free_bytes)} free, {wanted}: {verdict}")
+    return "\n".join(lines)
+
+
+def _seconds(count: float) -> str:
+    return f"{count:.1g} s" if count < 10 else duration(count)
+
+
+def signed(count: int) -> str:
+    """Bytes with their sign."""
+    return f"{'-' if count < 0 else '+'}{size(abs(count))}"

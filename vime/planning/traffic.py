@@ -1,0 +1,134 @@
+"""Bytes that a run moves, and how long that takes at the rates below: estimates, before anything is queued."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vime.models.config import ModelConfig
+from vime.planning import memory
+from vime.planning.types import Plan
+
+GB = 10**9
+DISK = 2 * GB
+"""Bytes a second that a node reads or writes on a shared file system under load."""
+NETWORK = 50 * GB
+"""Bytes a second of a GPU's network port (400 Gbit/s)."""
+PCIE = 25 * GB
+"""Bytes a second between a GPU and host memory, either way."""
+DRAM = 300 * GB
+"""Bytes a second of a node's host memory; CPU Adam moves 28 bytes a parameter."""
+ADAM_BYTES = 28
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One thing that moves bytes."""
+
+    name: str
+    when: str
+    bytes: int
+    seconds: float
+    """At the rates of this module, everything in parallel that can be; 0 where nothing is known."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """A file system that the run writes to."""
+
+    path: str
+    """The nearest folder that exists."""
+    free_bytes: int
+    needs: tuple[tuple[str, int], ...]
+    """Artefacts that are still to be written there, and their bytes."""
+
+    @property
+    def needs_bytes(self) -> int:
+        return sum(size for _, size in self.needs)
+
+    @property
+    def fits(self) -> bool:
+        return self.needs_bytes <= self.free_bytes
+
+
+def flows(plan: Plan) -> tuple[Flow, ...]:
+    """Stages first, then what every rollout, optimizer step and checkpoint moves."""
+    return (*_stages(plan), *_rollout(plan), _checkpoint(plan))
+
+
+def _stages(plan: Plan) -> list[Flow]:
+    found = []
+    for stage in plan.stages:
+        moved = sum(artefact.bytes or 0 for artefact in (*stage.inputs, *stage.outputs) if artefact.kind != "run")
+        if moved and not stage.service:
+            nodes = len(plan.nodes) if stage.name == "train" else len(stage.nodes)
+            inputs = " + ".join(a.name for a in stage.inputs if a.bytes)
+            outputs = " + ".join(a.name for a in stage.outputs if a.bytes and a.kind != "run")
+            why = f"reads {inputs}" + (f", writes {outputs}" if outputs else "")
+            found.append(Flow(stage.name, "once", moved, moved / (nodes * DISK), f"{why}, {nodes} nodes"))
+    return found
+
+
+def _rollout(plan: Plan) -> list[Flow]:
+    recipe, config = plan.recipe, ModelConfig.from_hf(plan.model_config_hf)
+    weights = memory.Weights.of(recipe, config, plan.layout)
+    size = memory.weight_bytes(config, weights, quantised=True)
+    engines = max(1, len(plan.engines))
+    gpus = sum(len(gpus) for engine in plan.engines for gpus in engine.gpus) or 1
+    rate = NETWORK if recipe.cluster.device == "gpu" else DISK
+    kind = "block fp8" if config.quantisation else "bf16"
+    what = f"{kind} weights to {engines} engine{'s' * (engines > 1)}"
+    found = [Flow("weight sync", "each rollout", size * engines, size * engines / (gpus * rate), what)]
+    kept = max(sum(_kept(plan, weights, rank) for rank in node.ranks) for node in plan.nodes)
+    steps = f"{recipe.rollout.num_steps_per_rollout or 1} a rollout"
+    if recipe.optimizer.optimizer_cpu_offload and recipe.cluster.device == "gpu":
+        ranks = max(1, recipe.cluster.actor_num_gpus_per_node)
+        moved = (4 + (2 if recipe.model.bf16 else 4)) * kept
+        why = "gradients down, weights up, on the fullest node"
+        found.append(Flow("optimizer, PCIe", steps, moved, moved / (ranks * PCIE), why))
+    moved = ADAM_BYTES * kept
+    why = f"{ADAM_BYTES} bytes for each of {kept / 1e9:.2f} B parameters in the fullest node's memory"
+    if recipe.optimizer.optimizer_cpu_offload or recipe.cluster.device == "cpu":
+        found.append(Flow("optimizer, host memory", steps, moved, moved / DRAM, why))
+    return found
+
+
+def _kept(plan: Plan, weights: memory.Weights, rank: int) -> int:
+    return weights.stages[plan.trainer_ranks[rank].pp].of_optimizer_rank(plan.layout)
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Bytes of one checkpoint of the run."""
+    config = ModelConfig.from_hf(plan.model_config_hf)
+    return memory.checkpoint_bytes(plan.recipe, memory.Weights.of(plan.recipe, config, plan.layout))
+
+
+def _checkpoint(plan: Plan) -> Flow:
+    size, options = checkpoint_bytes(plan), plan.recipe.checkpoint
+    when = f"every {options.save_interval} rollouts" if options.save_interval else "at the end"
+    why = f"weights, master weights and moments; the newest {options.save_keep} are kept, one more while it is written"
+    return Flow("checkpoint", when, size, size / (len(plan.nodes) * DISK), why)
+
+
+def free_space(plan: Plan) -> tuple[Space, ...]:
+    """Every file system that the run writes to: its free space now, and what is still to be written there."""
+    needs: dict[int, tuple[str, int, list[tuple[str, int]]]] = {}
+    for artefact in (output for stage in plan.stages for output in stage.outputs):
+        if not artefact.bytes or (artefact.kind != "run" and os.path.exists(artefact.path)):
+            continue
+        place = nearest_folder(artefact.path)
+        status = os.statvfs(place)
+        device = place.stat().st_dev
+        _, _, found = needs.setdefault(device, (str(place), status.f_bavail * status.f_frsize, []))
+        found.append((artefact.name, artefact.bytes))
+    return tuple(Space(place, free, tuple(found)) for place, free, found in needs.values())
+
+
+def nearest_folder(path: str) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
