@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from vime.checkpoint.hf_writer import copy_small_files, publish_folder, require_
 from vime.checkpoint.progress import Progress
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
+
+if TYPE_CHECKING:
+    from vime.checkpoint.cast_gpu import GpuCaster
 
 STAMP = "vime_cast.json"
 # Bytes of output that a thread works on at a time, in memory of its own that it keeps.
@@ -56,11 +59,13 @@ def cast_to_bf16(
     rank: int = 0,
     world_size: int = 1,
     threads: int | None = None,
+    device: str | None = None,
     stall_s: float = STALL_SECONDS,
 ) -> int:
     """Cast this rank's share of a block-fp8 checkpoint; rank 0 returns when the whole is published.
 
-    Tensors that are not quantised pass through as they are. Returns the bytes that this rank wrote. Raises BadInput for
+    Tensors that are not quantised pass through as they are. `device` is `cpu` or a GPU's; by default a GPU where there
+    is one. Returns the bytes that this rank wrote. Raises BadInput for
     a source that is not complete or not fp8, for a target that holds something else, and for a disk that is too small;
     DeadlineExceeded when for `stall_s` seconds no rank finished a shard.
     """
@@ -82,9 +87,14 @@ def cast_to_bf16(
         return 0
     total = sum(shard.bytes for shard in mine)
     progress = Progress(f"cast, rank {rank} of {world_size}:", total)
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        for shard in mine:
-            _write_shard(checkpoint, shard, partial, pool, progress)
+    caster = _caster(checkpoint, device)
+    with (
+        ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(caster.shards_at_once) as files,
+    ):
+        for _ in files.map(lambda shard: _write_shard(caster, shard, partial, pool, progress), mine):
+            pass
+    caster.close()
     progress.close()
     checkpoint.close()
     if rank == 0:
@@ -144,8 +154,44 @@ def _prepare(partial: Path, target: Path, stamp: dict[str, Any], shards: list[Sh
     os.replace(draft, partial / STAMP)
 
 
+def _caster(checkpoint: HFCheckpoint, device: str | None) -> CpuCaster | GpuCaster:
+    if device is None:
+        square = checkpoint.block[0] == checkpoint.block[1]
+        device = "cuda" if torch.cuda.is_available() and square else "cpu"
+    if device == "cpu":
+        return CpuCaster(checkpoint)
+    from vime.checkpoint.cast_gpu import GpuCaster
+
+    return GpuCaster(checkpoint, torch.device(device))
+
+
+class CpuCaster:
+    """Dequantises rows of mapped files into memory that each thread keeps.
+
+    To allocate it anew for every piece would leave the heaps of all threads large.
+    """
+
+    piece_bytes = PIECE_BYTES
+    shards_at_once = 1
+
+    def __init__(self, checkpoint: HFCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self._kept = threading.local()
+
+    def rows(self, info: TensorInfo, first: int, last: int, scales: torch.Tensor) -> torch.Tensor:
+        """bf16 [last - first, columns], valid until this thread's next call; `scales` are those of the rows' blocks."""
+        stored = self.checkpoint.stored(info.name)[first:last]
+        buffer = getattr(self._kept, "buffer", None)
+        if buffer is None or buffer.numel() < stored.numel():
+            self._kept.buffer = buffer = torch.empty(stored.numel(), dtype=torch.bfloat16)
+        return dequantise(stored, scales, self.checkpoint.block, out=buffer[: stored.numel()].view(stored.shape))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
 def _write_shard(
-    checkpoint: HFCheckpoint, shard: Shard, partial: Path, pool: ThreadPoolExecutor, progress: Progress
+    caster: CpuCaster | GpuCaster, shard: Shard, partial: Path, pool: ThreadPoolExecutor, progress: Progress
 ) -> None:
     draft = partial / f".{shard.name}"
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -155,9 +201,9 @@ def _write_shard(
         progress.add(len(shard.header))
 
         def piece(work: tuple[TensorInfo, int, int]) -> None:
-            progress.add(_write_rows(checkpoint, file, *work))
+            progress.add(_write_rows(caster, file, *work))
 
-        for _ in pool.map(piece, (work for info in shard.places.values() for work in _pieces(checkpoint, info))):
+        for _ in pool.map(piece, (work for info in shard.places.values() for work in _pieces(caster, info))):
             pass
         os.fsync(file)
     finally:
@@ -165,37 +211,28 @@ def _write_shard(
     os.replace(draft, partial / shard.name)
 
 
-def _pieces(checkpoint: HFCheckpoint, info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
-    """Row ranges of a tensor (whole block rows) of about PIECE_BYTES; (0, 1) is all of a scalar."""
-    rows = info.shape[0] if info.shape else 1
+def _pieces(caster: CpuCaster | GpuCaster, info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
+    """Row ranges of a tensor (whole block rows) of about the caster's piece; (0, 1) is all of a scalar."""
+    rows, checkpoint = info.shape[0] if info.shape else 1, caster.checkpoint
     block = checkpoint.block[0] if checkpoint.is_quantised(info.name) else 1
     row_bytes = max(1, (info.end - info.begin) // max(1, rows))
-    step = max(1, PIECE_BYTES // row_bytes // block) * block
+    step = max(1, caster.piece_bytes // row_bytes // block) * block
     for first in range(0, rows, step):
         yield info, first, min(first + step, rows)
 
 
-def _write_rows(checkpoint: HFCheckpoint, file: int, info: TensorInfo, first: int, last: int) -> int:
+def _write_rows(caster: CpuCaster | GpuCaster, file: int, info: TensorInfo, first: int, last: int) -> int:
     """Cast or copy rows of a tensor into their place; returns the bytes."""
-    stored = checkpoint.stored(info.name)
-    rows = stored[first:last] if info.shape else stored
+    checkpoint = caster.checkpoint
     if checkpoint.is_quantised(info.name):
-        block = checkpoint.block
-        scales = checkpoint.scale(info.name)[first // block[0] : -(-last // block[0])]
-        rows = dequantise(rows, scales, block, out=_memory(rows.numel()).view(rows.shape))
+        block = checkpoint.block[0]
+        scales = checkpoint.scale(info.name)[first // block : -(-last // block)]
+        rows = caster.rows(checkpoint.info(info.name), first, last, scales)
+    else:
+        stored = checkpoint.stored(info.name)
+        rows = stored[first:last] if info.shape else stored
     offset = info.begin + first * ((info.end - info.begin) // max(1, info.shape[0] if info.shape else 1))
     return _write_at(file, raw_bytes(rows), offset)
-
-
-_kept = threading.local()
-
-
-def _memory(elements: int) -> torch.Tensor:
-    """This thread's bf16 buffer: to allocate one for every piece would leave the heaps of all threads large."""
-    buffer = getattr(_kept, "buffer", None)
-    if buffer is None or buffer.numel() < elements:
-        _kept.buffer = buffer = torch.empty(elements, dtype=torch.bfloat16)
-    return buffer[:elements]
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> int:
@@ -258,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int)
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--threads", type=int, help="threads of this process (default: the cores it may use)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--stall-timeout", type=float, default=STALL_SECONDS, help="seconds to wait for other ranks")
     arguments = parser.parse_args(argv)
     try:
@@ -268,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=rank,
             world_size=world_size,
             threads=arguments.threads,
+            device=arguments.device,
             stall_s=arguments.stall_timeout,
         )
     except VimeError as error:
