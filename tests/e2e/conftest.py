@@ -1,10 +1,11 @@
-"""The cluster of the Slurm tests: real Slurm, brought up once, and down again when the tests brought it up."""
+"""The cluster of the Slurm tests, down again when the tests brought it up, and the folder of the main job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from main_job import BaseFolder
 from slurm_cluster import DevCluster, bring_up, running_nodes
 
 
@@ -25,3 +26,15 @@ def four_nodes(cluster_before: None) -> DevCluster:
 @pytest.fixture(scope="module")
 def sixteen_nodes(cluster_before: None) -> DevCluster:
     return bring_up(16)
+
+
+@pytest.fixture(scope="session")
+def empty_base(tmp_path_factory: pytest.TempPathFactory) -> BaseFolder:
+    return BaseFolder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(empty_base: BaseFolder) -> BaseFolder:
+    """The same folder, with checkpoint and data in it."""
+    empty_base.fill()
+    return empty_base

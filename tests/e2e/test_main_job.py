@@ -7,9 +7,11 @@ import os
 import re
 import stat
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from main_job import BaseFolder, PeakMemory
 
 from vime.observe.metrics import read_metrics, series
 from vime.planning.io import read_plan
@@ -35,21 +37,35 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """`tools/quickstart.sh` to its end: the run folder and everything it printed."""
-    base = tmp_path_factory.mktemp("base")
+@dataclass(frozen=True)
+class Quickstart:
+    """`tools/quickstart.sh`, run to its end."""
+
+    run: Path
+    lines: list[str]
+    peak_bytes: int
+
+
+def start_quickstart(base: Path, *words: str) -> Quickstart:
     env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
-    done = subprocess.run(
-        [ROOT / "tools" / "quickstart.sh"], env=env, cwd=base, capture_output=True, text=True, timeout=1500
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (run,) = (base / "runs").iterdir()
-    return run, done.stdout.splitlines()
+    argv = [ROOT / "tools" / "quickstart.sh", *words]
+    with subprocess.Popen(
+        argv, env=env, cwd=base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        with PeakMemory(base) as peak:
+            said, _ = process.communicate(timeout=1500)
+        assert process.returncode == 0, said[-6000:]
+    lines = said.splitlines()
+    return Quickstart(base / "runs" / lines[-1].partition(":")[0], lines, peak.bytes)
+
+
+@pytest.fixture(scope="module")
+def quickstart(empty_base: BaseFolder) -> Quickstart:
+    return start_quickstart(empty_base.path)
 
 
 def test_the_last_line_is_the_run_its_rewards_and_its_report(quickstart):
-    run, lines = quickstart
+    run, lines = quickstart.run, quickstart.lines
     said = LAST_LINE.match(lines[-1])
     assert said, lines[-1]
     assert said["run"] == run.name
@@ -57,24 +73,35 @@ def test_the_last_line_is_the_run_its_rewards_and_its_report(quickstart):
 
 
 def test_the_mean_reward_of_all_finished_groups_rises_by_15_points(quickstart):
-    rewards = [value for _, value in series(read_metrics(quickstart[0]), "rollout/raw_reward")]
+    assert_learnt(quickstart.run)
+
+
+def assert_learnt(run: Path) -> None:
+    rewards = [value for _, value in series(read_metrics(run), "rollout/raw_reward")]
     assert sum(rewards[-5:]) / 5 - sum(rewards[:5]) / 5 >= 0.15
+    held_out = [value for _, value in series(read_metrics(run), "eval/tiny-math")]
+    assert held_out[-1] > held_out[0]
 
 
-def test_the_held_out_evaluation_ends_above_its_first_value(quickstart):
-    values = [value for _, value in series(read_metrics(quickstart[0]), "eval/tiny-math")]
-    assert values[-1] > values[0]
+def test_another_seed_learns_too(quickstart, tmp_path: Path, pytestconfig: pytest.Config):
+    if not pytestconfig.getoption("--full"):
+        pytest.skip("a second quickstart takes minutes: --full runs it")
+    assert_learnt(start_quickstart(tmp_path, "--seed", "1").run)
+
+
+def test_all_its_processes_fit_into_10_gib(quickstart):
+    assert 2**30 < quickstart.peak_bytes < 10 * 2**30
 
 
 def test_engine_and_trainer_agree_at_the_start_and_stay_close(quickstart):
     """At the start both hold the same numbers; then the trainer's fp32 weights are rounded to fp8 for the engine."""
-    differences = [v for _, v in series(read_metrics(quickstart[0]), "train/train_rollout_logprob_abs_diff")]
+    differences = [v for _, v in series(read_metrics(quickstart.run), "train/train_rollout_logprob_abs_diff")]
     assert differences[0] < 0.02
     assert max(differences) < 0.3
 
 
 def test_checkpoints_are_published_with_their_tracker_and_the_oldest_are_gone(quickstart):
-    plan = read_plan(quickstart[0])
+    plan = read_plan(quickstart.run)
     folder = Path(plan.recipe.checkpoint.save)
     last = plan.recipe.rollout.num_rollout - 1
     assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
@@ -86,13 +113,13 @@ def test_checkpoints_are_published_with_their_tracker_and_the_oldest_are_gone(qu
 def test_tensorboard_has_the_curves(quickstart):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(quickstart[0] / "tensorboard"))
+    board = EventAccumulator(str(quickstart.run / "tensorboard"))
     board.Reload()
     assert {"rollout/raw_reward", "train/loss", "eval/tiny-math"} <= set(board.Tags()["tensors"])
 
 
 def test_the_journal_ends_with_success_and_the_run_took_no_stage_twice(quickstart):
-    events = [json.loads(line) for line in (quickstart[0] / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (quickstart.run / "events.jsonl").read_text().splitlines()]
     assert events[-1]["kind"] == "run-end"
     assert events[-1]["data"]["cause"] == "SUCCESS"
     started = [event["stage"] for event in events if event["kind"] == "stage-start"]
@@ -100,11 +127,11 @@ def test_the_journal_ends_with_success_and_the_run_took_no_stage_twice(quickstar
 
 
 def test_nothing_is_left_running(quickstart):
-    assert processes_naming(str(quickstart[0])) == []
+    assert processes_naming(str(quickstart.run)) == []
 
 
 def test_what_the_run_wrote_is_private_and_no_log_holds_a_secret(quickstart):
-    run = quickstart[0]
+    run = quickstart.run
     tokens = [path.read_text().strip() for path in (run / "secrets").iterdir()]
     assert tokens
     for path in [run / "secrets", *(run / "secrets").iterdir(), *run.rglob("*.log"), run / "plan.json"]:
@@ -116,7 +143,7 @@ def test_what_the_run_wrote_is_private_and_no_log_holds_a_secret(quickstart):
 
 def test_a_resubmitted_run_goes_on_after_its_last_rollout_with_the_data_cursor_it_had(quickstart):
     """One more rollout of the finished run: it starts at the saved number, and skips the stages that are done."""
-    run, _ = quickstart
+    run = quickstart.run
     plan = read_plan(run)
     wanted = plan.recipe.rollout.num_rollout + 1
     env = {**os.environ, "BASE_DIR": plan.base_dir, "XDG_STATE_HOME": f"{plan.base_dir}/state"}

@@ -1,0 +1,93 @@
+"""The main job through a real Slurm, as the README starts it: two nodes, two data-parallel ranks, two engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from main_job import BaseFolder
+from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
+
+from vime.launch.events import read_events
+from vime.launch.submit import read_job
+from vime.observe.metrics import read_metrics
+from vime.planning.io import read_plan
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+ROLLOUTS = 4
+SAVED = 1
+"""The run is cancelled once the checkpoint after this rollout is there."""
+
+
+class Person:
+    """Somebody at a shell on the login node."""
+
+    def __init__(self, base: Path) -> None:
+        self.env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
+
+    def types(self, module: str, *words: str) -> str:
+        argv = [sys.executable, "-m", module, *words]
+        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    def submits(self, run: str) -> str:
+        """The README's command, made short; the job's id."""
+        flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000")
+        self.types("vime.submit", "--recipe", "tiny-deepseek-r1", "--nodes", "2", "--run-name", run, "--", *flags)
+        job = read_job(Path(self.env["BASE_DIR"]) / "runs" / run)
+        assert job is not None
+        return job
+
+
+def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: DevCluster, tiny_base: BaseFolder) -> None:
+    person, run = Person(tiny_base.path), tiny_base.path / "runs" / "two-nodes"
+    job = person.submits(run.name)
+    wait_for_event(run, "stage-start", 400, stage="train")
+    seen = json.loads(person.types("vime.status", "--json"))
+    assert (seen["run"], seen["state"], seen["job"], seen["stage"]) == (run.name, "running", job, "train")
+    tracker = Path(read_plan(run).recipe.checkpoint.save or "") / "latest_checkpointed_iteration.txt"
+    argv = [sys.executable, "-m", "vime.logs", "-f"]
+    with subprocess.Popen(argv, env=person.env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as follower:
+        wait_until(lambda: tracker.exists() and int(tracker.read_text()) >= SAVED, 400, lambda: tail_of(run))
+        person.types("vime.cancel")
+        said, _ = follower.communicate(timeout=90)
+    assert "train/node00 rollout 0/4" in said
+    assert wait_for_end(job, 90) == "CANCELLED"
+    four_nodes.assert_nothing_is_left(job, run)
+    saved = int(tracker.read_text())
+    before = read_metrics(run)
+
+    again = person.submits(run.name)
+    assert wait_for_end(again, 400) == "COMPLETED", tail_of(run)
+    stages = [(event.kind, event.stage) for event in read_events(run) if event.kind in ("stage-start", "stage-skip")]
+    started = [stage for kind, stage in stages if kind == "stage-start"]
+    # The first start made what the second one found and verified.
+    assert started.count("convert") <= 1
+    assert [stage for stage in started if stage not in ("cast", "convert")] == [
+        *("preflight", "ray-head", "ray-workers", "train"),
+        *("preflight", "ray-head", "ray-workers", "train", "report"),
+    ]
+    log = (run / "logs" / "train" / "node00.log").read_text()
+    assert f"first rollout {saved + 1}" in log
+    after = read_metrics(run)
+    assert sorted(after) == list(range(ROLLOUTS))
+    # What was trained before the checkpoint stands as it was.
+    assert all(after[step] == before[step] for step in range(saved + 1))
+    plan = read_plan(run)
+    assert [(rank.dp, rank.node) for rank in plan.trainer_ranks] == [(0, 0), (1, 1)]
+    assert [engine.nodes for engine in plan.engines] == [(0,), (1,)]
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    four_nodes.assert_nothing_is_left(again, run)
+
+
+def tail_of(run: Path) -> str:
+    log = run / "logs" / "train" / "node00.log"
+    told = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+    return f"{read_events(run)[-1:]}\n{told}"
