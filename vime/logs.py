@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.launch.events import Event, read_events
-from vime.launch.logfiles import Follower, Line, LogFile, find_logs, merge
+from vime.launch.logfiles import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks
 from vime.launch.state import run_state
 from vime.planning.io import read_plan
 from vime.planning.registry import find_run, last_run
@@ -26,15 +26,18 @@ class Logs:
     """The logs that match, and the events; `poll` gives what is new in all of them, files that appear later too."""
 
     def __init__(self, run_dir: Path, *, stage: str | None, node: int | None, rank: int | None) -> None:
-        self._run_dir, self._stage, self._node, self._rank = run_dir, stage, node, rank
+        self._run_dir = run_dir
+        self._wanted = Wanted(stage, node, rank, single_ranks(read_plan(run_dir)))
         self._followers: dict[Path, Follower] = {}
         self._with_events = node is None and rank is None and stage in (None, CONTROLLER)
         self._events_seen = 0
 
     def poll(self) -> list[Line]:
-        for log in find_logs(self._run_dir, stage=self._stage, node=self._node, rank=self._rank):
-            self._followers.setdefault(log.path, Follower(log))
+        for log in all_logs(self._run_dir):
+            if self._wanted.may_hold(log):
+                self._followers.setdefault(log.path, Follower(log))
         lines = [line for follower in self._followers.values() for line in follower.poll()]
+        lines = [line for line in lines if self._wanted.takes(line.file)]
         if self._with_events:
             events = read_events(self._run_dir)
             lines += [_line_of(event, self._run_dir) for event in events[self._events_seen :]]
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-n", "--lines", type=int, help="only the last N lines (of those that are there)")
     parser.add_argument("--stage", help="of one stage; `controller` is the run's events")
     parser.add_argument("--node", type=int, help="of one logical node")
-    parser.add_argument("--rank", type=int, help="of one rank, where several tasks share a node")
+    parser.add_argument("--rank", type=int, help="of one rank of the stage; of training, of one Megatron rank")
     args = parser.parse_args(argv)
     try:
         if args.lines is not None and args.lines < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from launch_stub import make_plan, preflight, service, stub
 from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
-from vime import cancel, status
+from vime import attach, cancel, status
 from vime.launch import slurm
 from vime.launch.events import read_events
 from vime.launch.jobs import Job, read_jobs
@@ -119,6 +120,37 @@ def test_a_whole_chain_is_cancelled(four_nodes: DevCluster, run_dir: Path, capsy
     assert f"job {jobs[0].job_id}, {jobs[1].job_id} cancelled" in capsys.readouterr().out
     assert [wait_for_end(job.job_id, 60) for job in jobs] == ["CANCELLED", "CANCELLED"]
     assert not (run_dir / "logs" / "train").exists()
+
+
+def test_a_person_attaches_to_a_node_of_a_running_run(
+    four_nodes: DevCluster, run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(
+        run_dir, [preflight(run_dir, 2), stub("train", "import time; time.sleep(300)", nodes=(0, 1))], nodes=2,
+        kind="slurm",
+    )  # fmt: skip
+    record_run(run_dir)
+    (job,) = submit_jobs(plan)
+    wait_for_event(run_dir, "stage-start", 60, stage="train")
+    command = [sys.executable, "-m", "vime.attach", "--node", "1"]
+    look = ["bash", "-c", "hostname; pwd; echo $SLURM_JOB_ID $VIME_RUN"]
+    done = subprocess.run([*command, "--", *look], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["node02", str(run_dir), f"{job.job_id} {run_dir}"], done.stderr
+    # A shell with a terminal: `script` gives it one, as a person's login does.
+    shell = subprocess.run(
+        ["script", "-qec", shlex.join(command), "/dev/null"], input="hostname; tty; exit 7\n", capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert "node02" in shell.stdout
+    assert "/dev/pts/" in shell.stdout
+    assert shell.returncode == 7
+    assert attach.main(["--node", "2"]) == 2
+    assert cancel.main([]) == 0
+    assert attach.main([]) == 2
+    said = capfd.readouterr().err
+    assert "--node is 2: the job has nodes 0 to 1" in said
+    assert "only a running run can be attached to" in said
+    four_nodes.assert_nothing_is_left(job.job_id, run_dir)
 
 
 def tree_of(folder: Path) -> Path:

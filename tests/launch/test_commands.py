@@ -202,3 +202,66 @@ def test_a_stage_that_is_not_there_is_bad_input(run_dir: Path, capsys: pytest.Ca
     make_plan(run_dir, [stub("train", "")])
     assert logs.main([str(run_dir), "--stage", "trian"]) == 2
     assert "controller, train" in capsys.readouterr().err
+
+
+def write_log(run_dir: Path, name: str, *lines: str) -> None:
+    path = run_dir / "logs" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture
+def logged(run_dir: Path) -> Path:
+    """Logs of a conversion with two ranks a node, of Ray on two nodes, of an engine, and of training."""
+    stages = [
+        stub("convert", "", nodes=(0, 1), tasks_per_node=2),
+        service("ray-head"),
+        service("ray-workers", nodes=(1,)),
+        stub("train", ""),
+    ]
+    make_plan(run_dir, stages, nodes=2)
+    day = f"{time.localtime().tm_year}-01-02"
+    for node in range(2):
+        for rank in (2 * node, 2 * node + 1):
+            write_log(run_dir, f"convert/node0{node}.rank{rank}.log", f"{day} 10:00:0{rank}.000 shard {rank}")
+    write_log(run_dir, "ray-head/node00.log", f"{day} 10:00:05.000 head")
+    write_log(run_dir, "ray-workers/node01.log", f"{day} 10:00:06.000 worker")
+    engine = "(EngineCore pid=5) INFO 01-02 10:00:08 [core.py:1] engine is up"
+    write_log(run_dir, "engines/engine-1-node01.log", "Triton is missing", engine, "  more")
+    actor = "(rank 3 on node 1 pid=77, ip=10.0.0.2)"
+    write_log(
+        run_dir, "train/node00.log", f"{day} 10:00:07.000 driver", f"{day} 10:00:09.000 {actor} loss 0.5",
+        f"{day} 10:00:10.000 {actor}", f"{day} 10:00:11.000 (rank 0 on node 0 pid=76) loss 0.4",
+    )  # fmt: skip
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stage", "convert", "--node", "1"], ["shard 2", "shard 3"]),
+        (["--stage", "convert", "--rank", "1"], ["shard 1"]),
+        (["--stage", "train"], ["driver", "loss 0.5", "", "loss 0.4"]),
+        (["--stage", "train", "--rank", "3"], ["loss 0.5", ""]),
+        (["--stage", "train", "--node", "0"], ["driver", "loss 0.4"]),
+        (["--rank", "0"], ["shard 0", "head", "worker", "loss 0.4"]),
+        (["--node", "1"], ["shard 2", "shard 3", "worker", "Triton is missing", "[core.py:1] engine is up", "more",
+                           "loss 0.5", ""]),
+        (["--stage", "engines", "--rank", "1"], ["Triton is missing", "[core.py:1] engine is up", "more"]),
+    ],
+)  # fmt: skip
+def test_logs_are_chosen_by_stage_node_and_rank_in_the_order_of_time(
+    words: list[str], said: list[str], logged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert logs.main([str(logged), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said)
+    for line, text in zip(lines, said, strict=True):
+        assert line.rstrip().endswith(text)
+    times = [line[:12] for line in lines]
+    assert times == sorted(times)
+
+
+def test_a_line_of_a_trainer_rank_is_marked_as_its_own(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert logs.main([str(logged), "--stage", "train", "--rank", "3", "-n", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "10:00:09.000 train/node01.rank3 loss 0.5"

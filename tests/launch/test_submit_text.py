@@ -18,7 +18,7 @@ from launch_stub import make_plan, preflight, service, stub
 
 from vime.errors import BadInput, Cause
 from vime.launch.jobs import Job, read_jobs
-from vime.launch.runner_slurm import cause_of_message, srun_argv
+from vime.launch.runner_slurm import attach_argv, cause_of_message, srun_argv
 from vime.launch.slurm import clean_environment, cpus_per_node, parse_job
 from vime.launch.submit import check_path, sbatch_text, scripts, submit_jobs, write_scripts
 from vime.planning.chain import Link, links
@@ -164,6 +164,12 @@ def test_a_step_never_asks_for_more_cpus_than_the_job_has(
     cluster = plan_of(tmp_path).cluster
     argv = srun_argv(stage, ["a"], cluster=cluster, run_dir="r", python="p", cpus_per_node=present)
     assert f"--cpus-per-task={cpus}" in argv
+
+
+def test_the_srun_call_that_attaches(tmp_path: Path) -> None:
+    argv = attach_argv("7", "node03", ["bash", "-i"], run_dir="/shared/a run", terminal=True)
+    check_golden("attach.srun", "\n".join(argv) + "\n")
+    assert "--pty" not in attach_argv("7", "node03", ["hostname"], run_dir="/shared/a run", terminal=False)
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vime.planning.types import Plan
+
+TRAIN = "train"
+"""The stage in whose log Ray collects what the trainer's ranks say."""
 _NAME = re.compile(r"node(\d+)(?:\.rank(\d+))?\.log")
+_ENGINE = re.compile(r"engine-(\d+)-node(\d+)\.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} ")
 STAMP_LENGTH = 24
+_VLLM = re.compile(r"(?:\(\S+ pid=\d+\) )?(?:DEBUG|INFO|WARNING|ERROR) (\d\d-\d\d \d\d:\d\d:\d\d) ")
+_ACTOR = re.compile(r"\(rank (\d+) on node (\d+) pid=\d+(?:, ip=\S+)?\) ?")
+"""How Ray marks a line of vime.train.actors.RankActor."""
 
 
 @dataclass(frozen=True)
 class LogFile:
-    """One task's log."""
+    """One task's log: of a stage's task, of an engine, or what one trainer rank says in the log of training."""
 
     stage: str
     node: int
     rank: int | None
+    """Of an engine, its number in the run."""
     path: Path
 
     @property
@@ -36,17 +46,48 @@ class Line:
     text: str
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which lines are asked for; None: of any."""
+
+    stage: str | None = None
+    node: int | None = None
+    rank: int | None = None
+    single_ranks: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    """Rank of the one task of a stage on a node: names of logs tell ranks only where tasks share a node."""
+
+    def takes(self, log: LogFile) -> bool:
+        rank = self.single_ranks.get((log.stage, log.node)) if log.rank is None else log.rank
+        asked = ((self.stage, log.stage), (self.node, log.node), (self.rank, rank))
+        return all(wanted is None or wanted == has for wanted, has in asked)
+
+    def may_hold(self, log: LogFile) -> bool:
+        """Whether a line that is asked for may stand in this file."""
+        return self.takes(log) or (log.stage == TRAIN and self.stage in (None, TRAIN))
+
+
+def single_ranks(plan: Plan) -> dict[tuple[str, int], int]:
+    """Rank of every task that has its node for itself, by stage and node; the driver of training is none."""
+    stages = [stage for stage in plan.stages if stage.tasks_per_node == 1 and stage.name != TRAIN]
+    return {(stage.name, node): rank for stage in stages for rank, node in enumerate(stage.nodes)}
+
+
 def find_logs(
     run_dir: str | Path, *, stage: str | None = None, node: int | None = None, rank: int | None = None
 ) -> list[LogFile]:
-    """The logs of tasks that match, by stage, node and rank."""
+    """The log files that match, by stage, node and rank."""
+    wanted = Wanted(stage, node, rank)
+    return [log for log in all_logs(run_dir) if wanted.takes(log)]
+
+
+def all_logs(run_dir: str | Path) -> list[LogFile]:
+    """Every log of a task or an engine, by stage, node and rank."""
     found = []
-    for path in sorted((Path(run_dir) / "logs").glob("*/node*.log")):
+    for path in sorted((Path(run_dir) / "logs").glob("*/*.log")):
         if match := _NAME.fullmatch(path.name):
-            log = LogFile(path.parent.name, int(match[1]), None if match[2] is None else int(match[2]), path)
-            wanted = ((stage, log.stage), (node, log.node), (rank, log.rank))
-            if all(asked is None or asked == has for asked, has in wanted):
-                found.append(log)
+            found.append(LogFile(path.parent.name, int(match[1]), None if match[2] is None else int(match[2]), path))
+        elif match := _ENGINE.fullmatch(path.name):
+            found.append(LogFile(path.parent.name, int(match[2]), int(match[1]), path))
     return found
 
 
@@ -69,19 +110,26 @@ class Follower:
             return []
         self.offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [self._line(line.decode("utf-8", errors="replace")) for line in lines]
+        return _stamped([self._line(line.decode("utf-8", errors="replace")) for line in lines])
 
     def _line(self, text: str) -> Line:
         if _STAMP.match(text):
             self._stamp, text = text[: STAMP_LENGTH - 1], text[STAMP_LENGTH:]
+        elif match := _VLLM.match(text):
+            # vLLM writes no year.
+            self._stamp = f"{time.localtime().tm_year}-{match[1]}.000"
+        if self.file.stage == TRAIN and (match := _ACTOR.match(text)):
+            actor = LogFile(TRAIN, int(match[2]), int(match[1]), self.file.path)
+            return Line(self._stamp, actor, text[match.end() :])
         return Line(self._stamp, self.file, text)
+
+
+def _stamped(lines: list[Line]) -> list[Line]:
+    """What an engine says before its first time belongs to that time."""
+    first = next((line.stamp for line in lines if line.stamp), "")
+    return [line if line.stamp else replace(line, stamp=first) for line in lines]
 
 
 def merge(lines: Iterable[Line]) -> list[Line]:
     """By time; lines of one log keep their order."""
     return sorted(lines, key=lambda line: line.stamp)
-
-
-def render(lines: Iterable[Line], *, label: bool) -> Iterator[str]:
-    for line in lines:
-        yield f"{line.stamp[11:]} {f'{line.file.label} ' if label else ''}{line.text}"

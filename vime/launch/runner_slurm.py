@@ -55,6 +55,24 @@ def srun_argv(
     return [*argv, python, "-m", "vime.launch.task", "--run", run_dir, "--stage", stage.name]
 
 
+def attach_argv(job: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool) -> list[str]:
+    """The srun call that runs a command beside what runs on a node of the job, for a person who looks."""
+    argv = [
+        "srun",
+        f"--jobid={job}",
+        "--job-name=vime-attach",
+        "--nodes=1",
+        f"--nodelist={host}",
+        "--ntasks=1",
+        "--cpus-per-task=1",
+        "--cpu-bind=none",
+        "--overlap",
+        "--mpi=none",
+        f"--chdir={run_dir}",
+    ]
+    return [*argv, *(["--pty"] if terminal else []), *command]
+
+
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
 _REASONS = {
     "TIME LIMIT": Cause.TIME_LIMIT,

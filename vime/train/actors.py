@@ -28,6 +28,7 @@ class RankActor:
     def __init__(self, run_dir: str, rank: int) -> None:
         plan, binding = read_plan(run_dir), read_binding(run_dir)
         place = plan.trainer_ranks[rank]
+        self._name = f"rank {rank} on node {place.node}"
         verify_here(binding, place.node, f"trainer rank {rank}")
         # Ray sets one thread for an actor with a fraction of a CPU; CPU Adam runs at the speed of its threads.
         threads = threads_per_rank(plan, place.node, len(os.sched_getaffinity(0)))
@@ -39,6 +40,10 @@ class RankActor:
         from vime.megatron.worker import TrainWorker
 
         self._worker = TrainWorker(plan, rank)
+
+    def __repr__(self) -> str:
+        """What Ray writes before each line of this actor in the driver's log; vime.logs finds ranks by it."""
+        return self._name
 
     def setup(self, master_address: str, master_port: int) -> Any:
         return self._worker.setup(master_address, master_port)
