@@ -245,10 +245,11 @@ def _local(plan: Plan) -> int:
 
 
 def _submit(plan: Plan) -> int:
-    from vime.launch.submit import check_accepted, check_free, check_path, scripts, submit_jobs
+    from vime.launch.submit import check_accepted, check_container, check_free, check_path, scripts, submit_jobs
 
     # Before anything is written: a run that Slurm would refuse leaves no folder behind.
     check_path(plan.run_dir)
+    check_container(plan)
     check_free(plan.run_dir)
     check_accepted(scripts(plan))
     start(plan)

@@ -18,9 +18,9 @@ from launch_stub import make_plan, preflight, service, stub
 
 from vime.errors import BadInput, Cause
 from vime.launch.jobs import Job, read_jobs
-from vime.launch.runner_slurm import attach_argv, cause_of_message, srun_argv
+from vime.launch.runner_slurm import attach_argv, cause_of_message, srun_argv, step_python
 from vime.launch.slurm import clean_environment, cpus_per_node, parse_job
-from vime.launch.submit import check_path, sbatch_text, scripts, submit_jobs, write_scripts
+from vime.launch.submit import check_container, check_path, sbatch_text, scripts, submit_jobs, write_scripts
 from vime.planning.chain import Link, links
 from vime.planning.types import Plan
 
@@ -51,6 +51,10 @@ PROFILES: dict[str, dict[str, Any]] = {
         "gpus_per_node": 4, "gpu_request": "gres", "cpus_per_node": 48, "mem": "200GB",
         "setup": ("module load cuda", "source /shared/envs/vime/bin/activate"), "env": {"NAME": "it's $HOME"},
         "extra_sbatch": {"reservation": "big", "no-kill": True},
+    },
+    "modules-and-venv": {
+        "modules": ("cuda/12.9", "gcc"), "venv": "/shared/envs/vime 3", "python": None, "setup": "ulimit -l unlimited",
+        "gpus_per_node": 8, "gpu_request": "gpus-per-node", "gpu_type": "h100", "network_interface": "ib0",
     },
 }  # fmt: skip
 
@@ -150,9 +154,8 @@ def test_paths_that_sbatch_would_change_are_refused(path: str) -> None:
 def test_the_srun_call_states_cpus_and_shares_nodes(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, gpus_per_node=8)
     stage = plan.stages[1]
-    argv = srun_argv(
-        stage, ["node01", "node04"], cluster=plan.cluster, run_dir="/shared/a run", python=PYTHON, cpus_per_node=64
-    )
+    plan = plan.model_copy(update={"run_dir": "/shared/a run"})
+    argv = srun_argv(stage, ["node01", "node04"], plan=plan, python=PYTHON, cpus_per_node=64)
     check_golden("convert.srun", "\n".join(argv) + "\n")
 
 
@@ -161,8 +164,7 @@ def test_a_step_never_asks_for_more_cpus_than_the_job_has(
     tmp_path: Path, tasks: int, wanted: int | None, present: int, cpus: int
 ) -> None:
     stage = stub("train", "", tasks_per_node=tasks, cpus_per_task=wanted)
-    cluster = plan_of(tmp_path).cluster
-    argv = srun_argv(stage, ["a"], cluster=cluster, run_dir="r", python="p", cpus_per_node=present)
+    argv = srun_argv(stage, ["a"], plan=plan_of(tmp_path), python="p", cpus_per_node=present)
     assert f"--cpus-per-task={cpus}" in argv
 
 
@@ -173,14 +175,49 @@ def test_the_srun_call_that_attaches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_as", "flag"), [("gres", "--gres=gpu:8"), ("gpus-per-node", "--gpus-per-node=8"), ("none", None)]
+    ("request_as", "kind", "flag"),
+    [
+        ("gres", None, "--gres=gpu:8"),
+        ("gres", "h100", "--gres=gpu:h100:8"),
+        ("gpus-per-node", None, "--gpus-per-node=8"),
+        ("gpus-per-node", "h100", "--gpus-per-node=h100:8"),
+        ("none", "h100", None),
+    ],
 )
-def test_gpus_are_asked_for_as_the_cluster_wants_it(tmp_path: Path, request_as: str, flag: str | None) -> None:
-    cluster = plan_of(tmp_path, gpus_per_node=8, gpu_request=request_as).cluster
-    argv = srun_argv(
-        stub("ray-head", "", gpus_per_node=8), ["a"], cluster=cluster, run_dir="r", python="p", cpus_per_node=1
-    )
+def test_gpus_are_asked_for_as_the_cluster_wants_it(
+    tmp_path: Path, request_as: str, kind: str | None, flag: str | None
+) -> None:
+    plan = plan_of(tmp_path, gpus_per_node=8, gpu_request=request_as, gpu_type=kind)
+    argv = srun_argv(stub("ray-head", "", gpus_per_node=8), ["a"], plan=plan, python="p", cpus_per_node=1)
     assert [word for word in argv if "gpu" in word] == ([flag] if flag else [])
+
+
+CONTAINERS = {
+    "pyxis": {"runtime": "pyxis", "image": "/shared/images/vime 1.sqsh", "options": "--container-writable"},
+    "apptainer": {
+        "runtime": "apptainer", "image": "/shared/images/vime 1.sif", "mounts": ["/scratch:/scratch:ro"],
+        "python": "/opt/venv/bin/python",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_the_srun_call_of_a_container(tmp_path: Path, name: str) -> None:
+    plan = plan_of(tmp_path, gpus_per_node=8, gpu_request="gpus-per-node", container=CONTAINERS[name])
+    plan = plan.model_copy(update={"base_dir": "/shared/models", "run_dir": "/shared/it's a run"})
+    stage = stub("ray-head", "", gpus_per_node=8)
+    argv = srun_argv(stage, ["node01"], plan=plan, python=step_python(plan.cluster), cpus_per_node=64)
+    check_golden(f"container-{name}.srun", "\n".join(argv) + "\n")
+    # The controller itself runs outside.
+    assert "images" not in sbatch_text(plan)
+    assert f"exec {shlex.quote(PYTHON)}" in sbatch_text(plan)
+
+
+def test_a_folder_that_cannot_be_mounted_is_refused(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, run_dir="/shared/a:b", container=CONTAINERS["pyxis"])
+    with pytest.raises(BadInput, match="/shared/a:b cannot be mounted"):
+        check_container(plan)
+    check_container(plan_of(tmp_path, run_dir="/shared/a:b"))
 
 
 def test_srun_does_not_inherit_the_jobs_own_options() -> None:

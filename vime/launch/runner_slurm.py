@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from vime.errors import Cause
-from vime.launch import slurm
+from vime.launch import container, slurm
 from vime.launch.rundir import launcher_log
 from vime.launch.steps import Place, Step, launch, places_text, signal_process
 from vime.launch.task import JOB, PLACES
@@ -22,9 +22,12 @@ def step_name(stage: str) -> str:
     return f"vime-{stage}"
 
 
-def srun_argv(
-    stage: Stage, names: Sequence[str], *, cluster: Cluster, run_dir: str, python: str, cpus_per_node: int | None
-) -> list[str]:
+def step_python(cluster: Cluster) -> str:
+    """The interpreter of the tasks: the container's, the profile's, or the one that runs this."""
+    return cluster.container.python if cluster.container else cluster.interpreter or sys.executable
+
+
+def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cpus_per_node: int | None) -> list[str]:
     """The srun call of a stage on these nodes.
 
     Since Slurm 22.05 srun takes no CPUs over from sbatch, so a step states them; steps share the job's nodes with the
@@ -48,11 +51,18 @@ def srun_argv(
         "--input=none",
         "--export=ALL",
     ]
-    if stage.gpus_per_node and cluster.gpu_request == "gres":
-        argv.append(f"--gres=gpu:{stage.gpus_per_node}")
-    elif stage.gpus_per_node and cluster.gpu_request == "gpus-per-node":
-        argv.append(f"--gpus-per-node={stage.gpus_per_node}")
-    return [*argv, python, "-m", "vime.launch.task", "--run", run_dir, "--stage", stage.name]
+    argv.extend(f"--{name}={value}" for name, value in gpu_options(plan.cluster, stage.gpus_per_node).items())
+    argv.extend(container.srun_options(plan))
+    task = [python, "-m", "vime.launch.task", "--run", plan.run_dir, "--stage", stage.name]
+    return [*argv, *container.wrap(plan, stage, task)]
+
+
+def gpu_options(cluster: Cluster, count: int) -> dict[str, str]:
+    """How this cluster wants to be asked for GPUs of a node, for sbatch and srun alike."""
+    if not count or cluster.gpu_request == "none":
+        return {}
+    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+    return {"gres": f"gpu:{kind}{count}"} if cluster.gpu_request == "gres" else {"gpus-per-node": f"{kind}{count}"}
 
 
 def attach_argv(job: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool) -> list[str]:
@@ -109,9 +119,8 @@ class SlurmRunner:
         argv = srun_argv(
             stage,
             [place.name for place in places],
-            cluster=self._plan.cluster,
-            run_dir=self._plan.run_dir,
-            python=self._plan.cluster.python or sys.executable,
+            plan=self._plan,
+            python=step_python(self._plan.cluster),
             cpus_per_node=self._cpus,
         )
         env = {**slurm.clean_environment(os.environ), PLACES: places_text(places), JOB: self.job}

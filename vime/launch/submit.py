@@ -16,7 +16,9 @@ from typing import Any
 
 from vime.errors import BadInput
 from vime.launch import slurm
+from vime.launch.container import mounts
 from vime.launch.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
+from vime.launch.runner_slurm import gpu_options
 from vime.planning.chain import Link, links, part
 from vime.planning.types import Plan
 
@@ -96,17 +98,18 @@ def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = 
         "setup": setup_lines(plan),
         "additional_parameters": more,
     }
-    if cluster.gpus_per_node and cluster.gpu_request == "gpus-per-node":
-        parameters["gpus_per_node"] = cluster.gpus_per_node
-    elif cluster.gpus_per_node and cluster.gpu_request == "gres":
-        parameters["gres"] = f"gpu:{cluster.gpus_per_node}"
+    gpus = gpu_options(cluster, cluster.gpus_per_node)
+    parameters.update({name.replace("-", "_"): value for name, value in gpus.items()})
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
 
 
 def setup_lines(plan: Plan) -> list[str]:
     """Shell lines before Python starts: the profile's, its environment, and the run's own code first on the path."""
     cluster = plan.cluster
-    lines = [*cluster.setup, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items())]
+    lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
+    if cluster.venv is not None:
+        lines.append(f"source {shlex.quote(f'{cluster.venv}/bin/activate')}")
+    lines += [*cluster.setup, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items())]
     if plan.code is not None:
         # The folder in which the run was submitted may hold plug-ins; it may also be the checkout, so it comes second.
         # Python itself would put it first.
@@ -124,7 +127,7 @@ def _executor(plan: Plan, link: Link | None = None, after: str | None = None) ->
             return 2  # the script's text can be made on a machine without Slurm
 
     # exec: the batch process must be Python itself, since Slurm signals that process alone.
-    python = "exec " + shlex.quote(plan.cluster.python or sys.executable)
+    python = "exec " + shlex.quote(plan.cluster.interpreter or sys.executable)
     executor = Executor(submit_folder(plan), max_num_timeout=plan.max_timeouts, python=python)
     executor.update_parameters(**sbatch_parameters(plan, link, after))
     return executor
@@ -192,6 +195,12 @@ def _submit_one(plan: Plan, link: Link | None, after: str | None) -> Job:
     except (FailedJobError, FailedSubmissionError) as error:
         raise BadInput(f"sbatch refused the job: {_last_line(str(error))}") from error
     return Job(job.job_id, name)
+
+
+def check_container(plan: Plan) -> None:
+    """Raises BadInput where a folder of the run cannot be mounted in the profile's container."""
+    if plan.cluster.container is not None:
+        mounts(plan, plan.cluster.container)
 
 
 def check_path(run_dir: str) -> None:

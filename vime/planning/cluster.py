@@ -10,17 +10,31 @@ from vime.errors import BadInput
 from vime.planning.types import Cluster
 from vime.recipe import files
 
+OWN_OPTIONS = {
+    "output": "", "error": "", "open-mode": "", "signal": "", "requeue": "", "no-requeue": "", "job-name": "",
+    "dependency": "", "kill-on-invalid-dep": "", "array": "", "nodes": "--nodes", "ntasks": "", "ntasks-per-node": "",
+    "wrap": "", "time": "time-limit-minutes", "partition": "partition", "account": "account", "qos": "qos",
+    "constraint": "constraint", "mem": "mem", "exclusive": "exclusive", "cpus-per-task": "cpus-per-node",
+    "gres": "gpu-request and gpus-per-node", "gpus-per-node": "gpus-per-node",
+}  # fmt: skip
+"""Options of sbatch that a profile does not set by itself, and what to use in their place; empty: nothing."""
+
 
 def load_cluster(name_or_path: str) -> Cluster:
     """The profile of this name or in this file; dashes and underscores in its options are the same."""
     path = files.find("clusters", name_or_path)
     values = {str(key).replace("-", "_"): value for key, value in files.read(path).items()}
     try:
-        return Cluster(**{"name": path.stem, **values})
+        cluster = Cluster(**{"name": path.stem, **values})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"]).replace("_", "-")
         raise BadInput(f"{path}: {place} is {problem['input']!r}: {problem['msg'].lower()}") from error
+    for option in cluster.extra_sbatch:
+        if (name := option.lstrip("-").replace("_", "-")) in OWN_OPTIONS:
+            advice = f"give it as {place}" if (place := OWN_OPTIONS[name]) else "vime sets it"
+            raise BadInput(f"{path}: extra-sbatch has {option}: {advice}")
+    return cluster
 
 
 def parse_minutes(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
@@ -138,6 +138,25 @@ class Ports(Frozen):
     metrics_export: int
 
 
+class Container(Frozen):
+    """The container that the stages run in; the controller runs outside of it, on the batch host."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    image: str
+    """As the runtime names it: a .sqsh or .sif file, or a registry's name."""
+    mounts: tuple[str, ...] = ()
+    """`SOURCE:TARGET` or `SOURCE:TARGET:FLAGS`. Run folder, base folder and node-local files are mounted anyway."""
+    python: str = "python3"
+    """Interpreter inside."""
+    options: tuple[str, ...] = ()
+    """More options of srun (pyxis) or of `apptainer exec`."""
+
+    @field_validator("mounts", "options", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
 class Cluster(Frozen):
     """The cluster profile as resolved for this run."""
 
@@ -150,6 +169,8 @@ class Cluster(Frozen):
     constraint: str | None = None
     gpus_per_node: int = 0
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gpus-per-node"
+    gpu_type: str | None = None
+    """As Slurm names it (`h100`), where a partition has several."""
     cpus_per_node: int | None = None
     memory_per_node_bytes: int | None = None
     gpu_memory_bytes: int | None = None
@@ -158,13 +179,27 @@ class Cluster(Frozen):
     mem: str | None = "0"
     time_limit_minutes: int = 24 * 60
     network_interface: str | None = None
-    container: dict[str, str] = Field(default_factory=dict)
+    container: Container | None = None
+    modules: tuple[str, ...] = ()
+    """Loaded with `module load` before anything else."""
+    venv: str | None = None
+    """Virtual environment that is activated, and whose Python runs."""
     setup: tuple[str, ...] = ()
-    """Shell lines before Python starts (module load, source venv)."""
+    """More shell lines before Python starts."""
     env: dict[str, str] = Field(default_factory=dict)
     extra_sbatch: dict[str, Any] = Field(default_factory=dict)
     python: str | None = None
-    """Interpreter on the nodes; by default the one that runs vime.submit."""
+    """Interpreter on the nodes; by default the virtual environment's, else the one that runs vime.submit."""
+
+    @field_validator("modules", "setup", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def interpreter(self) -> str | None:
+        """Python of the batch script, where the profile says which."""
+        return self.python or (f"{self.venv}/bin/python" if self.venv else None)
 
 
 class Plan(Frozen):
