@@ -13,7 +13,7 @@ from main_job import BaseFolder
 from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
 from vime.launch.events import read_events
-from vime.launch.submit import read_job
+from vime.launch.jobs import read_jobs
 from vime.observe.metrics import read_metrics
 from vime.planning.io import read_plan
 
@@ -41,9 +41,8 @@ class Person:
         """The README's command, made short; the job's id."""
         flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000")
         self.types("vime.submit", "--recipe", "tiny-deepseek-r1", "--nodes", "2", "--run-name", run, "--", *flags)
-        job = read_job(Path(self.env["BASE_DIR"]) / "runs" / run)
-        assert job is not None
-        return job
+        (job,) = read_jobs(Path(self.env["BASE_DIR"]) / "runs" / run)
+        return job.job_id
 
 
 def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: DevCluster, tiny_base: BaseFolder) -> None:
