@@ -25,15 +25,11 @@ from vime.checkpoint.fp8 import dequantise, scale_name
 from vime.checkpoint.fp8_triton import quantise_many
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.safetensors_file import Spec, layout, raw_bytes
+from vime.recipe import files
 
 FLOOR, MOST_GPU_BYTES = 0.8, 4 * 2**30
 SHAPES = {"gate_proj": (2048, 7168), "up_proj": (2048, 7168), "down_proj": (7168, 2048)}
 EXPERTS_A_SHARD = 16
-CONFIG = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
-}
 
 
 def generate(folder: Path, experts: int) -> None:
@@ -55,7 +51,8 @@ def generate(folder: Path, experts: int) -> None:
                 file.write(raw_bytes(tensors[tensor]))
         weight_map |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = files.read(files.find("models", "deepseek-r1"))
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def copy_rates(size: int = 2**30) -> dict[str, float]:
