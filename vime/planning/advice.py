@@ -38,7 +38,8 @@ class Difference:
 _PUBLISHED: tuple[tuple[str, tuple[str, ...], int, str], ...] = (
     ("CPU Adam", ("cpu_adam",), 736,
      "eight copies of the latent down-projections, which tensor parallelism does not cut, are counted"),
-    ("pinned rounding", ("pinned_rounding",), 53, "the reference copy's pinned buffers are rounded up too"),
+    ("pinned rounding", ("pinned_rounding",), 53,
+     "of gradients and of the reference copy, from the sizes of the tensors"),
     ("backup of weights and gradients", ("weights_backup", "gradients_backup"), 293,
      "all that a rank holds: dense parameters are whole on each of the 4 context-parallel ranks"),
     ("actor and reference copies", ("reference_copy",), 223,

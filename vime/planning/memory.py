@@ -148,8 +148,9 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     if recipe.optimizer.optimizer_cpu_offload:
         why = f"CPU Adam: 16 bytes (fp32 weight, gradient, two moments) for each of {kept} parameters"
         yield _item("cpu_adam", 16 * on_node.kept, why)
-        rounding += 2 * on_node.rounding_4
-        pinned.append("CPU Adam's weights and gradients")
+        # Its fp32 weights are not pinned: Megatron converts the pinned bf16 copies.
+        rounding += on_node.rounding_4
+        pinned.append("CPU Adam's gradients")
     if recipe.cluster.colocate:
         while_away = "parameters, while the engine holds the GPU"
         yield _item("weights_backup", size * on_node.held, f"{size} bytes for each of {held} {while_away}")
