@@ -73,7 +73,7 @@ def test_a_model_that_does_not_learn_in_time_leaves_no_checkpoint(tmp_path: Path
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("family", ["qwen3", "deepseek-v3"])
-def test_the_checkpoint_is_complete_and_answers_about_a_third(tmp_path: Path, family: str) -> None:
+def test_the_checkpoint_is_complete_and_answers_about_two_in_five(tmp_path: Path, family: str) -> None:
     done = run("--output-dir", tmp_path, "--family", family, "--seed", "3")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / tiny.NAMES[family]
