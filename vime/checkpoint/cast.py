@@ -14,8 +14,9 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +88,11 @@ def cast_to_bf16(
         return 0
     total = sum(shard.bytes for shard in mine)
     progress = Progress(f"cast, rank {rank} of {world_size}:", total)
-    caster = _caster(checkpoint, device)
-    with (
-        ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
-        ThreadPoolExecutor(caster.shards_at_once) as files,
-    ):
-        for _ in files.map(lambda shard: _write_shard(caster, shard, partial, pool, progress), mine):
+    caster, threads = _caster(checkpoint, device), threads or len(os.sched_getaffinity(0))
+    at_once = max(1, min(caster.shards_at_once or threads, len(mine)))
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(at_once) as files:
+        pieces = Window(pool, max(1, 2 * threads // at_once))
+        for _ in files.map(lambda shard: _write_shard(caster, shard, partial, pieces, progress), mine):
             pass
     caster.close()
     progress.close()
@@ -165,6 +165,24 @@ def _caster(checkpoint: HFCheckpoint, device: str | None) -> CpuCaster | GpuCast
     return GpuCaster(checkpoint, torch.device(device))
 
 
+@dataclass(frozen=True)
+class Window:
+    """A pool that works on a few pieces of each shard at a time, so that the shards' pieces take turns."""
+
+    pool: ThreadPoolExecutor
+    size: int
+
+    def run(self, call: Callable[[Any], None], items: Iterator[Any]) -> None:
+        """Calls with every item; the first error ends it."""
+        pending: deque[Future[None]] = deque()
+        for item in items:
+            if len(pending) == self.size:
+                pending.popleft().result()
+            pending.append(self.pool.submit(call, item))
+        for future in pending:
+            future.result()
+
+
 class CpuCaster:
     """Dequantises rows of mapped files into memory that each thread keeps.
 
@@ -191,7 +209,7 @@ class CpuCaster:
 
 
 def _write_shard(
-    caster: CpuCaster | GpuCaster, shard: Shard, partial: Path, pool: ThreadPoolExecutor, progress: Progress
+    caster: CpuCaster | GpuCaster, shard: Shard, partial: Path, pieces: Window, progress: Progress
 ) -> None:
     draft = partial / f".{shard.name}"
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -203,8 +221,7 @@ def _write_shard(
         def piece(work: tuple[TensorInfo, int, int]) -> None:
             progress.add(_write_rows(caster, file, *work))
 
-        for _ in pool.map(piece, (work for info in shard.places.values() for work in _pieces(caster, info))):
-            pass
+        pieces.run(piece, (work for info in shard.places.values() for work in _pieces(caster, info)))
         os.fsync(file)
     finally:
         os.close(file)

@@ -39,8 +39,8 @@ class GpuCaster:
     """Reads rows of a tensor's file and gives back their bf16 values in pinned memory."""
 
     piece_bytes = PIECE_BYTES
-    shards_at_once = 4
-    """Pages of one file in memory are added under one lock."""
+    shards_at_once = None
+    """As many as threads: pages are added to a file under its lock."""
 
     def __init__(self, checkpoint: HFCheckpoint, device: torch.device) -> None:
         if checkpoint.block[0] != checkpoint.block[1]:

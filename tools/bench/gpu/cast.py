@@ -29,7 +29,7 @@ from vime.recipe import files
 
 FLOOR, MOST_GPU_BYTES = 0.8, 4 * 2**30
 SHAPES = {"gate_proj": (2048, 7168), "up_proj": (2048, 7168), "down_proj": (7168, 2048)}
-EXPERTS_A_SHARD = 16
+EXPERTS_A_SHARD = 8
 
 
 def generate(folder: Path, experts: int) -> None:
@@ -130,6 +130,8 @@ def main() -> int:
         shutil.rmtree(folder)
     for name, rate in rates.items():
         print(f"{name}: {rate / 1e9:.1f} GB/s")
+    limit = written / statistics.median(times) / rates["files in memory, all threads"]
+    print(f"cast {limit:.3f} of what as many threads write into files in memory, one each")
     ratio = written / statistics.median(times) / min(rates["host to device"], rates["device to host"])
     print(
         f"cast {ratio:.3f} of the slower direction (floor {FLOOR}), {gpu_bytes / 2**30:.2f} GiB of GPU memory (most 4)"

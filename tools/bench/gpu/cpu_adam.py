@@ -31,7 +31,7 @@ from vime.recipe.parallel import ParallelLayout
 FLAGS = ("--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer")
 ITEMS = ("cpu_adam", "pinned_rounding")
 MEMORY_TOLERANCE, THREADS_FLOOR = 0.05, 4.0
-BYTES_A_PARAMETER = {"DRAM": 28, "device to host": 4, "host to device": 2}
+BYTES_A_PARAMETER = {"DRAM": 28, "DRAM, one thread": 28, "device to host": 4, "host to device": 2}
 """Adam reads weight, gradient and two moments and writes three of them; the gradient comes in fp32, the weight goes
 back in bf16."""
 
@@ -72,6 +72,8 @@ def limits(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     source, target = torch.ones(2**30, dtype=torch.float32), torch.empty(2**30, dtype=torch.float32)
     rates = {"DRAM": 2 * source.nbytes / median_seconds(lambda: target.copy_(source))}
+    torch.set_num_threads(1)
+    rates["DRAM, one thread"] = 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
     host = torch.empty(2**30, dtype=torch.uint8).pin_memory()
     device = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     rates["device to host"] = 2**30 / median_seconds(lambda: host.copy_(device, non_blocking=True))
@@ -133,6 +135,7 @@ def main() -> int:
         least = BYTES_A_PARAMETER[name] * parameters / rate
         print(f"{name}: {rate / 1e9:.1f} GB/s, so at least {least:.2f} s a step; the step is {ours / least:.2f} x")
     print(f"step: {ours:.2f} s with {args.threads} threads, {rays:.2f} s with one")
+    print(f"DRAM gives all threads {rates['DRAM'] / rates['DRAM, one thread']:.2f} x what it gives one")
     off = growth / expected - 1
     print(f"memory {off:+.1%} of the plan (at most 5 %), threads {rays / ours:.2f} x (floor {THREADS_FLOOR})")
     return 0 if abs(off) <= MEMORY_TOLERANCE and rays / ours >= THREADS_FLOOR else 1
