@@ -214,6 +214,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     writes = not args.dry_run or args.run_dir is not None
     plan = plan_from(args, flags, required=not args.dry_run, run_folder=writes)
+    plan = plan.model_copy(update={"command": tuple(argv)})
     if args.dry_run:
         return _dry_run(plan, write=args.run_dir is not None)
     check_fits(plan)

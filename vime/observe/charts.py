@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-WIDTH, HEIGHT = 640, 200
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 26
+from vime.observe.markup import details, escape, table
+
+WIDTH, HEIGHT = 420, 190
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 24
 MAX_POINTS = 400
+SMOOTHED_FROM = 24
+"""Points from which a single line is drawn smoothed, above its own values."""
+TABLE_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,20 @@ def thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[
     return kept
 
 
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means over a window of a twentieth of the points, centred, shorter at the ends."""
+    half = max(1, len(points) // 40)
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+
+    def mean(at: int) -> float:
+        reach = min(half, at, len(points) - 1 - at)
+        return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+
+    return [(x, mean(number)) for number, (x, _) in enumerate(points)]
+
+
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that lie within low..high."""
     if not high > low:
@@ -45,32 +63,61 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
+def brief(value: float) -> str:
+    """A number for an axis: `12k`, `0.05`."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= factor:
+            return f"{value / (1e3 if unit == 'k' else factor):.4g}{unit}"
+    return f"{value:.4g}"
+
+
 def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
     """One chart. Its title and the first and last values are its text for readers that see no picture."""
-    lines = [Series(line.label, thin(line.points)) for line in lines if line.points]
+    lines = [line for line in lines if line.points]
     if not lines:
         return ""
+    single = len(lines) == 1 and len(lines[0].points) >= SMOOTHED_FROM
+    whole = lines
+    lines = [Series(line.label, thin(line.points)) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     low, high = min(ys), max(ys)
     pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     scale = _Scale(min(xs), max(xs), low - pad, high + pad)
+    drawn = [_path(line, number, scale, "raw" if single else "") for number, line in enumerate(lines)]
+    if single:
+        drawn.append(_path(Series("", thin(smooth(whole[0].points))), 0, scale))
     said = "; ".join(
         f"{line.label}: {first:.4g} at {x0:g}, {last:.4g} at {x1:g}"
-        for line in lines
+        for line in whole
         for (x0, first), (x1, last) in [(line.points[0], line.points[-1])]
     )
+    last = " / ".join(brief(line.points[-1][1]) for line in whole)
+    name = f"{title} ({unit})" if unit else title
     parts = [
-        f'<figure class="chart"><figcaption>{escape(title)}{f" ({escape(unit)})" if unit else ""}</figcaption>',
+        f'<figure class="chart"><figcaption>{escape(name)}<span class="last">{escape(last)}</span></figcaption>',
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}. {escape(said)}">',
         *_axes(scale),
-        *(_path(line, number, scale) for number, line in enumerate(lines)),
+        *drawn,
         "</svg>",
     ]
     if len(lines) > 1:
-        keys = "".join(f'<span><i class="key s{n}"></i>{escape(line.label)}</span>' for n, line in enumerate(lines))
+        keys = "".join(f'<span><i class="key s{n % 4}"></i>{escape(line.label)}</span>' for n, line in enumerate(lines))
         parts.append(f'<div class="legend">{keys}</div>')
-    return "".join([*parts, "</figure>"])
+    return "".join([*parts, details("values", _values(title, whole)), "</figure>"])
+
+
+def _values(title: str, lines: Sequence[Series]) -> str:
+    """Some of the values, first and last among them, as a table."""
+    longest = max(lines, key=lambda line: len(line.points)).points
+    count = min(TABLE_ROWS, len(longest))
+    chosen = {longest[round(i * (len(longest) - 1) / max(1, count - 1))][0] for i in range(count)}
+    of_line = [(line.label, dict(line.points)) for line in lines]
+    rows = [
+        {"rollout": f"{x:g}", **{label: f"{values[x]:.5g}" if x in values else "" for label, values in of_line}}
+        for x in sorted(chosen)
+    ]
+    return table(rows, numbers=["rollout", *(label for label, _ in of_line)], caption=title)
 
 
 @dataclass(frozen=True)
@@ -93,15 +140,16 @@ def _axes(scale: _Scale) -> list[str]:
     for value in ticks(scale.y0, scale.y1):
         y = scale.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.4g}</text>')
-    for value in ticks(scale.x0, scale.x1, 8):
-        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - 8}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{brief(value)}</text>')
+    for value in ticks(scale.x0, scale.x1, 6):
+        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - 7}" text-anchor="middle">{brief(value)}</text>')
     return parts
 
 
-def _path(line: Series, number: int, scale: _Scale) -> str:
+def _path(line: Series, number: int, scale: _Scale, more: str = "") -> str:
     points = [f"{scale.x(x)},{scale.y(y)}" for x, y in line.points]
+    kind = f"s{number % 4} {more}".strip()
     if len(points) == 1:
         x, y = points[0].split(",")
-        return f'<circle class="s{number}" cx="{x}" cy="{y}" r="3"/>'
-    return f'<polyline class="s{number}" points="{" ".join(points)}"/>'
+        return f'<circle class="{kind}" cx="{x}" cy="{y}" r="3"/>'
+    return f'<polyline class="{kind}" points="{" ".join(points)}"/>'

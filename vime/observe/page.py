@@ -3,87 +3,161 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
-from html import escape
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+from vime.observe import phases
 from vime.observe.charts import Series, line_chart
+from vime.observe.markup import cards, details, escape, facts, pre, shortened, table
 from vime.observe.metrics import series
+from vime.observe.outcome import Outcome, outcome
 from vime.observe.summary import RunSummary
-from vime.observe.timeline import Span
+from vime.planning.resume import resume_command
+from vime.planning.show import size
+from vime.planning.svg import STYLE as MAP_STYLE
+from vime.planning.svg import placement_svg
 
 STYLE = files("vime.observe").joinpath("report.css").read_text(encoding="utf-8")
 
 CHARTS = (
     ("Mean reward, all finished groups", (("rollout/raw_reward", "reward"),), ""),
-    ("Response length", (("rollout/response_len_mean", "mean"), ("rollout/response_len_max", "max")), "tokens"),
-    ("Policy loss", (("train/pg_loss", "policy loss"),), ""),
-    ("KL and policy change", (("train/kl_loss", "KL loss"), ("train/ppo_kl", "KL to old policy")), "nat"),
-    ("Entropy", (("train/entropy", "entropy"),), "nat"),
-    ("Gradient norm", (("train/grad_norm", "norm"),), ""),
-    ("Clipped share", (("train/pg_clipfrac", "share"),), ""),
-    ("Trainer/engine log-prob difference", (("train/train_rollout_logprob_abs_diff", "mean difference"),), "nat"),
-    ("Throughput", (("perf/rollout_tokens_per_second", "generated"),), "tokens/s"),
+    ("Response length", (("rollout/response_length", "mean"), ("rollout/response_length_max", "longest")), "tokens"),
     (
-        "Seconds a phase",
-        tuple((f"perf/{p}_time", p) for p in ("generate", "train", "sync", "save")),
-        "s",
+        "KL and policy change",
+        (("train/kl_loss", "KL to the reference"), ("train/ppo_kl", "KL to the old policy")),
+        "nat",
     ),
+    ("Entropy", (("train/entropy", "entropy"),), "nat"),
+    ("Generated", (("perf/rollout_tokens_per_s", "generated"),), "tokens/s"),
+    ("Throughput", (("perf/tokens_per_gpu_per_s", "throughput"),), "tokens/s/GPU"),
+    ("Model FLOPs utilisation of training", (("perf/mfu", "MFU"),), ""),
+    ("Policy loss", (("train/pg_loss", "policy loss"),), ""),
+    ("Gradient norm", (("train/grad_norm", "norm"),), ""),
+    ("Clipped share of tokens", (("train/pg_clipfrac", "share"),), ""),
+    ("Trainer/engine log-prob difference", (("train/train_rollout_logprob_abs_diff", "mean difference"),), "nat"),
+    ("Groups dropped by the filter", (("rollout/filter_drops", "dropped"),), ""),
+    ("Groups of equal rewards", (("rollout/zero_std_share", "share"),), ""),
+    ("Truncated responses", (("rollout/truncated_share", "share"),), ""),
+    ("Engine prefix cache hits", (("perf/engine_cache_hit_rate", "share"),), ""),
+    ("Accepted draft tokens", (("perf/draft_acceptance_rate", "share"),), ""),
+    ("Engines idle", (("perf/engine_idle_share", "share"),), ""),
 )
 
 
 def page(run: RunSummary) -> str:
     """The whole document."""
+    result = outcome(run)
     sections = {
-        "Outcome": _outcome(run),
+        "Outcome": _outcome(run, result),
         "Curves": _curves(run),
         "Evaluation": _evaluation(run),
-        "Timeline": _timeline(run.spans),
+        "Timeline": _timeline(run),
         "Placement": _placement(run),
-        "Preflight": _table(run.preflight),
+        "Preflight": table(run.preflight, caption="What preflight found on every node"),
         "Samples": _samples(run),
         "Checkpoints": _checkpoints(run),
         "Configuration": _configuration(run),
         "Events": _events(run.events),
     }
     present = {name: body for name, body in sections.items() if body}
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in present)
-    body = "".join(f'<section id="{n.lower()}"><h2>{n}</h2>{b}</section>' for n, b in present.items())
+    links = "".join(f'<li><a href="#{name.lower()}">{name}</a></li>' for name in present)
+    body = "".join(
+        f'<section id="{n.lower()}" aria-labelledby="h-{n.lower()}"><h2 id="h-{n.lower()}">{n}</h2>{b}</section>'
+        for n, b in present.items()
+    )
     name = escape(run.plan.run_name)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><header><h1>{name}</h1>{_subtitle(run)}"
-        f'<nav aria-label="Sections">{links}</nav></header><main>{body}</main></body></html>'
+        '<meta name="color-scheme" content="light dark">'
+        f'<style>{STYLE}{MAP_STYLE}</style></head><body><a class="skip" href="#outcome">To the outcome</a>'
+        f'<div class="wrap"><header class="top"><div class="title"><h1>{name}</h1>'
+        f'<span class="pill {result.kind}">{escape(result.word)}</span></div>{_subtitle(run)}</header>'
+        f'<nav class="sections" aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main>'
+        f"<footer>Written by vime on {_time(datetime.datetime.now().timestamp())}. "
+        "The same run opens in Perfetto from trace.json and in TensorBoard from the folder tensorboard.</footer>"
+        "</div></body></html>"
     )
 
 
 def _subtitle(run: RunSummary) -> str:
     plan = run.plan
-    ranks, engines = len(plan.trainer_ranks), len(plan.engines)
+    gpus = sum(node.gpus for node in plan.nodes)
+    kind = "GPU" if plan.recipe.cluster.device == "gpu" else "CPU slot"
+    where = "this machine" if plan.cluster.kind == "local" else f"Slurm cluster {plan.cluster.name}"
+    model = os.path.basename((plan.recipe.checkpoint.hf_checkpoint or "").rstrip("/"))
     return (
-        f'<p class="dim">recipe {escape(plan.recipe.name)} on {len(plan.nodes)} nodes ({escape(plan.cluster.kind)}): '
-        f"{ranks} trainer ranks, {engines} engines</p>"
+        f'<p class="sub">{escape(model)} by recipe {escape(plan.recipe.name)} on {len(plan.nodes)} '
+        f"node{'s' * (len(plan.nodes) > 1)}, {gpus} {kind}{'s' * (gpus > 1)}, {escape(where)}</p>"
     )
 
 
-def _outcome(run: RunSummary) -> str:
-    first, last = run.mean_reward(first=True), run.mean_reward(first=False)
-    end = next((event for event in reversed(run.events) if event.get("kind") == "run-end"), None)
-    cards = [("rollouts", f"{len(run.rewards)} of {run.plan.recipe.rollout.num_rollout}")]
-    if first is not None and last is not None:
-        cards += [("reward, first 5", f"{first:.3f}"), ("reward, last 5", f"{last:.3f}")]
-    text = "".join(f'<div class="card"><span class="dim">{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in cards)
-    verdict = ""
-    if end is not None:
-        ok = end["data"].get("cause", "SUCCESS") == "SUCCESS"
-        verdict = f'<p class="{"good" if ok else "bad"}">{escape(str(end["text"]))}</p>'
-        tail = end["data"].get("log_tail")
-        verdict += f"<pre>{escape(str(tail))}</pre>" if tail else ""
-    return f'{verdict}<div class="cards">{text}</div>'
+def _outcome(run: RunSummary, result: Outcome) -> str:
+    told = [f"<p><strong>{escape(result.text)}</strong></p>"]
+    if result.where:
+        told.append(f"<p>{escape(result.where)}</p>")
+    if result.advice:
+        told.append(f"<p>{escape(result.advice)}</p>")
+    if result.tail:
+        told.append(pre(shortened(result.tail), "Last lines of the log"))
+    return (
+        f'<div class="panel {result.kind}">{"".join(told)}</div>{_numbers(run)}<div class="panel">{_facts(run)}</div>'
+    )
+
+
+def _numbers(run: RunSummary) -> str:
+    shown = [("rollouts", f"{len(run.rewards)}", f"of {run.plan.recipe.rollout.num_rollout}")]
+    for title, name in (
+        ("mean reward", "rollout/raw_reward"),
+        ("response length", "rollout/response_length"),
+        ("log-prob difference", "train/train_rollout_logprob_abs_diff"),
+    ):
+        first, last = run.mean(name, first=True), run.mean(name)
+        if first is not None and last is not None:
+            shown.append((title, _number(last), f"{_number(first)} at first"))
+    for name in _eval_names(run)[:2]:
+        points = series(run.steps, name)
+        shown.append((name, f"{points[-1][1]:.3f}", f"{points[0][1]:.3f} at rollout {points[0][0]}"))
+    speed, used = run.mean("perf/tokens_per_gpu_per_s"), run.mean("perf/mfu")
+    if speed is not None:
+        shown.append(("tokens/s/GPU", f"{speed:,.4g}", "samples trained on, whole rollouts"))
+    if used is not None:
+        shown.append(("MFU of training", f"{100 * used:.1f} %", "forward and backward passes"))
+    return cards(shown)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _facts(run: RunSummary) -> str:
+    plan, layout = run.plan, run.plan.layout
+    starts = [event for event in run.events if event["kind"] == "run-start"]
+    job = starts[-1]["data"].get("job") if starts else None
+    times = [float(event["time"]) for event in run.events]
+    engine = plan.engines[0] if plan.engines else None
+    hosts = [node.host for node in run.binding.nodes] if run.binding else []
+    return facts(
+        {
+            "job": job,
+            "started": _time(times[0]) if times else None,
+            "last event": _time(times[-1]) if times else None,
+            "starts": f"{len(starts)} (resubmitted or requeued)" if len(starts) > 1 else None,
+            "run folder": plan.run_dir,
+            "checkpoint": plan.recipe.checkpoint.hf_checkpoint,
+            "data": plan.recipe.rollout.prompt_data,
+            "trainer": f"{layout.world_size} ranks: TP{layout.tp} CP{layout.cp} DP{layout.dp} PP{layout.pp}, "
+            f"experts EP{layout.ep} ETP{layout.etp} EDP{layout.edp}",
+            "engines": f"{len(plan.engines)}, each DP{engine.data_parallel_size} TP{engine.tensor_parallel_size}"
+            if engine
+            else None,
+            "nodes": ", ".join(hosts[:32]) + (f" and {len(hosts) - 32} more" if len(hosts) > 32 else ""),
+        }
+    )
 
 
 def _curves(run: RunSummary) -> str:
@@ -91,115 +165,131 @@ def _curves(run: RunSummary) -> str:
         line_chart(title, [Series(label, series(run.steps, name)) for name, label in lines], unit=unit)
         for title, lines, unit in CHARTS
     ]
-    return f'<div class="grid2">{"".join(charts)}</div>' if any(charts) else ""
+    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _eval_names(run: RunSummary) -> list[str]:
+    """The scores of the evaluation sets: `eval/<set>`."""
+    names = {name for values in run.steps.values() for name in values if name.startswith("eval/")}
+    return sorted(name for name in names if name.count("/") == 1)
 
 
 def _evaluation(run: RunSummary) -> str:
-    names = sorted({name for values in run.steps.values() for name in values if name.startswith("eval/")})
-    charts = [line_chart(name, [Series(name, series(run.steps, name))]) for name in names]
-    return f'<div class="grid2">{"".join(charts)}</div>' if charts else ""
+    charts = []
+    for name in _eval_names(run):
+        more = sorted({n for values in run.steps.values() for n in values if n.startswith(f"{name}/pass@")})
+        lines = [Series("mean", series(run.steps, name))]
+        lines += [Series(n.rsplit("/", 1)[1], series(run.steps, n)) for n in more if not n.endswith("pass@1")][:3]
+        charts.append(line_chart(name.removeprefix("eval/"), lines))
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
-def _timeline(spans: list[Span], shown: int = 12) -> str:
-    """The last rollouts' phases, a row a track."""
-    if not spans:
-        return ""
-    newest = max(span.rollout_id for span in spans)
-    spans = [span for span in spans if span.rollout_id > newest - shown]
-    start, end = min(s.start for s in spans), max(s.end for s in spans)
-    tracks = list(dict.fromkeys(span.track for span in spans))
-    names = list(dict.fromkeys(span.name for span in spans))
-    scale = 1000 / max(end - start, 1e-9)
-    bars = "".join(
-        f'<rect class="s{names.index(s.name) % 4}" x="{120 + (s.start - start) * scale:.1f}" '
-        f'y="{6 + 26 * tracks.index(s.track)}" width="{max(s.seconds * scale, 0.5):.1f}" height="18">'
-        f"<title>{escape(s.name)}, rollout {s.rollout_id}: {s.seconds:.2f} s</title></rect>"
-        for s in spans
-    )
-    labels = "".join(f'<text x="0" y="{20 + 26 * i}">{escape(track)}</text>' for i, track in enumerate(tracks))
-    keys = "".join(f'<span><i class="key s{i % 4}"></i>{escape(name)}</span>' for i, name in enumerate(names))
-    height = 12 + 26 * len(tracks)
-    return (
-        f'<svg viewBox="0 0 1130 {height}" role="img" aria-label="Phases of the last rollouts, {end - start:.0f} s">'
-        f'{labels}{bars}</svg><div class="legend">{keys}</div>'
-    )
+def _timeline(run: RunSummary) -> str:
+    parts = {
+        "Where the time went": phases.overview(run.spans),
+        "The last rollouts": phases.last_rollouts(run.spans),
+        "Wait of each rank": phases.rank_waits(run.spans),
+    }
+    return "".join(f'<h3>{title}</h3><div class="panel">{body}</div>' for title, body in parts.items() if body)
 
 
 def _placement(run: RunSummary) -> str:
     rows = []
+    hosts = {node.index: node.host for node in run.binding.nodes} if run.binding else {}
     for node in run.plan.nodes:
-        ranks = [
-            f"{r.rank} (gpu {r.gpu}, tp{r.tp} cp{r.cp} dp{r.dp} pp{r.pp})"
-            for r in run.plan.trainer_ranks
-            if r.node == node.index
-        ]
+        ranks = [run.plan.trainer_ranks[rank] for rank in node.ranks]
+        memory = size(node.host_memory.total_bytes)
         rows.append(
             {
                 "node": node.index,
-                "GPUs": node.gpus,
-                "trainer ranks": ", ".join(ranks),
+                "host": hosts.get(node.index, ""),
+                "ranks": ", ".join(
+                    f"{r.rank} (GPU {r.gpu}: tp{r.tp} cp{r.cp} dp{r.dp} pp{r.pp} ep{r.ep})" for r in ranks
+                ),
                 "engines": ", ".join(map(str, node.engines)),
+                "host memory planned": memory,
             }
         )
-    return _table(rows)
+    picture = placement_svg(run.plan, standalone=False)
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="Placement map">{picture}</div>'
+    return f'<div class="panel">{scroll}</div>{details("the same as a table", table(rows))}'
 
 
 def _samples(run: RunSummary) -> str:
     parts = []
-    for rollout_id, samples in run.samples.items():
-        rows = [{k: s.get(k) for k in ("reward", "label", "response", "prompt", "tokens", "status")} for s in samples]
-        parts.append(
-            f"<details><summary>rollout {rollout_id}</summary>{_table(rows, pre=('response', 'prompt'))}</details>"
-        )
+    for number, (rollout_id, samples) in enumerate(reversed(run.samples.items())):
+        scored = sorted((s for s in samples if s.get("reward") is not None), key=lambda s: s["reward"])
+        if not scored:
+            continue
+        pair = [("best", scored[-1]), ("worst", scored[0])] if len(scored) > 1 else [("only", scored[0])]
+        body = f'<div class="two">{"".join(_sample(name, sample) for name, sample in pair)}</div>'
+        opened = " open" if not number else ""
+        parts.append(f"<details{opened}><summary>rollout {rollout_id}</summary>{body}</details>")
     return "".join(parts)
 
 
+def _sample(name: str, sample: dict[str, Any]) -> str:
+    label = sample.get("label")
+    more = f"{sample.get('tokens')} tokens, {sample.get('status')}"
+    return (
+        f'<article class="sample {escape(name)}"><h4>{escape(name.capitalize())}: reward {sample["reward"]:.3g}'
+        f'<span class="tag">{escape(more)}</span></h4><p class="label">Label: <code>{escape(label)}</code></p>'
+        f'<div class="dim">Response</div>{pre(shortened(sample.get("response")), f"{name} response")}'
+        f'<div class="dim">Prompt</div>{pre(shortened(sample.get("prompt"), 2000), f"prompt of the {name} response")}'
+        "</article>"
+    )
+
+
 def _checkpoints(run: RunSummary) -> str:
-    if not run.checkpoints:
-        return ""
-    items = "".join(f"<li><code>{escape(path)}</code></li>" for path in run.checkpoints)
-    advice = "To go on from the newest, submit again under the same name, with the same flags after <code>--</code>:"
-    return f"<ul>{items}</ul><p>{advice}</p><pre>{escape(resume_command(run))}</pre>"
-
-
-def resume_command(run: RunSummary) -> str:
-    """The command that continues this run from its newest checkpoint: the same submission again, by the run's name."""
-    plan = run.plan
-    words = ["python", "-m", "vime.submit", "--recipe", plan.recipe.name, "--nodes", str(len(plan.nodes))]
-    words += ["--cluster", plan.cluster.name, "--run-name", plan.run_name]
-    words += ["--base-dir", plan.base_dir] if plan.base_dir else []
-    return shlex.join(words)
+    rows = [
+        {"after rollout": c.rollout_id, "size": size(c.bytes), "written": _time(c.time), "path": c.path}
+        for c in run.checkpoints
+    ]
+    listed = table(rows, numbers=("after rollout", "size"), caption="Checkpoints on disk when this was written")
+    where = (
+        "goes on after the newest checkpoint" if rows else "starts again from the beginning: no checkpoint was written"
+    )
+    whole = len(run.rewards) >= run.plan.recipe.rollout.num_rollout
+    more = (
+        " All its rollouts are done: give a larger <code>--num-rollout</code> after <code>--</code>." if whole else ""
+    )
+    return (
+        f'{listed}<div class="panel"><p>This command {where}.{more}</p>'
+        f"{pre(shlex.join(resume_command(run.plan)), 'Command that goes on with the run')}</div>"
+    )
 
 
 def _configuration(run: RunSummary) -> str:
-    recipe = yaml.safe_dump(run.plan.recipe.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in run.plan.notes)
-    return f"<ul>{notes}</ul><details><summary>recipe</summary><pre>{escape(recipe)}</pre></details>"
+    plan = run.plan
+    recipe = yaml.safe_dump(plan.recipe.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in plan.notes)
+    command = shlex.join(("python", "-m", "vime.submit", *plan.command)) if plan.command else ""
+    stages = [
+        {"stage": stage.name, "nodes": len(stage.nodes), "command": shlex.join(("python", *stage.command))}
+        for stage in plan.stages
+    ]
+    return (
+        (f"<h3>Command</h3>{pre(command, 'Command of the run')}" if command else "")
+        + (f"<h3>Notes of the plan</h3><ul>{notes}</ul>" if notes else "")
+        + f"<h3>Recipe</h3>{details('every option that differs from its default', pre(recipe, 'Recipe'))}"
+        + details("stages and their commands", table(stages, numbers=("nodes",)))
+        + details("the model's config.json", pre(yaml.safe_dump(plan.model_config_hf, sort_keys=False), "config.json"))
+    )
 
 
 def _events(events: list[dict[str, Any]]) -> str:
     rows = [
         {
-            "time": datetime.datetime.fromtimestamp(float(e["time"])).isoformat(" ", "seconds"),
+            "time": _time(float(e["time"])),
             "event": e["kind"],
             "stage": e.get("stage"),
             "node": e.get("node"),
-            "text": e.get("text"),
+            "text": shortened(e.get("text"), 600),
         }
         for e in events[-200:]
     ]
-    return _table(rows)
+    return table(rows, caption="The newest events of the journal" if len(events) > 200 else "The run's journal")
 
 
-def _table(rows: list[dict[str, Any]], pre: tuple[str, ...] = ()) -> str:
-    if not rows:
-        return ""
-    heads = list(rows[0])
-    head = "".join(f'<th scope="col">{escape(str(h))}</th>' for h in heads)
-
-    def cell(name: str, value: Any) -> str:
-        text = "" if value is None else escape(str(value))
-        return f"<td><pre>{text}</pre></td>" if name in pre else f"<td>{text}</td>"
-
-    body = "".join(f"<tr>{''.join(cell(h, row.get(h)) for h in heads)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vime.errors import BadInput
 from vime.observe.metrics import read_metrics, series
 from vime.observe.samples import read_samples
 from vime.observe.timeline import Span, read_timeline
-from vime.planning.io import read_plan
-from vime.planning.types import Plan
+from vime.planning.io import read_binding, read_plan
+from vime.planning.types import Binding, Plan
 
 REWARD = "rollout/raw_reward"
 ENDS = 5
+SHOWN_SAMPLES = 8
+"""Rollouts whose samples the report shows."""
+TRACED_ROLLOUTS = 100
+"""Newest rollouts whose spans of every rank the trace holds; the driver's are there for all."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk."""
+
+    path: str
+    rollout_id: int
+    bytes: int
+    time: float
+    """Unix seconds at which it was written."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +44,32 @@ class RunSummary:
     spans: list[Span]
     events: list[dict[str, Any]]
     samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    checkpoints: list[str] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     preflight: list[dict[str, Any]] = field(default_factory=list)
+    binding: Binding | None = None
 
     @property
     def rewards(self) -> list[tuple[int, float]]:
         return series(self.steps, REWARD)
 
+    @property
+    def last_start(self) -> list[dict[str, Any]]:
+        """The events since the run was started for the last time."""
+        starts = [place for place, event in enumerate(self.events) if event["kind"] == "run-start"]
+        return self.events[starts[-1] :] if starts else self.events
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """The event that ended the last start; None while it runs, or where it was cut off."""
+        return next((event for event in reversed(self.last_start) if event["kind"] == "run-end"), None)
+
     def mean_reward(self, *, first: bool, count: int = ENDS) -> float | None:
         """Mean reward over the first or the last `count` rollouts, over all finished groups; None without rollouts."""
-        values = [value for _, value in self.rewards]
+        return self.mean(REWARD, first=first, count=count)
+
+    def mean(self, name: str, *, first: bool = False, count: int = ENDS) -> float | None:
+        """Mean of a metric over the first or the last `count` rollouts that have it."""
+        values = [value for _, value in series(self.steps, name)]
         chosen = values[:count] if first else values[-count:]
         return sum(chosen) / len(chosen) if chosen else None
 
@@ -52,20 +87,46 @@ def read_run(run_dir: str | Path, events: list[dict[str, Any]]) -> RunSummary:
     """Read a run's folder; `events` come from the journal's own reader, as mappings."""
     folder = Path(run_dir)
     plan = read_plan(folder)
-    save = Path(plan.recipe.checkpoint.save or folder / "checkpoints")
-    kept = sorted(save.glob("iter_*")) if save.is_dir() else []
-    shown = _spread(sorted((folder / "rollouts").glob("*.jsonl")), 6) if (folder / "rollouts").is_dir() else []
+    steps = read_metrics(folder)
     return RunSummary(
         plan=plan,
-        steps=read_metrics(folder),
-        spans=read_timeline(folder),
+        steps=steps,
+        spans=read_timeline(folder, rank_rollouts=TRACED_ROLLOUTS),
         events=events,
-        samples={int(path.stem): read_samples(path) for path in shown},
-        checkpoints=[str(path) for path in kept],
-        preflight=[
-            row for event in events if event.get("kind") == "preflight" for row in event["data"].get("nodes", [])
-        ],
+        samples=_samples(folder),
+        checkpoints=list(_checkpoints(Path(plan.recipe.checkpoint.save or folder / "checkpoints"))),
+        preflight=_preflight(events),
+        binding=_binding(folder),
     )
+
+
+def _samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    files = sorted((folder / "rollouts").glob("*.jsonl")) if (folder / "rollouts").is_dir() else []
+    return {int(path.stem): read_samples(path) for path in _spread(files, SHOWN_SAMPLES)}
+
+
+def _preflight(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the newest preflight."""
+    tables = [event["data"].get("nodes", []) for event in events if event.get("kind") == "preflight"]
+    return tables[-1] if tables else []
+
+
+def _binding(folder: Path) -> Binding | None:
+    try:
+        return read_binding(folder)
+    except BadInput:
+        # The run ended before its nodes were known.
+        return None
+
+
+def _checkpoints(root: Path) -> list[Checkpoint]:
+    found = []
+    for path in sorted(root.glob("iter_*")) if root.is_dir() else []:
+        number = re.fullmatch(r"iter_(\d+)", path.name)
+        if number is not None:
+            sizes = [entry.stat().st_size for entry in os.scandir(path) if entry.is_file()]
+            found.append(Checkpoint(str(path), int(number[1]), sum(sizes), path.stat().st_mtime))
+    return found
 
 
 def _spread(items: list[Path], most: int) -> list[Path]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 TIMELINE_FILE = "timeline.jsonl"
+WAIT = "wait"
+"""What a rank spends at the barrier before gradients are reduced; it lies inside the rank's `train`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class Timeline:
         self._file.write(json.dumps(asdict(span), separators=(",", ":")) + "\n")
         self._file.flush()
 
+    def add_ranks(self, rollout_id: int, ranks: Sequence[Sequence[tuple[str, float, float]]]) -> None:
+        """Spans (name, start, end) of every trainer rank, in rank order, as one line: a long run has millions."""
+        shown = [[[name, round(start, 3), round(end, 3)] for name, start, end in spans] for spans in ranks]
+        self._file.write(json.dumps({"rollout_id": rollout_id, "ranks": shown}, separators=(",", ":")) + "\n")
+        self._file.flush()
+
     def take_metrics(self) -> dict[str, float]:
         """`perf/<phase>_time` in seconds of this track's spans since the last call."""
         metrics: dict[str, float] = {}
@@ -66,17 +74,45 @@ class Timeline:
         self._file.close()
 
 
-def read_timeline(run_dir: str | Path) -> list[Span]:
-    """All whole spans of a run in the order they ended."""
+def read_timeline(run_dir: str | Path, *, rank_rollouts: int | None = None) -> list[Span]:
+    """All whole spans of a run in the order they ended; those of ranks for the newest `rank_rollouts` (None: all)."""
     path = Path(run_dir) / TIMELINE_FILE
     if not path.exists():
         return []
     with open(path, encoding="utf-8") as file:
-        return [Span(**json.loads(text)) for text in file if text.endswith("\n")]
+        lines = [json.loads(text) for text in file if text.endswith("\n")]
+    newest = max((line["rollout_id"] for line in lines), default=0)
+    first = -1 if rank_rollouts is None else newest - rank_rollouts + 1
+    spans: list[Span] = []
+    for line in lines:
+        if "ranks" not in line:
+            spans.append(Span(**line))
+        elif line["rollout_id"] >= first:
+            spans += [
+                Span(name, line["rollout_id"], f"rank {rank}", start, end)
+                for rank, found in enumerate(line["ranks"])
+                for name, start, end in found
+            ]
+    return spans
 
 
-def chrome_trace(spans: list[Span]) -> dict[str, Any]:
-    """Trace Event Format ("X" events, microseconds), a thread a track; opens in Perfetto and chrome://tracing."""
+def waits(spans: Sequence[Span]) -> dict[str, float]:
+    """Share of its training time that each rank waited for the others, by track, in rank order."""
+    busy: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    for span in spans:
+        if span.track.startswith("rank "):
+            busy[span.track] = busy.get(span.track, 0.0) + (span.seconds if span.name == "train" else 0.0)
+            waited[span.track] = waited.get(span.track, 0.0) + (span.seconds if span.name == WAIT else 0.0)
+    tracks = sorted(busy, key=lambda track: int(track.split()[1]))
+    return {track: waited[track] / busy[track] for track in tracks if busy[track] > 0}
+
+
+def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
+    """Trace Event Format ("X" events, microseconds), a thread a track; opens in Perfetto and chrome://tracing.
+
+    A span inside another one of its track (a wait inside a training step) is shown below it.
+    """
     tracks = {name: number for number, name in enumerate(dict.fromkeys(span.track for span in spans))}
     origin = min((span.start for span in spans), default=0.0)
     names = [

@@ -206,6 +206,8 @@ class Plan(Frozen):
     """One run, complete. `binding.json` adds what only the allocation knows."""
 
     version: Literal[1] = 1
+    command: tuple[str, ...] = ()
+    """The words after `python -m vime.submit` that the plan was made from."""
     run_name: str
     run_dir: str
     base_dir: str | None

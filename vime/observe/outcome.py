@@ -1,0 +1,60 @@
+"""How a run ended, in a word, a line, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vime.errors import Cause
+from vime.observe.summary import RunSummary
+
+ADVICE = {
+    Cause.CODE_ERROR: "The last lines of the log below name the line of code; a requeue would end the same way.",
+    Cause.BAD_INPUT: "Mend what the line names and submit again; nothing was lost.",
+    Cause.OUT_OF_MEMORY: "See what a node needs with python -m vime.plan: a smaller --max-tokens-per-gpu, more nodes, "
+    "or no reference model (docs/plan.md).",
+    Cause.NODE_FAILURE: "A requeued or resubmitted run leaves a broken node out and goes on from its last checkpoint.",
+    Cause.TIME_LIMIT: "The run saved before the limit; the same command goes on where it was.",
+    Cause.PREEMPTED: "Slurm starts the job again, and it goes on from its last checkpoint.",
+    Cause.CANCELLED: "Somebody cancelled it; the command under Checkpoints goes on.",
+    Cause.PREFLIGHT: "A node was not fit: the line names it, what was found and what is needed (--spares).",
+    Cause.DEADLINE: "Something did not answer in time; the line says what was missing.",
+    Cause.DATA_ERROR: "The data or the rewards cannot give what training needs; the line says why.",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the report says first."""
+
+    kind: Literal["good", "bad", "warn"]
+    word: str
+    text: str
+    where: str = ""
+    """Stage, node and rank."""
+    advice: str = ""
+    tail: str = ""
+    """Last lines of the log that tells the cause."""
+
+
+def outcome(run: RunSummary) -> Outcome:
+    """The outcome of the run's last start."""
+    end = run.end
+    if end is None:
+        last = run.events[-1] if run.events else None
+        text = (
+            f"No end is recorded; the last event is {last['kind']}: {last.get('text', '')}" if last else "No event yet."
+        )
+        return Outcome("warn", "running or cut off", text, advice="python -m vime.status tells which.")
+    data = end.get("data", {})
+    cause = str(data.get("cause", "SUCCESS"))
+    if cause == "SUCCESS":
+        return Outcome("good", "succeeded", str(end.get("text", "")))
+    places = {name: end.get(name) for name in ("stage", "node", "rank")}
+    where = ", ".join(f"{name} {value}" for name, value in places.items() if value is not None)
+    known = Cause.__members__.get(cause)
+    advice = f"{ADVICE.get(known, '')} See docs/faults.md#{cause.lower().replace('_', '-')}." if known else ""
+    again = bool(data.get("requeued"))
+    kind = "warn" if again else "bad"
+    word = f"{cause.lower().replace('_', ' ')}{', requeued' if again else ''}"
+    return Outcome(kind, word, str(end.get("text", "")), where, advice, str(data.get("log_tail") or ""))
