@@ -5,7 +5,12 @@ import json
 import pytest
 
 from vime.observe.metrics import MetricsWriter, read_metrics, series
-from vime.observe.timeline import Span, Timeline, chrome_trace, read_timeline
+from vime.observe.throughput import tokens_per_gpu
+from vime.observe.timeline import Span, Timeline, chrome_trace, read_timeline, waits
+from vime.planning.build import make_plan
+from vime.planning.cluster import load_cluster
+from vime.recipe.load import load_recipe
+from vime.rollout.types import Group, Rollout, Sample
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
@@ -61,3 +66,26 @@ def test_the_perfetto_trace_has_a_thread_a_track_and_times_from_its_start():
     events = chrome_trace(spans)["traceEvents"]
     assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 0", "rank 1"]
     assert [(e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(0, 0, 1500000), (1, 500000, 500000)]
+
+
+def test_spans_of_ranks_come_back_with_their_tracks_and_only_the_newest_when_asked(tmp_path):
+    timeline = Timeline(tmp_path)
+    for rollout_id in range(3):
+        with timeline.phase("train", rollout_id):
+            pass
+        timeline.add_ranks(rollout_id, [[("train", 10.0, 14.0), ("wait", 13.0, 14.0)], [("train", 10.0, 14.0)]])
+    timeline.close()
+    spans = read_timeline(tmp_path)
+    assert [span.track for span in spans[:4]] == ["driver", "rank 0", "rank 0", "rank 1"]
+    newest = [span for span in read_timeline(tmp_path, rank_rollouts=1) if span.track != "driver"]
+    assert {span.rollout_id for span in newest} == {2}
+    assert waits(spans) == {"rank 0": 0.25, "rank 1": 0.0}
+
+
+def test_throughput_counts_shared_gpus_once(base_dir):
+    plan = make_plan(
+        load_recipe("tiny-deepseek-r1"), cluster=load_cluster("local"), base_dir=base_dir, nodes=2, run_name="x"
+    )
+    group = Group(0, [Sample(0, 0, "", [1] * 10, response_ids=[2] * 30)])
+    assert tokens_per_gpu(plan, Rollout(0, [group], {}), 4.0) == {"perf/tokens_per_gpu_per_s": 40 / 4 / 2}
+    assert tokens_per_gpu(plan, Rollout(0, [group], {}), 0.0) == {}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +19,14 @@ from vime.errors import BadInput, DataError
 from vime.megatron import backend, losses, optimizer
 from vime.megatron.batch import Tokens, optimizer_steps
 from vime.megatron.checkpointing import Checkpointer, State, has_tracker
+from vime.megatron.clock import Clock
 from vime.megatron.model import ModelOptions, build_model
 from vime.megatron.objective import METRICS, Objective
 from vime.megatron.parallel import destroy_parallel, init_parallel
 from vime.megatron.reference import HostWeights
 from vime.megatron.runner import Packer, Runner
 from vime.models.config import ModelConfig
+from vime.models.flops import utilisation
 from vime.planning.types import Plan
 from vime.rollout.types import Rollout, Sample
 
@@ -55,6 +55,7 @@ class TrainWorker:
         self._weights: WeightSource | None = None
         self._trained_since_save = True
         self._last_saved: Path | None = None
+        self._clock = Clock()
 
     # --- start
 
@@ -81,6 +82,9 @@ class TrainWorker:
             keep=recipe.checkpoint.save_keep,
             background=recipe.checkpoint.async_save,
         )
+        for chunk in chunks:
+            reduce: Any = chunk.config.finalize_model_grads_func
+            chunk.config.finalize_model_grads_func = self._clock.after_all_ranks(reduce)
         self._runner = self._make_runner()
         if self.rank == 0:
             cpu = backend.setup().cpu
@@ -157,29 +161,40 @@ class TrainWorker:
             raise DataError(f"rollout {rollout.rollout_id} has no samples to train on")
         self._reseed(rollout.rollout_id)
         data = Tokens.of([(s.prompt_ids, s.response_ids) for s in samples], longest=self.config.max_position_embeddings)
-        times: dict[str, float] = {}
-        columns = self._columns(rollout, data, times)
+        self._clock.take_spans()
+        columns = self._columns(rollout, data)
         masks = [_mask(sample) for sample in samples]
         steps = optimizer_steps(len(samples), self.recipe.rollout.num_steps_per_rollout or 1)
-        with _timed(times, "train"):
+        with self._clock.span("train"):
             results = [self._step(data, step, masks, columns) for step in steps]
         self._trained_since_save = True
         metrics = _means(results)
-        tokens = sum(len(sequence) for sequence in data.sequences)
-        metrics["perf/train_tokens_per_s"] = tokens / max(times["train"], 1e-9)
+        times, lengths = self._clock.seconds(), [len(sequence) for sequence in data.sequences]
+        metrics["perf/train_tokens_per_s"] = sum(lengths) / max(times["train"], 1e-9)
+        metrics |= self._utilisation(lengths, times["train"])
         return metrics | {f"perf/{name}_time": seconds for name, seconds in times.items()}
 
-    def _columns(self, rollout: Rollout, data: Tokens, times: dict[str, float]) -> dict[str, torch.Tensor]:
+    def _utilisation(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
+        """`perf/mfu` of the optimizer steps; nothing where the device's peak is not known."""
+        device = "" if backend.setup().cpu else torch.cuda.get_device_name()
+        found = utilisation(self.config, lengths, seconds=seconds, gpus=self.layout.world_size, device=device)
+        return {} if found is None else {"perf/mfu": found}
+
+    def take_spans(self) -> list[tuple[str, float, float]]:
+        """(name, start, end) in Unix seconds of what this rank did in the last `train`; waits lie inside its steps."""
+        return self._clock.take_spans()
+
+    def _columns(self, rollout: Rollout, data: Tokens) -> dict[str, torch.Tensor]:
         """Everything the loss needs a token, besides its weight."""
         algorithm, limit = self.recipe.algorithm, self._forward_limit
         columns: dict[str, torch.Tensor] = {}
         if algorithm.loss_type == "sft_loss":
             return columns
         if self._reference is not None:
-            with _timed(times, "ref_log_probs"), self._reference.in_place():
+            with self._clock.span("ref_log_probs"), self._reference.in_place():
                 columns["reference"] = self._runner.log_probs(data, limit)
         if (self.recipe.rollout.num_steps_per_rollout or 1) > 1 or algorithm.kl_coef:
-            with _timed(times, "log_probs"):
+            with self._clock.span("log_probs"):
                 columns["old"] = self._runner.log_probs(data, limit)
         if all(len(sample.log_probs) == len(sample.response_ids) for sample in rollout.samples):
             columns["rollout"] = torch.tensor(
@@ -329,10 +344,3 @@ def _means(results: Sequence[dict[str, float]]) -> dict[str, float]:
     found["train/skipped_steps"] = sum(result["train/skipped_steps"] for result in results)
     found["train/lr"] = results[-1]["train/lr"]
     return found
-
-
-@contextmanager
-def _timed(times: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    times[name] = time.perf_counter() - start

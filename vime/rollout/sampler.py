@@ -12,6 +12,7 @@ from typing import Any, Self
 from vime.errors import BadInput, DataError
 from vime.planning.types import Plan
 from vime.rollout.client import EngineClient, SamplingSettings
+from vime.rollout.counters import EngineCounters
 from vime.rollout.data import Columns, Prompt, PromptSet, PromptStream, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
 from vime.rollout.evaluate import EvalSet, eval_settings, evaluate, new_group
@@ -93,6 +94,7 @@ class Sampler:
         self._dispatcher = Dispatcher(
             clients, [engine.data_parallel_size for engine in plan.engines], recover=recover, patience=patience
         )
+        self._counters = EngineCounters(clients)
         self._scorer = Scorer(
             options.rm_type,
             limit_s=options.rm_timeout,
@@ -157,6 +159,7 @@ class Sampler:
             **training_metrics(groups, version),
             **self._scorer.take_metrics(),
             **self._dispatcher.take_metrics(),
+            **await self._counters.take_rates(),
             "rollout/filter_drops": float(round_.dropped),
             "rollout/failed_groups": float(round_.failed),
             "rollout/unfinished_groups": float(len(self._kept)),
@@ -182,6 +185,10 @@ class Sampler:
                 )
         except TimeoutError:
             raise DataError(f"evaluation {rollout_id} did not end within --rollout-timeout {limit:g} s") from None
+
+    def take_spans(self) -> list[tuple[str, float, float]]:
+        """(name, start, end) in Unix seconds of what went on beside the generation since the last call."""
+        return self._scorer.take_spans()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next rollout begins: data cursor, counters, and groups that wait for it. Plain values only."""

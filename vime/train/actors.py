@@ -51,6 +51,9 @@ class RankActor:
     def train(self, rollout: Rollout) -> dict[str, float]:
         return self._worker.train(rollout)
 
+    def take_spans(self) -> list[tuple[str, float, float]]:
+        return self._worker.take_spans()
+
     def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         return self._worker.log_probs(sequences)
 

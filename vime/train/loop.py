@@ -11,7 +11,8 @@ from typing import Any
 from vime.errors import VimeError
 from vime.observe.metrics import MetricsWriter
 from vime.observe.samples import write_samples
-from vime.observe.timeline import Timeline
+from vime.observe.throughput import tokens_per_gpu
+from vime.observe.timeline import Span, Timeline
 from vime.planning.types import Binding, Plan
 from vime.rollout.client import EngineClient
 from vime.rollout.sampler import Sampler
@@ -100,11 +101,14 @@ class Loop:
             await self._evaluate_if_due(rollout_id)
             with self.timeline.phase("generate", rollout_id):
                 rollout = await self.sampler.generate(rollout_id)
+            self._record_rewards(rollout_id)
             trained = await self._train(rollout)
             saved = await self._save(rollout_id) if self._must_save(rollout_id) else None
             synced = await self._sync(rollout_id + 1)
             write_samples(self.plan.run_dir, rollout, everything=self.recipe.misc.save_debug_rollout_data)
-            self._report(rollout_id, {**rollout.metrics, **trained, **synced, **self.timeline.take_metrics()})
+            times = self.timeline.take_metrics()
+            speed = tokens_per_gpu(self.plan, rollout, sum(times.values()))
+            self._report(rollout_id, {**rollout.metrics, **trained, **synced, **times, **speed})
             if saved is not None and checkpoint_requested(self.plan.run_dir):
                 answer_checkpoint(self.plan.run_dir, rollout_id, saved)
                 print(f"checkpoint {saved} written on request; stopping after rollout {rollout_id}", flush=True)
@@ -120,7 +124,12 @@ class Loop:
         with self.timeline.phase("train", rollout.rollout_id):
             stored = ray.put(rollout)
             results = await self.trainer.call("train", stored, deadline_s=self.deadlines.train)
+        self.timeline.add_ranks(rollout.rollout_id, await self.trainer.call("take_spans", deadline_s=60))
         return results[0]
+
+    def _record_rewards(self, rollout_id: int) -> None:
+        for name, start, end in self.sampler.take_spans():
+            self.timeline.add(Span(name, rollout_id, "rewards", start, end))
 
     async def _save(self, rollout_id: int) -> str:
         with self.timeline.phase("save", rollout_id):

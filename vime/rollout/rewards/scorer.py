@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -76,6 +77,8 @@ class Scorer:
         self._stack = contextlib.AsyncExitStack()
         self.scored = self.failed = self.timed_out = 0
         self.first_failure = ""
+        self._window: tuple[float, float] | None = None
+        self._under_way, self._busy_s, self._busy_from = 0, 0.0, 0.0
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
@@ -110,7 +113,8 @@ class Scorer:
         Raises DataError once more than the allowed share of samples has failed.
         """
         if self.of_groups:
-            await self._score_group(group)
+            with self._measured():
+                await self._score_group(group)
         else:
             await asyncio.gather(*(self.score_sample(sample) for sample in group.samples))
 
@@ -122,7 +126,8 @@ class Scorer:
             self._fail([sample], f"metadata rm_type {name!r} is none of {', '.join(BUILT_IN)}")
             return
         try:
-            sample.reward = self._checked(await self._reward(sample, name))
+            with self._measured():
+                sample.reward = self._checked(await self._reward(sample, name))
         except CallTimeout as error:
             if name not in BUILT_IN:
                 self._fail([sample], str(error))
@@ -144,9 +149,35 @@ class Scorer:
 
     def take_metrics(self) -> dict[str, float]:
         """Counts since the last call."""
-        metrics = {"rollout/reward_failures": float(self.failed), "rollout/reward_timeouts": float(self.timed_out)}
+        metrics = {
+            "rollout/reward_failures": float(self.failed),
+            "rollout/reward_timeouts": float(self.timed_out),
+            "perf/reward_time": self._busy_s,
+        }
         self.scored = self.failed = self.timed_out = 0
+        self._busy_s = 0.0
         return metrics
+
+    def take_spans(self) -> list[tuple[str, float, float]]:
+        """From the first reward that was asked for to the last that came, in Unix seconds, since the last call."""
+        window, self._window = self._window, None
+        return [("reward", *window)] if window else []
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Counts the time in which at least one reward is under way."""
+        now = time.time()
+        if not self._under_way:
+            self._busy_from = now
+        self._under_way += 1
+        start = self._window[0] if self._window else now
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            self._window = (start if self._window is None else self._window[0], time.time())
+            if not self._under_way:
+                self._busy_s += time.time() - self._busy_from
 
     async def _reward(self, sample: Sample, name: str) -> Any:
         if name == "remote":
