@@ -149,7 +149,7 @@ async def test_a_plugin_that_fails_for_one_sample_fails_that_sample_by_name_and_
         assert group.samples[1].status == Status.FAILED
         assert "sample 1 of group 0" in scorer.first_failure
         assert what in scorer.first_failure
-        assert scorer.take_metrics() == {"rollout/reward_failures": 1.0, "rollout/reward_timeouts": 0.0}
+        assert scorer.take_metrics().items() >= {"rollout/reward_failures": 1.0, "rollout/reward_timeouts": 0.0}.items()
 
 
 @pytest.mark.parametrize("function", ["always_raises", "not_finite"])
