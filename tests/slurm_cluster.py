@@ -29,11 +29,13 @@ class DevCluster:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def enter(self, node: int) -> list[str]:
+        """What goes before a program that shall run on a node."""
+        return [str(DEVCLUSTER), "exec", f"node{node + 1:02d}"]
+
     def on_node(self, node: int, *words: str) -> str:
         """Output of a program on a node."""
-        done = subprocess.run(
-            [DEVCLUSTER, "exec", f"node{node + 1:02d}", *words], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([*self.enter(node), *words], capture_output=True, text=True, timeout=60)
         return done.stdout
 
     def processes(self, text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 
 
 class Cause(enum.IntEnum):
@@ -19,11 +20,21 @@ class Cause(enum.IntEnum):
     PREFLIGHT = 16
     DEADLINE = 17
     DATA_ERROR = 18
+    STORAGE = 19
 
     @property
     def requeue_mends(self) -> bool:
         """Whether starting the same job again can help."""
         return self in (Cause.NODE_FAILURE, Cause.TIME_LIMIT, Cause.PREEMPTED)
+
+
+STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO})
+"""Errors of a disk that is full, read-only or gone."""
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether the shared file system or a disk is the cause, and no program."""
+    return isinstance(error, OSError) and error.errno in STORAGE_ERRNOS
 
 
 class VimeError(Exception):

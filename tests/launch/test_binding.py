@@ -1,17 +1,20 @@
-"""What preflight's findings lead to: which nodes are taken, which are refused and why, which ports are free."""
+"""From the examined allocation to the binding: which nodes are taken, in what order, which ports are free."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launch_stub import make_plan, preflight
+from preflight_findings import finding
 
 from vime.errors import Cause
-from vime.launch.binding import bind, free_offset, port_numbers
+from vime.launch import binding
+from vime.launch.binding import bind, by_switch, examine, free_offset, port_numbers, table
+from vime.launch.checks import Known
 from vime.launch.failure import RunFailed
-from vime.launch.preflight import group_limits, look
 from vime.launch.reports import Report
 from vime.launch.steps import Place, Step
 from vime.planning import ports
@@ -24,19 +27,17 @@ class AllocationOf7:
     job, restart = "7", 0
 
 
-def finding(number: int, **changes: Any) -> dict[str, Any]:
-    facts = {
-        "host": f"node{number:02d}", "address": f"10.0.0.{number}", "interface": "eth0", "memory_available": 10**12,
-        "cpus": 64, "versions": {"python": "3.11.2", "torch": "2.13.0"}, "run_folder": None, "listening": [],
-    }  # fmt: skip
-    return {**facts, **changes}
-
-
-def bound(plan: Plan, findings: list[dict[str, Any]]) -> Any:
+def examined(
+    plan: Plan, findings: list[dict[str, Any]], known: Known | None = None, switches: dict[int, str] | None = None
+) -> binding.Examined:
     places = tuple(Place(i, facts["host"]) for i, facts in enumerate(findings))
     step = Step(plan.stages[0], places, [], Path("launcher.log"))
     step.reports = [Report(i, "result", facts) for i, facts in enumerate(findings)]
-    return bind(plan, AllocationOf7(), step, end_time=5.0)  # pyright: ignore[reportArgumentType]
+    return examine(plan, step, known or Known(canary="word"), switches or {})
+
+
+def bound(plan: Plan, found: binding.Examined, *, everyone: bool = False) -> Any:
+    return bind(plan, AllocationOf7(), found, end_time=5.0, everyone=everyone)  # pyright: ignore[reportArgumentType]
 
 
 def plan_of(tmp_path: Path, nodes: int, **options: Any) -> Plan:
@@ -44,38 +45,72 @@ def plan_of(tmp_path: Path, nodes: int, **options: Any) -> Plan:
 
 
 def test_logical_nodes_follow_the_order_of_the_allocation(tmp_path: Path) -> None:
-    binding = bound(plan_of(tmp_path, 2), [finding(4), finding(1)]).binding
-    assert [(node.index, node.host, node.slurm_index) for node in binding.nodes] == [(0, "node04", 0), (1, "node01", 1)]
-    assert (binding.job_id, binding.end_time) == ("7", 5.0)
+    plan = plan_of(tmp_path, 2)
+    made = bound(plan, examined(plan, [finding(4), finding(1)]))
+    assert [(node.index, node.host, node.slurm_index) for node in made.nodes] == [(0, "node04", 0), (1, "node01", 1)]
+    assert (made.job_id, made.end_time) == ("7", 5.0)
 
 
-BAD = [
-    ({"memory_available": 5 * 10**8}, "node02: available host memory is 0.5 GB, needs 1.0 GB"),
-    ({"versions": {"python": "3.12.1", "torch": "2.13.0"}}, "node02: version of python is 3.12.1, needs 3.11.2"),
-    ({"versions": {"python": "3.11.2"}}, "node02: version of torch is missing, needs 2.13.0"),
-    ({"run_folder": "cannot be written: Read-only file system"}, "node02: run folder"),
-    ({"address": "127.0.0.1"}, "node02: address is 127.0.0.1"),
-]
-
-
-@pytest.mark.parametrize(("change", "text"), BAD)
-def test_a_bad_node_ends_the_run_with_its_name_the_value_and_the_need(
-    tmp_path: Path, change: dict[str, Any], text: str
-) -> None:
+def test_without_a_spare_a_bad_node_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    small = finding(2, memory_available=5 * 10**8)
     with pytest.raises(RunFailed) as caught:
-        bound(plan_of(tmp_path, 3), [finding(1), finding(2, **change), finding(3)])
+        examined(plan_of(tmp_path, 3), [finding(1), small, finding(3)])
     failure = caught.value.failure
     assert (failure.cause, failure.node) == (Cause.PREFLIGHT, "node02")
-    assert text in failure.text
+    assert "node02: available host memory is 0.5 GB, needs 1.0 GB (2 of 3 nodes are fit)" in failure.text
 
 
-@pytest.mark.parametrize(("change", "text"), BAD)
-def test_with_a_spare_a_bad_node_is_left_out(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+def test_with_a_spare_a_bad_node_is_left_out(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 2, spares=1)
-    found = bound(plan, [finding(1), finding(2, **change), finding(3)])
-    assert [(node.host, node.slurm_index) for node in found.binding.nodes] == [("node01", 0), ("node03", 2)]
-    assert text in found.text
-    assert found.table[1]["result"] != "fit"
+    found = examined(plan, [finding(1), finding(2, memory_available=5 * 10**8), finding(3)])
+    made = bound(plan, found)
+    assert [(node.host, node.slurm_index) for node in made.nodes] == [("node01", 0), ("node03", 2)]
+    assert "left out: node02: available host memory" in found.text
+    assert table(found)[1]["result"] == "available host memory is 0.5 GB, needs 1.0 GB"
+
+
+def test_a_node_that_failed_twice_makes_the_run_start_again_elsewhere(tmp_path: Path) -> None:
+    """Where nothing else is wrong, and there is no spare."""
+    with pytest.raises(RunFailed) as caught:
+        examined(plan_of(tmp_path, 2), [finding(1), finding(2)], Known(canary="word", failures={"node02": 2}))
+    assert (caught.value.failure.cause, caught.value.failure.node) == (Cause.NODE_FAILURE, "node02")
+
+
+def test_spares_stand_behind_the_nodes_of_the_plan_while_the_network_is_measured(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, 2, spares=1)
+    made = bound(plan, examined(plan, [finding(1), finding(2), finding(3)]), everyone=True)
+    assert [node.host for node in made.nodes] == ["node01", "node02", "node03"]
+
+
+def test_active_rdma_ports_are_bound(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, 1)
+    made = bound(plan, examined(plan, [finding(1, rdma={"mlx5_0:1": "ACTIVE", "mlx5_1:1": "DOWN"})]))
+    assert made.nodes[0].rdma == ("mlx5_0:1",)
+
+
+def test_nodes_of_one_switch_stand_together() -> None:
+    assert by_switch([0, 1, 2, 3], {0: "a", 1: "b", 2: "a", 3: "b"}, 1) == [0, 2, 1, 3]
+    assert by_switch([0, 1, 2], {}, 2) == [0, 1, 2]
+
+
+def test_an_engine_shares_a_switch_where_it_can() -> None:
+    """Three nodes on the first switch, three on the second, engines of two nodes: two engines have a switch each."""
+    leaves = {place: "a" if place < 3 else "b" for place in range(6)}
+    assert by_switch(list(range(6)), leaves, 2) == [0, 1, 3, 4, 2, 5]
+
+
+def test_what_was_found_is_kept_as_json(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, 1, spares=1)
+    found = examined(plan, [finding(1), finding(2, address="127.0.0.1")])
+    binding.write_report(tmp_path, found, table(found))
+    content = json.loads((tmp_path / "preflight.json").read_text())
+    assert content["problems"][0]["node"] == "node02"
+    assert content["problems"][0]["check"] == "address"
+    assert [row["result"] for row in content["nodes"]] == [
+        "fit",
+        "address is 127.0.0.1, needs one of its own that other nodes reach",
+    ]
+    assert content["findings"][1]["address"] == "127.0.0.1"
 
 
 def test_a_node_without_a_result_is_named(tmp_path: Path) -> None:
@@ -83,7 +118,7 @@ def test_a_node_without_a_result_is_named(tmp_path: Path) -> None:
     step = Step(plan.stages[0], (Place(0, "node01"), Place(1, "node02")), [], Path("launcher.log"))
     step.reports = [Report(0, "result", finding(1))]
     with pytest.raises(RunFailed, match="node02"):
-        bind(plan, AllocationOf7(), step, end_time=None)  # pyright: ignore[reportArgumentType]
+        examine(plan, step, Known(canary="word"), {})
 
 
 def test_ports_that_are_taken_on_a_node_are_avoided_on_all(tmp_path: Path) -> None:
@@ -102,24 +137,3 @@ def test_no_free_ports_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=f"node01: port {plan.ports.gcs} is taken"):
         free_offset(plan, 7, {0: everywhere})
     assert plan.ports.gcs in set(port_numbers(plan))
-
-
-def test_this_machine_tells_everything_that_is_asked(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, [preflight(tmp_path, 1)])
-    (tmp_path / "control").mkdir()
-    facts = look(plan)
-    assert facts["run_folder"] is None
-    assert facts["memory_available"] > 10**8
-    assert facts["versions"]["python"].startswith("3.")
-    assert set(facts) >= set(finding(1))
-
-
-def test_the_least_of_all_memory_limits_counts(tmp_path: Path) -> None:
-    groups = tmp_path / "groups"
-    for name, limit, used in (("job", "1000", "100"), ("job/step", "max", "50"), ("job/step/task", "800", "50")):
-        (groups / name).mkdir(parents=True, exist_ok=True)
-        (groups / name / "memory.max").write_text(limit)
-        (groups / name / "memory.current").write_text(used)
-    process = tmp_path / "cgroup"
-    process.write_text("0::/job/step/task\n")
-    assert sorted(group_limits(process, groups)) == [750, 900]

@@ -116,7 +116,7 @@ def test_a_stage_that_hangs_ends_at_its_deadline(run_dir: Path) -> None:
 
 def test_a_service_that_is_not_ready_says_what_is_missing(run_dir: Path) -> None:
     code = "from vime.launch.reports import report; import time; report('waiting', missing=['node07']); time.sleep(60)"
-    plan = make_plan(run_dir, [service("ray-workers", code, deadline_s=1.5)])
+    plan = make_plan(run_dir, [service("ray-workers", code, deadline_s=5)])
     assert run(plan) is Cause.DEADLINE
     assert "missing: node07" in last(run_dir).text
 
@@ -180,8 +180,8 @@ def test_a_folder_that_vime_did_not_make_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_stage_without_its_output_has_failed(run_dir: Path, tmp_path: Path) -> None:
     plan = make_plan(run_dir, [stub("cast", "pass", outputs=(folder("out", tmp_path / "bf16"),))])
-    assert run(plan) is Cause.BAD_INPUT
-    assert "ended without its output" in last(run_dir).text
+    assert run(plan) is Cause.CODE_ERROR
+    assert "ended too early, without its output" in last(run_dir).text
 
 
 # -- signals --

@@ -1,10 +1,20 @@
-"""The node-local folder of a job lives as long as one of its tasks on the node."""
+"""The node-local folder of a job lives as long as one of its tasks on the node, and so does all else of the job."""
 
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from vime.launch.leftovers import OWNER, SHARED_MEMORY
 from vime.launch.nodetmp import NodeFolder, base_folder, remove_dead
+
+NOBODY = 65534
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +35,6 @@ def test_the_last_task_to_leave_removes_the_folder() -> None:
 
 def test_what_a_killed_run_left_is_removed_and_what_a_live_one_uses_is_not() -> None:
     dead, live = NodeFolder("7"), NodeFolder("8")
-    import os
-
     os.close(dead._descriptor)  # as its death does
     assert remove_dead() == ["7"]
     assert not dead.path.exists()
@@ -45,3 +53,104 @@ def test_the_folder_is_its_owners_alone() -> None:
     base_folder().chmod(0o755)
     NodeFolder("7").leave()
     assert base_folder().stat().st_mode & 0o777 == 0o700
+
+
+# -- what a supervisor's SIGKILL leaves --
+
+
+@pytest.fixture
+def stray(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a process as a stage of a job would, without its supervisor."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(job: str, code: str = "pass", user: int | None = None) -> subprocess.Popen[bytes]:
+        code = (
+            f"import signal, time; signal.signal(15, signal.SIG_IGN); {code}; print('on', flush=True); time.sleep(60)"
+        )
+        argv = ["/usr/bin/env", "python3", "-c", code] if user is not None else [sys.executable, "-c", code]
+        env = {**os.environ, OWNER: job}
+        process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, user=user, cwd="/")
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"on\n"
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def segment() -> Iterator[Callable[[str], Path]]:
+    made: list[Path] = []
+
+    def make(name: str) -> Path:
+        path = SHARED_MEMORY / f"{name}{os.getpid()}"
+        path.write_bytes(b"weights")
+        made.append(path)
+        return path
+
+    yield make
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+def die(folder: NodeFolder) -> None:
+    """As the task's death does."""
+    os.close(folder._descriptor)
+
+
+def test_processes_and_shared_memory_of_a_dead_job_go_with_its_folder(
+    stray: Callable[..., subprocess.Popen[bytes]], segment: Callable[[str], Path]
+) -> None:
+    dead, live = NodeFolder("7"), NodeFolder("8")
+    orphan, neighbour = stray("7"), stray("8")
+    left, other = segment("psm_left"), segment("my_own_")
+    die(dead)
+    assert remove_dead() == ["7"]
+    assert orphan.wait(5) == -9
+    assert neighbour.poll() is None
+    assert not left.exists()
+    assert other.exists(), "no name that a part of vime gives"
+    live.leave()
+
+
+def test_shared_memory_that_somebody_uses_or_that_is_older_than_the_job_stays(segment: Callable[[str], Path]) -> None:
+    older = segment("psm_older")
+    dead = NodeFolder("7")
+    used, held = segment("psm_used"), segment("torch_held")
+    with used.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    with held.open("rb"):
+        die(dead)
+        assert remove_dead() == ["7"]
+    assert older.exists()
+    assert used.exists()
+    assert held.exists()
+    mapped.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start processes of another user")
+def test_what_belongs_to_another_user_stays(
+    stray: Callable[..., subprocess.Popen[bytes]], segment: Callable[[str], Path]
+) -> None:
+    dead = NodeFolder("7")
+    foreign, path = stray("7", user=NOBODY), segment("psm_foreign")
+    os.chown(path, NOBODY, NOBODY)
+    die(dead)
+    assert remove_dead() == ["7"]
+    assert foreign.poll() is None
+    assert path.exists()
+
+
+def test_the_last_task_of_a_job_ends_what_its_killed_neighbour_left(
+    stray: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    killed, last = NodeFolder("7"), NodeFolder("7")
+    orphan = stray("7")
+    die(killed)
+    assert remove_dead() == []
+    assert orphan.poll() is None
+    last.leave()
+    assert orphan.wait(5) == -9

@@ -2,110 +2,91 @@
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vime.errors import Cause
+from vime.launch.checks import Findings, Known, Problem, gb, problems
 from vime.launch.failure import Failure, RunFailed
 from vime.launch.steps import Runner, Step
 from vime.planning import ports
 from vime.planning.types import Binding, BoundNode, Plan, Ports
 
-Findings = Mapping[int, Mapping[str, Any]]
-"""What vime.launch.preflight reported, by place in the allocation."""
+PREFLIGHT = "preflight.json"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Why a node is not fit."""
+class Examined:
+    """The allocation after preflight."""
 
-    place: int
-    node: str
-    check: str
-    value: str
-    need: str
+    findings: Findings
+    problems: Sequence[Problem]
+    switches: Mapping[int, str] = field(default_factory=dict)
+    """Leaf switch by place; empty where the topology is not known."""
 
-    def __str__(self) -> str:
-        return f"{self.node}: {self.check} is {self.value}, needs {self.need}"
+    @property
+    def fit(self) -> list[int]:
+        """Places of the nodes that may take part, in the allocation's order."""
+        bad = {problem.place for problem in self.problems}
+        return [place for place in sorted(self.findings) if place not in bad]
 
-
-@dataclass(frozen=True)
-class Bound:
-    """The outcome of preflight."""
-
-    binding: Binding
-    table: list[dict[str, Any]]
-    """A row a node, for people."""
-    text: str
+    @property
+    def text(self) -> str:
+        told = f"{len(self.fit)} of {len(self.findings)} nodes are fit"
+        return told + ("; left out: " + "; ".join(map(str, self.problems)) if self.problems else "")
 
 
-def bind(plan: Plan, runner: Runner, step: Step, *, end_time: float | None) -> Bound:
-    """The binding of an allocation whose preflight has ended. Raises RunFailed where too few nodes are fit."""
+def examine(plan: Plan, step: Step, known: Known, switches: Mapping[int, str]) -> Examined:
+    """Judges the nodes whose preflight has ended. Raises RunFailed where too few are fit."""
     findings = {report.rank: report.data for report in step.of_kind("result")}
     for place in step.places:
         if place.index not in findings:
             raise _refuse(f"{place.name}: preflight ended without a result", place.name)
-    found = list(problems(plan, findings))
-    if plan.cluster.kind != "local":
-        found += list(_shared_addresses(findings))
-    bad = {problem.place for problem in found}
-    fit = [place for place in sorted(findings) if place not in bad]
-    if len(fit) < len(plan.nodes):
-        told = "; ".join(str(problem) for problem in found)
-        raise _refuse(f"{told} ({len(fit)} of {len(plan.nodes)} nodes are fit)", found[0].node)
-    chosen = fit[: len(plan.nodes)]
-    offset = free_offset(plan, _job_number(runner.job), {place: findings[place] for place in chosen})
-    binding = Binding(
+    return require_enough(plan, Examined(findings, problems(plan, findings, known), switches))
+
+
+def require_enough(plan: Plan, examined: Examined) -> Examined:
+    """The same, when there are nodes enough. Raises RunFailed with every problem."""
+    if len(examined.fit) >= len(plan.nodes):
+        return examined
+    first, told = examined.problems[0], "; ".join(map(str, examined.problems))
+    text = f"preflight failed: {told} ({len(examined.fit)} of {len(plan.nodes)} nodes are fit)"
+    # Where nothing else is wrong, another start on other nodes helps.
+    mended = all(problem.cause.requeue_mends for problem in examined.problems)
+    cause = first.cause if mended else next(p.cause for p in examined.problems if not p.cause.requeue_mends)
+    raise RunFailed(Failure(cause, text, "preflight", first.node))
+
+
+def bind(plan: Plan, runner: Runner, examined: Examined, *, end_time: float | None, everyone: bool = False) -> Binding:
+    """The binding of an allocation. With `everyone` it holds spare nodes too, after those that the plan needs."""
+    span = max((len(engine.nodes) for engine in plan.engines), default=1)
+    ordered = by_switch(examined.fit, examined.switches, span)
+    chosen = ordered if everyone else ordered[: len(plan.nodes)]
+    facts = {place: examined.findings[place] for place in chosen}
+    return Binding(
         job_id=runner.job,
         restart=runner.restart,
-        nodes=tuple(_bound_node(index, place, findings[place]) for index, place in enumerate(chosen)),
-        port_offset=offset,
+        nodes=tuple(_bound_node(index, place, facts[place]) for index, place in enumerate(chosen)),
+        port_offset=free_offset(plan, _job_number(runner.job), facts),
         end_time=end_time,
     )
-    text = f"{len(fit)} of {len(findings)} nodes are fit"
-    if found:
-        text += "; left out: " + "; ".join(str(problem) for problem in found)
-    return Bound(binding, table(findings, found), text)
 
 
-def problems(plan: Plan, findings: Findings) -> Iterator[Problem]:
-    """What keeps nodes from taking part. Any node may become any logical node, so it needs the most that one does."""
-    need = max((node.host_memory.total_bytes for node in plan.nodes), default=0)
-    for place, found in sorted(findings.items()):
-        node = found["host"]
-        if found["memory_available"] < need:
-            yield Problem(place, node, "available host memory", _gb(found["memory_available"]), _gb(need))
-        if found["run_folder"] is not None:
-            yield Problem(place, node, f"run folder {plan.run_dir}", found["run_folder"], "to be shared and writable")
-        if not found["address"]:
-            wanted = plan.cluster.network_interface
-            yield Problem(place, node, f"interface {wanted}", "without an address", "an IPv4 address")
-    for name, common, others in _differences(findings):
-        for place, value in others.items():
-            yield Problem(place, findings[place]["host"], f"version of {name}", value, f"{common}, as on other nodes")
+def by_switch(places: Sequence[int], switches: Mapping[int, str], span: int) -> list[int]:
+    """Nodes of one switch beside each other, so that `span` consecutive ones, an engine, share it where they can.
 
-
-def _differences(findings: Findings) -> Iterator[tuple[str, str, dict[int, str]]]:
-    """Per library whose version is not the same everywhere: its name, the commonest version, and who has another."""
-    names = sorted({name for found in findings.values() for name in found["versions"]})
-    for name in names:
-        have = {place: found["versions"].get(name, "missing") for place, found in findings.items()}
-        common = Counter(have.values()).most_common(1)[0][0]
-        others = {place: version for place, version in have.items() if version != common}
-        if others:
-            yield name, common, others
-
-
-def _shared_addresses(findings: Findings) -> Iterator[Problem]:
-    if len(findings) == 1:
-        return
-    count = Counter(found["address"] for found in findings.values())
-    for place, found in sorted(findings.items()):
-        if count[found["address"]] > 1 or found["address"].startswith("127."):
-            yield Problem(place, found["host"], "address", found["address"], "one of its own that other nodes reach")
+    Switches come in the order of their first nodes; what is left of each after whole groups of `span` comes last.
+    """
+    groups: dict[str, list[int]] = {}
+    for place in places:
+        groups.setdefault(switches.get(place, ""), []).append(place)
+    whole = [place for group in groups.values() for place in group[: len(group) // span * span]]
+    return whole + [place for group in groups.values() for place in group[len(group) // span * span :]]
 
 
 def free_offset(plan: Plan, job: int, findings: Findings) -> int:
@@ -135,34 +116,54 @@ def port_numbers(plan: Plan) -> Iterator[int]:
         yield from range(engine.aux_port, engine.aux_port + ports.AUX_PORTS)
 
 
-def table(findings: Findings, found: list[Problem]) -> list[dict[str, Any]]:
-    """A row a node."""
-    by_place = {place: [str(problem) for problem in found if problem.place == place] for place in findings}
+def table(examined: Examined) -> list[dict[str, Any]]:
+    """A row a node, for people."""
+    why: dict[int, list[str]] = {}
+    for problem in examined.problems:
+        why.setdefault(problem.place, []).append(str(problem).removeprefix(f"{problem.node}: "))
     return [
         {
             "node": facts["host"],
             "address": facts["address"],
-            "interface": facts["interface"],
-            "memory available": _gb(facts["memory_available"]),
+            "interface": facts["interface"] or "",
+            "switch": examined.switches.get(place, ""),
+            "memory": gb(facts["memory_available"]),
             "cpus": facts["cpus"],
-            "result": "; ".join(by_place[place]) or "fit",
+            "gpus": len(facts["gpus"].get("gpus", ())),
+            "rdma": sum(state == "ACTIVE" for state in facts["rdma"].values()),
+            "result": "; ".join(why.get(place, ())) or "fit",
         }
-        for place, facts in sorted(findings.items())
+        for place, facts in sorted(examined.findings.items())
     ]
+
+
+def write_report(run_dir: Path, examined: Examined, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`<run>/preflight.json`: the table, every problem and all that the nodes told."""
+    content = {
+        "nodes": rows,
+        "problems": [asdict(problem) | {"cause": problem.cause.name} for problem in examined.problems],
+        "findings": [examined.findings[place] for place in sorted(examined.findings)],
+    }
+    partial = run_dir / f".{PREFLIGHT}.partial"
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(partial, run_dir / PREFLIGHT)
 
 
 def _bound_node(index: int, place: int, facts: Mapping[str, Any]) -> BoundNode:
     return BoundNode(
-        index=index, host=facts["host"], address=facts["address"], interface=facts["interface"], slurm_index=place
+        index=index,
+        host=facts["host"],
+        address=facts["address"],
+        interface=facts["interface"],
+        rdma=tuple(port for port, state in sorted(facts["rdma"].items()) if state == "ACTIVE"),
+        slurm_index=place,
     )
 
 
 def _job_number(job: str) -> int:
     return int(job) if job.isdigit() else zlib.crc32(job.encode())
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.1f} GB"
 
 
 def _refuse(text: str, node: str | None) -> RunFailed:

@@ -5,35 +5,48 @@ It runs once, on the batch host (or on this machine), owns every process it star
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from vime.errors import Cause, VimeError
-from vime.launch import gate
-from vime.launch.binding import bind
-from vime.launch.events import Event, Journal
-from vime.launch.failure import Failure, RunFailed, diagnose, ended_early, late
+from vime.errors import Cause, VimeError, is_storage_error
+from vime.launch import gate, history
+from vime.launch.allocation import Allocation
+from vime.launch.events import Event, Journal, read_events
+from vime.launch.failure import Failure, RunFailed, diagnose, ended_early, late, was_refused
+from vime.launch.lead import TimeLeft
 from vime.launch.rundir import CHECKPOINT_DONE, CHECKPOINT_REQUEST, log_folder, make_secrets, task_log
 from vime.launch.signals import Signals
 from vime.launch.steps import Place, Runner, Step
 from vime.launch.supervise import start_ticks
+from vime.launch.witness import running_stage, witnessed
 from vime.planning.chain import Link, find_link, part
-from vime.planning.io import BINDING, read_plan, write_binding
-from vime.planning.types import Binding, Plan, Stage
+from vime.planning.io import BINDING, read_plan
+from vime.planning.types import Plan, Stage
 
 POLL_S = 0.25
+COMMENT_CHARACTERS = 200
 STOP_GRACE_S = 12.0
 """What a task has to end its command: its supervisor asks for six seconds and then kills."""
 HURRIED_GRACE_S = 4.0
 """The same when Slurm is about to kill the job."""
 ROOT_CAUSE_S = 2.0
 """How long a failed stage waits for the word of a service that died under it."""
+JOURNAL_PATIENCE_S = 30.0
+"""How long the last word waits for a file system that takes no writing."""
+SWEEP_S = 20.0
+STEP_PATIENCE_S = 60.0
+REQUEUE_PATIENCE_S = 60.0
+"""How long a requeue waits for Slurm's controller."""
+HURRIED_PATIENCE_S = 3.0
+MOST_SAVE_S = 3600.0
+"""How long training may take to save when the allocation goes on, or has no end."""
 
 
 class Controller:
@@ -56,19 +69,42 @@ class Controller:
         self._say, self._watching = say, watching
         self._run = Path(plan.run_dir)
         self._steps: list[Step] = []
-        self._binding: Binding | None = None
-        self._grace_s = STOP_GRACE_S
+        self._allocation = Allocation(plan, runner, event=self._event, say=say)
+        self._hurried = False
+        """Slurm is about to kill the job."""
+        self._time = TimeLeft(plan, runner)
         self._signals = Signals()
 
     def run(self) -> Cause:
         """From the first stage to the end of the run. Called in the main thread."""
         with self._signals:
-            prepare_folders(self._run)
-            self._journal = Journal(self._run)
+            try:
+                prepare_folders(self._run)
+                self._journal = Journal(self._run)
+            except OSError as error:
+                self._say(f"error: run folder {self._run} cannot be used: {error}")
+                cause = Cause.STORAGE if is_storage_error(error) else Cause.BAD_INPUT
+                self._show(f"{cause.name}: {error}")
+                return cause
+            self._tell_of_lost_start()
             failure = self._attempt()
             cause = self._finish(failure)
+            self._deliver(cause, failure)
             self._journal.close()
         return cause
+
+    def _tell_of_lost_start(self) -> None:
+        """The last word of a start that had none: it died with its node, or was killed."""
+        events = read_events(self._run)
+        start = history.unfinished_start(events)
+        if start is None:
+            return
+        job, restart = str(start.data.get("job")), int(start.data.get("restart", 0))
+        cause = self._runner.why_lost(job, restart)
+        node = start.data.get("host") if cause is Cause.NODE_FAILURE else None
+        text = f"start {restart} of job {job} left no last word: {_words(cause)}" + (f" of {node}" if node else "")
+        data = {"cause": cause.name, "log_tail": "", "requeued": job == self._runner.job}
+        self._event("run-end", text, stage=running_stage(events), node=node, data=data)
 
     def _attempt(self) -> Failure | None:
         data = {"job": self._runner.job, "restart": self._runner.restart, "host": socket.gethostname()}
@@ -82,13 +118,14 @@ class Controller:
         except RunFailed as error:
             return error.failure
         except VimeError as error:
-            return Failure(error.cause, str(error))
+            cause = Cause.STORAGE if error.__cause__ is not None and is_storage_error(error.__cause__) else error.cause
+            return Failure(cause, str(error))
         except Exception as error:  # noqa: BLE001 -- the run's last word must name whatever ended it
-            traceback.print_exception(error)
             lines = traceback.format_exception(error)
-            return Failure(
-                Cause.CODE_ERROR, f"the controller failed: {type(error).__name__}: {error}", tail=tuple(lines)
-            )
+            self._say("".join(lines))
+            cause = Cause.STORAGE if is_storage_error(error) else Cause.CODE_ERROR
+            text = f"the controller failed: {type(error).__name__}: {error}"
+            return Failure(cause, text, node=socket.gethostname(), tail=tuple(lines))
         finally:
             self._stop_all()
         return None
@@ -102,6 +139,8 @@ class Controller:
             return Cause.SUCCESS
         cause = failure.cause
         again = self._requeue(cause)
+        if again and cause is Cause.NODE_FAILURE and failure.node is not None:
+            self._exclude(failure.node)
         self._event(
             "run-end",
             failure.text + (f"; requeued {again}" if again else ""),
@@ -116,15 +155,46 @@ class Controller:
         """Asks for another start where that can help; who does it, or nothing."""
         if not (cause.requeue_mends and self._runner.can_requeue):
             return ""
-        if self._grace_s == HURRIED_GRACE_S:
+        if self._hurried:
             # Slurm ends this start itself, and starts the job again where it is going to.
             return "by Slurm" if cause in (Cause.PREEMPTED, Cause.NODE_FAILURE) else ""
         if self._runner.restart >= self._plan.max_timeouts:
             self._say(f"not requeued: {self._runner.restart} starts, at most {self._plan.max_timeouts}")
             return ""
-        self._event("requeue", f"start {self._runner.restart + 1} follows: {cause.name.lower()}")
-        self._runner.requeue()
+        if not self._insist("requeue", self._runner.requeue, REQUEUE_PATIENCE_S):
+            return ""
+        self._event("requeue", f"start {self._runner.restart + 1} follows: {_words(cause)}")
         return "by vime"
+
+    def _exclude(self, host: str) -> None:
+        """Keeps the waiting job off nodes that failed twice. If Slurm is not reached, the next start looks again."""
+        counts = history.node_failures(read_events(self._run))
+        counts[host] += 1
+        often = history.failed_too_often(counts)
+        if often and self._insist("exclude", lambda: self._runner.exclude(often), HURRIED_PATIENCE_S):
+            self._event("exclude", f"the job leaves out {', '.join(often)}: failed twice", data={"nodes": often})
+
+    def _insist(self, what: str, act: Callable[[], None], seconds: float) -> bool:
+        """Asks Slurm until it has done it, or the time is over; whether it has."""
+        deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._hurried else seconds)
+        while True:
+            try:
+                act()
+                return True
+            except VimeError as error:
+                if time.monotonic() > deadline:
+                    self._say(f"error: no {what}: {error}")
+                    return False
+            self._signals.wait([], 1.0)
+
+    def _deliver(self, cause: Cause, failure: Failure | None) -> None:
+        """The last word, to the queue and to the journal, which may have to wait for its file system."""
+        self._show(cause.name if failure is None else f"{cause.name}: {failure.text}"[:COMMENT_CHARACTERS])
+        deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._hurried else JOURNAL_PATIENCE_S)
+        while not self._journal.flush() and time.monotonic() < deadline:
+            self._signals.wait([], 1.0)
+        if self._journal.error is not None:
+            self._say(f"error: the journal lacks the last events: {self._journal.error}")
 
     # -- stages --
 
@@ -136,22 +206,37 @@ class Controller:
                 self._event("stage-skip", "its outputs are there and verified", stage=stage.name)
                 return
             why = "; ".join([why, *gate.prepare(stage, self._plan.run_dir)])
-        step = self._start(stage, why)
-        self._watch(step)
+        step = self._run_step(stage, why)
         seconds = round(time.monotonic() - step.started, 3)
         if stage.service:
             self._event("stage-ready", f"ready after {seconds:.1f} s", stage=stage.name, data={"seconds": seconds})
             return
-        if stage.name == "preflight":
-            self._bind(step)
+        self._allocation.learn(step)
         if gate.is_gated(stage):
             gate.seal(stage, self._plan.run_dir)
         self._steps.remove(step)
         step.close()
         self._event("stage-end", f"done after {seconds:.1f} s", stage=stage.name, data={"seconds": seconds})
 
+    def _run_step(self, stage: Stage, why: str) -> Step:
+        """The stage's step when it has ended well, or serves. One that Slurm refuses is tried again for a while."""
+        deadline = time.monotonic() + STEP_PATIENCE_S
+        while True:
+            step = self._start(stage, why)
+            try:
+                self._watch(step)
+                return step
+            except RunFailed as error:
+                if self._hurried or not was_refused(step) or time.monotonic() > deadline:
+                    raise
+                why = f"again: {error.failure.text}"
+            self._steps.remove(step)
+            step.close()
+            self._signals.wait([], 2.0)
+
     def _start(self, stage: Stage, why: str) -> Step:
-        places = self._places(stage)
+        places = self._allocation.places(stage)
+        self._allocation.prepare(stage)
         log_folder(self._run, stage.name).mkdir(mode=0o700, parents=True, exist_ok=True)
         self._link_current_log(stage, places)
         self._show(stage.name)
@@ -159,14 +244,6 @@ class Controller:
         step = self._runner.start(stage, places)
         self._steps.append(step)
         return step
-
-    def _places(self, stage: Stage) -> tuple[Place, ...]:
-        names = self._runner.nodes()
-        if self._binding is None:
-            # Preflight looks at every node of the allocation, spares too.
-            return tuple(Place(i, name) for i, name in enumerate(names))
-        bound = {node.index: names[node.slurm_index] for node in self._binding.nodes}
-        return tuple(Place(node, bound[node]) for node in stage.nodes)
 
     def _watch(self, step: Step) -> None:
         """Until the stage has ended or the service is ready. Raises RunFailed for everything else."""
@@ -184,6 +261,8 @@ class Controller:
                     raise RunFailed(ended_early(step, code))
                 if code:
                     raise RunFailed(self._root_cause(step, code))
+                if stage.tells_end and not step.of_kind("result"):
+                    raise RunFailed(ended_early(step, 0))
                 return
             if time.monotonic() > deadline:
                 raise RunFailed(late(step, stage.deadline_s))
@@ -198,6 +277,9 @@ class Controller:
                 if code is not None:
                     service.pump()
                     raise RunFailed(ended_early(service, code))
+                if service.ended_quietly:
+                    # srun ends a step for a task that fails, and waits for the others of one that does not.
+                    raise RunFailed(ended_early(service, 0))
 
     def _root_cause(self, step: Step, code: int) -> Failure:
         """The stage's own failure, or that of a service that died under it and is heard of a little later."""
@@ -210,48 +292,45 @@ class Controller:
             self._signals.wait([], POLL_S)
         return diagnose(step, code)
 
-    def _bind(self, step: Step) -> None:
-        bound = bind(self._plan, self._runner, step, end_time=self._runner.end_time())
-        self._event("preflight", bound.text, stage="preflight", data={"nodes": bound.table})
-        self._binding = bound.binding
-        write_binding(self._run, bound.binding)
-        hosts = {str(node.index): node.host for node in bound.binding.nodes}
-        self._event("binding", f"{len(hosts)} nodes, ports moved by {bound.binding.port_offset}", data={"hosts": hosts})
-
     # -- the end --
 
     def _obey_signals(self, step: Step) -> None:
         number = self._signals.take()
         if number is None:
+            if step.stage.name == "train" and self._time.is_due():
+                self._stop_in_time(step, Cause.TIME_LIMIT)
             return
         self._event("signal", f"{number.name} while {step.stage.name} runs", stage=step.stage.name)
         if number is signal.SIGUSR2:
             self._obey_warning(step)
-        self._grace_s = HURRIED_GRACE_S
+            return
+        self._hurried = True
         cause = Cause.CANCELLED if number is signal.SIGINT else self._runner.why_ended()
-        text = f"{step.stage.name} was ended by {number.name}: {cause.name.lower().replace('_', ' ')}"
-        raise RunFailed(Failure(cause, text, step.stage.name))
+        lost = self._allocation.lost_host() if cause is Cause.NODE_FAILURE else None
+        text = f"{step.stage.name} was ended by {number.name}: {_words(cause)}" + (f" of {lost}" if lost else "")
+        raise RunFailed(Failure(cause, text, step.stage.name, lost))
 
     def _obey_warning(self, step: Step) -> None:
-        """The allocation ends soon, or shall be given up: save what training has, then start again."""
-        cause = Cause.TIME_LIMIT if self._ends_soon() else Cause.PREEMPTED
+        """The allocation ends soon, or shall be given up at once. Slurm warns too early: there may be time to go on."""
+        if not self._time.ends_soon():
+            self._stop_in_time(step, Cause.PREEMPTED)
+        if step.stage.name != "train" or self._time.is_due():
+            self._stop_in_time(step, Cause.TIME_LIMIT)
+
+    def _stop_in_time(self, step: Step, cause: Cause) -> NoReturn:
+        """Saves what training has; the run then starts again."""
         saved = self._ask_for_checkpoint(step) if step.stage.name == "train" else None
-        text = f"{step.stage.name} was stopped before the {cause.name.lower().replace('_', ' ')}"
+        text = f"{step.stage.name} was stopped before the {_words(cause)}"
         text += f" with checkpoint {saved}" if saved else ""
         raise RunFailed(Failure(cause, text, step.stage.name))
-
-    def _ends_soon(self) -> bool:
-        end = self._binding.end_time if self._binding else self._runner.end_time()
-        # Slurm sends the signal up to a minute early.
-        return end is not None and end - time.time() < self._plan.signal_lead_s + 90
 
     def _ask_for_checkpoint(self, step: Step) -> str | None:
         """The checkpoint that training wrote on request; None when it did not in the time that is left."""
         control = self._run / "control"
         (control / CHECKPOINT_REQUEST).touch(mode=0o600)
-        end = (self._binding.end_time if self._binding else None) or time.time() + self._plan.signal_lead_s
+        self._time.look()
         # Stopping the stages after the checkpoint takes time too.
-        left = max(0.0, end - time.time() - 2 * STOP_GRACE_S)
+        left = max(0.0, min(self._time.left_s, MOST_SAVE_S) - 2 * STOP_GRACE_S)
         self._event("checkpoint-request", f"{left:.0f} s for a checkpoint", stage="train", data={"seconds": left})
         deadline = time.monotonic() + left
         while time.monotonic() < deadline:
@@ -260,7 +339,7 @@ class Controller:
                 break
             number = self._signals.take()
             if number not in (None, signal.SIGUSR2):
-                self._grace_s = HURRIED_GRACE_S
+                self._hurried = True
                 break
             self._signals.wait(step.descriptors(), POLL_S)
         answer = control / CHECKPOINT_DONE
@@ -274,9 +353,23 @@ class Controller:
     def _stop_all(self) -> None:
         """Ends every step, the last one started first."""
         for step in reversed(self._steps):
-            self._runner.stop(step, self._grace_s)
+            self._runner.stop(step, HURRIED_GRACE_S if self._hurried else STOP_GRACE_S)
             self._event("stage-end", "stopped", stage=step.stage.name)
+        silent = {place for step in self._steps for place in step.silent_places}
         self._steps.clear()
+        if silent and not self._hurried and self._runner.can_requeue:
+            self._sweep(tuple(sorted(silent, key=lambda place: place.index)))
+
+    def _sweep(self, places: tuple[Place, ...]) -> None:
+        """Clears nodes whose supervisors were killed: any task does, when it ends as the job's last one on its node."""
+        stage = Stage(
+            name="sweep", nodes=tuple(place.index for place in places), command=("-c", ""), deadline_s=SWEEP_S
+        )
+        log_folder(self._run, stage.name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        step = self._runner.start(stage, places)
+        if not step.wait(SWEEP_S):
+            self._say(f"error: {', '.join(place.name for place in places)} could not be cleared")
+        self._runner.stop(step, HURRIED_GRACE_S)
 
     # -- telling --
 
@@ -289,7 +382,7 @@ class Controller:
             self._runner.show(f"vime: {text}")
         except VimeError as error:
             # Only what squeue shows is poorer.
-            print(f"note: the job's comment was not set: {error}", file=sys.stderr)
+            self._say(f"note: the job's comment was not set: {error}")
 
     def _link_current_log(self, stage: Stage, places: tuple[Place, ...]) -> None:
         """`logs/current.log` is always the log of the running stage's first task."""
@@ -320,7 +413,18 @@ def line_of(event: Event) -> str:
 
 def control(run_dir: str, runner_of: Callable[[Plan], Runner], *, link: str | None = None) -> Cause:
     """Runs the controller of a run folder, or of one link of a chain."""
-    whole = read_plan(run_dir)
-    own = find_link(whole, link)
-    plan = part(whole, own)
-    return Controller(plan, runner_of(plan), say=lambda line: print(line, flush=True), link=own).run()
+    with witnessed(run_dir):
+        whole = read_plan(run_dir)
+        own = find_link(whole, link)
+        plan = part(whole, own)
+        return Controller(plan, runner_of(plan), say=tell, link=own).run()
+
+
+def tell(line: str) -> None:
+    """A line for whoever reads the job's output. The journal is what counts: the output may lie on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def _words(cause: Cause) -> str:
+    return cause.name.lower().replace("_", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 EVENTS_FILE = "events.jsonl"
+RESERVE_FILE, RESERVE_BYTES = ".reserve", 256 * 1024
 
 Kind = Literal[
     "run-start",
@@ -24,6 +26,7 @@ Kind = Literal[
     "checkpoint",
     "requeue",
     "job-end",
+    "exclude",
     "run-end",
 ]
 
@@ -47,31 +50,68 @@ class Event(BaseModel):
 
 
 class Journal:
-    """The one writer. A line is one write to a file opened for appending; what must survive a crash is synced."""
+    """The one writer. A line is one write to a file opened for appending; what must survive a crash is synced.
+
+    On a full disk it takes up its reserve, and what cannot be written at all waits in memory: an event never raises.
+    """
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        """Raises OSError where the journal cannot be opened."""
         self._path = Path(run_dir) / EVENTS_FILE
+        self._reserve = Path(run_dir) / RESERVE_FILE
+        self._waiting = b""
+        self.error: OSError | None = None
+        """Why events wait in memory; None while they do not."""
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._end_torn_line()
+        self._keep_reserve()
 
     def write(self, kind: Kind, text: str = "", *, sync: bool = True, **fields: Any) -> Event:
         """Appends an event; `fields` are stage, node, rank and data of Event."""
         event = Event(kind=kind, text=text, **fields)
-        line = event.model_dump_json(exclude_defaults=True).encode() + b"\n"
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        if sync:
-            os.fsync(self._descriptor)
+        self._waiting += event.model_dump_json(exclude_defaults=True).encode() + b"\n"
+        self.flush(sync=sync)
         return event
+
+    def flush(self, *, sync: bool = True) -> bool:
+        """Writes what waits; whether all of it is written."""
+        try:
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._reserve.exists():
+                    raise
+                self._reserve.unlink()
+                self._write_waiting()
+            if sync:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            self.error = error
+            return False
+        self.error = None
+        return True
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
     def _end_torn_line(self) -> None:
         """A writer that was killed inside its last line leaves it open; the next event starts on a line of its own."""
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")
+
+    def _keep_reserve(self) -> None:
+        """Blocks that are the run's already when the disk is full; without them the last word would have no room."""
+        if not self._reserve.exists():
+            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, bytes(RESERVE_BYTES))
+            finally:
+                os.close(descriptor)
 
 
 def read_events(run_dir: str | os.PathLike[str]) -> list[Event]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from dataclasses import dataclass
 
-from vime.errors import Cause, VimeError
+from vime.errors import STORAGE_ERRNOS, Cause, VimeError
 from vime.launch.steps import Step
 
 _OUT_OF_MEMORY = re.compile(r"out.of.memory|oom[-_ ]?kill|exceeded (job |step )?memory limit", re.IGNORECASE)
 _NODE_FAILURE = re.compile(r"node failure on (\S+)|(?:error: )?(\S+): task .*node fail", re.IGNORECASE)
 _LOST_NODE = re.compile(r"DUE TO NODE FAILURE|Job credential revoked|Communication connection failure", re.IGNORECASE)
+_OUT_OF_MEMORY_ON = re.compile(r"slurmstepd-(\S+?): error: .*exceeded|srun: error: (\S+): tasks? .*out of memory", re.I)
 _KILLED_TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
+_STORAGE = re.compile("|".join(os.strerror(number) for number in sorted(STORAGE_ERRNOS)))
+_NOT_CREATED = re.compile(r"unable to (create step|confirm allocation|contact slurm)|socket timed out", re.IGNORECASE)
 _TELLING = re.compile(r"\berror\b|exception|\bfatal\b|not found|killed", re.IGNORECASE)
 
 
@@ -73,24 +77,33 @@ def diagnose(step: Step, exit_code: int) -> Failure:
         if data["signal"] == signal.SIGKILL and _OUT_OF_MEMORY.search(text):
             cause = Cause.OUT_OF_MEMORY
         told = data["tail"] or told
+        if cause is Cause.CODE_ERROR and data["signal"] is None and _STORAGE.search("\n".join(told)):
+            cause = Cause.STORAGE
         return _failure(step, cause, f"{data['meaning']}: {telling_line(told)}", data["host"], first.rank, told)
     if _OUT_OF_MEMORY.search(text):
         line = next(line for line in told if _OUT_OF_MEMORY.search(line))
-        node = _first_killed(told)
+        on = _OUT_OF_MEMORY_ON.search(text)
+        node = on[1] or on[2] if on else _first_killed(told)
         return _failure(step, Cause.OUT_OF_MEMORY, line.strip(), node, None, told)
     cause = cause_of_exit(exit_code, None)
     return _failure(step, cause, f"exit code {exit_code}: {telling_line(told)}", _first_killed(told), None, told)
 
 
+def was_refused(step: Step) -> bool:
+    """Whether Slurm did not create the step: it does not while its controller starts again, and soon does."""
+    return not step.of_kind("start") and _NOT_CREATED.search("\n".join(step.told())) is not None
+
+
 def ended_early(step: Step, exit_code: int) -> Failure:
-    """A service that ended while it was needed, with whatever code."""
+    """A service that ended while it was needed, with whatever code, or a stage that did not say that it was done."""
     if exit_code:
         return diagnose(step, exit_code)
+    what = "service" if step.stage.service else "stage"
     exits = step.of_kind("exit")
     first = exits[0] if exits else None
     told = first.data["tail"] if first else step.told()
     node, rank = (first.data["host"], first.rank) if first else (None, None)
-    return _failure(step, Cause.CODE_ERROR, f"the service ended too early: {telling_line(told)}", node, rank, told)
+    return _failure(step, Cause.CODE_ERROR, f"the {what} ended too early: {telling_line(told)}", node, rank, told)
 
 
 def late(step: Step, seconds: float) -> Failure:

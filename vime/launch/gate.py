@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vime.errors import BadInput
+from vime.errors import VimeError
 from vime.planning.types import Artefact, Stage
 
 MANIFEST = ".vime-artefact.json"
@@ -90,12 +90,12 @@ def prepare(stage: Stage, run_dir: str) -> list[str]:
 
 
 def seal(stage: Stage, run_dir: str) -> None:
-    """Writes the manifests, after the stage has ended well. Raises BadInput where an output is missing."""
+    """Writes the manifests, after the stage has ended well. Raises VimeError where an output is missing."""
     inputs = _content(stage.inputs)
     for output in stage.outputs:
         path, files = Path(output.path), list_files(output)
         if not path.is_dir() or not files:
-            raise BadInput(f"stage {stage.name} ended without its output {path}: look at its log")
+            raise VimeError(f"stage {stage.name} ended too early, without its output {path}: look at its log")
         content = {"fingerprint": fingerprint(stage, run_dir), "inputs": inputs, "files": _plain(files)}
         _write(path / MANIFEST, {"version": VERSION, "stage": stage.name, **content})
         _marker(output).unlink(missing_ok=True)

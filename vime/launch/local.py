@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vime.launch.controller import Controller
+from vime.launch.controller import Controller, tell
 from vime.launch.logfiles import Follower, find_logs
 from vime.launch.runner_local import LocalRunner
+from vime.launch.witness import witnessed
 from vime.planning.types import Plan
 
 # Lines of training that a person at the terminal wants to see; everything is in the log.
@@ -17,16 +18,12 @@ _TOLD = re.compile(r"^(rollout|eval|weights from|checkpoint|error:)")
 def run(plan: Plan) -> int:
     """The run's exit code. Prints every event, and training's own summary lines."""
     progress = _Progress(plan.run_dir)
-    controller = Controller(plan, LocalRunner(plan), say=_say, watching=progress.tell)
-    cause = controller.run()
+    with witnessed(plan.run_dir):
+        cause = Controller(plan, LocalRunner(plan), say=tell, watching=progress.tell).run()
     progress.tell()
     if cause:
         print(f"logs are in {Path(plan.run_dir) / 'logs'}", flush=True)
     return int(cause)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 class _Progress:
@@ -46,4 +43,4 @@ class _Progress:
             self._follower = Follower(logs[0])
         for line in self._follower.poll():
             if _TOLD.match(line.text):
-                _say(f"{line.stamp[11:19]} {line.text}")
+                tell(f"{line.stamp[11:19]} {line.text}")

@@ -12,6 +12,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from vime.launch import leftovers
+
 _LOCK = ".lock"
 
 
@@ -48,7 +50,7 @@ class NodeFolder:
 
 
 def remove_unused(folder: Path) -> bool:
-    """Removes a job's folder unless a task holds it."""
+    """Removes a job's folder, and what else its processes left here, unless a task holds it."""
     try:
         descriptor = _open_lock(folder, 0)
     except FileNotFoundError:
@@ -58,6 +60,7 @@ def remove_unused(folder: Path) -> bool:
     except BlockingIOError:
         return False
     else:
+        leftovers.remove(folder.name, os.fstat(descriptor).st_ctime_ns)
         # The lock goes first: a task that waits for it sees that and makes a new folder.
         (folder / _LOCK).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +70,7 @@ def remove_unused(folder: Path) -> bool:
 
 
 def remove_dead() -> list[str]:
-    """Removes the folders that killed runs of this user left on this node; their jobs' names."""
+    """Removes what killed runs of this user left on this node; their jobs' names."""
     base = base_folder()
     if not base.is_dir():
         return []

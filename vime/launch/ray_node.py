@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from vime.errors import DeadlineExceeded, VimeError
+from vime.launch.network import listening_ports
 from vime.launch.reports import report
 from vime.launch.rundir import read_secret, secret_path
 from vime.planning import ports as planned_ports
@@ -28,6 +29,10 @@ POLL_S = 0.5
 MEMORY_THRESHOLD = "0.98"
 """Ray's own killer starts above this share of memory; CPU Adam fills nodes on purpose."""
 _ALIVE = 0
+_HEAD_PORTS = ("gcs", "ray_client")
+_NODE_PORTS = (
+    "node_manager", "object_manager", "runtime_env", "dashboard_agent", "dashboard_agent_grpc", "metrics_export",
+)  # fmt: skip
 
 
 def pin_resource(node: int) -> str:
@@ -139,6 +144,15 @@ def names_of(binding: Binding, missing: list[str]) -> list[str]:
     return [f"{hosts[item]} ({item})" if item in hosts else item for item in missing]
 
 
+def check_ports(plan: Plan, binding: Binding, node: int) -> None:
+    """Raises VimeError where somebody has taken a port of Ray's since preflight; Ray would only say that it died."""
+    busy, ports = listening_ports(), planned_ports.moved(plan.ports, binding.port_offset)
+    names = _NODE_PORTS + (_HEAD_PORTS if node == 0 else ())
+    for name in names:
+        if (port := getattr(ports, name)) in busy:
+            raise VimeError(f"port {port} ({name}) is taken on {binding.nodes[node].host} by another process")
+
+
 def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadline_s: float) -> int:
     """Runs Ray on this node to its end, reporting when the nodes it waits for are alive."""
     temp_dir = Path(os.environ.get("TMPDIR", "/tmp")) / "ray"
@@ -178,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         plan, binding = read_plan(args.run), read_binding(args.run)
         read_secret(args.run, "ray_token")  # is it there, and private?
         node, rank = int(os.environ["VIME_NODE"]), int(os.environ["RANK"])
+        check_ports(plan, binding, node)
         stage = next(stage for stage in plan.stages if stage.name == ("ray-head" if args.head else "ray-workers"))
         waits_for = [0] if args.head else (list(range(len(plan.nodes))) if rank == 0 else [])
         return serve(plan, binding, node, waits_for, stage.deadline_s)

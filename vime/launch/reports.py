@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class Report:
     rank: int
     kind: Kind
     data: dict[str, Any] = field(default_factory=dict)
+    arrived: float = field(default_factory=time.time, compare=False)
+    """Unix time here."""
 
 
 def encode(report: Report) -> bytes:

@@ -6,11 +6,12 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
 from vime.errors import Cause
 from vime.launch import supervise
 from vime.launch.rundir import launcher_log
-from vime.launch.steps import Place, Step, launch, places_text, signal_process
+from vime.launch.steps import Place, Step, launch, log_size, places_text, signal_process
 from vime.launch.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
 from vime.planning.types import Plan, Stage
 
@@ -27,6 +28,8 @@ class LocalRunner:
         return (socket.gethostname(),) * len(self._plan.nodes)
 
     def start(self, stage: Stage, places: tuple[Place, ...]) -> Step:
+        log = launcher_log(self._plan.run_dir, stage.name)
+        offset = log_size(log)
         command = (sys.executable, "-m", "vime.launch.task", "--run", self._plan.run_dir, "--stage", stage.name)
         processes = []
         for place in range(len(places)):
@@ -34,7 +37,7 @@ class LocalRunner:
                 env = {**os.environ, PLACES: places_text(places), JOB: self.job}
                 env |= {LOCAL_PLACE: str(place), LOCAL_RANK: str(rank)}
                 processes.append(launch(command, env, self._plan.run_dir, stage.name))
-        return Step(stage, places, processes, launcher_log(self._plan.run_dir, stage.name))
+        return Step(stage, places, processes, log, offset)
 
     def stop(self, step: Step, grace_s: float) -> None:
         for process in step.processes:
@@ -49,8 +52,23 @@ class LocalRunner:
     def end_time(self) -> float | None:
         return None
 
+    def memory_limits(self) -> dict[str, int]:
+        return {}
+
+    def switches(self) -> dict[str, str]:
+        return {}
+
     def why_ended(self) -> Cause:
         return Cause.CANCELLED
+
+    def why_lost(self, job: str, restart: int) -> Cause:
+        return Cause.CODE_ERROR
+
+    def lost_nodes(self) -> list[str]:
+        return []
+
+    def exclude(self, hosts: Sequence[str]) -> None:
+        raise NotImplementedError("a local run has one node")
 
     def requeue(self) -> None:
         raise NotImplementedError("a local run is started again by hand")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from vime.errors import Cause
 from vime.launch import container, slurm
 from vime.launch.rundir import launcher_log
-from vime.launch.steps import Place, Step, launch, places_text, signal_process
+from vime.launch.steps import Place, Step, launch, log_size, places_text, signal_process
 from vime.launch.task import JOB, PLACES
 from vime.planning.types import Cluster, Plan, Stage
 
@@ -31,7 +31,8 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
     """The srun call of a stage on these nodes.
 
     Since Slurm 22.05 srun takes no CPUs over from sbatch, so a step states them; steps share the job's nodes with the
-    services and with each other, hence `--overlap`.
+    services and with each other, hence `--overlap`, and `--mem=0` for all of the job's memory: a slurmctld that was
+    restarted forgets that the steps before overlap, and has no memory left for one that asks for it.
     """
     cpus = stage.cpus_per_task or max(1, (cpus_per_node or 1) // stage.tasks_per_node)
     if cpus_per_node is not None:
@@ -46,6 +47,7 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
         f"--cpus-per-task={cpus}",
         "--cpu-bind=none",
         "--overlap",
+        "--mem=0",
         "--kill-on-bad-exit=1",
         "--mpi=none",
         "--input=none",
@@ -84,6 +86,14 @@ def attach_argv(job: str, host: str, command: Sequence[str], *, run_dir: str, te
 
 
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
+_STATES = {
+    "NODE_FAIL": Cause.NODE_FAILURE,
+    "PREEMPTED": Cause.PREEMPTED,
+    "REQUEUED": Cause.PREEMPTED,
+    "TIMEOUT": Cause.TIME_LIMIT,
+    "CANCELLED": Cause.CANCELLED,
+    "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
+}
 _REASONS = {
     "TIME LIMIT": Cause.TIME_LIMIT,
     "NODE FAILURE": Cause.NODE_FAILURE,
@@ -124,8 +134,10 @@ class SlurmRunner:
             cpus_per_node=self._cpus,
         )
         env = {**slurm.clean_environment(os.environ), PLACES: places_text(places), JOB: self.job}
+        log = launcher_log(self._plan.run_dir, stage.name)
+        offset = log_size(log)
         process = launch(argv, env, self._plan.run_dir, stage.name)
-        return Step(stage, places, [process], launcher_log(self._plan.run_dir, stage.name))
+        return Step(stage, places, [process], log, offset)
 
     def stop(self, step: Step, grace_s: float) -> None:
         """Through the step, not the srun client: that one would kill without asking."""
@@ -145,6 +157,12 @@ class SlurmRunner:
         state = slurm.job_state(self.job)
         return None if state is None else state.end
 
+    def memory_limits(self) -> dict[str, int]:
+        return slurm.job_memory(self.job)
+
+    def switches(self) -> dict[str, str]:
+        return slurm.leaf_switches()
+
     def why_ended(self) -> Cause:
         cause = cause_of_message(self._own_output())
         if cause is not None:
@@ -161,8 +179,19 @@ class SlurmRunner:
             output.seek(self._output_start)
             return output.read().decode(errors="replace")
 
+    def why_lost(self, job: str, restart: int) -> Cause:
+        states = slurm.past_states(job)
+        return _STATES.get(states[restart], Cause.CODE_ERROR) if restart < len(states) else Cause.CODE_ERROR
+
+    def lost_nodes(self) -> list[str]:
+        states = slurm.node_states(os.environ["SLURM_JOB_NODELIST"], seconds=2.0)
+        return [name for name, state in states.items() if slurm.is_lost(state)]
+
     def requeue(self) -> None:
         slurm.requeue(self.job)
+
+    def exclude(self, hosts: Sequence[str]) -> None:
+        slurm.exclude(self.job, hosts, seconds=2.0)
 
     def show(self, text: str) -> None:
         slurm.set_comment(self.job, text)

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vime.errors import VimeError
@@ -62,6 +62,8 @@ class JobState:
     restarts: int = 0
     time_limit_minutes: int | None = None
     """None: without limit, or not known."""
+    excluded: str = ""
+    """Node list that the job is kept off."""
 
     @property
     def active(self) -> bool:
@@ -98,6 +100,7 @@ def parse_job(text: str) -> JobState:
         comment=values.get("Comment", ""),
         restarts=int(values.get("Restarts", "0")),
         time_limit_minutes=parse_limit(values.get("TimeLimit", "")),
+        excluded="" if values.get("ExcNodeList") in (None, "(null)") else values["ExcNodeList"],
     )
 
 
@@ -137,6 +140,74 @@ def query_job(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
         return None
     state, nodes, begin, end = lines[-1].split("|")
     return JobState(job_id, state.split()[0], nodelist=nodes, start=parse_time(begin), end=parse_time(end))
+
+
+def job_memory(job_id: str) -> dict[str, int]:
+    """Bytes that a job is given on each of its nodes; empty where memory is not a resource, or Slurm is away."""
+    try:
+        text = call("scontrol", "show", "job", "-d", job_id)
+    except SlurmError:
+        # What the nodes tell of their memory is still looked at.
+        return {}
+    return {
+        name: memory
+        for nodes, memory in parse_node_memory(text)
+        for name in (expand_hosts(nodes) if set(nodes) & set("[,") else (nodes,))
+    }
+
+
+def parse_node_memory(text: str) -> list[tuple[str, int]]:
+    """(node list, bytes a node) from `scontrol show job -d`: lines `Nodes=n[1-4] CPU_IDs=0-63 Mem=160000 GRES=`."""
+    found = re.findall(r"^\s+Nodes=(\S+) CPU_IDs=\S+ Mem=(\d+)", text, re.MULTILINE)
+    return [(nodes, int(megabytes) * 2**20) for nodes, megabytes in found if int(megabytes)]
+
+
+def leaf_switches() -> dict[str, str]:
+    """The leaf switch of every node; empty without a topology."""
+    try:
+        text = call("scontrol", "show", "topology")
+    except SlurmError:
+        # A cluster that does not describe its network.
+        return {}
+    return {name: switch for switch, nodes in parse_topology(text) for name in expand_hosts(nodes)}
+
+
+def parse_topology(text: str) -> list[tuple[str, str]]:
+    """(leaf switch, node list) from `scontrol show topology`."""
+    return re.findall(r"^SwitchName=(\S+) Level=0 .*?Nodes=(\S+)", text, re.MULTILINE)
+
+
+def past_states(job_id: str) -> list[str]:
+    """State of every start of a job, the first one first; empty without accounting."""
+    try:
+        text = call("sacct", "-nPXD", "-j", job_id, "-o", "State")
+    except SlurmError:
+        # No accounting here: the journal of the run is what remains.
+        return []
+    # A job that shrank has a row more for the same start.
+    return [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] != "RESIZING"]
+
+
+def node_states(nodelist: str, *, seconds: float = CALL_SECONDS) -> dict[str, str]:
+    """State of each node in sinfo's words (`down*`, `allocated`), in the list's order; empty when Slurm is away."""
+    try:
+        lines = call("sinfo", "-hN", "-n", nodelist, "-o", "%N %T", seconds=seconds).splitlines()
+    except SlurmError:
+        return {}
+    return {words[0]: words[1] for line in lines if len(words := line.split()) == 2}
+
+
+def is_lost(state: str) -> bool:
+    """Whether a node in this state has failed: `*` says that it does not answer."""
+    return state.endswith("*") or state.startswith(("down", "fail", "error", "unknown"))
+
+
+def exclude(job_id: str, hosts: Iterable[str], *, seconds: float = CALL_SECONDS) -> None:
+    """Keeps a pending job off these nodes, and those that it was kept off before."""
+    state = job_state(job_id, seconds=seconds)
+    before = state.excluded if state is not None else ""
+    names = ",".join([*([before] if before else []), *hosts])
+    call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}", seconds=seconds)
 
 
 def step_ids(job_id: str, name: str) -> list[str]:

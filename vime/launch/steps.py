@@ -35,7 +35,11 @@ class Step:
     places: tuple[Place, ...]
     processes: list[subprocess.Popen[bytes]]
     launcher_log: Path
+    log_offset: int = 0
+    """Where this step's part of the launcher log begins: earlier starts of the run wrote to it too."""
     started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    """Unix time."""
     reports: list[Report] = field(default_factory=list)
     _assemblers: list[Assembler] = field(default_factory=list)
     _open: list[bool] = field(default_factory=list)
@@ -78,6 +82,17 @@ class Step:
         return [report for report in self.reports if report.kind == kind]
 
     @property
+    def silent_places(self) -> set[Place]:
+        """Nodes with a task that started and has not told its end: its supervisor was killed, or its node is lost."""
+        ended = {report.rank for report in self.of_kind("exit")}
+        return {self.places[rank // self.stage.tasks_per_node] for rank in set(self.host_of_rank) - ended}
+
+    @property
+    def ended_quietly(self) -> bool:
+        """Whether a task has ended with code 0 without being told to."""
+        return any(not report.data["code"] and not report.data["stopped"] for report in self.of_kind("exit"))
+
+    @property
     def host_of_rank(self) -> dict[int, str]:
         """Hosts of the tasks that have started."""
         return {report.rank: report.data["host"] for report in self.of_kind("start")}
@@ -86,7 +101,7 @@ class Step:
         """Last words of the launcher and of tasks that could not report."""
         other = [line for assembler in self._assemblers for line in assembler.other]
         try:
-            text = self.launcher_log.read_text(encoding="utf-8", errors="replace")
+            text = self.launcher_log.read_bytes()[self.log_offset :].decode("utf-8", errors="replace")
         except FileNotFoundError:
             text = ""
         return [*other, *text.splitlines()][-lines:]
@@ -131,12 +146,32 @@ class Runner(Protocol):
         """Unix time at which the allocation ends."""
         ...
 
+    def memory_limits(self) -> dict[str, int]:
+        """Bytes of host memory that the job may take, by node name; nothing for a node without a limit."""
+        ...
+
+    def switches(self) -> dict[str, str]:
+        """The leaf switch of every node by name; empty where the network's topology is not known."""
+        ...
+
     def why_ended(self) -> Cause:
         """What TERM means: whoever ends the allocation tells nobody but Slurm."""
         ...
 
+    def why_lost(self, job: str, restart: int) -> Cause:
+        """What ended a start that left no last word."""
+        ...
+
+    def lost_nodes(self) -> list[str]:
+        """Names of the allocation's nodes that are down or do not answer."""
+        ...
+
     def requeue(self) -> None:
         """Lets the same job run again."""
+        ...
+
+    def exclude(self, hosts: Sequence[str]) -> None:
+        """Keeps the job, which waits for its next start, off these hosts."""
         ...
 
     def show(self, text: str) -> None:
@@ -160,6 +195,11 @@ def launch(argv: Sequence[str], env: dict[str, str], run_dir: str, stage: str) -
         )
     finally:
         os.close(errors)
+
+
+def log_size(log: Path) -> int:
+    """Bytes that a launcher log holds already."""
+    return log.stat().st_size if log.exists() else 0
 
 
 def signal_process(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

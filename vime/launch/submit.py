@@ -5,6 +5,7 @@ Needs neither Slurm nor torch to make the scripts' text.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from vime.errors import BadInput
 from vime.launch import slurm
 from vime.launch.container import mounts
 from vime.launch.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
+from vime.launch.lead import lead_s
 from vime.launch.runner_slurm import gpu_options
 from vime.planning.chain import Link, links, part
 from vime.planning.types import Plan
@@ -74,7 +76,7 @@ def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = 
     cluster = plan.cluster
     more: dict[str, Any] = {
         # B: signals the batch process, which is the controller; without it Slurm would signal the steps.
-        "signal": f"B:USR2@{min(plan.signal_lead_s, MAX_SIGNAL_LEAD_S)}",
+        "signal": f"B:USR2@{min(math.ceil(lead_s(plan)), MAX_SIGNAL_LEAD_S)}",
         "requeue": True,
         # Without it a job whose dependency has failed would wait for ever.
         **({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),

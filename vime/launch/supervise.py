@@ -193,17 +193,46 @@ class Supervisor:
 
     def _pump_output(self, descriptor: int) -> None:
         """Copies the command's output to the log, a time before each line, so that the logs of nodes can be merged."""
-        target = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        log = _Log(self._log)
         for line in _lines(descriptor):
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now % 1 * 1000):03d} "
-            os.write(target, stamp.encode() + line + b"\n")
+            log.write(line)
             self._tail.append(line.decode("utf-8", errors="replace"))
-        os.close(target)
+        log.close()
 
     def _pump_reports(self, descriptor: int) -> None:
         for line in _lines(descriptor):
             self._on_report(line)
+
+
+class _Log:
+    """A log whose lines may be lost while the file system is full or read-only; the command goes on all the same."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._descriptor = path, -1
+        self._lost = 0
+
+    def write(self, line: bytes) -> None:
+        try:
+            if self._descriptor < 0:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+                self._descriptor = os.open(self._path, flags, 0o600)
+            if self._lost:
+                os.write(self._descriptor, _stamped(b"(%d lines could not be written here)" % self._lost))
+                self._lost = 0
+            os.write(self._descriptor, _stamped(line))
+        except OSError:
+            # The tail that the exit report brings has the last of them.
+            self._lost += 1
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def _stamped(line: bytes) -> bytes:
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now % 1 * 1000):03d} "
+    return stamp.encode() + line + b"\n"
 
 
 def _reap() -> tuple[int, int] | None:

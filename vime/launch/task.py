@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vime.errors import BadInput, Cause, VimeError
+from vime.errors import BadInput, Cause, VimeError, is_storage_error
+from vime.launch.leftovers import OWNER
 from vime.launch.nodetmp import NodeFolder, base_folder
 from vime.launch.reports import REPORT_FD, Report, encode
 from vime.launch.rundir import task_log
@@ -87,6 +88,7 @@ def task_env(
         VIME_NODE=str(seat.node),
         **{name: environ[name] for name in (PLACES, JOB) if name in environ},
         TMPDIR=str(base_folder() / job),
+        **{OWNER: job},
         PYTHONUNBUFFERED="1",
         PYTHONFAULTHANDLER="1",
     )
@@ -98,8 +100,11 @@ def task_env(
             VLLM_HOST_IP=here.address,
         )
         if here.interface:
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                env.setdefault(name, here.interface)
+            env.setdefault("GLOO_SOCKET_IFNAME", here.interface)
+            # NCCL takes a bare name for a prefix.
+            env.setdefault("NCCL_SOCKET_IFNAME", f"={here.interface}")
+        if here.rdma:
+            env.setdefault("NCCL_IB_HCA", "=" + ",".join(here.rdma))
     return env
 
 
@@ -150,8 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return int(error.cause)
     except OSError as error:
-        print(f"error: {socket.gethostname()}: {error}", file=sys.stderr)
-        return int(Cause.CODE_ERROR)
+        # To stdout, which srun brings to the controller; stderr lands on the file system that may be what failed.
+        print(f"error: {socket.gethostname()}: {error}", flush=True)
+        return int(Cause.STORAGE if is_storage_error(error) else Cause.CODE_ERROR)
 
 
 if __name__ == "__main__":

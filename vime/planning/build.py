@@ -25,6 +25,9 @@ from vime.recipe.vllm_arguments import check_installed
 SAVE_BYTES_PER_S = 500 * 10**6
 """What a node writes to a shared file system while it saves, for the lead of the signal before the time limit."""
 
+MIN_NETWORK_GBIT = 1.0
+"""What any network between GPU nodes brings over TCP; below it, something is broken."""
+
 
 @dataclass(frozen=True)
 class Checks:
@@ -197,6 +200,8 @@ def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
     """The cluster as the recipe's device uses it: no GPUs for `cpu`; on this machine, those that `gpu` takes."""
     if recipe.cluster.device == "cpu":
         return cluster.model_copy(update={"gpus_per_node": 0, "gpu_request": "none"})
+    if cluster.min_network_gbit is None and cluster.kind == "slurm":
+        cluster = cluster.model_copy(update={"min_network_gbit": MIN_NETWORK_GBIT})
     if cluster.kind == "local" and not cluster.gpus_per_node:
         wanted = recipe.cluster.actor_num_gpus_per_node
         return cluster.model_copy(update={"gpus_per_node": wanted, "gpu_request": "gpus-per-node"})

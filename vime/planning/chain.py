@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from vime.errors import BadInput
 from vime.planning.types import Memory, NodePlan, Plan, Stage
 
-PREFLIGHT = "preflight"
+LOOKS = ("preflight", "ring")
+"""Stages that look at a job's nodes: the second one at what connects them, where they work together."""
 _MARGIN_S = 300.0
 """What a job's time limit has above the deadlines of its stages, so that these tell first what hangs."""
 
@@ -32,7 +33,7 @@ def links(plan: Plan) -> tuple[Link, ...]:
     """The jobs of a chain in order: every stage that ends is one, with the services that stand before it."""
     groups: list[list[Stage]] = [[]]
     for stage in plan.stages:
-        if stage.name == PREFLIGHT:
+        if stage.name in LOOKS:
             continue
         groups[-1].append(stage)
         if not stage.service:
@@ -96,5 +97,6 @@ def _nodes(stages: tuple[Stage, ...] | list[Stage]) -> int:
 def _preflight(plan: Plan, group: list[Stage]) -> tuple[Stage, ...]:
     """Every job looks at its own nodes first: they are others than those of the job before."""
     count = _nodes(group)
-    found = (stage for stage in plan.stages if stage.name == PREFLIGHT)
+    wanted = LOOKS if any(stage.service for stage in group) else LOOKS[:1]
+    found = (stage for stage in plan.stages if stage.name in wanted)
     return tuple(stage.model_copy(update={"nodes": stage.nodes[:count]}) for stage in found)

@@ -47,6 +47,8 @@ def has_conversion(job: Job) -> bool:
 def make_stages(job: Job) -> tuple[Stage, ...]:
     """Stages in order. `ray-workers` is missing with one node, cast and convert where the recipe does not need them."""
     stages = [_preflight(job)]
+    if job.nodes > 1 and job.cluster.min_network_gbit:
+        stages.append(_ring(job))
     if has_cast(job):
         stages.append(_cast(job))
     if has_conversion(job):
@@ -89,6 +91,17 @@ def _preflight(job: Job) -> Stage:
         command=("-m", "vime.launch.preflight", "--run", job.run_dir),
         env=job.recipe.misc.env,
         deadline_s=120.0 + 5.0 * job.nodes,
+    )
+
+
+def _ring(job: Job) -> Stage:
+    return Stage(
+        name="ring",
+        nodes=tuple(range(job.nodes)),
+        command=("-m", "vime.launch.ring", "--run", job.run_dir),
+        env=job.recipe.misc.env,
+        tells_end=True,
+        deadline_s=START_S,
     )
 
 
@@ -173,6 +186,7 @@ def _train(job: Job) -> Stage:
         cpus_per_task=1,
         command=("-m", "vime.train", "--run", job.run_dir),
         env=job.recipe.misc.env,
+        tells_end=True,
         inputs=tuple(inputs),
         outputs=(Artefact(name="checkpoints", path=options.save or "", kind="run", bytes=job.checkpoints_bytes),),
         # Ends with the allocation; the phases inside have deadlines of their own.

@@ -114,6 +114,8 @@ class Stage(Frozen):
     """argv after the Python interpreter, for example ("-m", "vime.train", "--run", …)."""
     env: dict[str, str] = Field(default_factory=dict)
     service: bool = False
+    tells_end: bool = False
+    """The stage has ended well only when it has said so (a report `result`); exit code 0 alone says too little."""
     inputs: tuple[Artefact, ...] = ()
     outputs: tuple[Artefact, ...] = ()
     deadline_s: float
@@ -179,6 +181,9 @@ class Cluster(Frozen):
     mem: str | None = "0"
     time_limit_minutes: int = 24 * 60
     network_interface: str | None = None
+    min_network_gbit: float | None = None
+    """Gigabits per second that every node must bring to its neighbour before anything big starts (gloo, over TCP); by
+    default 1 for nodes with GPUs. 0 leaves the test out."""
     container: Container | None = None
     modules: tuple[str, ...] = ()
     """Loaded with `module load` before anything else."""
@@ -240,6 +245,8 @@ class BoundNode(Frozen):
     host: str
     address: str
     interface: str | None = None
+    rdma: tuple[str, ...] = ()
+    """Active RDMA ports, as `mlx5_0:1`."""
     slurm_index: int = 0
     """Place in SLURM_JOB_NODELIST."""
 

@@ -9,7 +9,8 @@ import os
 import sys
 import traceback
 
-from vime.errors import Cause, VimeError
+from vime.errors import Cause, VimeError, is_storage_error
+from vime.launch.reports import report
 from vime.launch.rundir import read_secret
 from vime.planning.io import read_binding, read_plan
 from vime.planning.types import Binding, Plan
@@ -35,6 +36,8 @@ def cause_of(error: BaseException) -> Cause:
         return error.cause
     if isinstance(error, exceptions.RayTaskError):
         return cause_of(error.cause) if isinstance(error.cause, BaseException) else Cause.CODE_ERROR
+    if is_storage_error(error):
+        return Cause.STORAGE
     if isinstance(error, (exceptions.OutOfMemoryError, MemoryError)):
         return Cause.OUT_OF_MEMORY
     if isinstance(error, (exceptions.NodeDiedError, exceptions.ActorUnavailableError)):
@@ -61,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         cause = cause_of(error)
         print(f"error: training ended: {cause.name.lower()}: {_first_line(error)}", file=sys.stderr, flush=True)
         return int(cause)
+    report("result")
     return int(Cause.SUCCESS)
 
 

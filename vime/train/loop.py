@@ -13,6 +13,7 @@ from vime.observe.metrics import MetricsWriter
 from vime.observe.samples import write_samples
 from vime.observe.throughput import tokens_per_gpu
 from vime.observe.timeline import Span, Timeline
+from vime.planning.stages import DISK_BYTES_PER_S
 from vime.planning.types import Binding, Plan
 from vime.rollout.client import EngineClient
 from vime.rollout.sampler import Sampler
@@ -40,8 +41,25 @@ class Deadlines:
     setup: float = 1800.0
     engine_start: float = 1800.0
     train: float = 7200.0
-    save: float = 3600.0
+    save: float = 1800.0
     sync: float = 1800.0
+
+    @classmethod
+    def of(cls, plan: Plan) -> Deadlines:
+        """Phases that read or write a whole checkpoint also have the time that its bytes take on a slow file system."""
+        train = next(stage for stage in plan.stages if stage.name == "train")
+        size = {artefact.kind: artefact.bytes or 0 for artefact in (*train.inputs, *train.outputs)}
+        trained = max(size.get("torch_dist", 0), size.get("hf", 0))
+        served = min((len(engine.nodes) for engine in plan.engines), default=1)
+        return cls(
+            setup=cls.setup + _disk_seconds(trained, len(plan.nodes)),
+            engine_start=cls.engine_start + _disk_seconds(size.get("hf", 0), served),
+            save=cls.save + _disk_seconds(size.get("run", 0), len(plan.nodes)),
+        )
+
+
+def _disk_seconds(size: int, nodes: int) -> float:
+    return size / (nodes * DISK_BYTES_PER_S)
 
 
 class Loop:
@@ -50,7 +68,7 @@ class Loop:
     def __init__(self, plan: Plan, binding: Binding, api_key: str, deadlines: Deadlines | None = None) -> None:
         self.plan, self.recipe, self.binding = plan, plan.recipe, binding
         self.api_key = api_key
-        self.deadlines = deadlines or Deadlines()
+        self.deadlines = deadlines or Deadlines.of(plan)
         self.timeline = Timeline(plan.run_dir)
         self.metrics = MetricsWriter(
             plan.run_dir,

@@ -1,0 +1,97 @@
+"""The allocation's nodes as the run comes to know them: what preflight says of them, and which of them it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from vime.launch import history
+from vime.launch.binding import Examined, bind, examine, require_enough, table, write_report
+from vime.launch.canary import hosts_unseen, release_canary
+from vime.launch.checks import Known
+from vime.launch.events import read_events
+from vime.launch.ring import RING, slow_nodes
+from vime.launch.steps import Place, Runner, Step
+from vime.planning.io import write_binding
+from vime.planning.show import table as columns
+from vime.planning.types import Binding, Plan, Stage
+
+PREFLIGHT = "preflight"
+
+
+class Allocation:
+    """From the names of its nodes to the binding. `event` writes to the journal, `say` tells a person."""
+
+    def __init__(self, plan: Plan, runner: Runner, *, event: Callable[..., None], say: Callable[[str], None]) -> None:
+        self._plan, self._runner, self._event, self._say = plan, runner, event, say
+        self._run = Path(plan.run_dir)
+        self._examined = Examined({}, ())
+        self._canary = ""
+        self.binding: Binding | None = None
+
+    def places(self, stage: Stage) -> tuple[Place, ...]:
+        """The nodes of a stage."""
+        names = self._runner.nodes()
+        if self.binding is None:
+            # Preflight looks at every node of the allocation, spares too.
+            return tuple(Place(i, name) for i, name in enumerate(names))
+        if stage.name == RING:
+            return tuple(Place(node.index, names[node.slurm_index]) for node in self.binding.nodes)
+        bound = {node.index: names[node.slurm_index] for node in self.binding.nodes}
+        return tuple(Place(node, bound[node]) for node in stage.nodes)
+
+    def prepare(self, stage: Stage) -> None:
+        """Before a stage starts."""
+        if stage.name == PREFLIGHT:
+            self._canary = release_canary(self._run)
+
+    def learn(self, step: Step) -> None:
+        """After a stage has ended well. Raises RunFailed where too few nodes are fit."""
+        if step.stage.name == PREFLIGHT:
+            self._examine(step)
+        elif step.stage.name == RING:
+            self._drop_slow(step)
+
+    def lost_host(self) -> str | None:
+        """A host of the run that Slurm says is lost."""
+        lost, names = self._runner.lost_nodes(), self._runner.nodes()
+        hosts = {names[node.slurm_index]: node.host for node in (self.binding.nodes if self.binding else ())}
+        return hosts.get(lost[0], lost[0]) if lost else None
+
+    def _examine(self, step: Step) -> None:
+        """The binding, from what preflight found."""
+        places, limits, switches = step.places, self._runner.memory_limits(), self._runner.switches()
+        hosts = {report.data["host"]: report.rank for report in step.of_kind("result")}
+        failures = history.node_failures(read_events(self._run))
+        known = Known(
+            job_memory={place.index: limits[place.name] for place in places if place.name in limits},
+            moments={report.rank: (step.started_at, report.arrived) for report in step.of_kind("result")},
+            canary=self._canary,
+            unseen=[hosts[host] for host in hosts_unseen(self._run, set(hosts))],
+            failures={host: failures[host] for host in history.failed_too_often(failures)},
+        )
+        leaves = {place.index: switches[place.name] for place in places if place.name in switches}
+        self._examined = examine(self._plan, step, known, leaves)
+        self._bind(everyone=any(stage.name == RING for stage in self._plan.stages))
+
+    def _drop_slow(self, step: Step) -> None:
+        """The binding anew, without the nodes whose network is too slow."""
+        assert self.binding is not None
+        places = [node.slurm_index for node in self.binding.nodes]
+        floor = self._plan.cluster.min_network_gbit or 0.0
+        slow = slow_nodes(step.of_kind("result"), places, floor)
+        self._examined = require_enough(self._plan, replace(self._examined, problems=[*self._examined.problems, *slow]))
+        self._bind(everyone=False)
+
+    def _bind(self, *, everyone: bool) -> None:
+        examined = self._examined
+        rows = table(examined)
+        self._event("preflight", examined.text, stage="preflight", data={"nodes": rows})
+        self._say(columns(tuple(rows[0]), [tuple(row.values()) for row in rows]))
+        write_report(self._run, examined, rows)
+        binding = bind(self._plan, self._runner, examined, end_time=self._runner.end_time(), everyone=everyone)
+        self.binding = binding
+        write_binding(self._run, binding)
+        hosts = {str(node.index): node.host for node in binding.nodes}
+        self._event("binding", f"{len(hosts)} nodes, ports moved by {binding.port_offset}", data={"hosts": hosts})

@@ -1,0 +1,216 @@
+"""What keeps a node from taking part, from preflight's findings: pure functions, one a check."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vime.errors import Cause
+from vime.planning.types import Plan
+
+Findings = Mapping[int, Mapping[str, Any]]
+"""What vime.launch.preflight reported, by place in the allocation."""
+
+CLOCK_SKEW_S = 2.0
+"""Times of logs, of files and of tokens are compared between nodes."""
+OPEN_FILES = 8192
+"""What Ray's and the engines' processes of a node open at the same time."""
+GPU_MEMORY_IN_USE = 2 * 2**30
+"""More than a driver and its services take on an idle GPU."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a node is not fit."""
+
+    place: int
+    node: str
+    check: str
+    value: str
+    need: str
+    cause: Cause = Cause.PREFLIGHT
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.check} is {self.value}, needs {self.need}"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the controller knows of the nodes besides what they tell themselves."""
+
+    job_memory: Mapping[int, int] = field(default_factory=dict)
+    """Bytes that Slurm gives the job on a node, by place."""
+    moments: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """Unix time before a node looked at its clock, and after, by place."""
+    canary: str = ""
+    """What every node must have read in the run folder."""
+    unseen: Sequence[int] = ()
+    """Places whose own file in the run folder the controller does not see."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """How often a host has failed in this run, for those that failed too often."""
+
+
+def problems(plan: Plan, findings: Findings, known: Known) -> list[Problem]:
+    """Everything that keeps nodes from taking part, by check."""
+    checks = [
+        _memory(plan, findings, known),
+        _shared_folder(plan, findings, known),
+        _space(plan, findings),
+        _addresses(plan, findings),
+        _gpus(plan, findings),
+        _versions(findings),
+        _rdma(findings),
+        _limits(findings),
+        _clocks(findings, known),
+        _failures(findings, known),
+    ]
+    return [problem for check in checks for problem in check]
+
+
+def _memory(plan: Plan, findings: Findings, known: Known) -> Iterator[Problem]:
+    """Any node may become any logical node, so it needs the most that one does."""
+    need = max((node.host_memory.total_bytes for node in plan.nodes), default=0)
+    for place, found in sorted(findings.items()):
+        limits = {"available host memory": found["memory_available"]}
+        if found["memory_group"] is not None:
+            limits["host memory left in the job's memory group"] = found["memory_group"]
+        if place in known.job_memory:
+            limits["host memory that Slurm gives the job"] = known.job_memory[place]
+        name, least = min(limits.items(), key=lambda item: item[1])
+        if least < need:
+            yield Problem(place, found["host"], name, gb(least), gb(need))
+
+
+def _shared_folder(plan: Plan, findings: Findings, known: Known) -> Iterator[Problem]:
+    name = f"run folder {plan.run_dir}"
+    for place, found in sorted(findings.items()):
+        if found["run_folder"] is not None:
+            yield Problem(place, found["host"], name, found["run_folder"], "to be shared and writable")
+        elif found["canary"] != known.canary:
+            yield Problem(place, found["host"], name, "another one than the controller's", "to be shared by all nodes")
+        elif place in known.unseen:
+            text = "one whose files the controller does not see"
+            yield Problem(place, found["host"], name, text, "to be shared by all nodes")
+
+
+def _space(plan: Plan, findings: Findings) -> Iterator[Problem]:
+    """Free bytes of every file system against what the stages will write there."""
+    outputs = {output.path: output.bytes or 0 for stage in plan.stages for output in stage.outputs}
+    for place, found in sorted(findings.items()):
+        free: dict[int, tuple[str, int]] = {}
+        need: Counter[int] = Counter()
+        for path, space in found["space"].items():
+            free.setdefault(space["device"], (path, space["free"]))
+            need[space["device"]] += max(0, outputs.get(path, 0) - space["present"])
+        for device, (path, left) in free.items():
+            if left < need[device]:
+                yield Problem(place, found["host"], f"free space for {path}", gb(left), gb(need[device]))
+
+
+def _addresses(plan: Plan, findings: Findings) -> Iterator[Problem]:
+    wanted = plan.cluster.network_interface
+    for place, found in sorted(findings.items()):
+        if not found["address"]:
+            yield Problem(place, found["host"], f"interface {wanted}", "without an address", "an IPv4 address")
+    if plan.cluster.kind == "local" or len(findings) == 1:
+        return
+    count = Counter(found["address"] for found in findings.values() if found["address"])
+    for place, found in sorted(findings.items()):
+        if count[found["address"]] > 1 or found["address"].startswith("127."):
+            yield Problem(place, found["host"], "address", found["address"], "one of its own that other nodes reach")
+
+
+def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
+    if not plan.cluster.gpus_per_node or plan.cluster.gpu_request == "none":
+        return
+    count = max(node.gpus for node in plan.nodes)
+    for place, found in sorted(findings.items()):
+        told, host = found["gpus"], found["host"]
+        if "gpus" not in told:
+            yield Problem(place, host, "nvidia-smi", told.get("error", "missing"), "to tell of the GPUs")
+            continue
+        if len(told["gpus"]) < count:
+            yield Problem(place, host, "number of GPUs", str(len(told["gpus"])), str(count))
+        for number, gpu in enumerate(told["gpus"]):
+            for check, value, need in _gpu_faults(gpu):
+                yield Problem(place, host, f"{check} of GPU {number} ({gpu['bus']})", value, need)
+        for xid in told["xids"]:
+            text = f"Xid {xid['xid']} ({xid['meaning']})"
+            yield Problem(place, host, f"kernel message about GPU {xid['bus']}", text, "none in the last day")
+    for name, label in (("name", "GPU model"), ("memory_total", "GPU memory")):
+        kinds = {
+            place: str(sorted({gpu[name] for gpu in found["gpus"].get("gpus", ())}, key=str))
+            for place, found in findings.items()
+        }
+        yield from _odd_ones(label, kinds, findings)
+
+
+def _gpu_faults(gpu: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(check, value, need) of everything that is wrong with a GPU; what it does not tell is not wrong."""
+    if gpu["ecc_uncorrectable"]:
+        yield "uncorrectable ECC errors since boot", str(gpu["ecc_uncorrectable"]), "0"
+    if gpu["remap_pending"] == "Yes":
+        yield "row remapping", "pending", "a reset of the GPU"
+    if gpu["remap_failed"] == "Yes":
+        yield "row remapping", "failed", "another GPU"
+    if gpu["recovery_action"] is not None:
+        yield "recovery action", gpu["recovery_action"], "none"
+    if gpu["mig"] == "Enabled":
+        yield "MIG mode", "enabled", "whole GPUs"
+    if (gpu["memory_used"] or 0) > GPU_MEMORY_IN_USE:
+        yield "memory in use", gb(gpu["memory_used"]), "a GPU that nobody uses"
+
+
+def _versions(findings: Findings) -> Iterator[Problem]:
+    for name in sorted({name for found in findings.values() for name in found["versions"]}):
+        have = {place: found["versions"].get(name, "missing") for place, found in findings.items()}
+        yield from _odd_ones(f"version of {name}", have, findings)
+
+
+def _rdma(findings: Findings) -> Iterator[Problem]:
+    """Active ports: NCCL waits for the node that has fewer."""
+    have = {
+        place: " ".join(port for port, state in sorted(found["rdma"].items()) if state == "ACTIVE") or "none"
+        for place, found in findings.items()
+    }
+    yield from _odd_ones("list of active RDMA ports", have, findings)
+
+
+def _limits(findings: Findings) -> Iterator[Problem]:
+    for place, found in sorted(findings.items()):
+        files, locked = found["limits"]["open_files"], found["limits"]["locked_memory"]
+        if files is not None and files < OPEN_FILES:
+            yield Problem(place, found["host"], "limit of open files (ulimit -Hn)", str(files), str(OPEN_FILES))
+        if found["rdma"] and locked is not None:
+            yield Problem(place, found["host"], "limit of locked memory (ulimit -l)", gb(locked), "unlimited, for RDMA")
+
+
+def _clocks(findings: Findings, known: Known) -> Iterator[Problem]:
+    """A node looked at its clock between two moments that the controller knows by its own."""
+    for place, found in sorted(findings.items()):
+        first, last = known.moments.get(place, (found["time"], found["time"]))
+        ahead, behind = found["time"] - last, first - found["time"]
+        if max(ahead, behind) > CLOCK_SKEW_S:
+            text = f"{max(ahead, behind):.0f} s {'ahead of' if ahead > 0 else 'behind'} the controller's"
+            yield Problem(place, found["host"], "clock", text, f"to be within {CLOCK_SKEW_S:.0f} s")
+
+
+def _failures(findings: Findings, known: Known) -> Iterator[Problem]:
+    for place, found in sorted(findings.items()):
+        if count := known.failures.get(found["host"]):
+            need = "a node that failed at most once"
+            yield Problem(place, found["host"], "number of failures in this run", str(count), need, Cause.NODE_FAILURE)
+
+
+def _odd_ones(check: str, have: Mapping[int, str], findings: Findings) -> Iterator[Problem]:
+    """Nodes with another value than the commonest one."""
+    common = Counter(have.values()).most_common(1)[0][0]
+    for place, value in sorted(have.items()):
+        if value != common:
+            yield Problem(place, findings[place]["host"], check, value, f"{common}, as on other nodes")
+
+
+def gb(number: int) -> str:
+    return f"{number / 1e9:.1f} GB"

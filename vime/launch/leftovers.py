@@ -1,0 +1,90 @@
+"""What a dead job's processes left on this node: processes that outlived their supervisor, and shared memory.
+
+Called by whoever holds the lock of the job's node-local folder alone (vime.launch.nodetmp): then no task of the job
+lives here. Only what belongs to this user is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+OWNER = "VIME_STAGE_OF_JOB"
+"""Environment variable of everything that a stage's command starts; supervisors and launchers do not have it."""
+SHARED_MEMORY = Path("/dev/shm")
+_SEGMENTS = ("vime-", "psm_", "torch_", "sem.mp-", "nccl-", "plasma", "ray")
+"""Names that vime, Python and vLLM, torch, NCCL and Ray give to segments."""
+_END_S = 5.0
+
+
+def remove(job: str, since_ns: int) -> None:
+    """Ends the processes of a dead job, then removes segments made after `since_ns` (Unix time) that nobody uses."""
+    kill_processes(job)
+    segments = [path for path in _own_segments() if path.lstat().st_ctime_ns >= since_ns]
+    if segments:
+        used = _segments_in_use()
+        for path in segments:
+            if str(path) not in used:
+                path.unlink(missing_ok=True)
+
+
+def kill_processes(job: str) -> int:
+    """SIGKILL to every process of this user that a stage of the job started; how many there were."""
+    mark, deadline, killed = f"{OWNER}={job}".encode(), time.monotonic() + _END_S, set()
+    while time.monotonic() < deadline:
+        found = [pid for pid in _own_processes() if _is_marked(pid, mark)]
+        if not found:
+            break
+        for pid in found:
+            # The descriptor holds the process that is looked at, whoever gets its number later.
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                try:
+                    if _is_marked(pid, mark):
+                        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                        killed.add(pid)
+                finally:
+                    os.close(descriptor)
+        time.sleep(0.05)
+    return len(killed)
+
+
+def _own_processes() -> Iterator[int]:
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            # A process may end while the folder is read.
+            with contextlib.suppress(OSError):
+                if entry.stat().st_uid == os.getuid():
+                    yield int(entry.name)
+
+
+def _is_marked(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        # It has ended, or it has changed its user and is not ours any more.
+        return False
+
+
+def _own_segments() -> Iterator[Path]:
+    for entry in os.scandir(SHARED_MEMORY):
+        with contextlib.suppress(FileNotFoundError):
+            status = entry.stat(follow_symlinks=False)
+            if entry.name.startswith(_SEGMENTS) and stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid():
+                yield Path(entry.path)
+
+
+def _segments_in_use() -> set[str]:
+    """Segments that a process of this user has mapped or open."""
+    used: set[str] = set()
+    for pid in [*_own_processes(), os.getpid()]:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            used |= {line.split(None, 5)[5] for line in maps.splitlines() if f" {SHARED_MEMORY}/" in line}
+            used |= {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+    return used

@@ -1,0 +1,89 @@
+"""`python -m vime.launch.ring --run DIR`: every node sends to the next one, all at once, and says how fast that went.
+
+torch.distributed with gloo over TCP: what it finds is a cable, a switch port or a route that is far from what it should
+be. NCCL's own bandwidth is not its matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from vime.errors import Cause
+from vime.launch.checks import Problem
+from vime.launch.reports import Report, report
+
+RING = "ring"
+"""Name of the stage."""
+BYTES, PROBE_BYTES = 64 * 2**20, 2**20
+ROUND_S = 0.5
+"""What a round takes on the slowest link."""
+ROUNDS = 3
+"""The best one counts: a node may be busy for a moment."""
+JOIN_S = 120.0
+
+
+def measure(rank: int, world: int) -> tuple[float, float]:
+    """Bytes per second that this rank got through to the next one, and that came from the one before."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=JOIN_S))
+    first = torch.tensor(min(_round(rank, world, PROBE_BYTES)))
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    # A network that is far too slow is seen with few bytes; a fast one needs many.
+    size = min(BYTES, max(PROBE_BYTES, int(first.item() * ROUND_S)))
+    rounds = [_round(rank, world, size) for _ in range(ROUNDS)]
+    dist.destroy_process_group()
+    return max(sent for sent, _ in rounds), max(received for _, received in rounds)
+
+
+def _round(rank: int, world: int, size: int) -> tuple[float, float]:
+    """Bytes per second to the next rank and from the one before, all ranks at once."""
+    import torch
+    import torch.distributed as dist
+
+    outgoing, incoming = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+    dist.barrier()
+    begin = time.perf_counter()
+    sending = dist.isend(outgoing, (rank + 1) % world)
+    receiving = dist.irecv(incoming, (rank - 1) % world)
+    assert sending is not None
+    assert receiving is not None
+    receiving.wait()
+    received = time.perf_counter() - begin
+    sending.wait()
+    return size / (time.perf_counter() - begin), size / received
+
+
+def slow_nodes(reports: Sequence[Report], places: Sequence[int], floor_gbit: float) -> Iterator[Problem]:
+    """Nodes below the floor. A node is as fast as the better of its two links: a slow one slows its neighbours too."""
+    for told in reports:
+        best = max(told.data["sent"], told.data["received"]) * 8 / 1e9
+        if best < floor_gbit:
+            value, need = f"{best:.3g} Gbit/s", f"{floor_gbit:.3g} Gbit/s"
+            yield Problem(places[told.rank], told.data["host"], "network bandwidth", value, need)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.launch.ring", description="Measures the network of a run.")
+    parser.add_argument("--run", required=True, help="run folder with plan.json and binding.json")
+    parser.parse_args(argv)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        sent, received = measure(rank, world)
+    except RuntimeError as error:
+        # What torch.distributed raises for a peer that does not come or goes away.
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        return int(Cause.NODE_FAILURE)
+    print(f"{sent * 8 / 1e9:.2f} Gbit/s to the next node, {received * 8 / 1e9:.2f} Gbit/s from the one before")
+    report("result", host=os.uname().nodename, sent=sent, received=received)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
