@@ -212,12 +212,14 @@ def test_the_job_is_cancelled(run: Scene, stage: str) -> None:
 
 def test_slurms_controller_is_restarted_under_a_running_job(run: Scene) -> None:
     free = run.run_dir / "free"
-    wait = f"import pathlib, time\nwhile not pathlib.Path({str(free)!r}).exists(): time.sleep(0.1)"
-    run.start(*run.services(), stub("convert", wait, nodes=range(run.nodes)), stub("train", "print('trained')"))
-    wait_for_event(run.run_dir, "stage-start", 60, stage="convert")
+    wait = f"while not pathlib.Path({str(free)!r}).exists(): time.sleep(0.1)"
+    report = stub("report", "print('reported')", needs_services=False)
+    run.start(*run.services(), run.training(wait), report)
+    run.until_said("train", "training")
     run.cluster.call("restart-controller")
     free.touch()
-    assert run.slurm_state(60) == "COMPLETED", run.events()[-1]
+    assert run.slurm_state(90) == "COMPLETED", run.events()[-1]
+    assert "reported" in (run.run_dir / "logs/report/node00.log").read_text()
     run.nothing_is_left()
 
 

@@ -72,6 +72,13 @@ def test_a_run_goes_through_its_stages_in_order_and_keeps_services_up(run_dir: P
     assert [(node.index, node.address) for node in binding.nodes] == [(0, LOCAL_ADDRESS), (1, LOCAL_ADDRESS)]
 
 
+def test_services_stop_before_a_stage_that_does_not_need_them(run_dir: Path) -> None:
+    report = stub("report", "pass", needs_services=False)
+    assert run_stages(run_dir, service("ray-head"), stub("train", "pass"), report) is Cause.SUCCESS
+    told = journal(run_dir)
+    assert told.index(("stage-end", "ray-head")) < told.index(("stage-start", "report"))
+
+
 def test_private_files_are_private_and_new_at_every_start(run_dir: Path) -> None:
     tokens = []
     for _ in range(2):

@@ -206,6 +206,8 @@ class Controller:
                 self._event("stage-skip", "its outputs are there and verified", stage=stage.name)
                 return
             why = "; ".join([why, *gate.prepare(stage, self._plan.run_dir)])
+        if not stage.needs_services:
+            self._stop_all()
         step = self._run_step(stage, why)
         seconds = round(time.monotonic() - step.started, 3)
         if stage.service:

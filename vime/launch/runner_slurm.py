@@ -31,8 +31,7 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
     """The srun call of a stage on these nodes.
 
     Since Slurm 22.05 srun takes no CPUs over from sbatch, so a step states them; steps share the job's nodes with the
-    services and with each other, hence `--overlap`, and `--mem=0` for all of the job's memory: a slurmctld that was
-    restarted forgets that the steps before overlap, and has no memory left for one that asks for it.
+    services and with each other, hence `--overlap`.
     """
     cpus = stage.cpus_per_task or max(1, (cpus_per_node or 1) // stage.tasks_per_node)
     if cpus_per_node is not None:
@@ -47,7 +46,6 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
         f"--cpus-per-task={cpus}",
         "--cpu-bind=none",
         "--overlap",
-        "--mem=0",
         "--kill-on-bad-exit=1",
         "--mpi=none",
         "--input=none",

@@ -200,6 +200,7 @@ def _report(job: Job) -> Stage:
         nodes=(0,),
         cpus_per_task=1,
         command=("-m", "vime.report", job.run_dir),
+        needs_services=False,
         env=job.recipe.misc.env,
         deadline_s=START_S,
     )

@@ -114,6 +114,9 @@ class Stage(Frozen):
     """argv after the Python interpreter, for example ("-m", "vime.train", "--run", …)."""
     env: dict[str, str] = Field(default_factory=dict)
     service: bool = False
+    needs_services: bool = True
+    """Services that run are stopped before a stage that does not need them. (A slurmctld that was started anew may
+    create no step beside theirs: Slurm 22.05 forgets that they share the job's memory.)"""
     tells_end: bool = False
     """The stage has ended well only when it has said so (a report `result`); exit code 0 alone says too little."""
     inputs: tuple[Artefact, ...] = ()
