@@ -13,6 +13,7 @@ from vime.launch.state import RunState, run_state
 from vime.planning.registry import find_run, last_run
 
 _WATCH_SECONDS = 2.0
+_CLEAR = "\x1b[H\x1b[2J"
 _SHOWN = (
     ("rollout/raw_reward", "reward"),
     ("perf/rollout_tokens_per_s", "tokens generated a second"),
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = find_run(args.run) if args.run else last_run()
         while True:
             state = run_state(folder)
+            if args.watch and not args.json and sys.stdout.isatty():
+                print(_CLEAR, end="")
             print(json.dumps(state.as_json()) if args.json else render(state), flush=True)
             if not args.watch or state.ended:
                 return 0

@@ -18,7 +18,7 @@ from vime import attach, cancel, status
 from vime.launch import slurm
 from vime.launch.events import read_events
 from vime.launch.jobs import Job, read_jobs
-from vime.launch.submit import check_accepted, check_free, scripts, submit_jobs
+from vime.launch.submit import check_accepted, check_free, scripts, submit_jobs, write_scripts
 from vime.planning.io import read_plan
 from vime.planning.registry import record_run
 from vime.planning.types import Plan, Stage
@@ -201,6 +201,39 @@ def test_edits_after_the_submission_do_not_change_a_queued_run(four_nodes: DevCl
         assert (run_dir / f"logs/train/node0{node}.log").read_text().endswith("as submitted own reward\n")
     size = sum(path.stat().st_size for path in (run_dir / "code").rglob("*"))
     assert size < 5 * 10**6
+
+
+FAKE_APPTAINER = """#!/bin/bash
+# Stands for apptainer, which is not to be had here: notes what it is told, and runs the command without a container.
+printf '%s\\n' "$*" >> "$(dirname "$0")/calls"
+while [ "$1" != /images/vime.sif ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def test_a_written_script_that_is_submitted_by_hand_runs_its_stages_in_the_container(
+    four_nodes: DevCluster, tmp_path: Path, run_dir: Path
+) -> None:
+    fake = tmp_path / "bin dir" / "apptainer"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_APPTAINER)
+    fake.chmod(0o755)
+    container = {"runtime": "apptainer", "image": "/images/vime.sif", "python": sys.executable}
+    cluster = {"container": container, "setup": f'export PATH="{fake.parent}:$PATH"'}
+    hosts = stub("train", "import os; print(os.uname().nodename, flush=True)", nodes=(0, 1))
+    plan = make_plan(run_dir, [preflight(run_dir, 2), hosts], nodes=2, kind="slurm", cluster=cluster)
+    (script,) = write_scripts(plan)
+    job = by_hand(tmp_path, "sbatch", "--parsable", str(script)).strip()
+    assert wait_for_end(job, 120) == "COMPLETED", read_events(run_dir)[-1:]
+    assert read_jobs(run_dir) == (Job(job),)
+    calls = (fake.parent / "calls").read_text().splitlines()
+    assert len(calls) == 4
+    assert all(call.startswith(f"exec --bind={run_dir}:{run_dir},/tmp:/tmp /images/vime.sif") for call in calls)
+    assert [(run_dir / f"logs/train/node0{node}.log").read_text().split()[-1] for node in range(2)] == [
+        "node01", "node02"
+    ]  # fmt: skip
+    four_nodes.assert_nothing_is_left(job, run_dir)
 
 
 def by_hand(tmp_path: Path, *words: str) -> str:

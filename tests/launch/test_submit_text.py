@@ -145,7 +145,7 @@ def test_no_slurm_and_no_torch_are_needed_for_the_text(tmp_path: Path) -> None:
     assert "#SBATCH --nodes=3" in done.stdout
 
 
-@pytest.mark.parametrize("path", ["/shared/100%", "/shared/a\nb", "/shared/a\\b"])
+@pytest.mark.parametrize("path", ["/shared/100%", "/shared/a\nb", "/shared/a\\b", "/shared/a:b"])
 def test_paths_that_sbatch_would_change_are_refused(path: str) -> None:
     with pytest.raises(BadInput, match="--run-dir"):
         check_path(path)

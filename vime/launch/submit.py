@@ -206,10 +206,10 @@ def check_container(plan: Plan) -> None:
 
 
 def check_path(run_dir: str) -> None:
-    """Slurm reads `%` in the names of output files, and a script's line ends at a newline."""
-    for character, name in (("%", "a percent sign"), ("\n", "a newline"), ("\\", "a backslash")):
+    """Slurm reads `%` in the names of output files, a script's line ends at a newline, and a search path has colons."""
+    for character, name in (("%", "a percent sign"), ("\n", "a newline"), ("\\", "a backslash"), (":", "a colon")):
         if character in run_dir:
-            raise BadInput(f"run folder {run_dir!r} has {name} in it, which sbatch cannot take: give another --run-dir")
+            raise BadInput(f"run folder {run_dir!r} has {name} in it, which a job cannot take: give another --run-dir")
 
 
 def check_free(run_dir: str | os.PathLike[str]) -> None:

@@ -138,7 +138,9 @@ def _run_folder(
     run_name: str | None,
 ) -> tuple[str, str]:
     """Name and absolute folder of the run."""
-    if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
+    if run_name is not None and (
+        not run_name or run_name in (".", "..") or "/" in run_name or not run_name.isprintable()
+    ):
         raise BadInput(f"--run-name is {run_name!r}: give a name that can be a folder's")
     if run_dir is not None:
         folder = absolute_path(str(run_dir), base)
