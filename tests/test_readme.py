@@ -34,29 +34,27 @@ def test_a_dry_run_of_the_readme_prints_a_plan_and_a_script(command: str, tmp_pa
     assert "#SBATCH --nodes=16" in done.stdout
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULE.findall(TEXT))))
-def test_every_command_of_the_readme_is_there(module: str, tmp_path: Path) -> None:
-    done = vime(module, "--help", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: python -m {module}")
-
-
-def rows() -> list[tuple[str, list[str]]]:
-    """Module and options of each row of the table of commands."""
-    found = []
+def told_options() -> dict[str, list[str]]:
+    """Options in the table of commands by module; every module that the README names."""
+    found: dict[str, list[str]] = {module: [] for module in MODULE.findall(TEXT)}
     for line in TEXT.splitlines():
         if line.startswith("| `python -m"):
             name, about = line.strip("|").split("|")
-            found.append((MODULE.findall(name)[0], re.findall(r"`(-{1,2}\w[\w-]*)", about)))
+            found[MODULE.findall(name)[0]] = re.findall(r"`(-{1,2}\w[\w-]*)", about)
     return found
 
 
-@pytest.mark.parametrize(("module", "options"), rows())
-def test_options_that_the_readme_names_exist(module: str, options: list[str], tmp_path: Path) -> None:
-    shown = vime(module, "--help", folder=tmp_path).stdout
-    assert options or module == "vime.cancel"
+@pytest.mark.parametrize(("module", "options"), told_options().items())
+def test_commands_and_options_that_the_readme_names_exist(module: str, options: list[str], tmp_path: Path) -> None:
+    done = vime(module, "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m {module}")
     for option in options:
-        assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), option
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout), option
+
+
+def test_the_table_of_commands_names_options() -> None:
+    assert told_options()["vime.logs"] == ["-f", "-n", "--stage", "--node", "--rank"]
 
 
 def test_commands_of_the_readme_that_start_a_program_name_one_that_is_there() -> None:
