@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,17 +54,15 @@ def test_the_dry_run_of_full_r1_needs_no_slurm_no_torch_and_no_checkpoint(no_slu
     assert not (tmp_path / "state").exists()
 
 
-def test_the_dry_run_takes_less_than_a_second(no_slurm: dict[str, str]):
-    walls, busy = [], []
+def test_the_dry_run_computes_for_less_than_a_second(no_slurm: dict[str, str]):
+    """Its time by the clock, which others on the machine lengthen, is tools/bench/dry_run.py's."""
+    busy = []
     for _ in range(3):
-        start, before = time.perf_counter(), os.times()
+        before = os.times()
         python("-m", "vime.submit", "--nodes", "16", "--dry-run", env=no_slurm)
-        walls.append(time.perf_counter() - start)
         after = os.times()
         busy.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    # What it computes takes under a second; on a machine that does other work too, it waits for its turn as well.
     assert min(busy) < 1.0
-    assert min(walls) < (1.0 if os.getloadavg()[0] < (os.cpu_count() or 1) else 3.0)
 
 
 def test_a_dry_run_writes_the_plan_only_where_it_is_told_to(no_slurm: dict[str, str], tmp_path: Path):
@@ -74,6 +71,8 @@ def test_a_dry_run_writes_the_plan_only_where_it_is_told_to(no_slurm: dict[str, 
     assert not (tmp_path / "runs").exists()
     assert submit.main(["--dry-run", "--base-dir", str(tmp_path), "--run-dir", str(run_dir), "--", "--lr", "2e-6"]) == 0
     assert read_plan(run_dir).recipe.optimizer.lr == 2e-6
+    assert (run_dir / "submit" / "run.sbatch").read_text().splitlines()[-1].endswith(f"--run-dir '{run_dir}'")
+    assert Path(read_plan(run_dir).code or "", "vime", "submit.py").is_file()
 
 
 def test_a_plan_is_printed_for_people_and_for_programs(no_slurm: dict[str, str]):
