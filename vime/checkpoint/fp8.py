@@ -64,12 +64,12 @@ def quantise(
     source = _unit_rows(weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.to(torch.float32))
     target = _unit_rows(q)
     scale = torch.empty(scale_shape(weight.shape, block), dtype=torch.float32)
-    shift, bits = (16, torch.int16) if source.dtype == torch.bfloat16 else (0, torch.int32)
+    bits = torch.int16 if source.dtype == torch.bfloat16 else torch.int32
 
     def part(first: int, last: int) -> None:
         blocks = slice(first // block[0], -(-last // block[0]))
         down, across = kernels.quantise(
-            _flat(source[first:last], bits), shift, source.stride(0), _flat(target[first:last], torch.uint8),
+            _flat(source[first:last], bits), source.stride(0), _flat(target[first:last], torch.uint8),
             target.stride(0), scale[blocks].numpy(), last - first, weight.shape[1], *block, scale_format == "ue8m0",
         )  # fmt: skip
         if down >= 0:
