@@ -1,10 +1,13 @@
-"""A weight sync against its limit and its peer, in one run: DeepSeek-V3's expert shapes, EP2, one engine on the node.
+"""A weight sync against its limit and its peer, in one run: DeepSeek-V3's expert shapes, EP2, one engine.
 
     python tools/bench/weight_sync.py [--experts 24] [--buffer-mb 64] [--repeats 3]
 
-- limit: the bytes that the sync moves, ready-made, copied through the same shared memory by the same processes
-- peer: gather every tensor in bf16 on rank 0, then broadcast the whole model to the engine over gloo
+- limit: the bytes that the sync moves, ready-made, copied through the same channel by the same processes: shared memory
+  to an engine on the trainer's node, gloo to one on another node
+- peer: gather every tensor in bf16 on rank 0, then send the whole model to the engine over gloo
 - quantisation alone against copying as many bytes as it reads and writes, on one core
+
+Exits 1 where a figure falls short.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import math
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,8 @@ from vime.models.namemap import Param
 from vime.models.shards import holds, local_shape, tensor_split
 from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
-from vime.sync.plan import SLOTS, Schedule, make_schedule, receivers_of
+from vime.sync.channel import Channel, Listener
+from vime.sync.plan import SLOTS, FarGroup, Schedule, make_schedule, receivers_of
 from vime.sync.segment import Segment, segment_name
 from vime.sync.source import WeightSource
 
@@ -40,6 +46,8 @@ RANKS = 2
 READER = RANKS
 """The process that stands for the engine: it copies every bucket out."""
 LAYOUT = ParallelLayout(RANKS, ep=RANKS)
+LOOPBACK = "127.0.0.1"
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,10 @@ def model(experts: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def schedule_of(setting: Setting) -> Schedule:
+def schedule_of(setting: Setting, node: int) -> Schedule:
+    """For an engine on a node; the trainer is on node 0."""
     config = model(setting.experts)
-    engine = EnginePlan(index=0, nodes=(0,), gpus=((0,),), port=1, aux_port=2)
+    engine = EnginePlan(index=0, nodes=(node,), gpus=((0,),), port=1, aux_port=2)
     receivers = receivers_of(config, [0] * RANKS, [engine])
     return make_schedule(config, LAYOUT, [0] * RANKS, receivers, setting.buffer)
 
@@ -88,35 +97,85 @@ def weights(config: ModelConfig, rank: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def timed(repeats: int, once: Callable[[], None]) -> float:
-    """The shortest of some runs, from a barrier to a barrier, in seconds."""
-    best = math.inf
-    for _ in range(repeats):
-        dist.barrier()
-        started = time.perf_counter()
-        once()
-        dist.barrier()
-        best = min(best, time.perf_counter() - started)
-    return best
+class Everyone:
+    """All processes, the reader included; torch's own group has the trainer's ranks only, as in a run."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        store = dist.FileStore(f"{folder}/everyone", RANKS + 1)
+        self.group = dist.ProcessGroupGloo(store, rank, RANKS + 1, timedelta(seconds=TIMEOUT_S))
+        self.rank = rank
+
+    def barrier(self) -> None:
+        self.group.barrier().wait()
+
+    def send(self, data: torch.Tensor, to: int) -> None:
+        self.group.send([data], to, 0).wait()
+
+    def receive(self, data: torch.Tensor, source: int) -> None:
+        self.group.recv([data], source, 0).wait()
+
+    def timed(self, repeats: int, once: Callable[[], None]) -> float:
+        """The shortest of some runs, from a barrier to a barrier, in seconds."""
+        best = math.inf
+        for _ in range(repeats):
+            self.barrier()
+            started = time.perf_counter()
+            once()
+            self.barrier()
+            best = min(best, time.perf_counter() - started)
+        return best
 
 
-def pipeline(rank: int, buckets: int, write: Callable[[int], None], read: Callable[[int], None]) -> None:
-    """As in a sync: a bucket is written while the one before it is read."""
-    for bucket in range(buckets + 1):
-        if rank != READER and bucket < buckets:
-            write(bucket)
-        if rank == READER and bucket > 0:
-            read(bucket - 1)
-        dist.barrier()
+@dataclass
+class Member:
+    """One process of a measurement over one schedule."""
+
+    everyone: Everyone
+    schedule: Schedule
+    run: str
+    into: torch.Tensor
+    """Where the reader copies a bucket to."""
+    source: WeightSource | None
+    """Of a trainer's rank."""
+    channel: Channel | None = None
+    """For a far engine: the reader's end of the publisher's group, and on rank 0 the end of one for plain copies."""
+
+    @property
+    def rank(self) -> int:
+        return self.everyone.rank
+
+    @property
+    def buckets(self) -> range:
+        return range(len(self.schedule.buckets))
+
+    def size(self, bucket: int) -> int:
+        return self.schedule.places(bucket, 0)[1]
+
+    def segments(self, *, write: bool) -> list[torch.Tensor]:
+        names = [segment_name(self.run, 0, 0, slot) for slot in range(min(SLOTS, len(self.buckets)))]
+        return [torch.frombuffer(Segment.open(name, write=write).memory, dtype=torch.uint8) for name in names]
+
+    def pipeline(self, write: Callable[[int], object]) -> None:
+        """As in a sync: a bucket is written while the one before it is read."""
+        views = self.segments(write=False) if self.rank == READER and self.channel is None else []
+        for bucket in range(len(self.buckets) + 1):
+            if self.rank != READER and bucket < len(self.buckets):
+                write(bucket)
+            if self.rank == READER and bucket > 0:
+                into = self.into[: self.size(bucket - 1)]
+                if self.channel is not None:
+                    self.channel.move(into)
+                else:
+                    into.copy_(views[(bucket - 1) % SLOTS][: len(into)])
+            self.everyone.barrier()
 
 
-def sync(rank: int, schedule: Schedule, source: WeightSource | None, run: str, into: torch.Tensor) -> None:
+def sync(member: Member) -> None:
     """One whole sync, memory made and given back included."""
+    source = member.source
     if source is not None:
         source.prepare(1)
-    else:
-        dist.barrier()
-    views = open_segments(run, len(schedule.buckets)) if rank == READER else []
+    member.everyone.barrier()
 
     def write(bucket: int) -> None:
         assert source is not None
@@ -124,69 +183,57 @@ def sync(rank: int, schedule: Schedule, source: WeightSource | None, run: str, i
             source.release(bucket - SLOTS)
         source.publish(bucket)
 
-    pipeline(rank, len(schedule.buckets), write, lambda bucket: copy_out(schedule, views, bucket, into))
+    member.pipeline(write)
     if source is not None:
+        for bucket in member.buckets[-SLOTS:]:
+            source.release(bucket)
         source.finish()
 
 
-def open_segments(run: str, buckets: int) -> list[torch.Tensor]:
-    names = [segment_name(run, 0, 0, slot) for slot in range(min(SLOTS, buckets))]
-    return [torch.frombuffer(Segment.open(name).memory, dtype=torch.uint8) for name in names]
-
-
-def copy_out(schedule: Schedule, views: list[torch.Tensor], bucket: int, into: torch.Tensor) -> None:
-    size = schedule.places(bucket, 0)[1]
-    into[:size].copy_(views[bucket % SLOTS][:size])
-
-
-def plain_copy(rank: int, schedule: Schedule, run: str, ready: torch.Tensor, into: torch.Tensor) -> None:
+def copy_near(member: Member, ready: torch.Tensor) -> None:
     """The same bytes through the same memory: each rank copies its half of a bucket, which lies ready."""
     made = []
-    if rank == 0:
-        sizes = [schedule.capacity(0, slot) for slot in range(min(SLOTS, len(schedule.buckets)))]
-        made = [Segment.create(segment_name(run, 0, 0, slot), size) for slot, size in enumerate(sizes)]
-    dist.barrier()
-    if rank == READER:
-        views = open_segments(run, len(schedule.buckets))
-    else:
-        names = [segment_name(run, 0, 0, slot) for slot in range(min(SLOTS, len(schedule.buckets)))]
-        views = [torch.frombuffer(Segment.open(name, write=True).memory, dtype=torch.uint8) for name in names]
-    starts = [0]
-    for bucket in schedule.buckets:
-        starts.append(starts[-1] + schedule.places(bucket.index, 0)[1])
+    if member.rank == 0:
+        sizes = [member.schedule.capacity(0, slot) for slot in range(min(SLOTS, len(member.buckets)))]
+        made = [Segment.create(segment_name(member.run, 0, 0, slot), size) for slot, size in enumerate(sizes)]
+    member.everyone.barrier()
+    views = member.segments(write=True) if member.rank != READER else []
+    starts = [sum(map(member.size, range(bucket))) // 2 for bucket in member.buckets]
 
     def write(bucket: int) -> None:
-        half = (starts[bucket + 1] - starts[bucket]) // 2
-        mine = slice(half * rank, half * rank + half)
-        source = ready[starts[bucket] // 2 : starts[bucket] // 2 + half]
-        views[bucket % SLOTS][mine].copy_(source)
+        half = member.size(bucket) // 2
+        mine = slice(half * member.rank, half * member.rank + half)
+        views[bucket % SLOTS][mine].copy_(ready[starts[bucket] : starts[bucket] + half])
 
-    pipeline(rank, len(schedule.buckets), write, lambda bucket: copy_out(schedule, views, bucket, into))
+    member.pipeline(write)
     for segment in made:
         segment.unlink()
 
 
-def gather_and_broadcast(rank: int, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
+def copy_far(member: Member, ready: torch.Tensor) -> None:
+    """The same bytes through the same channel: rank 0 sends every bucket out of memory that lies ready."""
+    for bucket in member.buckets:
+        if member.channel is not None:
+            member.channel.move((member.into if member.rank == READER else ready)[: member.size(bucket)])
+
+
+def gather_and_broadcast(everyone: Everyone, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
     """The peer: the whole model in bf16 on rank 0, then to the engine."""
-    whole = {}
+    rank, whole = everyone.rank, {}
     for param in params_of(config):
-        owner = 0 if held(param, config, 0) else 1
-        if rank == READER:
-            continue
-        if owner == rank:
-            whole[param.name] = tensors[param.name]
+        if held(param, config, 0):
+            if rank == 0:
+                whole[param.name] = tensors[param.name]
+        elif rank == 1:
+            everyone.send(tensors[param.name], 0)
         elif rank == 0:
             whole[param.name] = torch.empty(param.shape, dtype=torch.bfloat16)
-        if owner == 1:
-            if rank == 1:
-                dist.send(tensors[param.name], 0)
-            elif rank == 0:
-                dist.recv(whole[param.name], 1)
+            everyone.receive(whole[param.name], 1)
     for param in params_of(config):
         if rank == 0:
-            dist.send(whole[param.name], READER)
+            everyone.send(whole[param.name], READER)
         elif rank == READER:
-            dist.recv(torch.empty(param.shape, dtype=torch.bfloat16), 0)
+            everyone.receive(torch.empty(param.shape, dtype=torch.bfloat16), 0)
 
 
 def peak() -> int:
@@ -194,25 +241,70 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def connect(member: Member, sender: Callable[[], tuple[int, Callable[[], Channel | None]]]) -> None:
+    """Make the group to a far engine: `sender`, on rank 0, opens a port and then waits for the reader there."""
+    port = torch.zeros(1, dtype=torch.int64)
+    if member.rank == 0:
+        number, accept = sender()
+        port.fill_(number)
+        member.everyone.send(port, READER)
+        member.channel = accept()
+    elif member.rank == READER:
+        member.everyone.receive(port, 0)
+        member.channel = Channel(LOOPBACK, int(port), 1, 2, TIMEOUT_S)
+
+
+def measure_copy(member: Member, repeats: int, moved: int) -> float:
+    """Seconds of copying the bytes of a sync."""
+    ready = torch.zeros(moved // 2 + 1 if member.rank != READER else 0, dtype=torch.uint8)
+    return member.everyone.timed(repeats, lambda: copy_near(member, ready))
+
+
+def measure_far(member: Member, repeats: int) -> dict[str, float]:
+    """Seconds of a sync to an engine on another node, and of sending the same bytes."""
+    source = member.source
+
+    def of_source() -> tuple[int, Callable[[], None]]:
+        assert source is not None
+        ports = source.listen([FarGroup(0, 0, LOOPBACK, 0, 1)])
+        return ports["0/0"], lambda: source.connect(TIMEOUT_S)
+
+    def of_copy() -> tuple[int, Callable[[], Channel]]:
+        listener = Listener(LOOPBACK)
+        return listener.port, lambda: listener.accept(1, TIMEOUT_S)
+
+    connect(member, of_source)
+    found = {"far_sync": member.everyone.timed(repeats, lambda: sync(member))}
+    connect(member, of_copy)
+    ready = torch.zeros(max(map(member.size, member.buckets)) if member.rank == 0 else 0, dtype=torch.uint8)
+    found["far_copy"] = member.everyone.timed(repeats, lambda: copy_far(member, ready))
+    return found
+
+
 def process(rank: int, setting: Setting, answers: Any) -> None:
     torch.set_num_threads(1)
-    store = f"file://{setting.folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS + 1)
-    schedule, run = schedule_of(setting), setting.folder
-    config = schedule.config
+    everyone = Everyone(setting.folder, rank)
+    if rank != READER:
+        dist.init_process_group("gloo", init_method=f"file://{setting.folder}/ranks", rank=rank, world_size=RANKS)
+    near, far = schedule_of(setting, 0), schedule_of(setting, 1)
+    config = near.config
     tensors = weights(config, rank) if rank != READER else {}
-    shard_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    source = WeightSource.of_tensors(tensors, schedule, rank, run) if rank != READER else None
-    moved = sum(schedule.places(bucket.index, 0)[1] for bucket in schedule.buckets)
-    into = torch.zeros(max(schedule.capacity(0, slot) for slot in range(SLOTS)), dtype=torch.uint8)
+    moved = sum(near.places(bucket.index, 0)[1] for bucket in near.buckets)
+    into = torch.zeros(max(near.capacity(0, slot) for slot in range(SLOTS)), dtype=torch.uint8)
     fp8.quantise(torch.zeros(128, 128, dtype=torch.bfloat16))
+
+    def member(schedule: Schedule, run: str) -> Member:
+        source = WeightSource.of_tensors(tensors, schedule, rank, run) if rank != READER else None
+        return Member(everyone, schedule, run, into, source)
+
+    here = member(near, setting.folder)
     before = peak()
-    result: dict[str, Any] = {"moved": moved, "buckets": len(schedule.buckets), "shard": shard_bytes}
-    result["sync"] = timed(setting.repeats, lambda: sync(rank, schedule, source, run, into))
+    result: dict[str, Any] = {"moved": moved, "buckets": len(near.buckets)}
+    result["sync"] = everyone.timed(setting.repeats, lambda: sync(here))
     result["extra_memory"] = peak() - before
-    ready = torch.zeros(moved // 2 + 1, dtype=torch.uint8) if rank != READER else torch.empty(0)
-    result["copy"] = timed(setting.repeats, lambda: plain_copy(rank, schedule, run, ready, into))
-    result["peer"] = timed(1, lambda: gather_and_broadcast(rank, config, tensors))
+    result["copy"] = measure_copy(here, setting.repeats, moved)
+    result |= measure_far(member(far, setting.folder + "/far"), setting.repeats)
+    result["peer"] = everyone.timed(1, lambda: gather_and_broadcast(everyone, config, tensors))
     answers.put((rank, result))
 
 
@@ -250,28 +342,54 @@ def run(setting: Setting) -> dict[int, dict[str, Any]]:
             each.kill()
 
 
-def lines(results: dict[int, dict[str, Any]], setting: Setting, speeds: tuple[float, float]) -> Iterator[str]:
-    first = results[0]
-    config = model(setting.experts)
-    needed = 0
+@dataclass(frozen=True)
+class Figure:
+    """A ratio and its bound."""
+
+    text: str
+    value: float
+    at_most: float = math.inf
+    at_least: float = 0.0
+
+    @property
+    def reached(self) -> bool:
+        return self.at_least <= self.value <= self.at_most
+
+    def __str__(self) -> str:
+        bound = f"at most {self.at_most:g}" if self.at_most < math.inf else f"at least {self.at_least:g}"
+        return f"{self.text}: {self.value:.3f} ({bound}){'' if self.reached else '  FALLS SHORT'}"
+
+
+def needed(config: ModelConfig) -> int:
+    """Bytes of the model as the checkpoint stores it."""
+    total = 0
     for param in params_of(config):
         for part in param.parts:
             size = math.prod(part.shape)
-            needed += size + 4 * math.prod(fp8.scale_shape(part.shape, (128, 128))) if part.quantised else 2 * size
+            total += size + 4 * math.prod(fp8.scale_shape(part.shape, (128, 128))) if part.quantised else 2 * size
+    return total
+
+
+def figures(
+    results: dict[int, dict[str, Any]], setting: Setting, speeds: tuple[float, float]
+) -> Iterator[str | Figure]:
+    first = results[0]
     extra = max(results[rank]["extra_memory"] for rank in range(RANKS))
     yield f"cores {len(os.sched_getaffinity(0))}, {first['buckets']} buckets of at most {setting.buffer >> 20} MiB"
-    yield f"bytes: {first['moved'] / 1e9:.3f} GB moved, {first['moved'] / needed:.3f} x needed (at most 1.05)"
-    yield f"sync {first['sync']:.3f} s, {first['moved'] / first['sync'] / 1e9:.2f} GB/s"
-    yield f"limit, plain copy of the same bytes: {first['copy']:.3f} s; sync is {first['sync'] / first['copy']:.2f} x"
-    yield f"peer, gather and broadcast: {first['peer']:.3f} s; sync is {first['peer'] / first['sync']:.1f} x as fast"
-    yield f"memory over the shard: {extra / 2**20:.0f} MiB (two buckets are {2 * setting.buffer >> 20} MiB)"
-    yield (
-        f"quantisation {speeds[0] / 1e9:.2f} GB/s a core, copy {speeds[1] / 1e9:.2f} GB/s: "
-        f"{speeds[0] / speeds[1]:.0%} (at least 50 %)"
-    )
+    yield f"shared memory: {first['moved'] / 1e9:.3f} GB in {first['sync']:.3f} s, a copy in {first['copy']:.3f} s"
+    yield f"gloo: {first['far_sync']:.3f} s, a copy {first['far_copy']:.3f} s; the peer {first['peer']:.3f} s"
+    yield f"quantisation {speeds[0] / 1e9:.2f} GB/s a core, copy {speeds[1] / 1e9:.2f} GB/s"
+    yield f"memory over the shard {extra / 2**20:.0f} MiB"
+    yield Figure("bytes sent / needed", first["moved"] / needed(model(setting.experts)), at_most=1.05)
+    yield Figure("sync / copy, shared memory", first["sync"] / first["copy"], at_most=1.5)
+    yield Figure("sync / copy, gloo", first["far_sync"] / first["far_copy"], at_most=1.5)
+    yield Figure("gather and broadcast / sync, both over gloo", first["peer"] / first["far_sync"], at_least=3)
+    yield Figure("gather and broadcast / sync, shared memory", first["peer"] / first["sync"], at_least=3)
+    yield Figure("quantisation / copy bandwidth of a core", speeds[0] / speeds[1], at_least=0.5)
+    yield Figure("memory over the shard / two buckets", extra / (2 * setting.buffer), at_most=1)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=24)
     parser.add_argument("--buffer-mb", type=int, default=64)
@@ -282,11 +400,13 @@ def main() -> None:
         setting = Setting(arguments.experts, arguments.buffer_mb << 20, arguments.repeats, folder)
         results = run(setting)
     speeds = quantisation(arguments.repeats)
-    for line in lines(results, setting, speeds):
+    found = list(figures(results, setting, speeds))
+    for line in found:
         print(line)
     if arguments.json:
         arguments.json.write_text(json.dumps({"ranks": results, "quantisation": speeds}, indent=2) + "\n")
+    return 0 if all(line.reached for line in found if isinstance(line, Figure)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

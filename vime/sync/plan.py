@@ -41,7 +41,7 @@ class Receiver:
     publishers: tuple[int, ...]
     """Trainer ranks that take turns in giving it a bucket: those on the node, or one rank elsewhere."""
     local: bool
-    """Whether the publishers sit on the node, so that shared memory reaches it."""
+    """Whether the publishers sit on the node, so that its engines find buckets in shared memory."""
 
     def publisher(self, bucket: int) -> int:
         """The rank that gives it this bucket."""
@@ -141,9 +141,21 @@ class Schedule:
         """Block size of quantised entries."""
         return self.config.quantisation.block if self.config.quantisation else (128, 128)
 
+    def home(self, receiver: int) -> int:
+        """The node on which a receiver's buffer lies: its own, or the publisher's if it is far."""
+        return self.nodes[self.receivers[receiver].publishers[0]]
+
     def places(self, bucket: int, receiver: int) -> tuple[tuple[Place, ...], int]:
         """Layout of a receiver's buffer for a bucket, and its bytes."""
-        return _places(self.buckets[bucket].entries, self.receivers[receiver], self.block)
+        key = (bucket, receiver)
+        if key not in self._places:
+            self._places[key] = _places(self.buckets[bucket].entries, self.receivers[receiver], self.block)
+        return self._places[key]
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[int, int], tuple[tuple[Place, ...], int]]:
+        """What `places` has answered."""
+        return {}
 
     def capacity(self, receiver: int, slot: int) -> int:
         """Bytes of the largest bucket at a receiver among those that use one of the SLOTS slots."""
@@ -171,9 +183,9 @@ class Schedule:
         return found
 
     def _source(self, param: Param, shard: int, receiver: int) -> int:
-        """A rank that has the shard: on the receiver's node if there is one; equal ones take turns."""
+        """A rank that has the shard: on the node of the buffer if there is one; equal ones take turns."""
         ranks = _holders(self.config, self.layout, _kind(param), shard)
-        near = [rank for rank in ranks if self.nodes[rank] == self.receivers[receiver].node]
+        near = [rank for rank in ranks if self.nodes[rank] == self.home(receiver)]
         turn = (param.expert or 0) + (param.layer or 0) + (0 if near else receiver)
         ranks = near or list(ranks)
         return ranks[turn % len(ranks)]
@@ -340,7 +352,6 @@ def _fill(
         yield group
 
 
-@functools.lru_cache(maxsize=4096)
 def _places(entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, int]) -> tuple[tuple[Place, ...], int]:
     places, offset = [], 0
     for entry in entries:

@@ -44,7 +44,7 @@ class Segment:
         try:
             # Without its pages a full file system would kill the process at the first write.
             os.posix_fallocate(descriptor, 0, max(1, size))
-            return cls(name, mmap.mmap(descriptor, max(1, size)))
+            return cls(name, _map_to_write(descriptor, max(1, size)))
         except OSError as error:
             path.unlink()
             if error.errno == errno.ENOSPC:
@@ -65,9 +65,10 @@ class Segment:
             raise SegmentError(f"cannot open the shared memory {path}: {error.strerror}") from error
         try:
             _check(path, os.fstat(descriptor))
+            if write:
+                return cls(name, _map_to_write(descriptor, os.fstat(descriptor).st_size))
             # A private mapping for reading: torch wants a writable buffer, and nothing written here reaches others.
-            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_COPY
-            return cls(name, mmap.mmap(descriptor, 0, access=access))
+            return cls(name, mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
         finally:
             os.close(descriptor)
 
@@ -75,6 +76,11 @@ class Segment:
         """Remove the name; who has it mapped keeps the memory."""
         with contextlib.suppress(FileNotFoundError):
             _path(self.name).unlink()
+
+
+def _map_to_write(descriptor: int, size: int) -> mmap.mmap:
+    """All pages at once: a fault for each of them would take longer than filling them."""
+    return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
 def _path(name: str) -> Path:

@@ -2,7 +2,8 @@
 
 For every bucket a rank writes the boxes that it holds straight into the shared memory of its own node, sends those that
 other nodes need to their publishers, one message a bucket and publisher, and, where it is a publisher itself, puts what
-it receives into place. Quantised tensors are quantised before they are written or sent.
+it receives into place. Quantised tensors are quantised before they are written or sent. A bucket for a node without
+trainer ranks is put together on its publisher's node in the same way, and goes on from there.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from vime.sync.segment import Segment, segment_name
 
 @dataclass
 class Buffer:
-    """A bucket's place at one receiver: shared memory on its node, or this rank's own memory for a far one."""
+    """A bucket's place for one receiver, in shared memory."""
 
     data: Tensor
     """uint8 [capacity]."""
-    segment: Segment | None
+    segment: Segment
     owned: bool
 
 
@@ -128,11 +129,11 @@ class WeightSource:
         self.finish()
         self.version, self.bytes_sent = version, 0
         for number, receiver in enumerate(self.schedule.receivers):
-            if self.rank == receiver.publishers[0] and receiver.local:
+            if self.rank == receiver.publishers[0]:
                 self._make_segments(number)
         _barrier()
-        for number, receiver in enumerate(self.schedule.receivers):
-            self._open_buffers(number, receiver.local)
+        for number in range(len(self.schedule.receivers)):
+            self._open_segments(number)
         return len(self.schedule.buckets)
 
     def publish(self, bucket: int) -> dict[str, Any]:
@@ -149,7 +150,9 @@ class WeightSource:
             self._write_local(bucket, moves)
             self._exchange(bucket, moves)
             self._write_frozen(bucket)
-        self._send_far(bucket)
+        if not all(receiver.local for receiver in self.schedule.receivers):
+            _barrier()
+            self._send_far(bucket)
         return {
             str(number): self._update_info(bucket, number)
             for number, receiver in enumerate(self.schedule.receivers)
@@ -165,7 +168,7 @@ class WeightSource:
     def finish(self) -> None:
         """Give all memory back; also after a sync that failed."""
         for buffer in self._buffers.values():
-            if buffer.segment is not None and buffer.owned:
+            if buffer.owned:
                 buffer.segment.unlink()
         self._buffers.clear()
         self._pending.clear()
@@ -178,23 +181,21 @@ class WeightSource:
 
     # Memory
 
+    def _segment_name(self, number: int, slot: int) -> str:
+        return segment_name(self._run, self.schedule.home(number), number, slot)
+
     def _make_segments(self, number: int) -> None:
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
-            name = segment_name(self._run, self.schedule.receivers[number].node, number, slot)
-            segment = Segment.create(name, self.schedule.capacity(number, slot))
+            segment = Segment.create(self._segment_name(number, slot), self.schedule.capacity(number, slot))
             self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=True)
 
-    def _open_buffers(self, number: int, local: bool) -> None:
-        receiver = self.schedule.receivers[number]
+    def _open_segments(self, number: int) -> None:
+        if self.schedule.nodes[self.rank] != self.schedule.home(number):
+            return
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
-            if (number, slot) in self._buffers:
-                continue
-            if local and self.schedule.nodes[self.rank] == receiver.node:
-                segment = Segment.open(segment_name(self._run, receiver.node, number, slot), write=True)
+            if (number, slot) not in self._buffers:
+                segment = Segment.open(self._segment_name(number, slot), write=True)
                 self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=False)
-            elif not local and self.rank in receiver.publishers:
-                memory = torch.empty(self.schedule.capacity(number, slot), dtype=torch.uint8)
-                self._buffers[number, slot] = Buffer(memory, None, owned=True)
 
     def _views(self, bucket: int, number: int) -> dict[str, tuple[Tensor, Tensor | None]]:
         """By name: the tensor and its scales in the receiver's buffer."""
@@ -209,9 +210,7 @@ class WeightSource:
 
     def _writes_itself(self, move: Move) -> bool:
         """Whether the source reaches the receiver's memory: blocks that cross shards need their publisher."""
-        receiver = self.schedule.receivers[move.receiver]
-        near = receiver.local and self.schedule.nodes[move.source] == receiver.node
-        return near and move.on_shard
+        return move.on_shard and self.schedule.nodes[move.source] == self.schedule.home(move.receiver)
 
     def _box(self, move: Move) -> Tensor:
         return self._tensors[move.entry.param.name].detach()[move.piece.target]
@@ -352,7 +351,7 @@ class WeightSource:
         places, size = self.schedule.places(bucket, number)
         segment = self._buffers[number, bucket % SLOTS].segment
         return {
-            "segment": segment.name if segment else None,
+            "segment": segment.name if self.schedule.receivers[number].local else None,
             "size": size,
             "block": list(self.schedule.block),
             "tensors": [
