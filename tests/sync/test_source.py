@@ -138,7 +138,7 @@ def _rank(rank: int, world: int, store: str, work: Callable[..., None], argument
 def on_ranks(world: int, folder: Path, work: Callable[..., None], arguments: list[Any]) -> None:
     """Run `work(rank, *argument)` for every argument on `world` processes; the first failure is raised here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "vime.sync.source", "tests.sync.small_models"])
+    context.set_forkserver_preload(["vime.sync.source", "vime.checkpoint.fp8_cpu", "tests.sync.small_models"])
     results = context.Queue()
     store = str(folder / "store")
     ranks = [

@@ -5,49 +5,67 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.layout_table import DEEPSEEK as DEEPSEEK_LAYOUTS
+from tests.layout_table import QWEN3 as QWEN3_LAYOUTS
 from tests.sync.engines import engine, log_probs
-from tests.sync.small_models import DEEPSEEK, QWEN3, Tensors, shards, trained, write_folder
+from tests.sync.fresh_engine import PROMPTS, SPECULATION, fresh
+from tests.sync.small_models import DEEPSEEK, QWEN3, trained, write_folder
 from tests.sync.test_plan import engine as engine_plan
-from vime.models.config import ModelConfig
-from vime.planning.types import EnginePlan
+from tests.sync.trainer import Held, Trainer
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
 from vime.rollout.command import MODEL_NAME
-from vime.sync.plan import make_schedule, receivers_of
 from vime.sync.session import Deadlines, Session
-from vime.sync.source import WeightSource
 
 pytestmark = pytest.mark.e2e
-PROMPTS = [[2, 9, 16, 8, 17, 3], [2, 7, 7, 16, 12, 17, 3]]
+OLD, MIDDLE, NEW = 1, 2, 3
+"""Seeds of weights."""
+FAR_NODE = 7
 
 
-class OneRank:
-    """The trainer as the session calls it: one rank in this process, on threads, as the engines run beside it."""
+class Synced:
+    """Engines that a trainer gives its weights to."""
 
-    def __init__(self, source: WeightSource) -> None:
-        self.source = source
+    def __init__(self, trainer: Trainer, held: Held, clients: list[EngineClient]) -> None:
+        self.trainer, self.held, self.clients = trainer, held, clients
+        self.version = 0
 
-    async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        return [await asyncio.to_thread(getattr(self.source, method.removeprefix("weights_")), *args)]
+    async def sync(self, *, check: bool = False, **changes: Any) -> dict[str, float]:
+        """A sync from a trainer that holds something else than the one before it."""
+        self.held = replace(self.held, **changes)
+        schedule = await self.trainer.hold(self.held)
+        addresses = ["127.0.0.1"] * (FAR_NODE + 1)
+        session = Session(schedule, self.held.engines, self.trainer, self.clients, "keep", Deadlines(), addresses)
+        self.version += 1
+        return await session.run(self.version, check=check)
+
+    async def checksums(self) -> list[dict[str, str]]:
+        return [await client.checksums() for client in self.clients]
+
+    async def answers(self, replica: int | None = None) -> list[list[tuple[list[int], list[float]]]]:
+        return [[await log_probs(client, prompt, replica=replica) for prompt in PROMPTS] for client in self.clients]
+
+    async def forget(self) -> None:
+        """Nothing of a sync is left that the next one could rest on."""
+        for client in self.clients:
+            await client.reset_weights()
 
 
-def source_of(
-    hf: dict[str, Any], tensors: Tensors, engines: list[EnginePlan], run: str, buffer: int, **more: Any
-) -> WeightSource:
-    """A trainer of one rank on node 0."""
-    config, layout = ModelConfig.from_hf(hf), ParallelLayout()
-    schedule = make_schedule(config, layout, [0], receivers_of(config, [0], engines), buffer, **more)
-    return WeightSource.of_tensors(shards(hf, tensors, layout, 0), schedule, 0, run)
-
-
-def session_of(source: WeightSource, engines: list[EnginePlan], clients: list[EngineClient]) -> Session:
-    nodes = max(node for engine in engines for node in engine.nodes) + 1
-    return Session(source.schedule, engines, OneRank(source), clients, "keep", Deadlines(), ["127.0.0.1"] * nodes)
+def layouts(hf: dict[str, Any], table: dict[str, dict[str, Any]]) -> dict[str, ParallelLayout]:
+    """The trainer's table for a model of this many layers, and one rank alone."""
+    found = {"one": ParallelLayout()}
+    for name, options in table.items():
+        known = {key: value for key, value in options.items() if key != "sequence_parallel"}
+        if hf["num_hidden_layers"] % known.get("pp", 1) and "last_stage_layers" not in known:
+            known["first_stage_layers"] = 1
+        found[name] = ParallelLayout(**known)
+    return found
 
 
 async def long_answer(client: EngineClient) -> list[tuple[int, int]]:
@@ -61,84 +79,68 @@ async def long_answer(client: EngineClient) -> list[tuple[int, int]]:
     return [(int(span["version"]), span["end"] - span["start"]) for span in answer["choices"][0]["weight_versions"]]
 
 
-async def test_two_engines_near_and_far_equal_one_that_loads_the_exported_weights(tmp_path: Path) -> None:
-    """DeepSeek-V3: one engine gets its weights through shared memory, one as if on another node, through gloo."""
-    hf, middle, new = DEEPSEEK, trained(DEEPSEEK, 2), trained(DEEPSEEK, 3)
-    folder = write_folder(tmp_path / "old", hf, trained(hf, 1))
-    plans = [engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})]
+async def test_deepseek_with_its_draft_on_two_engines_from_every_layout(tmp_path: Path) -> None:
+    """One engine gets its weights through shared memory, one as if on another node, through gloo."""
+    hf = DEEPSEEK
+    loaded = await fresh(write_folder(tmp_path / "new", hf, trained(hf, NEW)), "--speculate")
+    old = write_folder(tmp_path / "old", hf, trained(hf, OLD))
+    speculate = ("--speculative-config", json.dumps(SPECULATION))
+    plans = (engine_plan(0, {0: (0,)}), engine_plan(1, {FAR_NODE: (0,)}))
     async with contextlib.AsyncExitStack() as stack:
-        starting = [engine(folder, tmp_path / f"old{i}.log") for i in range(2)]
+        trainer = await stack.enter_async_context(Trainer(tmp_path))
+        starting = [engine(old, tmp_path / f"engine{i}.log", *speculate) for i in range(2)]
         clients = list(await asyncio.gather(*map(stack.enter_async_context, starting)))
-        first = await clients[0].checksums()
-        source = source_of(hf, middle, plans, str(tmp_path), 200_000)
-        session = session_of(source, plans, clients)
-        metrics = await session.run(6)
-        assert metrics["sync/buckets"] > 3
-        between = await log_probs(clients[0], PROMPTS[0])
+        synced = Synced(trainer, Held(hf, MIDDLE, plans, str(tmp_path), draft=True), clients)
+        assert (await synced.sync())["sync/buckets"] > 3
+        before = await synced.checksums()
 
         # Requests that are under way when the weights change go on with the new ones and say so.
         asking = asyncio.create_task(long_answer(clients[0]))
         await asyncio.sleep(0.2)
-        source._tensors = shards(hf, new, ParallelLayout(), 0)
-        await session.run(7)
+        await synced.sync(seed=NEW)
         spans = await asking
-        assert [version for version, _ in spans] == [6, 7]
+        assert [version for version, _ in spans] == [1, 2]
         assert sum(tokens for _, tokens in spans) == 150
 
-        synced = [await client.checksums() for client in clients]
-        answers = [[await log_probs(client, prompt) for prompt in PROMPTS] for client in clients]
-        assert [await client.weight_info() for client in clients] == [7, 7]
-    async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log") as client:
-        fresh = await client.checksums()
-        expected = [await log_probs(client, prompt) for prompt in PROMPTS]
-    assert any(name.endswith("o_proj.packed") for name in fresh)
-    assert synced == [fresh, fresh]
-    assert answers == [expected, expected]
-    assert first != fresh
-    assert between != expected[0]
+        wanted = loaded["checksums"]
+        draft = {name for name in wanted if "draft." in name}
+        assert any(name.endswith("o_proj.packed") for name in wanted)
+        assert any("experts" in name for name in draft)
+        assert all(before[0][name] != wanted[name] for name in draft if name.endswith((".packed", "eh_proj.weight")))
+        assert await synced.checksums() == [wanted, wanted]
+        assert await synced.answers() == [loaded["answers"]] * 2
+        assert [await client.weight_info() for client in clients] == [2, 2]
+
+        for name, layout in layouts(hf, DEEPSEEK_LAYOUTS).items():
+            await synced.forget()
+            await synced.sync(layout=layout, ranks_per_node=4)
+            assert await synced.checksums() == [wanted, wanted], name
+        await synced.sync(check=True)
+        assert await synced.answers() == [loaded["answers"]] * 2
 
 
-async def test_both_replicas_of_an_engine_equal_one_that_loads_the_exported_weights(tmp_path: Path) -> None:
-    """Qwen3 with tied embeddings, two data-parallel replicas in one engine."""
-    hf, old, new = QWEN3, trained(QWEN3, 1), trained(QWEN3, 2)
-    folder = write_folder(tmp_path / "old", hf, old)
-    plans = [engine_plan(0, {0: (0, 1)}, data=2)]
-    async with engine(folder, tmp_path / "old.log", "--data-parallel-size", "2") as client:
-        first = await client.checksums()
-        source = source_of(hf, new, plans, str(tmp_path), 200_000)
-        session = session_of(source, plans, [client])
-        await session.run(7)
-        synced = await client.checksums()
-        answers = [await log_probs(client, prompt, replica=replica) for replica in (0, 1) for prompt in PROMPTS]
-        source._tensors = shards(hf, old, ParallelLayout(), 0)
-        await session.run(8, check=True)
-        back = await client.checksums()
-    async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log") as client:
-        fresh = await client.checksums()
-        expected = [await log_probs(client, prompt) for prompt in PROMPTS]
-    assert back == first
-    for replica in ("dp0:", "dp1:"):
-        of_replica = {name.removeprefix(replica): value for name, value in synced.items() if name.startswith(replica)}
-        assert of_replica == {name.removeprefix("dp0:"): value for name, value in fresh.items()}
-    assert answers == expected * 2
-
-
-async def test_the_mtp_draft_is_updated_too(tmp_path: Path) -> None:
-    """DeepSeek-V3 that speculates with its own MTP layer: the draft's weights follow, and guesses are accepted."""
-    hf, new = DEEPSEEK, trained(DEEPSEEK, 2)
-    speculate = ("--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 1}))
-    plans = [engine_plan(0, {0: (0,)})]
-    async with engine(write_folder(tmp_path / "old", hf, trained(hf, 1)), tmp_path / "old.log", *speculate) as client:
-        first = await client.checksums()
-        source = source_of(hf, new, plans, str(tmp_path), 200_000, draft=True, mtp_trained=True)
-        await session_of(source, plans, [client]).run(3, check=True)
-        synced = await client.checksums()
-        answers = [await log_probs(client, prompt) for prompt in PROMPTS]
-    async with engine(write_folder(tmp_path / "new", hf, new), tmp_path / "new.log", *speculate) as client:
-        fresh = await client.checksums()
-        expected = [await log_probs(client, prompt) for prompt in PROMPTS]
-    draft = {name for name in fresh if "draft." in name}
-    assert any("experts" in name for name in draft)
-    assert all(first[name] != fresh[name] for name in draft if name.endswith((".packed", "eh_proj.weight")))
-    assert synced == fresh
-    assert answers == expected
+async def test_qwen3_on_two_replicas_of_an_engine_from_every_layout(tmp_path: Path) -> None:
+    """Tied embeddings, two data-parallel replicas in one engine."""
+    hf = QWEN3
+    loaded = await fresh(write_folder(tmp_path / "new", hf, trained(hf, NEW)))
+    old = write_folder(tmp_path / "old", hf, trained(hf, OLD))
+    plans = (engine_plan(0, {0: (0, 1)}, data=2),)
+    wanted = {
+        replica + name.removeprefix("dp0:"): value
+        for replica in ("dp0:", "dp1:")
+        for name, value in loaded["checksums"].items()
+    }
+    async with (
+        Trainer(tmp_path) as trainer,
+        engine(old, tmp_path / "engine.log", "--data-parallel-size", "2") as client,
+    ):
+        synced = Synced(trainer, Held(hf, NEW, plans, str(tmp_path)), [client])
+        assert await synced.checksums() != [wanted]
+        for name, layout in layouts(hf, QWEN3_LAYOUTS).items():
+            await synced.sync(layout=layout, ranks_per_node=2)
+            assert await synced.checksums() == [wanted], name
+            await synced.forget()
+        await synced.sync(check=True)
+        assert await synced.checksums() == [wanted]
+        for replica in (0, 1):
+            assert await synced.answers(replica) == [loaded["answers"]]
