@@ -12,6 +12,8 @@ from tests.sync.test_plan import engine
 from tests.tiny_hf import DEEPSEEK, with_fp8
 from vime.errors import Cause, DeadlineExceeded
 from vime.models.config import ModelConfig
+from vime.models.families import params_of
+from vime.models.namemap import Where
 from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineStatus
@@ -19,6 +21,9 @@ from vime.sync.plan import make_schedule, receivers_of
 from vime.sync.session import Deadlines, Session, SyncFailed, worker_infos
 
 CONFIG = ModelConfig.from_hf(with_fp8(DEEPSEEK))
+NAMES = [part.name for param in params_of(CONFIG) if param.where != Where.MTP for part in param.parts]
+WORKER = "dp0:pp0:pcp0:tp0:"
+RECEIVED = {f"{WORKER}received.{name}": "x" for name in NAMES}
 
 
 class FakeTrainer:
@@ -27,6 +32,7 @@ class FakeTrainer:
     def __init__(self, journal: list[tuple[str, Any]], buckets: int, receivers: int) -> None:
         self.journal, self.buckets, self.receivers = journal, buckets, receivers
         self.late: str | None = None
+        self.digests = dict.fromkeys(NAMES, "x")
 
     async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         self.journal.append((method, args[0] if args else None))
@@ -37,6 +43,8 @@ class FakeTrainer:
             return [self.buckets] * 2
         if method == "weights_publish":
             return [{str(number): {"size": 10, "bucket": args[0]}} for number in range(self.receivers)]
+        if method == "weights_digests":
+            return [self.digests, {}]
         return [None, None]
 
 
@@ -161,7 +169,7 @@ async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:
 async def test_a_check_sends_everything_again_over_zeros_and_compares() -> None:
     sync, trainer, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
     for fake in fakes:
-        fake.sums = [{"a": "1", "b": "2"}] * 2
+        fake.sums = [{"a": "1", "b": "2"}, {"a": "1", "b": "2", **RECEIVED}]
     metrics = await sync.run(4, check=True)
     names = [name for name, _ in journal if name.startswith("0:")]
     assert names.count("0:update_weights") == 2 * trainer.buckets
@@ -175,16 +183,28 @@ async def test_a_check_sends_everything_again_over_zeros_and_compares() -> None:
     ("first", "second", "says"),
     [
         (
-            [{"a": "1", "b": "2"}, {"a": "1", "b": "0"}],
-            [{"a": "1", "b": "2"}] * 2,
+            [{"a": "1"}, {"a": "0", **RECEIVED}],
+            [{"a": "1"}, {"a": "1", **RECEIVED}],
             "1 weights of engine 0 differ after",
         ),
-        ([{"a": "1"}] * 2, [{"a": "2"}] * 2, "1 weights of engine 1 differ in engine 0, the first is a"),
+        (
+            [{"a": "1"}, {"a": "1", **RECEIVED}],
+            [{"a": "2"}, {"a": "2", **RECEIVED}],
+            "1 weights of engine 1 differ in engine 0, the first is a",
+        ),
+        (
+            [{"a": "1"}, {"a": "1", **RECEIVED}],
+            [{"a": "1"}, {"a": "1", **RECEIVED, f"{WORKER}received.{NAMES[3]}": "y"}],
+            f"1 weights that dp0:pp0:pcp0:tp0 of engine 1 received differ from the trainer's, the first is {NAMES[3]}",
+        ),
+        (
+            [{"a": "1"}, {"a": "1", **dict(list(RECEIVED.items())[1:])}],
+            [{"a": "1"}, {"a": "1", **RECEIVED}],
+            f"engine 0 received no {NAMES[0]} and 0 other weights",
+        ),
     ],
 )
-async def test_a_weight_that_was_not_sent_or_differs_between_engines_is_named(
-    first: Any, second: Any, says: str
-) -> None:
+async def test_a_weight_that_does_not_arrive_as_the_trainer_has_it_is_named(first: Any, second: Any, says: str) -> None:
     sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
     fakes[0].sums, fakes[1].sums = list(first), list(second)
     with pytest.raises(SyncFailed, match=says):

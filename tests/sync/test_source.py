@@ -24,6 +24,7 @@ from vime.errors import BadInput, VimeError
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync import segment
+from vime.sync.digest import digest, trainer_digests
 from vime.sync.plan import SLOTS, Schedule, make_schedule, receivers_of
 from vime.sync.segment import Segment, SegmentError, segment_name
 from vime.sync.source import WeightSource, entry_views
@@ -92,6 +93,20 @@ def check_published(
     return count
 
 
+def check_digests(schedule: Schedule, rank: int, hf: dict[str, Any], whole: Tensors) -> None:
+    """What the ranks say should be received is made from the whole weights; every tensor falls to one rank."""
+    mine = trainer_digests(schedule, rank, shards(hf, whole, schedule.layout, rank), None)
+    found: list[Any] = [None] * schedule.layout.world_size
+    dist.all_gather_object(found, mine)
+    wanted = {
+        entry.name: digest(*expected(hf, whole, entry.name, entry.param.parts[entry.part].name))
+        for bucket in schedule.buckets
+        for entry in bucket.entries
+    }
+    assert {name: value for one in found for name, value in one.items()} == wanted
+    assert sum(map(len, found)) == len(wanted)
+
+
 def sync_case(rank: int, case: Case, run: str) -> None:
     """One rank's part of two syncs of a case, with receivers near and far."""
     hf, layout, per_node = case
@@ -106,6 +121,7 @@ def sync_case(rank: int, case: Case, run: str) -> None:
                              mtp_trained=True)  # fmt: skip
     for version in (1, 2):
         whole = trained(hf, version)
+        check_digests(schedule, rank, hf, whole)
         source = WeightSource.of_tensors(shards(hf, whole, layout, rank), schedule, rank, run)
         assert source.prepare(version) == len(schedule.buckets)
         published = 0
@@ -218,6 +234,36 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(fp8.NotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
         [(source.publish(bucket), source.release(bucket)) for bucket in range(buckets)]
     source.finish()
+    # The next sync starts anew.
+    held[name][45, 3] = 0.0
+    for bucket in range(source.prepare(2)):
+        source.publish(bucket)
+        source.release(bucket)
+    source.finish()
+
+
+def a_rank_with_a_weight_that_is_not_finite(rank: int, run: str) -> None:
+    """Rank 3 of four has one; receivers on another node, so that messages cross."""
+    config, layout = ModelConfig.from_hf(FP8), ParallelLayout(4, ep=4)
+    receivers = receivers_of(config, [0, 0, 1, 1], [engine(0, {0: (0,)})])
+    schedule = make_schedule(config, layout, [0, 0, 1, 1], receivers, 1 << 30)
+    held = shards(FP8, trained(FP8, 1), layout, rank)
+    if rank == 3:
+        name = next(name for name in held if "local_experts" in name)
+        held[name][0, 0] = float("inf")
+    source = WeightSource.of_tensors(held, schedule, rank, run)
+    source.prepare(1)
+    if rank == 3:
+        with pytest.raises(fp8.NotFinite, match=r"mlp\.experts\."):
+            source.publish(0)
+    else:
+        source.publish(0)
+    source.finish()
+
+
+@pytest.mark.e2e
+def test_no_rank_waits_for_one_whose_weight_is_not_finite(tmp_path: Path) -> None:
+    on_ranks(4, tmp_path, a_rank_with_a_weight_that_is_not_finite, [(str(tmp_path),)])
 
 
 def test_buckets_are_released_before_their_memory_is_used_again(tmp_path: Path) -> None:

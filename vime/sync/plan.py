@@ -28,6 +28,8 @@ SLOTS = 2
 ALIGNMENT = 64
 _BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 Target = Literal["policy", "draft"]
+RECEIVED = "received."
+"""Of the names under which an engine's checksums show the digests of what its workers received."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,11 @@ class Schedule:
                 on_shard = not entry.quantised or all(aligned(box, entry.shape, self.block) for _, box in boxes)
                 for shard, box in boxes:
                     yield Move(number, entry, box, self._source(entry.param, shard, number), on_shard)
+
+    def holders(self, param: Param) -> list[int]:
+        """The first rank that holds each of a parameter's shards, in their order."""
+        shards = 1 if param.tp_dim is None else self.layout.etp if param.expert is not None else self.layout.tp
+        return [_holders(self.config, self.layout, _kind(param), shard)[0] for shard in range(shards)]
 
     def _boxes(self, entry: Entry) -> list[tuple[int, Piece]]:
         """(shard, box) of an entry; boxes of one shard that touch are one."""

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vime.checkpoint import fp8
 from vime.errors import VimeError
 from vime.sync.channel import Channel
+from vime.sync.digest import digest
 from vime.sync.segment import Segment
 
 
@@ -50,6 +51,8 @@ class BucketInfo(WeightTransferUpdateInfo):
     block: list[int]
     tensors: list[list[Any]]
     """[name, dtype, shape, offset, offset of the scales or None] of each tensor, offsets in bytes."""
+    digest: bool = False
+    """Whether to keep digests of the tensors in `Receiver.received`, for a check of the sync."""
 
 
 class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
@@ -58,6 +61,11 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
     init_info_cls = ReceiverInit
     update_info_cls = BucketInfo
     _channel: Channel | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.received: dict[str, str] = {}
+        """Digests by HF name, until they are shown with the checksums of the weights."""
 
     def init_transfer_engine(self, init_info: ReceiverInit) -> None:
         """Join the group of this worker's node, if its buckets come through one."""
@@ -114,12 +122,15 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
             kind = getattr(torch, dtype)
             raw = data[offset : offset + math.prod(shape) * kind.itemsize]
             tensor = raw.view(kind).view(shape)
-            if scale_offset is None:
+            scale = None
+            if scale_offset is not None:
+                wide = fp8.scale_shape(shape, block)
+                scale = data[scale_offset : scale_offset + 4 * math.prod(wide)].view(torch.float32).view(wide)
+            if bucket.digest:
+                self.received[name] = digest(tensor, scale)
+            if scale is None:
                 yield name, tensor.to(self.device, copy=True)
-                continue
-            wide = fp8.scale_shape(shape, block)
-            scale = data[scale_offset : scale_offset + 4 * math.prod(wide)].view(torch.float32).view(wide)
-            if self._takes_fp8:
+            elif self._takes_fp8:
                 yield name, tensor.to(self.device, copy=True)
                 yield fp8.scale_name(name), scale.to(self.device, copy=True)
             else:

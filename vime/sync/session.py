@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.planning.types import Binding, EnginePlan, Plan
-from vime.sync.plan import Schedule, Target, far_groups, schedule_of
+from vime.sync.plan import RECEIVED, Schedule, Target, far_groups, schedule_of
 
 T = TypeVar("T")
 Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -54,6 +54,7 @@ class Deadlines:
 
     prepare: float = 300.0
     bucket: float = 600.0
+    digests: float = 3600.0
     engine: float = 900.0
     """One call to an engine; above the client's own deadlines, which tell more."""
 
@@ -111,7 +112,8 @@ class Session:
     async def run(self, version: int, *, check: bool = False) -> dict[str, float]:
         """One sync. `check`: then set all weights of the engines to zero, sync again and compare the checksums before
         and after, and those of all engines: a weight that the stream leaves out, or that an engine computes with but
-        does not take over, differs."""
+        does not take over, differs. What reached every worker the second time is compared with what the trainer's
+        weights give, gathered and quantised whole."""
         started = time.monotonic()
         try:
             metrics = await self._run(version, check)
@@ -136,8 +138,10 @@ class Session:
         if check:
             before = await self._checksums()
             await self._each(None, "reset_weights", lambda client: client.reset_weights())
-            sent += await self._stream_all(version)
-            self._compare(before, await self._checksums())
+            sent += await self._stream_all(version, check=True)
+            after = await self._checksums()
+            answers = await self._trainer("weights_digests", self.deadlines.digests, None)
+            self._compare(before, after, {name: value for answer in answers for name, value in answer.items()})
         await self._each(None, "reset_prefix_cache", lambda client: client.reset_prefix_cache())
         await self._trainer("weights_finish", self.deadlines.prepare, None)
         await self._each(None, "resume", lambda client: client.resume())
@@ -177,27 +181,43 @@ class Session:
         await asyncio.gather(*waiting)
         self.connected |= set(new)
 
-    async def _stream_all(self, version: int) -> int:
-        return sum([await self._stream(target, version) for target in ("policy", "draft")])
+    async def _stream_all(self, version: int, check: bool = False) -> int:
+        return sum([await self._stream(target, version, check) for target in ("policy", "draft")])
 
     async def _checksums(self) -> list[dict[str, str]]:
         return await asyncio.gather(
             *(self._engine(engine, None, "checksums", client.checksums()) for engine, client in enumerate(self.clients))
         )
 
-    def _compare(self, before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> None:
-        for engine, (first, second) in enumerate(zip(before, after, strict=True)):
-            sizes = (self.engines[engine].tensor_parallel_size, self.engines[engine].data_parallel_size)
+    def _compare(
+        self, before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]], trainer: Mapping[str, str]
+    ) -> None:
+        for engine, (first, last) in enumerate(zip(before, after, strict=True)):
+            plan = self.engines[engine]
+            sizes = (plan.tensor_parallel_size, plan.data_parallel_size)
             twin = next(
                 i for i, e in enumerate(self.engines) if (e.tensor_parallel_size, e.data_parallel_size) == sizes
             )
-            for what, other in (("after all weights were sent anew", second), (f"in engine {twin}", before[twin])):
-                wrong = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
-                if wrong:
-                    text = f"{len(wrong)} weights of engine {engine} differ {what}, the first is {wrong[0]}"
-                    raise self._failed(text, engine=engine)
+            second = {name: value for name, value in last.items() if RECEIVED not in name}
+            self._same(f"of engine {engine} differ after all weights were sent anew", first, second, engine)
+            self._same(f"of engine {engine} differ in engine {twin}", first, before[twin], engine)
+            for worker, received in received_by_worker(last).items():
+                sent = {name: trainer.get(name, "") for name in received}
+                self._same(
+                    f"that {worker} of engine {engine} received differ from the trainer's", received, sent, engine
+                )
+            everything = {name for received in received_by_worker(last).values() for name in received}
+            missing = sorted(needed_names(self.schedule, plan) - everything)
+            if missing:
+                text = f"engine {engine} received no {missing[0]} and {len(missing) - 1} other weights"
+                raise self._failed(text, engine=engine)
 
-    async def _stream(self, target: Target, version: int) -> int:
+    def _same(self, what: str, first: Mapping[str, str], second: Mapping[str, str], engine: int) -> None:
+        wrong = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+        if wrong:
+            raise self._failed(f"{len(wrong)} weights {what}, the first is {wrong[0]}", engine=engine)
+
+    async def _stream(self, target: Target, version: int, check: bool) -> int:
         """One update of one model of every engine; a bucket is gathered while the one before it is loaded. Bytes."""
         buckets = [bucket.index for bucket in self.schedule.buckets if bucket.target == target]
         if not buckets:
@@ -215,7 +235,7 @@ class Session:
                 if loading is not None:
                     await loading
                     await self._trainer("weights_release", self.deadlines.bucket, before, before)
-                loading, before = asyncio.create_task(self._load(bucket, infos)), bucket
+                loading, before = asyncio.create_task(self._load(bucket, infos, check)), bucket
             assert loading is not None
             await loading
             await self._trainer("weights_release", self.deadlines.bucket, before, before)
@@ -235,8 +255,10 @@ class Session:
             raise self._failed(f"no rank published bucket {bucket} for receivers {sorted(missing)}", bucket=bucket)
         return infos
 
-    async def _load(self, bucket: int, infos: Mapping[int, Mapping[str, Any]]) -> None:
-        by_node = {receiver.node: infos[number] for number, receiver in enumerate(self.schedule.receivers)}
+    async def _load(self, bucket: int, infos: Mapping[int, Mapping[str, Any]], check: bool) -> None:
+        by_node = {
+            receiver.node: {**infos[number], "digest": check} for number, receiver in enumerate(self.schedule.receivers)
+        }
         await asyncio.gather(
             *(
                 self._engine(
@@ -286,3 +308,24 @@ def worker_infos(engine: EnginePlan, by_node: Mapping[int, Mapping[str, Any]]) -
     if len(engine.nodes) == 1:
         return by_node[engine.nodes[0]]
     return [by_node[node] for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for _ in gpus]
+
+
+def received_by_worker(checksums: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The digests of what arrived, by worker (`dp0:pp0:pcp0:tp0`) and HF name, out of an engine's checksums."""
+    found: dict[str, dict[str, str]] = {}
+    for name, value in checksums.items():
+        worker, _, tensor = name.rpartition(":")
+        if tensor.startswith(RECEIVED):
+            found.setdefault(worker, {})[tensor.removeprefix(RECEIVED)] = value
+    return found
+
+
+def needed_names(schedule: Schedule, engine: EnginePlan) -> set[str]:
+    """HF names of the tensors that go to an engine's nodes."""
+    receivers = [receiver for receiver in schedule.receivers if receiver.node in engine.nodes]
+    return {
+        entry.name
+        for bucket in schedule.buckets
+        for entry in bucket.entries
+        if any(receiver.needs(entry) for receiver in receivers)
+    }

@@ -26,6 +26,7 @@ from vime.models.config import ModelConfig
 from vime.planning.types import Plan
 from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.sync.channel import Channel, Listener
+from vime.sync.digest import trainer_digests
 from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
 from vime.sync.segment import Segment, segment_name
 
@@ -102,6 +103,7 @@ class WeightSource:
         self._sending: dict[int, list[Future[None]]] = {}
         # One thread: the messages of a group have to follow each other in the order of the buckets.
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._failure: fp8.NotFinite | None = None
         self.bytes_sent = 0
         """Bytes that went to other ranks since `prepare`."""
 
@@ -140,7 +142,8 @@ class WeightSource:
         """Bring a bucket to the engines' nodes.
 
         Returns, by number of the receiver as text, what the engines on that node need to find the bucket; empty on
-        ranks that publish nothing. The bucket is complete when all ranks have returned.
+        ranks that publish nothing. The bucket is complete when all ranks have returned. Raises NotFinite, but not
+        before the other ranks have got what they wait for.
         """
         if self._pending and bucket - min(self._pending) >= SLOTS:
             raise VimeError(f"bucket {bucket} is published before bucket {min(self._pending)} was released")
@@ -153,6 +156,9 @@ class WeightSource:
         if not all(receiver.local for receiver in self.schedule.receivers):
             _barrier()
             self._send_far(bucket)
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         return {
             str(number): self._update_info(bucket, number)
             for number, receiver in enumerate(self.schedule.receivers)
@@ -178,6 +184,10 @@ class WeightSource:
             self._sender.shutdown(wait=False, cancel_futures=True)
             self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._sending.clear()
+
+    def digests(self) -> dict[str, str]:
+        """By HF name: what engines should have received of the tensors that fall to this rank, to check a sync."""
+        return trainer_digests(self.schedule, self.rank, self._tensors, self._checkpoint)
 
     # Memory
 
@@ -236,7 +246,12 @@ class WeightSource:
     def _quantise(self, matrix: Tensor, entry: Entry, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         config = self.schedule.config.quantisation
         assert config is not None
-        return fp8.quantise(matrix, config.block, scale_format=config.scale_format, name=entry.name, out=out)
+        try:
+            return fp8.quantise(matrix, config.block, scale_format=config.scale_format, name=entry.name, out=out)
+        except fp8.NotFinite as error:
+            self._failure = self._failure or error
+            empty = torch.zeros(matrix.shape, dtype=torch.float8_e4m3fn) if out is None else out
+            return empty, torch.zeros(fp8.scale_shape(matrix.shape, config.block))
 
     def _exchange(self, bucket: int, moves: list[Move]) -> None:
         """One message between two ranks: all boxes that go from one to the other, in the order of the schedule."""

@@ -9,6 +9,8 @@ import hashlib
 from importlib.metadata import version
 from typing import Any
 
+from vime.sync.plan import RECEIVED
+
 BACKENDS = ("vime-shm", "vime-gloo")
 """Both are one receiver: each node's workers get buckets from shared memory or a gloo group, as the driver says."""
 TESTED_VLLM = "0.32"
@@ -21,7 +23,7 @@ def register() -> None:
     for name in BACKENDS:
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "vime.sync.receiver", "Receiver")
-    show_draft_weights()
+    show_more_weights()
     if _on_cpu():
         mend_cpu_experts()
         show_packed_weights()
@@ -49,24 +51,40 @@ def mend_cpu_experts() -> None:
     UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
 
 
-def show_draft_weights() -> None:
-    """Let `/weight_checker` see the draft model that an engine speculates with, as `draft.<name>`."""
+def show_more_weights() -> None:
+    """Let `/weight_checker` see the draft model that an engine speculates with, as `draft.<name>`, and set it to zero
+    too; and let it tell, once, what a checked update brought, as `received.<HF name>`."""
     from vllm.v1.worker import gpu_worker
 
     original = gpu_worker.Worker.compute_weight_checksums
     if getattr(original, "mended_by_vime", False):
         return
 
-    def with_draft(self: Any) -> dict[str, str]:
+    reset = gpu_worker.Worker.reset_weights
+
+    def draft_of(worker: Any) -> Any:
+        return worker.get_draft_model() if worker.speculative_config is not None else None
+
+    def with_more(self: Any) -> dict[str, str]:
         found = original(self)
-        draft = self.get_draft_model() if self.speculative_config is not None else None
-        if draft is not None:
-            prefix = self._weight_checksum_prefix() + "draft."
-            found |= {prefix + name: digest for name, digest in gpu_worker.compute_tensor_digests(draft).items()}
+        prefix = self._weight_checksum_prefix()
+        if (draft := draft_of(self)) is not None:
+            digests = gpu_worker.compute_tensor_digests(draft)
+            found |= {f"{prefix}draft.{name}": value for name, value in digests.items()}
+        receiver = self.weight_transfer_engine
+        if receiver is not None and hasattr(receiver, "received"):
+            found |= {prefix + RECEIVED + name: value for name, value in receiver.received.items()}
+            receiver.received.clear()
         return found
 
-    with_draft.mended_by_vime = True  # type: ignore[attr-defined]
-    gpu_worker.Worker.compute_weight_checksums = with_draft
+    def with_draft(self: Any) -> None:
+        reset(self)
+        if (draft := draft_of(self)) is not None:
+            gpu_worker.zero_weights(draft)
+
+    with_more.mended_by_vime = True  # type: ignore[attr-defined]
+    gpu_worker.Worker.compute_weight_checksums = with_more
+    gpu_worker.Worker.reset_weights = with_draft
 
 
 def show_packed_weights() -> None:

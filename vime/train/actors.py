@@ -78,6 +78,9 @@ class RankActor:
     def weights_release(self, bucket: int) -> None:
         self._worker.weights.release(bucket)
 
+    def weights_digests(self) -> dict[str, str]:
+        return self._worker.weights.digests()
+
     def weights_finish(self) -> None:
         self._worker.weights.finish()
 

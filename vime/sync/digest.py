@@ -1,0 +1,93 @@
+"""Digests of the stream's tensors, made from the trainer's weights without the sync's own schedule, to check it.
+
+Of every parameter the first rank that holds its first shard gathers the others, quantises the whole tensors, and hashes
+them as an engine's worker hashes what reached it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vime.checkpoint import fp8
+from vime.checkpoint.hf import HFCheckpoint
+from vime.errors import VimeError
+from vime.models.namemap import Param
+from vime.models.transform import split, unshard
+from vime.sync.plan import Entry, Schedule
+
+
+def digest(tensor: Tensor, scales: Tensor | None = None) -> str:
+    """SHA-256 of a tensor's bytes and of those of its scales."""
+    found = hashlib.sha256(_bytes(tensor))
+    if scales is not None:
+        found.update(_bytes(scales))
+    return found.hexdigest()
+
+
+def trainer_digests(
+    schedule: Schedule, rank: int, tensors: Mapping[str, Tensor], checkpoint: HFCheckpoint | None
+) -> dict[str, str]:
+    """By HF name: the digests of the tensors that fall to this rank. All ranks call it at the same time.
+
+    `tensors`: this rank's shards by name of the global parameter. Raises NotFinite.
+    """
+    found: dict[str, str] = {}
+    for param, entries in _by_param(schedule).items():
+        if entries[0].frozen:
+            if rank == 0:
+                found |= {entry.name: _stored(schedule, entry, checkpoint) for entry in entries}
+            continue
+        holders = schedule.holders(param)
+        shards = _gather(param, holders, rank, tensors)
+        if shards is not None:
+            parts = split(param, unshard(param, shards))
+            for entry in entries:
+                found[entry.name] = _fresh(schedule, entry, parts[param.parts[entry.part].name])
+    return found
+
+
+def _by_param(schedule: Schedule) -> dict[Param, list[Entry]]:
+    found: dict[Param, list[Entry]] = {}
+    for bucket in schedule.buckets:
+        for entry in bucket.entries:
+            found.setdefault(entry.param, []).append(entry)
+    return found
+
+
+def _gather(param: Param, holders: list[int], rank: int, tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """All shards, on the holder of the first one; None on every other rank."""
+    if rank not in holders:
+        return None
+    own = tensors[param.name].detach().contiguous()
+    if rank != holders[0]:
+        dist.send(own.view(-1).view(torch.uint8), holders[0])
+        return None
+    shards = [own, *(torch.empty_like(own) for _ in holders[1:])]
+    for shard, holder in zip(shards[1:], holders[1:], strict=True):
+        dist.recv(shard.view(-1).view(torch.uint8), holder)
+    return shards
+
+
+def _fresh(schedule: Schedule, entry: Entry, whole: Tensor) -> str:
+    if not entry.quantised:
+        return digest(whole.to(getattr(torch, entry.dtype)))
+    config = schedule.config.quantisation
+    assert config is not None
+    return digest(*fp8.quantise(whole, config.block, scale_format=config.scale_format, name=entry.name))
+
+
+def _stored(schedule: Schedule, entry: Entry, checkpoint: HFCheckpoint | None) -> str:
+    if checkpoint is None:
+        raise VimeError(f"{entry.name} is frozen, but there is no HF checkpoint to take it from")
+    if entry.quantised and checkpoint.is_quantised(entry.name):
+        return digest(checkpoint.stored(entry.name), checkpoint.scale(entry.name))
+    return _fresh(schedule, entry, checkpoint.tensor(entry.name))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
