@@ -266,8 +266,9 @@ def measure_far(member: Member, repeats: int) -> dict[str, float]:
 
     def of_source() -> tuple[int, Callable[[], None]]:
         assert source is not None
+        connect = source.connect
         ports = source.listen([FarGroup(0, 0, LOOPBACK, 0, 1)])
-        return ports["0/0"], lambda: source.connect(TIMEOUT_S)
+        return ports["0/0"], lambda: connect(TIMEOUT_S)
 
     def of_copy() -> tuple[int, Callable[[], Channel]]:
         listener = Listener(LOOPBACK)

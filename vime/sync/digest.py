@@ -90,4 +90,4 @@ def _stored(schedule: Schedule, entry: Entry, checkpoint: HFCheckpoint | None) -
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
