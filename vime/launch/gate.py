@@ -1,8 +1,8 @@
 """Whether a stage's outputs are what this stage makes of these inputs: then it is skipped.
 
 Every output folder gets a manifest, `.vime-artefact.json`, when its stage has ended well: the stage's fingerprint, and
-name, size and time of every file of inputs and outputs. A folder without one, or one that no longer agrees, verifies
-nothing.
+the marks (`vime.launch.marks`) of all files of inputs and outputs. A folder without one, or one that no longer agrees,
+verifies nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from vime.errors import VimeError
+from vime.errors import BadInput, VimeError
+from vime.launch.marks import MANIFEST, Marks, mark_artefact
 from vime.planning.types import Artefact, Stage
 
-MANIFEST = ".vime-artefact.json"
-VERSION = 1
-Files = dict[str, tuple[int, int]]
-"""(size in bytes, mtime in ns) by path below the artefact."""
+VERSION = 2
+_NAMED = 3
+"""Files that a difference names."""
 
 
 def is_gated(stage: Stage) -> bool:
@@ -35,79 +35,89 @@ def fingerprint(stage: Stage, run_dir: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def list_files(artefact: Artefact) -> Files:
-    """Every file of an artefact, a folder or one file; empty where it is missing."""
-    root = Path(artefact.path)
-    if root.is_file():
-        return {root.name: _stat(root)}
-    found = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = Path(folder, name)
-            if name != MANIFEST:
-                found[str(path.relative_to(root))] = _stat(path)
-    return dict(sorted(found.items()))
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def difference(stage: Stage, run_dir: str) -> str | None:
-    """Why the outputs do not verify, in one line; None when they do."""
+    """Why the outputs do not verify, in one line with the files that differ; None when they do."""
+    manifests = {output.path: _read(Path(output.path)) for output in stage.outputs}
+    for path, manifest in manifests.items():
+        if manifest is None:
+            return f"{path} has no manifest"
+        if manifest.get("fingerprint") != fingerprint(stage, run_dir):
+            return f"{path} was made by another command"
     inputs = _content(stage.inputs)
     for output in stage.outputs:
-        manifest = _read(Path(output.path))
-        if manifest is None:
-            return f"{output.path} has no manifest"
-        if manifest.get("fingerprint") != fingerprint(stage, run_dir):
-            return f"{output.path} was made by another command"
-        if manifest.get("inputs") != inputs:
-            return f"{output.path} was made from other inputs"
-        if manifest.get("files") != _plain(list_files(output)):
-            return f"files of {output.path} have changed since they were made"
+        manifest = manifests[output.path] or {}
+        for artefact in stage.inputs:
+            changed = _changed(manifest.get("inputs", {}).get(artefact.name, {}), inputs[artefact.name])
+            if changed:
+                return f"{output.path} was made from other inputs: {artefact.path}: {changed}"
+        changed = _changed(manifest.get("files", {}), mark_artefact(output))
+        if changed:
+            return f"files of {output.path} have changed since they were made: {changed}"
     return None
 
 
-def prepare(stage: Stage, run_dir: str) -> list[str]:
-    """Makes room for the outputs: what an earlier run of a stage left there, and is not right, is moved aside.
+def _changed(before: Marks, now: Marks) -> str:
+    """What is not the same, a few words a file; empty when all is."""
+    words = []
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            words.append(f"{name} is gone")
+        elif name not in before:
+            words.append(f"{name} is new")
+        elif before[name] != now[name]:
+            parts = zip(("size", "time", "inode", "content"), before[name], now[name], strict=True)
+            words.append(f"{name} has another {', '.join(part for part, old, new in parts if old != new)}")
+    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return "; ".join(words[:_NAMED]) + more
 
-    A folder that vime did not make is left where it is; the stage then says that it exists. What was moved is returned.
+
+def prepare(stage: Stage, run_dir: str) -> list[str]:
+    """Makes room for the outputs; returns what was moved aside.
+
+    What this very stage left when it was interrupted stays: its tool goes on from there. What vime made otherwise, and
+    is not right, is moved aside. A folder that vime did not make is left alone; the stage then says that it exists.
     """
-    moved = []
+    moved, claim = [], _claim(stage, run_dir)
     for output in stage.outputs:
         path, marker = Path(output.path), _marker(output)
-        ours = _read(path) is not None or marker.exists()
-        if path.exists() and ours:
+        sealed, claimed = _read(path) is not None, _load(marker)
+        if path.exists() and (sealed or claimed not in (None, claim)):
             aside = path.with_name(f"{path.name}.stale-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(path, aside)
             moved.append(f"{path} moved to {aside.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Says who makes the folder, should the controller end before the manifest is written.
-        _write(marker, {"fingerprint": fingerprint(stage, run_dir)})
+        _write(marker, claim)
     return moved
 
 
 def seal(stage: Stage, run_dir: str) -> None:
-    """Writes the manifests, after the stage has ended well. Raises VimeError where an output is missing."""
-    inputs = _content(stage.inputs)
+    """Writes the manifests, after the stage has ended well.
+
+    Raises VimeError where an output is missing, BadInput where an input is not what it was when `prepare` looked at it.
+    """
+    claim = _claim(stage, run_dir)
     for output in stage.outputs:
-        path, files = Path(output.path), list_files(output)
+        path, files = Path(output.path), mark_artefact(output)
+        before = (_load(_marker(output)) or {}).get("inputs", {})
+        for artefact in stage.inputs:
+            if changed := _changed(before.get(artefact.name, {}), claim["inputs"][artefact.name]):
+                raise BadInput(
+                    f"{artefact.path} changed while {stage.name} read it ({changed}): submit again when it is complete"
+                )
         if not path.is_dir() or not files:
             raise VimeError(f"stage {stage.name} ended too early, without its output {path}: look at its log")
-        content = {"fingerprint": fingerprint(stage, run_dir), "inputs": inputs, "files": _plain(files)}
-        _write(path / MANIFEST, {"version": VERSION, "stage": stage.name, **content})
+        _write(path / MANIFEST, {"version": VERSION, "stage": stage.name, **claim, "files": files})
         _marker(output).unlink(missing_ok=True)
 
 
-def _content(artefacts: tuple[Artefact, ...]) -> dict[str, dict[str, list[int]]]:
-    return {artefact.name: _plain(list_files(artefact)) for artefact in artefacts}
+def _claim(stage: Stage, run_dir: str) -> dict:
+    """Which stage makes an output, and of what."""
+    return {"fingerprint": fingerprint(stage, run_dir), "inputs": _content(stage.inputs)}
 
 
-def _plain(files: Files) -> dict[str, list[int]]:
-    """As JSON gives it back."""
-    return {name: list(values) for name, values in files.items()}
+def _content(artefacts: tuple[Artefact, ...]) -> dict[str, Marks]:
+    return {artefact.name: mark_artefact(artefact) for artefact in artefacts}
 
 
 def _marker(output: Artefact) -> Path:
@@ -116,12 +126,19 @@ def _marker(output: Artefact) -> Path:
 
 
 def _read(folder: Path) -> dict | None:
+    """The manifest of a folder; None where there is none, or it is cut."""
+    return _load(folder / MANIFEST)
+
+
+def _load(path: Path) -> dict | None:
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # Missing or cut: it says nothing about the folder.
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return content if isinstance(content, dict) else None
+    except ValueError:
+        # Cut: it says nothing about the folder, except that vime made it.
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: dict) -> None:
