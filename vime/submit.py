@@ -70,6 +70,12 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--time", help="time limit: minutes, H:M:S or D-H; default: the profile's")
     add("--partition", help="Slurm partition; default: the profile's, else Slurm's default")
     add("--no-snapshot", action="store_true", help="run the code that is there when the job starts, not that of now")
+    add(
+        "--verify",
+        choices=("quick", "deep"),
+        default="quick",
+        help="before a stage's outputs are taken over: look at sizes, times and samples, or read and compare all bytes",
+    )
     add("--list-options", action="store_true", help="print every option of the recipe and its value, and end")
     add("flags", nargs="*", metavar="-- FLAGS", help=argparse.SUPPRESS)
     return parser
@@ -125,6 +131,7 @@ def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool,
         run_name=args.run_name,
         shape=args.shape,
         spares=args.spares,
+        verify_deep=args.verify == "deep",
         checks=Checks(inputs=required, run_folder=run_folder),
     )
     code = None

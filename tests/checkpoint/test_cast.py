@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_hf import DEEPSEEK, random_tensors, stored_tensors, with_fp8, write_checkpoint, write_folder
 from vime.checkpoint import cast as cast_module
-from vime.checkpoint.cast import cast_to_bf16
+from vime.checkpoint.cast import cast_to_bf16, verify_cast
 from vime.checkpoint.fp8 import dequantise, scale_name
 from vime.errors import BadInput, DeadlineExceeded
 
@@ -131,6 +131,31 @@ def test_what_was_cast_from_another_source_is_not_kept(tmp_path: Path, monkeypat
     assert same(read(tmp_path / "out"), expected(stored, (16, 16)))
 
 
+@pytest.mark.parametrize("changed", ["out", "in"])
+def test_a_deep_verification_finds_one_changed_bit_anywhere(tmp_path: Path, changed: str) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=3)
+    cast_to_bf16(source, tmp_path / "out")
+    for rank in range(2):
+        verify_cast(source, tmp_path / "out", rank=rank, world_size=2)
+    file = tmp_path / changed / "model-00002-of-00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) - 1000] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BadInput, match=r"00002-of-00003.safetensors: model\..* is not what the cast makes of"):
+        verify_cast(source, tmp_path / "out")
+    # The rank that has other files does not read this one.
+    verify_cast(source, tmp_path / "out", rank=0, world_size=2) if changed == "out" else None
+
+
+def test_a_shard_that_was_cut_later_is_not_taken_for_done(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=3)
+    cast_to_bf16(source, tmp_path / "out")
+    file = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(BadInput, match="exists and is not empty"):
+        cast_to_bf16(source, tmp_path / "out")
+
+
 def test_large_tensors_are_cast_in_pieces(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cast_module, "PIECE_BYTES", 4096)
     hf = with_fp8(DEEPSEEK, (24, 40))
@@ -151,20 +176,32 @@ def test_a_rank_that_never_comes_is_waited_for_until_the_deadline(tmp_path: Path
     cast_to_bf16(source, tmp_path / "out")
 
 
-def tool(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **environment})
-
-
-def test_the_tool_takes_its_place_from_slurm_and_reports_progress(tmp_path: Path) -> None:
+def test_the_tool_takes_its_place_from_slurm_and_reports_progress(tmp_path: Path, monkeypatch, capsys) -> None:
     source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=2)
-    paths = ("--input-fp8-hf-path", source, "--output-bf16-hf-path", tmp_path / "out")
-    done = tool(*paths, "--stall-timeout", "0.1", SLURM_PROCID="1", SLURM_NTASKS="2")
-    assert done.returncode == 17
-    assert "vime_cast.json" in done.stderr
-    done = tool(*paths)
-    assert done.returncode == 0, done.stderr
-    assert "cast, rank 0 of 1: 100%" in done.stderr
+    paths = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(tmp_path / "out")]
+    with monkeypatch.context() as step:
+        for name, value in {"SLURM_STEP_ID": "3", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}.items():
+            step.setenv(name, value)
+        assert cast_module.main([*paths, "--stall-timeout", "0.1"]) == 17
+        assert "vime_cast.json" in capsys.readouterr().err
+    # In a batch script outside of a step there is one process, however many tasks the job has.
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert cast_module.main(paths) == 0
+    assert "cast, rank 0 of 1: 100%" in capsys.readouterr().err
+    assert cast_module.main([*paths, "--verify"]) == 0
+    assert "verify, rank 0 of 1: 100%" in capsys.readouterr().err
+    assert cast_module.main([*paths, "--rank", "1"]) == 2
+    assert "give both or neither" in capsys.readouterr().err
+
+
+def test_the_tool_runs_as_a_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), "--input-fp8-hf-path", str(tmp_path), "--output-bf16-hf-path", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} has neither model.safetensors.index.json nor model.safetensors: " + (
+        "give the folder of an HF checkpoint\n"
+    )
 
 
 def without(source: Path, name: str) -> None:

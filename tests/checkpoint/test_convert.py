@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.checkpoint import convert as tool
-from vime.checkpoint import torch_dist
+from vime.checkpoint import dist_save
 from vime.checkpoint.convert import deal_out
+from vime.checkpoint.dist_save import Chunk
 from vime.checkpoint.export import export
 from vime.checkpoint.export import main as export_main
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.ranks import Ranks, process_group
-from vime.checkpoint.torch_dist import RELEASE, TRACKER, Chunk, TorchDistReader
+from vime.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.disk import disk_place
@@ -176,8 +179,51 @@ def test_a_checkpoint_that_is_not_complete_writes_nothing(tmp_path, capsys):
 def test_a_target_that_holds_a_checkpoint_is_refused(tmp_path, capsys):
     hf = tiny_hf.write_checkpoint(tmp_path / "hf", tiny_hf.QWEN3)
     assert convert(hf, tmp_path / "save") == 0
+    other = tiny_hf.write_checkpoint(tmp_path / "other", tiny_hf.QWEN3, seed=1)
+    assert convert(other, tmp_path / "save") == 2
+    assert f"{tmp_path}/save/release exists and is not made from this source" in capsys.readouterr().err
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / TRACKER).write_text("100")
+    assert convert(hf, tmp_path / "trained") == 2
+    assert f"{TRACKER} exists" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "trained").iterdir()] == [TRACKER]
+
+
+def test_what_is_done_is_not_done_again(tmp_path, capsys):
+    hf = tiny_hf.write_checkpoint(tmp_path / "hf", tiny_hf.QWEN3)
+    assert convert(hf, tmp_path / "save") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "save" / RELEASE).iterdir()}
+    # An interruption between the last two renames.
+    (tmp_path / "save" / TRACKER).unlink()
+    assert convert(hf, tmp_path / "save") == 0
+    assert "was complete already" in capsys.readouterr().out
+    assert (tmp_path / "save" / TRACKER).read_text() == RELEASE
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "save" / RELEASE).iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["deepseek-fp8", "qwen3"])
+def test_a_deep_verification_finds_one_changed_bit_anywhere(tmp_path, capsys, name):
+    hf = tiny_hf.write_checkpoint(tmp_path / "hf", MODELS[name])
+    assert convert(hf, tmp_path / "save") == 0
+    assert convert(hf, tmp_path / "save", "--verify") == 0
+    file = max((tmp_path / "save" / RELEASE).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    # Inside a tensor: the middle of an item, which is a zip archive of little more than its data.
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert convert(hf, tmp_path / "save", "--verify") == 2
+    assert re.search(
+        r"release: decoder\..* at \[.*\] is not what the conversion makes of model", capsys.readouterr().err
+    )
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(tmp_path, monkeypatch, capsys):
+    hf = tiny_hf.write_checkpoint(tmp_path / "hf", tiny_hf.QWEN3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     assert convert(hf, tmp_path / "save") == 2
-    assert "exists" in capsys.readouterr().err
+    assert "make room" in capsys.readouterr().err
+    assert not (tmp_path / "save").exists()
 
 
 def test_a_scale_that_is_lost_while_writing_leaves_nothing_complete(tmp_path, monkeypatch, capsys):
@@ -212,16 +258,17 @@ def test_a_torch_dist_of_another_model_is_named(tmp_path):
 
 
 def test_a_thread_holds_one_tensor_at_a_time(tmp_path):
-    made: list[torch.Tensor] = []
+    made: list[weakref.ref[torch.Tensor]] = []
 
     def load() -> torch.Tensor:
-        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in made)
-        made.append(torch.ones(8, 8))
-        return made[-1]
+        assert all(tensor() is None for tensor in made)
+        tensor = torch.ones(8, 8)
+        made.append(weakref.ref(tensor))
+        return tensor
 
     chunks = [Chunk(f"key{i}", (8, 8), (0, 0), (8, 8), torch.float32, load) for i in range(5)]
     with process_group(Ranks(), tool.TIMEOUT):
-        torch_dist.save(tmp_path, chunks, {}, {})
+        dist_save.save(tmp_path, chunks, {}, {}, made_from={}, cut={})
     assert len(made) == 5
 
 

@@ -65,6 +65,17 @@ def test_the_conversion_option_decides_which_stages_there_are(base_dir: Path):
     ]
 
 
+def test_a_deep_verification_reads_what_was_made_before_it_is_used(base_dir: Path):
+    plan = build(base_dir, verify_deep=True)
+    names = [stage.name for stage in plan.stages]
+    assert names == ["preflight", "cast", "convert", "verify-cast", "verify-convert", "ray-head", "train", "report"]
+    convert, verify = stage(plan, "convert"), stage(plan, "verify-convert")
+    assert verify.command == (*convert.command, "--verify")
+    assert (verify.nodes, verify.tasks_per_node, verify.outputs) == (convert.nodes, convert.tasks_per_node, ())
+    direct = build(base_dir, "--conversion", "direct", verify_deep=True)
+    assert [stage.name for stage in direct.stages] == ["preflight", "ray-head", "train", "report"]
+
+
 def test_the_conversion_of_r1_is_the_seed_documents():
     from vime.planning.build import Checks
 

@@ -7,7 +7,6 @@ where an interrupted one ended. Rank 0 waits for all shards, adds index, config 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -23,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vime.checkpoint.durable import publish_folder, read_json, write_at, write_json
 from vime.checkpoint.fp8 import SCALE_SUFFIX, dequantise, scale_name
 from vime.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
-from vime.checkpoint.hf_writer import copy_small_files, publish_folder, require_empty, require_space
+from vime.checkpoint.hf_writer import copy_small_files, require_empty, require_space
 from vime.checkpoint.progress import Progress
-from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
+from vime.checkpoint.ranks import rank_and_size
+from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes, same_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 
 if TYPE_CHECKING:
@@ -66,25 +67,26 @@ def cast_to_bf16(
     """Cast this rank's share of a block-fp8 checkpoint; rank 0 returns when the whole is published.
 
     Tensors that are not quantised pass through as they are. `device` is `cpu` or a GPU's; by default a GPU where there
-    is one. Returns the bytes that this rank wrote. Raises BadInput for
-    a source that is not complete or not fp8, for a target that holds something else, and for a disk that is too small;
-    DeadlineExceeded when for `stall_s` seconds no rank finished a shard.
+    is one. Returns the bytes that this rank wrote. Raises BadInput for a source that is not complete or not fp8, for a
+    target that holds something else, and for a disk that is too small; DeadlineExceeded when for `stall_s` seconds no
+    rank finished a shard.
     """
-    if not 0 <= rank < world_size:
-        raise BadInput(f"rank {rank} of {world_size}: give a rank from 0 to {world_size - 1}")
+    check_rank(rank, world_size)
     source, target = Path(source), Path(target)
     checkpoint = HFCheckpoint(source)
     shards = output_shards(checkpoint)
-    stamp = fingerprint(checkpoint)
-    if _is_done(target, stamp):
+    stamp = {"tool": "fp8_cast_bf16", **checkpoint.fingerprint()}
+    if _is_done(target, stamp, shards):
         return 0
     partial = target.with_name(f".{target.name}.partial")
     if rank == 0:
         _prepare(partial, target, stamp, shards)
     else:
-        _wait(lambda: [] if _is_done(partial, stamp) or _is_done(target, stamp) else [f"{partial}/{STAMP}"], stall_s)
-    mine = [shard for shard in shards[rank::world_size] if not (partial / shard.name).exists()]
-    if _is_done(target, stamp):
+        ready = lambda: read_json(partial / STAMP) == stamp or _is_done(target, stamp, shards)  # noqa: E731
+        _wait(lambda: [] if ready() else [f"{partial}/{STAMP}"], stall_s)
+    missing = _missing(partial, shards)
+    mine = [shard for shard in shards[rank::world_size] if shard.name in missing]
+    if _is_done(target, stamp, shards):
         return 0
     total = sum(shard.bytes for shard in mine)
     progress = Progress(f"cast, rank {rank} of {world_size}:", total)
@@ -98,20 +100,49 @@ def cast_to_bf16(
     progress.close()
     checkpoint.close()
     if rank == 0:
-        _wait(lambda: [s.name for s in shards if not (partial / s.name).exists()], stall_s)
+        _wait(lambda: _missing(partial, shards), stall_s)
         _publish(checkpoint, shards, partial, target)
     return total
 
 
-def fingerprint(checkpoint: HFCheckpoint) -> dict[str, Any]:
-    """What the output depends on: every tensor's place and type, the size and time of its file, and the config."""
-    digest = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.file.name} {info.dtype} {info.shape} {info.begin}\n".encode())
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return {"tool": "fp8_cast_bf16", "format": 1, "source_sha256": digest.hexdigest()}
+def verify_cast(
+    source: str | Path, target: str | Path, *, rank: int = 0, world_size: int = 1, threads: int | None = None
+) -> None:
+    """Reads this rank's share of both folders, all bytes, and compares the target with what a cast makes of the source.
+
+    Raises BadInput with file and tensor for the first difference.
+    """
+    check_rank(rank, world_size)
+    checkpoint, made = HFCheckpoint(source), HFCheckpoint(target)
+    shards = output_shards(checkpoint)
+    mine = shards[rank::world_size]
+    progress = Progress(f"verify, rank {rank} of {world_size}:", sum(shard.bytes for shard in mine))
+    caster = CpuCaster(checkpoint)
+
+    def piece(work: tuple[TensorInfo, int, int]) -> None:
+        info, first, last = work
+        rows, found = _cast_rows(caster, *work), made.stored(info.name)
+        if not same_bytes(rows, found[first:last] if info.shape else found):
+            raise BadInput(
+                f"{made.info(info.name).file}: {info.name} is not what the cast makes of "
+                f"{checkpoint.info(info.name).file}: verify the source (python -m vime.fetch --check), then cast again"
+            )
+        progress.add(rows.nbytes)
+
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        for shard in mine:
+            for info in shard.places.values():
+                found = made.info(info.name)
+                if (found.file.name, found.dtype, found.shape) != (info.file.name, info.dtype, info.shape):
+                    raise BadInput(f"{found.file}: {info.name} has another file, type or shape than the cast gives it")
+            progress.add(len(shard.header))
+            list(pool.map(piece, (work for info in shard.places.values() for work in _pieces(caster, info))))
+    progress.close()
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise BadInput(f"rank {rank} of {world_size}: give a rank from 0 to {world_size - 1}")
 
 
 def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
@@ -133,25 +164,33 @@ def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
     return [Shard(file, *layout(Path(file), specs)) for file, specs in sorted(files.items()) if specs]
 
 
-def _is_done(folder: Path, stamp: dict[str, Any]) -> bool:
-    """Whether a folder's stamp is the given one: then the target is complete, the partial folder is of this cast."""
+def _is_done(target: Path, stamp: dict[str, Any], shards: Sequence[Shard]) -> bool:
+    """Whether the target is what this cast makes; what is only begun lies elsewhere."""
+    return read_json(target / STAMP) == stamp and not _missing(target, shards)
+
+
+def _missing(folder: Path, shards: Sequence[Shard]) -> list[str]:
+    """Files of the output that are not there in full."""
+    return [shard.name for shard in shards if _size(folder / shard.name) != shard.bytes]
+
+
+def _size(path: Path) -> int | None:
     try:
-        return json.loads((folder / STAMP).read_text()) == stamp
-    except (OSError, ValueError):
-        return False
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _prepare(partial: Path, target: Path, stamp: dict[str, Any], shards: list[Shard]) -> None:
     """A partial folder of this very cast: the interrupted one's, or a new one."""
     require_empty(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists() and not _is_done(partial, stamp):
+    if partial.exists() and read_json(partial / STAMP) != stamp:
         shutil.rmtree(partial)
-    require_space(target.parent, sum(shard.bytes for shard in shards if not (partial / shard.name).exists()))
+    missing = _missing(partial, shards)
+    require_space(target.parent, sum(shard.bytes for shard in shards if shard.name in missing))
     partial.mkdir(exist_ok=True)
-    draft = partial / f".{STAMP}"
-    draft.write_text(json.dumps(stamp, indent=2) + "\n")
-    os.replace(draft, partial / STAMP)
+    write_json(partial / STAMP, stamp)
 
 
 def _caster(checkpoint: HFCheckpoint, device: str | None) -> CpuCaster | GpuCaster:
@@ -215,7 +254,7 @@ def _write_shard(
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         os.ftruncate(file, shard.bytes)
-        _write_at(file, memoryview(shard.header), 0)
+        write_at(file, memoryview(shard.header), 0)
         progress.add(len(shard.header))
 
         def piece(work: tuple[TensorInfo, int, int]) -> None:
@@ -240,23 +279,19 @@ def _pieces(caster: CpuCaster | GpuCaster, info: TensorInfo) -> Iterator[tuple[T
 
 def _write_rows(caster: CpuCaster | GpuCaster, file: int, info: TensorInfo, first: int, last: int) -> int:
     """Cast or copy rows of a tensor into their place; returns the bytes."""
+    offset = info.begin + first * ((info.end - info.begin) // max(1, info.shape[0] if info.shape else 1))
+    return write_at(file, raw_bytes(_cast_rows(caster, info, first, last)), offset)
+
+
+def _cast_rows(caster: CpuCaster | GpuCaster, info: TensorInfo, first: int, last: int) -> torch.Tensor:
+    """Rows of a tensor as the output has them, valid until this thread's next call."""
     checkpoint = caster.checkpoint
     if checkpoint.is_quantised(info.name):
         block = checkpoint.block[0]
         scales = checkpoint.scale(info.name)[first // block : -(-last // block)]
-        rows = caster.rows(checkpoint.info(info.name), first, last, scales)
-    else:
-        stored = checkpoint.stored(info.name)
-        rows = stored[first:last] if info.shape else stored
-    offset = info.begin + first * ((info.end - info.begin) // max(1, info.shape[0] if info.shape else 1))
-    return _write_at(file, raw_bytes(rows), offset)
-
-
-def _write_at(file: int, data: memoryview, offset: int) -> int:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(file, data[written : written + (1 << 30)], offset + written)
-    return written
+        return caster.rows(checkpoint.info(info.name), first, last, scales)
+    stored = checkpoint.stored(info.name)
+    return stored[first:last] if info.shape else stored
 
 
 def _wait(missing: Callable[[], list[str]], stall_s: float) -> None:
@@ -277,12 +312,12 @@ def _publish(checkpoint: HFCheckpoint, shards: list[Shard], partial: Path, targe
     copy_small_files(checkpoint.path, partial)
     config = json.loads((checkpoint.path / "config.json").read_text())
     config.pop("quantization_config")
-    (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(partial / "config.json", config)
     if [shard.name for shard in shards] != [SINGLE]:
         weight_map = {name: shard.name for shard in shards for name in shard.places}
         total = sum(info.end - info.begin for shard in shards for info in shard.places.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(partial / INDEX, index)
     for leftover in partial.glob(".*"):
         leftover.unlink()
     if target.exists():
@@ -296,10 +331,7 @@ def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise BadInput("--rank and --world-size belong together: give both or neither")
     if rank is not None and world_size is not None:
         return rank, world_size
-    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if all(name in os.environ for name in names):
-            return int(os.environ[names[0]]), int(os.environ[names[1]])
-    return 0, 1
+    return rank_and_size(os.environ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -313,19 +345,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--threads", type=int, help="threads of this process (default: the cores it may use)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--verify", action="store_true", help="compare all bytes of an output with what a cast makes")
     parser.add_argument("--stall-timeout", type=float, default=STALL_SECONDS, help="seconds to wait for other ranks")
     arguments = parser.parse_args(argv)
     try:
+        source, target = arguments.input_fp8_hf_path, arguments.output_bf16_hf_path
         rank, world_size = place(arguments.rank, arguments.world_size)
-        cast_to_bf16(
-            arguments.input_fp8_hf_path,
-            arguments.output_bf16_hf_path,
-            rank=rank,
-            world_size=world_size,
-            threads=arguments.threads,
-            device=arguments.device,
-            stall_s=arguments.stall_timeout,
-        )
+        share = {"rank": rank, "world_size": world_size, "threads": arguments.threads}
+        if arguments.verify:
+            verify_cast(source, target, **share)
+        else:
+            cast_to_bf16(source, target, **share, device=arguments.device, stall_s=arguments.stall_timeout)
     except VimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.cause)

@@ -6,24 +6,28 @@ tensor at a time. The layout decides how the boxes are cut and dealt out; the re
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vime.checkpoint import torch_dist
+from vime.checkpoint import dist_save
+from vime.checkpoint.dist_save import Chunk
+from vime.checkpoint.dist_writer import FILE_BYTES
 from vime.checkpoint.hf import HFCheckpoint
-from vime.checkpoint.hf_writer import require_space
 from vime.checkpoint.progress import Progress
 from vime.checkpoint.ranks import from_environment, process_group
-from vime.checkpoint.torch_dist import RELEASE, TRACKER, Chunk, object_name
+from vime.checkpoint.safetensors_file import same_bytes
+from vime.checkpoint.torch_dist import RELEASE, TorchDistReader, object_name
 from vime.errors import BadInput, VimeError
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
@@ -38,6 +42,7 @@ from vime.recipe.tables import MEGATRON_MODEL_FLAGS
 # More writers than this do not make a file system faster.
 MAX_THREADS = 8
 TIMEOUT = datetime.timedelta(hours=6)
+VERIFY = "--verify"
 _LAYOUT_FLAGS = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
@@ -61,8 +66,18 @@ class Work:
     owner: int
 
 
-def convert(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, rank: int) -> int:
-    """Converts with all ranks of the default process group; returns the bytes that this rank wrote. Collective.
+def convert(
+    checkpoint: HFCheckpoint,
+    save_dir: Path,
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    threads: int | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> bool:
+    """Converts with all ranks of the default process group; False where it was done already. Collective.
+
+    An interrupted conversion of this source at this layout goes on where it was, file by file of `file_bytes`.
 
     Raises BadInput, before anything is written, for a checkpoint that is not complete, a layout that the model does not
     allow, a target that holds a checkpoint, and a disk that is too small.
@@ -74,15 +89,51 @@ def convert(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, ra
     types = stored_types(checkpoint, params)
     work = deal_out(config, layout)
     sizes = [torch.Size(w.size).numel() * types[w.place.key].itemsize for w in work]
-    require_target(save_dir, sum(sizes))
     mine = [(w, size) for w, size in zip(work, sizes, strict=True) if w.owner == rank]
     progress = Progress(f"convert, rank {rank} of {layout.world_size}:", sum(size for _, size in mine))
-    chunks = [_chunk(checkpoint, w, types[w.place.key]) for w, _ in mine]
-    objects = {name: None for w, _ in mine if not any(w.offset) for name in _extra_states(w.param, w.place)}
-    common = {"checkpoint_version": 3.0, "iteration": 0, "vime": {"hf_config": dict(config.hf)}}
-    torch_dist.save(save_dir, chunks, objects, common, threads=threads_of_a_rank(), said=progress.add)
+    made = dist_save.save(
+        save_dir,
+        [_chunk(checkpoint, w, types[w.place.key]) for w, _ in mine],
+        {name: None for w, _ in mine if not any(w.offset) for name in _extra_states(w.param, w.place)},
+        {"checkpoint_version": 3.0, "iteration": 0, "vime": {"hf_config": dict(config.hf)}},
+        made_from=checkpoint.fingerprint(),
+        cut=dataclasses.asdict(layout),
+        threads=threads or threads_of_a_rank(),
+        file_bytes=file_bytes,
+        said=progress.add,
+    )
+    if made:
+        progress.close()
+    return made
+
+
+def verify(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, rank: int) -> None:
+    """Reads this rank's share of source and output, all bytes, and compares; the ranks need not know each other.
+
+    Raises BadInput with the tensor for the first difference.
+    """
+    params = params_of(checkpoint.config)
+    checkpoint.check(params)
+    types = stored_types(checkpoint, params)
+    reader = TorchDistReader(save_dir / RELEASE, checkpoint.config)
+    mine = [work for work in deal_out(checkpoint.config, layout) if work.owner == rank]
+    total = sum(torch.Size(work.size).numel() * types[work.place.key].itemsize for work in mine)
+    progress = Progress(f"verify, rank {rank} of {layout.world_size}:", total)
+
+    def one(work: Work) -> None:
+        expected = _load(checkpoint, work, types[work.place.key]).to(types[work.place.key])
+        found = reader.read_box(work.param, work.offset, work.size)
+        if found.dtype != expected.dtype or not same_bytes(found, expected):
+            names = " and ".join(work.param.parts[piece.part].name for piece in work.pieces[:2])
+            raise BadInput(
+                f"{reader.path}: {work.place.key} at {list(work.offset)} is not what the conversion makes of {names} "
+                f"in {checkpoint.path}: verify the source (python -m vime.fetch --check), then convert again"
+            )
+        progress.add(found.nbytes)
+
+    with ThreadPoolExecutor(threads_of_a_rank()) as pool:
+        list(pool.map(one, mine))
     progress.close()
-    return progress.done
 
 
 def threads_of_a_rank() -> int:
@@ -183,20 +234,9 @@ def _extra_states(param: Param, place: DiskPlace) -> Iterator[str]:
         yield object_name(f"{module.removesuffix(name)}core_attention._extra_state", place.index, place.stack)
 
 
-def require_target(save_dir: Path, needed: int) -> None:
-    """Refuses a folder that already holds a checkpoint, and a disk without room for one."""
-    for name in (RELEASE, TRACKER):
-        if (save_dir / name).exists():
-            raise BadInput(f"{save_dir / name} exists: give --save a new folder or remove it")
-    folder = save_dir
-    while not folder.exists():
-        folder = folder.parent
-    require_space(folder, needed)
-
-
 def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, Path, ParallelLayout]:
     """The tool's command line: model flags (compared with `config.json`), parallel sizes, --hf-checkpoint, --save."""
-    given = dict(parse_flags(argv))
+    given = dict(parse_flags([word for word in argv if word != VERIFY]))
     paths = {name: given.pop(name, None) for name in ("hf_checkpoint", "save")}
     sizes = {ours: given.pop(name) for name, ours in _LAYOUT_FLAGS.items() if name in given}
     model = {name: given.pop(name) for name in list(given) if name in MEGATRON_MODEL_FLAGS}
@@ -222,15 +262,22 @@ def _whole(name: str, value: Any) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the conversion as this process's rank; returns the exit code."""
     try:
+        words = sys.argv[1:] if argv is None else argv
         ranks = from_environment()
-        checkpoint, save_dir, layout = read_arguments(sys.argv[1:] if argv is None else argv, ranks.world_size)
+        checkpoint, save_dir, layout = read_arguments(words, ranks.world_size)
+        if VERIFY in words:
+            verify(checkpoint, save_dir, layout, ranks.rank)
+            return 0
         with process_group(ranks, TIMEOUT):
-            convert(checkpoint, save_dir, layout, ranks.rank)
+            made = convert(checkpoint, save_dir, layout, ranks.rank)
     except VimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.cause)
+    except OSError as error:
+        print(f"error: {error.filename or save_dir}: {error.strerror}", file=sys.stderr)
+        return int(BadInput.cause)
     if ranks.rank == 0:
-        print(f"{save_dir / RELEASE} is complete")
+        print(f"{save_dir / RELEASE} is complete" if made else f"{save_dir / RELEASE} was complete already")
     return 0
 
 

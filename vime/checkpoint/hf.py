@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from vime.models.namemap import HFTensor, Param
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FORMAT = 2
+"""Of what cast and conversion write; a higher number makes them do over what an older vime began."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Buffers that some old checkpoints carry and every model computes itself.
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -117,6 +120,16 @@ class HFCheckpoint:
         values = dequantise(stored[rows, columns], scales, block, dtype=dtype)
         inner = tuple(slice(a - f * b, a - f * b + n) for a, n, f, b in zip(start, size, first, block, strict=True))
         return values[inner]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As JSON, what tells this checkpoint from another: every tensor's place and type, its files, the config."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.file.name} {info.dtype} {info.shape} {info.begin}\n".encode())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns} {status.st_ino}\n".encode())
+        return {"format": FORMAT, "source_sha256": digest.hexdigest()}
 
     def check(self, params: Iterable[Param]) -> None:
         """Compares all headers with a model's parameters; raises BadInput for the first tensor that does not fit."""

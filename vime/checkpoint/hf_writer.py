@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vime.checkpoint.durable import publish_folder, write_at, write_json
 from vime.checkpoint.hf import INDEX, SINGLE
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput
@@ -61,13 +61,10 @@ class HFWriter:
         info = self.places[name]
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, announced {info.shape}")
-        data, offset = raw_bytes(tensor.to(info.dtype)), info.begin
         file = self._files.get(info.file)
         if file is None:
             file = self._files[info.file] = os.open(info.file, os.O_WRONLY)
-        while data:
-            done = os.pwrite(file, data[: 1 << 30], offset)
-            data, offset = data[done:], offset + done
+        write_at(file, raw_bytes(tensor.to(info.dtype)), info.begin)
 
     def close(self) -> None:
         """Brings this rank's bytes to the disk and closes the files; every rank calls it before `publish`."""
@@ -82,11 +79,11 @@ class HFWriter:
         if len(self._headers) > 1:
             weight_map = {name: info.file.name for name, info in self.places.items()}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            _write_json(self.partial / INDEX, index)
+            write_json(self.partial / INDEX, index)
         if copy_from is not None:
             copy_small_files(copy_from, self.partial)
         if config is not None:
-            _write_json(self.partial / "config.json", config)
+            write_json(self.partial / "config.json", config)
         publish_folder(self.partial, self.path)
 
 
@@ -103,32 +100,13 @@ def require_empty(path: Path) -> None:
         raise BadInput(f"{path} exists and is not empty: give a new folder or remove it")
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Refuses to start when the disk has not `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+def require_space(folder: Path, needed: int, *, reclaimed: int = 0) -> None:
+    """Refuses to start when the disk has not `needed` bytes free, with those that are `reclaimed` before."""
+    free = shutil.disk_usage(folder).free + reclaimed
     if free < needed:
         raise BadInput(
             f"{folder} has {free / 2**30:.1f} GiB free, but {needed / 2**30:.1f} GiB will be written: make room"
         )
-
-
-def publish_folder(partial: Path, target: Path) -> None:
-    """Renames a finished folder to its place, durably."""
-    _sync_folder(partial)
-    os.rename(partial, target)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _groups(specs: Iterable[Spec], max_bytes: int) -> list[list[Spec]]:

@@ -29,20 +29,26 @@ class Ranks:
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are set, else those of a Slurm step, else one."""
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-    elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
-        rank, world = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
-    else:
-        return Ranks()
-    if not 0 <= rank < world:
-        raise BadInput(f"rank {rank} of {world} in the environment: RANK must be below WORLD_SIZE")
+    rank, world = rank_and_size(environ)
     if world == 1:
         return Ranks()
     address = environ.get("MASTER_ADDR") or _first_host(environ)
     # Every process of a step computes the same port, and two jobs on a node rarely one.
     own = _FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % _PORTS
     return Ranks(rank, world, address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else own)
+
+
+def rank_and_size(environ: Mapping[str, str]) -> tuple[int, int]:
+    """RANK and WORLD_SIZE where they are set, else those of a Slurm step, else 0 of 1."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        rank, world = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
+    else:
+        return 0, 1
+    if not 0 <= rank < world:
+        raise BadInput(f"rank {rank} of {world} in the environment: RANK must be below WORLD_SIZE")
+    return rank, world
 
 
 @contextlib.contextmanager

@@ -153,3 +153,9 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as the file holds them; no copy for a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two CPU tensors of one type hold the same bits (NaN is no exception)."""
+    flat = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vime.checkpoint.hf_writer import publish_folder
+from vime.checkpoint.durable import publish_folder
 from vime.checkpoint.torch_dist import TRACKER, TorchDistReader, use_disk_keys, write_tracker
 from vime.errors import BadInput
 from vime.megatron.naming import fill, local_tensors

@@ -50,6 +50,7 @@ def make_plan(
     run_name: str | None = None,
     shape: Literal["allocation", "chain"] = "allocation",
     spares: int = 0,
+    verify_deep: bool = False,
     checks: Checks | None = None,
 ) -> Plan:
     """The plan of a run. Writes nothing; of the checkpoint it reads config.json and the headers of the shards.
@@ -95,6 +96,7 @@ def make_plan(
         bf16_bytes=memory.weight_bytes(config, weights, quantised=False),
         fp8_bytes=memory.weight_bytes(config, weights, quantised=True),
         checkpoints_bytes=(recipe.checkpoint.save_keep + 1) * memory.checkpoint_bytes(recipe, weights),
+        verify_deep=verify_deep,
     )
     return Plan(
         run_name=run_name,

@@ -32,6 +32,8 @@ class Job:
     fp8_bytes: int
     checkpoints_bytes: int
     """Of the newest checkpoints that are kept, and one more that is being written."""
+    verify_deep: bool = False
+    """What cast and conversion made, now or in an earlier run, is read whole and compared with what they make."""
 
 
 def has_cast(job: Job) -> bool:
@@ -53,6 +55,8 @@ def make_stages(job: Job) -> tuple[Stage, ...]:
         stages.append(_cast(job))
     if has_conversion(job):
         stages.append(_convert(job))
+    if job.verify_deep:
+        stages.extend(_verify(stage) for stage in stages[1:])
     stages.append(_ray(job, "ray-head", (0,)))
     if job.nodes > 1:
         stages.append(_ray(job, "ray-workers", tuple(range(1, job.nodes))))
@@ -148,6 +152,18 @@ def _convert(job: Job) -> Stage:
         inputs=(source,),
         outputs=(output,),
         deadline_s=_disk_deadline(options.convert_num_nodes, source, output),
+    )
+
+
+def _verify(stage: Stage) -> Stage:
+    """The stage's work again, compared with its output instead of written."""
+    return stage.model_copy(
+        update={
+            "name": f"verify-{stage.name}",
+            "command": (*stage.command, "--verify"),
+            "inputs": (*stage.inputs, *stage.outputs),
+            "outputs": (),
+        }
     )
 
 

@@ -103,7 +103,7 @@ class Stage(Frozen):
     """One dependent step of the run. A service stays up while the stages after it run."""
 
     name: str
-    """`preflight`, `cast`, `convert`, `ray-head`, `ray-workers`, `train`, `report`."""
+    """`preflight`, `cast`, `convert`, `verify-cast`, `verify-convert`, `ray-head`, `ray-workers`, `train`, `report`."""
     nodes: tuple[int, ...]
     """Logical nodes."""
     tasks_per_node: int = 1
