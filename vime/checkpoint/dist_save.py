@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from vime.checkpoint.dist_writer import FILE_BYTES, PartWriter
-from vime.checkpoint.durable import publish_folder, read_json, write_file, write_json
-from vime.checkpoint.hf_writer import require_space
+from vime.checkpoint.durable import publish_folder, read_json, require_space, write_file, write_json
 from vime.checkpoint.torch_dist import RELEASE, TRACKER, write_tracker
 from vime.errors import BadInput, VimeError
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+from vime.errors import BadInput
 
 
 def write_at(file: int, data: memoryview | bytes, offset: int) -> int:
@@ -56,3 +59,12 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_space(folder: Path, needed: int, *, reclaimed: int = 0) -> None:
+    """Refuses to start when the disk has not `needed` bytes free, with those that are `reclaimed` before."""
+    free = shutil.disk_usage(folder).free + reclaimed
+    if free < needed:
+        raise BadInput(
+            f"{folder} has {free / 2**30:.1f} GiB free, but {needed / 2**30:.1f} GiB will be written: make room"
+        )

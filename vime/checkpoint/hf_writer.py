@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vime.checkpoint.durable import publish_folder, write_at, write_json
+from vime.checkpoint.durable import publish_folder, require_space, write_at, write_json
 from vime.checkpoint.hf import INDEX, SINGLE
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput
@@ -98,15 +98,6 @@ def require_empty(path: Path) -> None:
     """Refuses a target that exists and holds anything."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"{path} exists and is not empty: give a new folder or remove it")
-
-
-def require_space(folder: Path, needed: int, *, reclaimed: int = 0) -> None:
-    """Refuses to start when the disk has not `needed` bytes free, with those that are `reclaimed` before."""
-    free = shutil.disk_usage(folder).free + reclaimed
-    if free < needed:
-        raise BadInput(
-            f"{folder} has {free / 2**30:.1f} GiB free, but {needed / 2**30:.1f} GiB will be written: make room"
-        )
 
 
 def _groups(specs: Iterable[Spec], max_bytes: int) -> list[list[Spec]]:

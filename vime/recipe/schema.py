@@ -16,6 +16,13 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class SourceOptions(Options):
+    """Where models and data come from."""
+
+    fetch: dict[str, str] = Field(default_factory=dict)
+    """Folder in `$BASE_DIR`: repository of the Hub (`owner/name` or `datasets/owner/name`, with `@revision`)."""
+
+
 class ModelOptions(Options):
     """Which model; its numbers come from the checkpoint's `config.json` or, without one, from `configs/models/`."""
 
@@ -244,6 +251,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    source: SourceOptions = SourceOptions()
     model: ModelOptions = ModelOptions()
     cluster: ClusterOptions = ClusterOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
