@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.launch.events import Event, read_events
-from vime.launch.logfiles import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks
+from vime.launch.logfiles import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks, tail_offset
 from vime.launch.state import run_state
 from vime.planning.io import read_plan
 from vime.planning.registry import find_run, last_run
@@ -25,8 +25,11 @@ CONTROLLER = "controller"
 class Logs:
     """The logs that match, and the events; `poll` gives what is new in all of them, files that appear later too."""
 
-    def __init__(self, run_dir: Path, *, stage: str | None, node: int | None, rank: int | None) -> None:
-        self._run_dir = run_dir
+    def __init__(
+        self, run_dir: Path, *, stage: str | None, node: int | None, rank: int | None, last: int | None = None
+    ) -> None:
+        """`last`: no more than so many lines of what is there now will be shown."""
+        self._run_dir, self._last = run_dir, last
         self._wanted = Wanted(stage, node, rank, single_ranks(read_plan(run_dir)))
         self._followers: dict[Path, Follower] = {}
         self._with_events = node is None and rank is None and stage in (None, CONTROLLER)
@@ -34,8 +37,10 @@ class Logs:
 
     def poll(self) -> list[Line]:
         for log in all_logs(self._run_dir):
-            if self._wanted.may_hold(log):
-                self._followers.setdefault(log.path, Follower(log))
+            if self._wanted.may_hold(log) and log.path not in self._followers:
+                skips = self._last is not None and self._wanted.takes_all(log)
+                self._followers[log.path] = Follower(log, tail_offset(log.path, self._last or 0) if skips else 0)
+        self._last = None
         lines = [line for follower in self._followers.values() for line in follower.poll()]
         lines = [line for line in lines if self._wanted.takes(line.file)]
         if self._with_events:
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadInput(f"--lines is {args.lines}: give 0 or more")
         folder = find_run(args.run) if args.run else last_run()
         check_stage(folder, args.stage)
-        logs = Logs(folder, stage=args.stage, node=args.node, rank=args.rank)
+        logs = Logs(folder, stage=args.stage, node=args.node, rank=args.rank, last=args.lines)
         if args.follow:
             for line in follow(logs, folder, args.lines):
                 print(render(line), flush=True)

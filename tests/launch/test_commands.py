@@ -15,6 +15,7 @@ from launch_stub import make_plan, service, stub
 from vime import cancel, logs, status
 from vime.launch.events import Journal, last_start, read_events
 from vime.launch.jobs import Job, write_jobs
+from vime.launch.logfiles import tail_offset
 from vime.launch.state import current_job, run_state
 from vime.launch.supervise import descendants
 from vime.planning.registry import record_run
@@ -265,3 +266,21 @@ def test_logs_are_chosen_by_stage_node_and_rank_in_the_order_of_time(
 def test_a_line_of_a_trainer_rank_is_marked_as_its_own(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert logs.main([str(logged), "--stage", "train", "--rank", "3", "-n", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "10:00:09.000 train/node01.rank3 loss 0.5"
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 1000, 30_000, 70_000])
+@pytest.mark.parametrize("end", [b"\n", b" torn"])
+def test_the_end_of_a_log_is_found_without_reading_it_whole(lines: int, end: bytes, tmp_path: Path) -> None:
+    text = b"".join(b"line %d\n" % number for number in range(60_000)) + b"last" + end
+    (tmp_path / "log").write_bytes(text)
+    whole = text[: text.rindex(b"\n") + 1].splitlines(keepends=True)
+    got = text[tail_offset(tmp_path / "log", lines) :]
+    assert got[: got.rindex(b"\n") + 1 if b"\n" in got else 0] == b"".join(whole[len(whole) - min(lines, len(whole)) :])
+
+
+def test_the_last_lines_are_those_of_the_whole(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert logs.main([str(logged)]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    for count in (1, 3, 7, 100):
+        assert logs.main([str(logged), "-n", str(count)]) == 0
+        assert capsys.readouterr().out.splitlines() == everything[-count:]

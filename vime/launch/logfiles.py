@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -61,6 +62,10 @@ class Wanted:
         asked = ((self.stage, log.stage), (self.node, log.node), (self.rank, rank))
         return all(wanted is None or wanted == has for wanted, has in asked)
 
+    def takes_all(self, log: LogFile) -> bool:
+        """Whether every line of the file is asked for."""
+        return self.takes(log) and not (log.stage == TRAIN and (self.node is not None or self.rank is not None))
+
     def may_hold(self, log: LogFile) -> bool:
         """Whether a line that is asked for may stand in this file."""
         return self.takes(log) or (log.stage == TRAIN and self.stage in (None, TRAIN))
@@ -89,6 +94,28 @@ def all_logs(run_dir: str | Path) -> list[LogFile]:
         elif match := _ENGINE.fullmatch(path.name):
             found.append(LogFile(path.parent.name, int(match[2]), int(match[1]), path))
     return found
+
+
+def tail_offset(path: Path, lines: int) -> int:
+    """Where the last so many lines of a file begin: logs of days are not read whole for their end."""
+    block = 64 * 1024
+    with open(path, "rb") as log:
+        place = log.seek(0, os.SEEK_END)
+        # A line counts by the newline at its end; one more newline stands before the first of them.
+        missing = lines + 1
+        while place > 0:
+            start = max(0, place - block)
+            log.seek(start)
+            data = log.read(place - start)
+            found = data.count(b"\n")
+            if found >= missing:
+                end = len(data)
+                for _ in range(missing):
+                    end = data.rindex(b"\n", 0, end)
+                return start + end + 1
+            missing -= found
+            place = start
+    return 0
 
 
 @dataclass
