@@ -30,6 +30,18 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+# The report is opened in a real browser. Fast tests do without.
+if [ ${#select[@]} -eq 0 ] && ! command -v chromium >/dev/null; then
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+        echo "installing Debian's chromium for the tests of the report"
+        apt-get install -y -qq --no-install-recommends chromium >/dev/null ||
+            { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+    else
+        echo "error: chromium is missing for the tests of the report: install it, or run tools/test.sh --fast" >&2
+        exit 2
+    fi
+fi
+
 vime_env "$root"
 cd "$root"
 bin="$root/.venv/bin"

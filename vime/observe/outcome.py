@@ -19,6 +19,7 @@ ADVICE = {
     Cause.CANCELLED: "Somebody cancelled it; the command under Checkpoints goes on.",
     Cause.PREFLIGHT: "A node was not fit: the line names it, what was found and what is needed (--spares).",
     Cause.DEADLINE: "Something did not answer in time; the line says what was missing.",
+    Cause.STORAGE: "A disk or the shared file system is full, read-only or gone: make room, then go on.",
     Cause.DATA_ERROR: "The data or the rewards cannot give what training needs; the line says why.",
 }
 

@@ -1,0 +1,129 @@
+"""Every command of README and docs runs, every link leads somewhere, and every page that an error names is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from docs_commands import KINDS, PAGES, ROOT, Block, blocks, person, run, with_dry_run
+from synthetic import synthetic_run
+
+import vime
+from vime.errors import Cause
+from vime.observe.outcome import ADVICE
+from vime.planning.registry import record_run
+
+DOCS = {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments of a page's headings, as code forges make them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_block_says_what_it_needs():
+    assert [str(block) for block in blocks() if block.kind not in KINDS] == []
+    assert len(blocks()) > 30
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_pages_and_headings_that_are_there(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, fragment = target.partition("#")
+        linked = page if not path else (page.parent / path).resolve()
+        assert linked.exists(), target
+        if fragment:
+            assert fragment in anchors(linked), target
+
+
+def test_the_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert {name for name in DOCS if f"docs/{name}" not in text} == set()
+
+
+def test_pages_and_headings_that_errors_name_are_there():
+    sources = [path.read_text() for path in Path(vime.__file__).parent.rglob("*.py")]
+    named = {name for text in sources for name in re.findall(r"docs/([\w-]+\.md)", text)}
+    assert named
+    assert named <= DOCS
+    heads = anchors(ROOT / "docs" / "faults.md")
+    assert {cause.name.lower().replace("_", "-") for cause in ADVICE} <= heads
+
+
+def test_the_table_of_exit_codes_is_the_codes_own():
+    text = (ROOT / "docs" / "faults.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| .* \| (yes|no) \|$", text, re.MULTILINE)
+    assert {(name, int(code), again) for name, code, again in rows} == {
+        (cause.name, cause.value, "yes" if cause.requeue_mends else "no") for cause in Cause if cause != Cause.SUCCESS
+    }
+
+
+def test_every_cause_has_advice_and_its_place_on_the_page():
+    assert set(ADVICE) == set(Cause) - {Cause.SUCCESS}
+
+
+def check(block: Block, text: str, env: dict[str, str]) -> None:
+    done = run(text, env)
+    assert done.returncode == 0, f"{block}: {text}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("block", blocks(""), ids=str)
+def test_a_block_of_a_login_node_runs_as_it_stands(block: Block, tmp_path: Path):
+    check(block, block.text, person(tmp_path))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("block", blocks("cluster"), ids=str)
+def test_a_submission_makes_the_plan_that_it_would_submit(block: Block, tmp_path: Path):
+    check(block, "\n".join(map(with_dry_run, block.commands)), person(tmp_path, BASE_DIR=str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def after_a_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Somebody whose last run has ended."""
+    home = tmp_path_factory.mktemp("person")
+    env = person(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", env["XDG_STATE_HOME"])
+        record_run(synthetic_run(home, 3))
+    return env
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("block", blocks("run"), ids=str)
+def test_a_block_about_a_run_tells_of_the_last_one(block: Block, after_a_run: dict[str, str]):
+    check(block, block.text, after_a_run)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("block", blocks("install"), ids=str)
+def test_the_installation_works(block: Block, tmp_path: Path):
+    """Into a folder of its own, from what is on this machine; test_packaging.py looks at what is in it."""
+    copy = tmp_path / "vime"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    for command in block.commands:
+        assert command == "pip install ."
+        here = f"python -m {command} --no-deps --no-build-isolation --quiet --target {tmp_path / 'site'}"
+        check(block, f"cd {copy} && {here}", person(tmp_path))
+    assert (tmp_path / "site" / "vime" / "submit.py").is_file()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("block", blocks("network"), ids=str)
+def test_what_would_download_is_a_command_that_is_there(block: Block, tmp_path: Path):
+    for command in block.commands:
+        program, subcommand, *_ = command.split()
+        check(block, f"{program} {subcommand} --help", person(tmp_path))
+
+
+def test_what_these_tests_do_not_run_is_run_by_others():
+    commands = {command for block in blocks("suite") for command in block.commands}
+    assert commands == {"tools/quickstart.sh", "tools/test.sh", "tools/test.sh --fast"}
+    assert 'ROOT / "tools" / "quickstart.sh"' in (ROOT / "tests" / "e2e" / "test_main_job.py").read_text()
