@@ -278,3 +278,6 @@ def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert len(below) >= 4
+    end = last(run_dir)
+    assert (end.kind, end.stage, end.data["cause"]) == ("run-end", "train", "CODE_ERROR")
+    assert "the controller was killed" in end.text
