@@ -367,10 +367,15 @@ class Controller:
         stage = Stage(
             name="sweep", nodes=tuple(place.index for place in places), command=("-c", ""), deadline_s=SWEEP_S
         )
-        log_folder(self._run, stage.name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        step = self._runner.start(stage, places)
+        nodes = ", ".join(place.name for place in places)
+        try:
+            step = self._runner.start(stage, places)
+        except OSError as error:
+            # The run's own end is what has to be told.
+            self._say(f"error: {nodes} could not be cleared: {error}")
+            return
         if not step.wait(SWEEP_S):
-            self._say(f"error: {', '.join(place.name for place in places)} could not be cleared")
+            self._say(f"error: {nodes} could not be cleared within {SWEEP_S:.0f} s")
         self._runner.stop(step, HURRIED_GRACE_S)
 
     # -- telling --

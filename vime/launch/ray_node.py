@@ -1,7 +1,7 @@
 """`python -m vime.launch.ray_node --run DIR --head|--worker`: Ray on one node, as the plan says.
 
-The process becomes `ray start --block`; on the head and on the first worker it stays before it, and reports when the
-GCS answers and when every node of the plan is alive.
+It runs `ray start --block`; the head and the first worker also report when the GCS answers and when every node of the
+plan is alive.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,6 +21,7 @@ from vime.errors import DeadlineExceeded, VimeError
 from vime.launch.network import listening_ports
 from vime.launch.reports import report
 from vime.launch.rundir import read_secret, secret_path
+from vime.launch.supervise import adopt_orphans, kill_tree
 from vime.planning import ports as planned_ports
 from vime.planning.io import read_binding, read_plan
 from vime.planning.memory import object_store_bytes
@@ -29,6 +31,7 @@ POLL_S = 0.5
 MEMORY_THRESHOLD = "0.98"
 """Ray's own killer starts above this share of memory; CPU Adam fills nodes on purpose."""
 _ALIVE = 0
+_STARTED = b"Ray runtime started"
 _HEAD_PORTS = ("gcs", "ray_client")
 _NODE_PORTS = (
     "node_manager", "object_manager", "runtime_env", "dashboard_agent", "dashboard_agent_grpc", "metrics_export",
@@ -153,32 +156,77 @@ def check_ports(plan: Plan, binding: Binding, node: int) -> None:
             raise VimeError(f"port {port} ({name}) is taken on {binding.nodes[node].host} by another process")
 
 
+class RayStart:
+    """`ray start --block` to its end; again when it gives up before it has started.
+
+    Ray gives a raylet 30 s to register, which libraries that come from a busy file system for the first time exceed.
+    """
+
+    def __init__(self, argv: list[str], deadline_s: float) -> None:
+        self._argv, self._deadline = argv, time.monotonic() + deadline_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started, self._stopping = False, False
+        self.code: int | None = None
+        """Exit code of the last try, when there is no other."""
+
+    def run(self) -> int:
+        """Blocks. The caller's process adopts what a try leaves, so it must have no other children."""
+        adopt_orphans()
+        while True:
+            self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            reader = threading.Thread(target=self._pass_on_output, args=(self._process,), daemon=True)
+            reader.start()
+            code = self._process.wait()
+            # What a try leaves may hold the pipe open.
+            reader.join(1.0)
+            if self._started or code == 0 or self._stopping or time.monotonic() > self._deadline:
+                self.code = code
+                return code
+            print(f"ray start ended with {code} before it had started: again", file=sys.stderr, flush=True)
+            kill_tree(os.getpid(), signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Ray ends in order when it gets the signal itself."""
+        self._stopping = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def _pass_on_output(self, process: subprocess.Popen[bytes]) -> None:
+        """Copies what is said to this process's output, and sees whether Ray says that it has started."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            os.write(1, line)
+            self._started = self._started or _STARTED in line
+
+
 def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadline_s: float) -> int:
     """Runs Ray on this node to its end, reporting when the nodes it waits for are alive."""
     temp_dir = Path(os.environ.get("TMPDIR", "/tmp")) / "ray"
     os.environ.update(ray_environment(plan.run_dir))
     cpus = len(os.sched_getaffinity(0))
     argv = ray_arguments(plan, binding, node, temp_dir=str(temp_dir), cpus=cpus)
-    argv = [sys.executable, "-m", "ray.scripts.scripts", "start", *argv]
+    ray = RayStart([sys.executable, "-m", "ray.scripts.scripts", "start", *argv], deadline_s)
+    signal.signal(signal.SIGTERM, lambda number, frame: ray.stop())
     if not waits_for:
-        os.execv(argv[0], argv)
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
-    # Ray ends in order when it gets the signal itself.
-    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGTERM))
+        return ray.run()
+    running = threading.Thread(target=ray.run, daemon=True)
+    running.start()
     try:
         wait_nodes(
             gcs_address(plan, binding),
             [binding.nodes[i].address for i in waits_for],
             deadline_s,
-            ended=lambda: process.poll() is not None,
+            ended=lambda: ray.code is not None,
             on_missing=lambda missing: report("waiting", missing=names_of(binding, missing)),
         )
         report("ready", nodes=[binding.nodes[i].host for i in waits_for])
+        late = 0
     except DeadlineExceeded as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        process.terminate()
-        return process.wait() or int(error.cause)
-    return process.wait()
+        ray.stop()
+        late = int(error.cause)
+    running.join()
+    return ray.code or late
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,6 +47,11 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
+def adopt_orphans() -> None:
+    """Makes this process the parent of whatever below it loses its own: a daemon that detaches stays a descendant."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
 def parent_pids() -> dict[int, int]:
     """Parent of every process that is seen here."""
     parents = {}
@@ -108,7 +113,7 @@ class Supervisor:
 
     def run(self) -> Exit:
         """Runs the command to its end, or ends it on TERM, INT, HUP or the death of the parent."""
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         watched = {*STOP_SIGNALS, signal.SIGCHLD}
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         parent = os.getppid()
