@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from vime.launch import slurm
 from vime.launch.events import Event, read_events
+from vime.launch.leftovers import OWNER
 from vime.launch.supervise import start_ticks
 
 DEVCLUSTER = Path(__file__).parents[1] / "slurm" / "devcluster"
@@ -38,22 +40,16 @@ class DevCluster:
         done = subprocess.run([*self.enter(node), *words], capture_output=True, text=True, timeout=60)
         return done.stdout
 
-    def processes(self, text: str) -> list[str]:
-        """Command lines on all nodes that hold a text, each after its node."""
-        found = []
-        for node in range(self.nodes):
-            lines = self.on_node(node, "ps", "-eww", "-o", "pid=,args=").splitlines()
-            found += [f"node{node + 1:02d}: {line}" for line in lines if text in line and "ps -eww" not in line]
-        return found
-
     def assert_nothing_is_left(self, job: str, run_dir: Path) -> None:
         """No process, listening port, node-local file or shared memory of the job on any node."""
-        left = lambda: self.processes(str(run_dir))  # noqa: E731
-        wait_until(lambda: not left(), 20, lambda: f"left running: {left()}")
+        # Processes that name the run, those that a stage of the job started whatever they are called, and files.
+        look = (
+            f"ps -eww -o pid=,args= | grep -F -- {shlex.quote(str(run_dir))} | grep -v grep; "
+            f"grep -lzs '^{OWNER}={job}$' /proc/[0-9]*/environ; ls -d /tmp/vime-*/{job} /dev/shm/* 2>/dev/null"
+        )
         for node in range(self.nodes):
-            lines = self.on_node(node, "ps", "-e", "-o", "args=").splitlines()
-            assert not [line for line in lines if "raylet" in line or "gcs_server" in line or "ray::" in line], lines
-            assert self.on_node(node, "sh", "-c", f"ls -d /tmp/vime-*/{job} /dev/shm/* 2>/dev/null") == ""
+            left = lambda node=node: self.on_node(node, "sh", "-c", look)  # noqa: E731
+            wait_until(lambda left=left: not left(), 20, lambda left=left: f"left on a node: {left()}")
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: Callable[[], str] = lambda: "") -> None:
