@@ -19,7 +19,6 @@ from typing import Any
 
 from vime.errors import VimeError
 from vime.launch.canary import answer_canary, read_canary
-from vime.launch.gate import list_files
 from vime.launch.gpus import gpu_facts
 from vime.launch.network import listening_ports, own_address, rdma_ports
 from vime.launch.nodetmp import remove_dead
@@ -90,8 +89,17 @@ def space(plan: Plan) -> dict[str, dict[str, int]]:
     outputs = [output for stage in plan.stages for output in stage.outputs if output.path]
     found = {plan.run_dir: _space_at(Path(plan.run_dir), 0)}
     for output in outputs:
-        found[output.path] = _space_at(Path(output.path), sum(size for size, _ in list_files(output).values()))
+        found[output.path] = _space_at(Path(output.path), _bytes_below(Path(output.path)))
     return found
+
+
+def _bytes_below(folder: Path) -> int:
+    """Sizes of all files in a folder; 0 where there is none."""
+    return sum(
+        os.stat(os.path.join(place, name), follow_symlinks=False).st_size
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def _space_at(path: Path, present: int) -> dict[str, int]:
