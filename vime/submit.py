@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 from vime.errors import BadInput, VimeError
 from vime.launch import snapshot
 from vime.launch.discover import has_slurm, query_partitions, resolve
+from vime.launch.jobs import forget_jobs
 from vime.planning.build import Checks, fewest_nodes, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
 from vime.planning.fit import shortages
@@ -249,6 +250,7 @@ def _local(plan: Plan) -> int:
     from vime.launch import local
 
     start(plan)
+    forget_jobs(plan.run_dir)
     return local.run(plan)
 
 

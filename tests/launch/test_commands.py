@@ -13,6 +13,7 @@ import pytest
 from launch_stub import make_plan, service, stub
 
 from vime import cancel, logs, status
+from vime.launch import slurm
 from vime.launch.events import Journal, last_start, read_events
 from vime.launch.jobs import Job, write_jobs
 from vime.launch.logfiles import tail_offset
@@ -120,10 +121,13 @@ def write_events(run_dir: Path, *events: tuple[str, str | None, dict]) -> None:
 
 CHAIN = [Job("7", "convert"), Job("8", "train"), Job("9", "report")]
 CONVERTED = [
-    ("run-start", None, {"link": "convert", "link_index": 0}), ("stage-end", "convert", {"seconds": 4.0}),
+    ("run-start", None, {"job": "7", "link": "convert", "link_index": 0}), ("stage-end", "convert", {"seconds": 4.0}),
     ("job-end", None, {}),
 ]  # fmt: skip
-TRAINS = [("run-start", None, {"link": "train", "link_index": 1, "restart": 1}), ("stage-start", "train", {})]
+TRAINS = [
+    ("run-start", None, {"job": "8", "link": "train", "link_index": 1, "restart": 1}),
+    ("stage-start", "train", {}),
+]
 
 
 @pytest.mark.parametrize(
@@ -183,11 +187,25 @@ def test_where_slurm_does_not_answer_the_journal_tells_the_state(
     assert found.run in status.render(found)
 
 
+def test_a_run_that_is_submitted_again_waits_whatever_became_of_it_before(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_plan(run_dir, [stub("train", "")], kind="slurm")
+    write_events(run_dir, *TRAINS, ("run-end", "train", {"cause": "CANCELLED"}))
+    write_jobs(run_dir, [Job("8")])
+    monkeypatch.setattr(slurm, "query_job", lambda job, seconds: slurm.JobState(job, "PENDING", reason="Priority"))
+    assert run_state(run_dir).state == "failed"
+    write_jobs(run_dir, [Job("12")])
+    found = run_state(run_dir)
+    assert (found.state, found.job, found.reason) == ("pending", "12", "Priority")
+    assert [stage.state for stage in found.stages] == ["waiting"]
+
+
 def test_nothing_is_cancelled_where_slurm_does_not_answer(
     without_slurm: None, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_plan(run_dir, [stub("train", "")], kind="slurm")
-    write_jobs(run_dir, [Job("7")])
+    write_jobs(run_dir, [Job("8")])
     write_events(run_dir, *TRAINS)
     assert cancel.main([str(run_dir)]) != 0
     assert capsys.readouterr().err.startswith("error: ")

@@ -41,6 +41,11 @@ def write_jobs(run_dir: str | os.PathLike[str], jobs: Sequence[Job]) -> None:
     os.replace(temporary, folder / JOB_FILE)
 
 
+def forget_jobs(run_dir: str | os.PathLike[str]) -> None:
+    """For a run that goes on without Slurm."""
+    (Path(run_dir) / SUBMIT_FOLDER / JOB_FILE).unlink(missing_ok=True)
+
+
 def add_job(run_dir: str | os.PathLike[str], job: Job) -> None:
     """For a job that a person submitted: it tells of itself when it starts, again after a requeue."""
     known = [other for other in read_jobs(run_dir) if other.link is not None and other.link != job.link]

@@ -93,8 +93,8 @@ class RunState:
 def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     """Reads the state of a run, from its folder alone where Slurm does not answer. BadInput where it holds no plan."""
     plan = read_plan(run_dir)
-    events = last_start(read_events(run_dir))
     jobs = read_jobs(run_dir)
+    events = of_jobs(last_start(read_events(run_dir)), jobs)
     now = current_job(jobs, events)
     found = RunState(run=plan.run_name, run_dir=plan.run_dir, state="planned", job=now.job_id if now else None)
     found.num_rollout = plan.recipe.rollout.num_rollout
@@ -109,6 +109,18 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     _judge(found, events, job)
     _read_metrics(found, plan)
     return found
+
+
+def of_jobs(events: list[Event], jobs: Sequence[Job]) -> list[Event]:
+    """Without what an earlier submission of the run did: a run that is submitted again has not begun until it does."""
+    ids = {job.job_id for job in jobs}
+    kept, ours = [], True
+    for event in events:
+        if event.kind == "run-start":
+            ours = not ids or event.data.get("job") in ids
+        if ours:
+            kept.append(event)
+    return kept
 
 
 def current_job(jobs: Sequence[Job], events: list[Event]) -> Job | None:
