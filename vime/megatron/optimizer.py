@@ -78,6 +78,10 @@ class Optimizer:
         )
         self.chunks: list[Any] = [DistributedDataParallel(chunk.config, data_parallel, chunk) for chunk in chunks]
         config = OptimizerConfig(**_values(recipe.optimizer, bf16=bf16, cpu=self._cpu))
+        if config.optimizer_cpu_offload:
+            from vime.megatron import host_adam
+
+            host_adam.install()
         self.megatron: Any = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
         if self._cpu:
             for group in self.megatron.param_groups:
