@@ -12,26 +12,28 @@ from typing import Any
 import torch
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 
-BUFFERS = 2
+BUFFERS, ELEMENTS = 2, 2**24
+"""Pinned buffers of a rank, and the size of each: small enough to stay in the processor's cache on their way."""
 
 
 class Staging:
     """Pinned buffers in turn, each free again when the transfer out of it has ended."""
 
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        self._buffers = [torch.empty(elements, dtype=dtype, pin_memory=True) for _ in range(BUFFERS)]
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._buffers = [torch.empty(ELEMENTS, dtype=dtype, pin_memory=True) for _ in range(BUFFERS)]
         self._sent = [torch.cuda.Event() for _ in range(BUFFERS)]
         self._next = 0
 
     def send(self, source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
         """Copy a host tensor into a GPU tensor of the buffers' type and as many elements, on a stream."""
-        buffer, sent = self._buffers[self._next][: source.numel()], self._sent[self._next]
-        self._next = (self._next + 1) % BUFFERS
-        sent.synchronize()
-        buffer.copy_(source.view(-1))
-        with torch.cuda.stream(stream):
-            target.view(-1).copy_(buffer, non_blocking=True)
-            sent.record(stream)
+        for piece, into in zip(source.view(-1).split(ELEMENTS), target.view(-1).split(ELEMENTS), strict=True):
+            buffer, sent = self._buffers[self._next][: piece.numel()], self._sent[self._next]
+            self._next = (self._next + 1) % BUFFERS
+            sent.synchronize()
+            buffer.copy_(piece)
+            with torch.cuda.stream(stream):
+                into.copy_(buffer, non_blocking=True)
+                sent.record(stream)
 
 
 class HostAdam(HybridDeviceOptimizer):
@@ -42,7 +44,7 @@ class HostAdam(HybridDeviceOptimizer):
         if self.gpu_optimizer is not None or not self.overlap_cpu_optimizer_d2h_h2d or len(types) != 1:
             super()._register_param_copy_back_gpu_hook()
             return
-        self._staging = Staging(max(copy.numel() for copy in self.cpu_copys_map_gpu_param), types.pop())
+        self._staging = Staging(types.pop())
         for optimizer in self.cpu_optimizers:
             optimizer.register_step_post_hook(self._send_back)
 
@@ -59,7 +61,8 @@ class HostAdam(HybridDeviceOptimizer):
 
 
 def install() -> None:
-    """Have Megatron build this optimizer where it would build its own."""
+    """Have Megatron build this optimizer where it would build its own: for whole parameters, then for its shards."""
     import megatron.core.optimizer as built_by
+    from megatron.core.optimizer import distrib_optimizer
 
-    built_by.HybridDeviceOptimizer = HostAdam
+    built_by.HybridDeviceOptimizer = distrib_optimizer.HybridDeviceOptimizer = HostAdam
