@@ -55,7 +55,7 @@ def one_conversion(source: Path, target: Path, threads: int) -> tuple[float, int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch; what is made there is removed")
-    parser.add_argument("--gigabytes", type=float, default=4.1)
+    parser.add_argument("--gigabytes", type=float, default=4.1, help="of the fp8 checkpoint, at least")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="keep the generated checkpoint for another run")

@@ -37,13 +37,18 @@ def mark_artefact(artefact: Artefact) -> Marks:
     root = Path(artefact.path)
     if root.is_file():
         return {root.name: mark_file(root)}
+    paths = files_of(root)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {str(path.relative_to(root)): mark for path, mark in zip(paths, pool.map(mark_file, paths), strict=True)}
+
+
+def files_of(root: Path) -> list[Path]:
+    """Files of a folder that are content, sorted."""
     paths = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in NOT_CONTENT]
         paths += [Path(folder, name) for name in names if name not in NOT_CONTENT]
-    paths.sort()
-    with ThreadPoolExecutor(THREADS) as pool:
-        return {str(path.relative_to(root)): mark for path, mark in zip(paths, pool.map(mark_file, paths), strict=True)}
+    return sorted(paths)
 
 
 def mark_file(path: Path) -> Mark:
