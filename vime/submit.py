@@ -181,7 +181,10 @@ def _cluster(
             raise BadInput(f"--time is {args.time}, but {found[0].removeprefix('time limit ')}: give at most that")
         return resolved, found
     if required:
-        raise BadInput("there is no Slurm on this machine: submit from a login node, or run here with --cluster local")
+        raise BadInput(
+            "there is no Slurm on this machine: submit from a login node, or run here with --cluster local "
+            "(docs/clusters.md)"
+        )
     return _assumed(cluster, gpus), ["planned without Slurm: there is none on this machine"]
 
 

@@ -167,4 +167,5 @@ def _job_number(job: str) -> int:
 
 
 def _refuse(text: str, node: str | None) -> RunFailed:
-    return RunFailed(Failure(Cause.PREFLIGHT, f"preflight failed: {text}", "preflight", node))
+    told = f"preflight failed: {text} (docs/faults.md#preflight)"
+    return RunFailed(Failure(Cause.PREFLIGHT, told, "preflight", node))

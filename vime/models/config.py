@@ -111,7 +111,7 @@ class ModelConfig:
         if architecture not in FAMILIES:
             raise BadInput(
                 f"config.json names the architecture {architecture}, which vime does not know: "
-                f"use one of {', '.join(sorted(FAMILIES))}"
+                f"use one of {', '.join(sorted(FAMILIES))} (docs/families.md)"
             )
         _refuse(hf)
         mla = _mla(hf) if FAMILIES[architecture] == "deepseek_v3" else None

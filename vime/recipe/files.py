@@ -22,6 +22,10 @@ def data_folder(name: Literal["configs", "slurm"]) -> Path:
     return _PACKAGE / {"configs": "configs", "slurm": "slurm_templates"}[name]
 
 
+_PAGES: dict[Kind, str] = {"clusters": "clusters.md", "recipes": "recipes.md", "models": "families.md"}
+"""Page of the documentation about each kind."""
+
+
 def user_folder() -> Path:
     """A person's own configuration: `$XDG_CONFIG_HOME/vime`."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "vime"
@@ -42,7 +46,8 @@ def find(kind: Kind, name: str) -> Path:
     for folder in (user_folder() / kind, data_folder("configs") / kind):
         if (path := folder / f"{name}.yaml").is_file():
             return path
-    raise BadInput(f"unknown {kind.removesuffix('s')} {name!r}: give a path or one of {', '.join(names(kind))}")
+    known = ", ".join(names(kind))
+    raise BadInput(f"unknown {kind.removesuffix('s')} {name!r}: give a path or one of {known} (docs/{_PAGES[kind]})")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -102,7 +102,11 @@ def _vllm_target(name: str) -> Target:
 def _nearest(name: str) -> str:
     known = [*recipe_options(), *tables.MEGATRON_MODEL_FLAGS, *(f"vllm_{each}" for each in tables.VLLM_ARGS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {flag(near[0])}?" if near else ": python -m vime.submit --list-options prints them all"
+    return (
+        f": did you mean {flag(near[0])}?"
+        if near
+        else ": python -m vime.submit --list-options prints them all (docs/recipes.md)"
+    )
 
 
 def parse_flags(argv: Sequence[str]) -> Iterator[Setting]:

@@ -62,7 +62,10 @@ class Scorer:
             )
         if rm_type not in BUILT_IN and rm_type != "remote" and ":" not in rm_type:
             known = ", ".join(BUILT_IN)
-            raise BadInput(f"--rm-type {rm_type} is unknown: give one of {known}, remote, or package.module:function")
+            raise BadInput(
+                f"--rm-type {rm_type} is unknown: give one of {known}, remote, or package.module:function "
+                "(docs/rewards.md)"
+            )
         if rm_type == "remote" and not rm_url:
             raise BadInput("--rm-type remote needs --rm-url, the address of the reward server")
         self._rm_type, self._limit_s = rm_type, limit_s
