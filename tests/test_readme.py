@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs_commands import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines() if line.strip()
-]
+COMMANDS = [command for block in blocks() if block.page == "README.md" for command in block.commands]
 MODULE = re.compile(r"python -m (vime\.\w+)")
 
 
@@ -66,7 +65,7 @@ def test_commands_of_the_readme_that_start_a_program_name_one_that_is_there() ->
 
 
 def test_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"`(?:[a-z]+ )*(?:sbatch --nodes 16 |bash )?((?:slurm|configs|tools|vime)/[\w./-]+)`", TEXT))
+    named = set(re.findall(r"`((?:slurm|configs|tools|vime)/[\w./-]+)`", TEXT))
     assert {"slurm/deepseek-r1.sbatch", "slurm/deepseek-r1-chain.sbatch", "configs/clusters/example.yaml"} <= named
     for name in named:
         assert (ROOT / name).exists(), name
