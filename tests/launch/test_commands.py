@@ -201,6 +201,32 @@ def test_a_run_that_is_submitted_again_waits_whatever_became_of_it_before(
     assert [stage.state for stage in found.stages] == ["waiting"]
 
 
+@pytest.mark.parametrize(
+    ("jobs", "queue", "events", "state", "reason"),
+    [
+        (CHAIN, "PENDING", CONVERTED, "pending", "Dependency"),
+        (CHAIN, "CANCELLED", CONVERTED, "failed", "the job is CANCELLED, and it never started"),
+        (CHAIN, "CANCELLED", [], "failed", "the job is CANCELLED, and it never started"),
+        (CHAIN[:1], "COMPLETED", CONVERTED, "pending", "the next job of the chain has not started"),
+        (CHAIN, "PENDING", CONVERTED + TRAINS, "requeued", "Dependency"),
+        (CHAIN, "RUNNING", CONVERTED + TRAINS, "running", ""),
+        (CHAIN, "NODE_FAIL", CONVERTED + TRAINS, "lost", "the job is NODE_FAIL and its controller left no last word"),
+        (CHAIN, None, CONVERTED + TRAINS, "lost", "Slurm does not know the job, and its controller left no last word"),
+    ],
+)
+def test_the_queue_and_the_journal_together_tell_the_state(
+    jobs: list[Job], queue: str | None, events: list, state: str, reason: str, run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    make_plan(run_dir, [stub("convert", ""), stub("train", ""), stub("report", "")], kind="slurm", shape="chain")
+    write_jobs(run_dir, jobs)
+    write_events(run_dir, *events)
+    known = None if queue is None else slurm.JobState("8", queue, reason="Dependency")
+    monkeypatch.setattr(slurm, "query_job", lambda job, seconds: known)
+    found = run_state(run_dir)
+    assert (found.state, found.reason) == (state, reason)
+
+
 def test_nothing_is_cancelled_where_slurm_does_not_answer(
     without_slurm: None, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,15 +178,19 @@ def _read_events(found: RunState, plan: Plan, events: list[Event]) -> None:
 def _judge(found: RunState, events: list[Event], job: slurm.JobState | None) -> None:
     """The run's own last word counts; without one, what Slurm or the process table says of its controller."""
     end = _last_word(events)
+    begun = bool(events) and events[-1].kind != "job-end"
     if end is not None:
         found.cause, found.reason = end.data.get("cause"), end.text
         found.state = "succeeded" if found.cause == "SUCCESS" else "failed"
     elif job is not None and job.state in slurm.WAITING:
-        found.state = "requeued" if events and events[-1].kind != "job-end" else "pending"
+        found.state = "requeued" if begun else "pending"
         found.reason, found.expected_start = job.reason, job.start
     elif job is not None and job.state in slurm.RUNNING:
         found.state, found.seconds_left = "running", _seconds_left(job.end)
-    elif job is not None and not events:
+    elif job is not None and not begun and job.state == "COMPLETED":
+        # Of a chain that was submitted by hand, each job is known from its start on.
+        found.state, found.reason = "pending", "the next job of the chain has not started"
+    elif job is not None and not begun:
         found.state, found.reason = "failed", f"the job is {job.state}, and it never started"
     elif job is not None:
         found.state, found.reason = "lost", f"the job is {job.state} and its controller left no last word"
