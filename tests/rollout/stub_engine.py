@@ -37,6 +37,8 @@ class StubEngine:
     """Answer to (prompt, number of the request)."""
     fault: Callable[[int, dict[str, Any]], Any] = lambda _number, _body: None
     """Given the number of the request and its body: None, an HTTP status, "reset", "hang", or a changed answer."""
+    holds: Callable[[list[int]], bool] = lambda _token_ids: False
+    """Prompts that are answered only after `release`, or with half of their tokens when they are aborted."""
     version: str = "0"
     slots: int = 10_000
     """Requests that it works on at a time."""
@@ -51,6 +53,7 @@ class StubEngine:
         self._resumed = asyncio.Event()
         self._resumed.set()
         self._now = 0
+        self._released = asyncio.Event()
         self._arrival = asyncio.Condition()
         app = web.Application(middlewares=[self._guard], client_max_size=2**26)
         app.router.add_post("/inference/v1/generate", self._generate)
@@ -72,7 +75,11 @@ class StubEngine:
     async def has_requests(self, count: int) -> None:
         """Wait until so many requests have come in."""
         async with self._arrival:
-            await asyncio.wait_for(self._arrival.wait_for(lambda: len(self.requests) >= count), 10)
+            await asyncio.wait_for(self._arrival.wait_for(lambda: len(self.requests) >= count), 60)
+
+    def release(self) -> None:
+        """Answer what was held."""
+        self._released.set()
 
     async def die(self) -> None:
         """Close the port and every connection."""
@@ -117,13 +124,27 @@ class StubEngine:
         self._now += 1
         self.most_at_once = max(self.most_at_once, self._now)
         try:
-            done = await self._take_time(len(tokens))
+            held = self.holds(body["token_ids"])
+            done = await (self._hold(len(tokens)) if held else self._take_time(len(tokens)))
         finally:
             self._now -= 1
         if done < len(tokens):
             tokens, reason = tokens[:done], "abort"
         self.generated += len(tokens)
         return web.json_response({"choices": [choice(tokens, reason, self.version)]})
+
+    async def _hold(self, tokens: int) -> int:
+        """All tokens once released, half of them when aborted."""
+        aborted = asyncio.Event()
+        self._aborts[aborted] = asyncio.get_running_loop().time()
+        waits = [asyncio.ensure_future(event.wait()) for event in (aborted, self._released)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._aborts[aborted]
+            for wait in waits:
+                wait.cancel()
+        return tokens // 2 if aborted.is_set() else tokens
 
     async def _take_time(self, tokens: int) -> int:
         """Tokens made until the answer is whole or aborted."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
@@ -123,7 +124,7 @@ async def test_the_built_in_functions_run_in_worker_processes():
 
 
 async def test_an_answer_that_hangs_the_parser_counts_as_wrong_and_the_others_are_scored():
-    async with Scorer("math", limit_s=0.5, workers=1) as scorer:
+    async with Scorer("math", limit_s=3, workers=1) as scorer:
         group = Group(0, [sample("9^{9^{9^{9^9}}}", "x+2"), sample("2+x", "x+2")])
         await scorer.score(group)
         assert [each.reward for each in group.samples] == [0.0, 1.0]
@@ -157,6 +158,17 @@ async def test_a_plugin_that_fails_for_too_many_samples_ends_the_run_with_the_fi
     async with Scorer(f"reward_plugins:{function}", limit_s=1, workers=1) as scorer:
         with pytest.raises(DataError, match="more than 10%; first: sample"):
             await scorer.score(sums(*"123456"))
+
+
+async def test_slow_rewards_of_one_group_keep_no_other_group_waiting():
+    async with Scorer("reward_plugins:hangs_on_seven", limit_s=2, workers=2) as scorer:
+        slow = asyncio.create_task(scorer.score(sums("7", "7", "7", "7")))
+        await asyncio.sleep(0.1)
+        other = Group(4, [replace(each, group_index=4) for each in sums("1", "2", "3", "4").samples])
+        await scorer.score(other)
+        assert not slow.done()
+        assert [each.reward for each in other.samples] == [1.0] * 4
+        slow.cancel()
 
 
 async def test_what_a_plugin_prints_does_not_disturb_it(capfd):

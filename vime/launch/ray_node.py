@@ -100,6 +100,8 @@ def ray_environment(run_dir: str) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Ray would put its actors, which are the run itself, behind everything else on the node.
+        "RAY_worker_niceness": "0",
         # The plan says which GPU a rank takes; Ray's own order is shuffled.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

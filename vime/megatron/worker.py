@@ -24,6 +24,7 @@ from vime.megatron.model import ModelOptions, build_model
 from vime.megatron.objective import METRICS, Objective
 from vime.megatron.parallel import destroy_parallel, init_parallel
 from vime.megatron.reference import HostWeights
+from vime.megatron.residence import Residence
 from vime.megatron.runner import Packer, Runner
 from vime.models.config import ModelConfig
 from vime.models.flops import utilisation
@@ -73,6 +74,7 @@ class TrainWorker:
         total_steps = recipe.rollout.num_rollout * steps_a_rollout
         self._optimizer = optimizer.Optimizer(chunks, recipe, total_steps=total_steps)
         self._chunks = chunks
+        self.residence = Residence(self._optimizer.chunks, self._optimizer.megatron)
         self._checkpointer = Checkpointer(
             chunks,
             self._optimizer,

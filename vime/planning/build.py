@@ -14,6 +14,7 @@ from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
 from vime.planning import derive, gpu_memory, layout, memory, ports, stages
 from vime.planning.checkpoint import check_shards, read_json
+from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
 from vime.planning.types import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
 from vime.recipe import files
@@ -81,6 +82,8 @@ def make_plan(
     recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node if cluster.exclusive else None)
     slots = layout.divide_slots(recipe, per_node)
     ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
+    for engine in engines:
+        check_engine(engine, config.hf, on_gpu=cluster.gpu_request != "none" and cluster.gpus_per_node > 0)
     _check_conversion(recipe, config, slots.nodes)
 
     weights = memory.Weights.of(recipe, config, trainer)

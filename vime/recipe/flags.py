@@ -86,8 +86,9 @@ def find_target(name: str) -> Target:
 
 
 def _vllm_target(name: str) -> Target:
-    if name in tables.VLLM_OWNED:
-        raise BadInput(f"{flag('vllm_' + name)} cannot be given: {tables.VLLM_OWNED[name]}")
+    for owned in (name, name.removeprefix("no_")):
+        if owned in tables.VLLM_OWNED:
+            raise BadInput(f"{flag('vllm_' + name)} cannot be given: {tables.VLLM_OWNED[owned]}")
     if name.startswith("no_") and tables.VLLM_ARGS.get(name.removeprefix("no_")) == "bool":
         return Target("engine", "vllm", "bool", key=name)
     if name not in tables.VLLM_ARGS:

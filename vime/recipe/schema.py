@@ -138,6 +138,9 @@ class RolloutOptions(Options):
     rollout_temperature: float = 1.0
     rollout_top_p: float = 1.0
     rollout_top_k: int = -1
+    rollout_sample_seeds: bool = True
+    """Give every request a seed that follows from `--rollout-seed` and the sample's number, so that a rollout can be
+    repeated as far as vLLM computes the same numbers; costs vLLM one small kernel a request and token."""
     rollout_stop: list[str] = Field(default_factory=list)
     rollout_stop_token_ids: list[int] = Field(default_factory=list)
     over_sampling_batch_size: int | None = None
@@ -147,6 +150,9 @@ class RolloutOptions(Options):
     partial_rollout: bool = False
     """Keep aborted samples and continue them in the next rollout."""
     mask_offpolicy_in_partial_rollout: bool = False
+    max_staleness: int = 2
+    """Rollouts that a token's weights may be behind the trainer's when it trains on it: samples with older ones are
+    generated anew. Without `--colocate`, engines generate one rollout ahead of training unless this is 0."""
     num_steps_per_rollout: int | None = None
     """Optimizer steps a rollout; the global batch follows."""
     global_batch_size: int | None = None
@@ -222,6 +228,11 @@ class EngineOptions(Options):
     """Bytes of one weight-sync bucket."""
     check_weight_sync: int = 0
     """Every N rollouts sync twice, with all weights zeroed between, and compare the engines' checksums; 0 never."""
+    max_engine_restarts: int = 3
+    """Times that an engine which fails is restarted within one rollout, before the run ends with its failure."""
+    max_logprob_difference: float | None = None
+    """Mean difference, in nats, of an engine's log-probs from the trainer's above which it is not used; by default
+    0.1, and 0.5 for weights that were trained and then quantised."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Every other `--vllm-…` flag under vLLM's own name (`enable_expert_parallel: true`)."""
 

@@ -72,10 +72,11 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
 
-    def payload(self, max_tokens: int) -> dict[str, Any]:
+    def payload(self, max_tokens: int, seed: int | None = None) -> dict[str, Any]:
         """vLLM's sampling parameters, with the log-prob of every sampled token. All are given, so that no default of
         the server or the checkpoint's generation config takes part."""
         return {
+            "seed": seed,
             "n": 1,
             "max_tokens": max_tokens,
             "temperature": self.temperature,
@@ -236,16 +237,18 @@ class EngineClient:
         *,
         deadline_s: float,
         max_tokens: int | None = None,
+        seed: int | None = None,
         data_parallel_rank: int | None = None,
     ) -> Generated:
         """One answer to a prompt of token ids. `max_tokens` replaces the setting's, to continue an aborted sample.
+        With a seed the tokens are drawn with random numbers of their own, whatever else the engine computes.
 
         The deadline counts from when the request is sent, not while it waits for its turn. An aborted request returns
         the tokens it has. Raises EngineError.
         """
         limit = settings.max_tokens if max_tokens is None else max_tokens
         body = _ENCODER.encode(
-            {"model": MODEL_NAME, "token_ids": token_ids, "sampling_params": settings.payload(limit)}
+            {"model": MODEL_NAME, "token_ids": token_ids, "sampling_params": settings.payload(limit, seed)}
         )
         headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
         self.in_flight += 1

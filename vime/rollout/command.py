@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.errors import BadInput
+from vime.planning.engines import check_engine
 from vime.planning.types import Binding, BoundNode, EnginePlan, Plan
 from vime.recipe.load import bf16_folder
 
@@ -22,11 +23,6 @@ MODEL_NAME = "policy"
 WEIGHT_BACKENDS = {"gpu": "vime", "cpu": "vime-shm"}
 """Names of the weight-transfer backends that vime.sync registers in vLLM."""
 
-_DECIDED = {
-    "enable_scale_out": "requests carry token ids, which needs it",
-    "logprobs_mode": "training compares log-probs at the sampling temperature",
-    "middleware": "the run guards every route with its key",
-}
 _FROM_PLAN = ("data_parallel_size", "enable_expert_parallel")
 _KV_CACHE_GIB = "1"
 
@@ -72,9 +68,9 @@ def engine_command(
 ) -> EngineCommand:
     """The command of the engine's part on its node number `position`; `cpus` are the cores its process may use.
 
-    Raises BadInput for a layout that vLLM computes wrong without saying so, and for a `--vllm-…` flag that is not free.
+    Raises BadInput for a layout that vLLM computes wrong without saying so.
     """
-    check_layout(plan, engine)
+    check_engine(engine, plan.model_config_hf, on_gpu=on_gpu(plan))
     leader = binding.nodes[engine.nodes[0]]
     here = binding.nodes[engine.nodes[position]]
     serves = position == 0
@@ -84,32 +80,11 @@ def engine_command(
         *(_server_arguments(leader, engine.port + binding.port_offset) if serves else ()),
         *_weights_and_samples(plan, engine),
         *_device_arguments(plan),
-        *_flags(_free_flags(plan.recipe.engine.vllm)),
+        *_flags({name: value for name, value in plan.recipe.engine.vllm.items() if name not in _FROM_PLAN}),
     ]
     url = f"http://{_bracketed(leader.address)}:{engine.port + binding.port_offset}"
     env = _environment(plan, binding, engine, position, here, cpus)
     return EngineCommand(tuple(argv), env, serves, url)
-
-
-def check_layout(plan: Plan, engine: EnginePlan) -> None:
-    """BadInput for layouts that vLLM on processors takes and then computes wrong, or dies of at the first request."""
-    if on_gpu(plan):
-        return
-    if engine.expert_parallel and engine.tensor_parallel_size > 1:
-        raise BadInput(
-            f"--vllm-enable-expert-parallel with tensor parallel {engine.tensor_parallel_size} on processors: "
-            "vLLM computes wrong values there without an error; leave it out"
-        )
-    if engine.data_parallel_size > 1 and _experts(plan.model_config_hf):
-        raise BadInput(
-            f"--vllm-data-parallel-size {engine.data_parallel_size} with a mixture of experts on processors: "
-            "vLLM dies at the first request there; use more engines of one rank instead"
-        )
-
-
-def _experts(hf_config: Mapping[str, Any]) -> int:
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    return next((int(hf_config[name]) for name in names if hf_config.get(name)), 0)
 
 
 def _meeting_place(engine: EnginePlan, position: int, leader: BoundNode, port_offset: int) -> Iterator[str]:
@@ -156,13 +131,6 @@ def _device_arguments(plan: Plan) -> Iterator[str]:
         yield "--enforce-eager"
     # The fused rotary embedding of vLLM on processors gives wrong log-probs for multi-head latent attention.
     yield "-cc.custom_ops+=-rotary_embedding"
-
-
-def _free_flags(given: Mapping[str, Any]) -> dict[str, Any]:
-    for name, reason in _DECIDED.items():
-        if name in given:
-            raise BadInput(f"--vllm-{name.replace('_', '-')} cannot be given: {reason}")
-    return {name: value for name, value in given.items() if name not in _FROM_PLAN}
 
 
 def _flags(values: Mapping[str, Any]) -> Iterator[str]:

@@ -108,6 +108,7 @@ class Dispatcher:
         self._recover, self.patience = recover, patience or Patience()
         self._waiting: deque[tuple[Seat, asyncio.Future[None]]] = deque()
         self._tasks: set[asyncio.Future[None]] = set()
+        self._recoveries: set[asyncio.Future[None]] = set()
         self._stopping = False
         self._fatal: VimeError | None = None
         self._began = time.monotonic()
@@ -166,6 +167,7 @@ class Dispatcher:
         *,
         max_tokens: int,
         deadline_s: float,
+        seed: int | None = None,
     ) -> Generated:
         """One answer, repeated on failures, elsewhere when the group's engine is down. Frees one place of the seat.
 
@@ -175,7 +177,7 @@ class Dispatcher:
             for attempt in range(1, self.patience.attempts + 1):
                 engine = await self._engine_of(seat)
                 try:
-                    return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s)
+                    return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s, seed)
                 except EngineError as error:
                     self._strike(engine, error)
                     if not error.retry or attempt == self.patience.attempts:
@@ -207,6 +209,17 @@ class Dispatcher:
             if calls := [call for engine in busy for call in engine.calls]:
                 await asyncio.wait(calls, timeout=0.1)
 
+    def failed(self, engine: int, error: EngineError) -> None:
+        """What somebody else found out about an engine: it is used no more until it has recovered."""
+        self._put_down(self._engines[engine], error)
+
+    async def settled(self) -> None:
+        """Wait until every engine that failed is back. Raises what an engine that did not come back failed of."""
+        while self._recoveries:
+            await asyncio.wait(tuple(self._recoveries))
+        if self._fatal:
+            raise self._fatal
+
     def loads(self) -> list[list[int]]:
         """Samples seated on every rank of every engine."""
         return [list(engine.loads) for engine in self._engines]
@@ -236,11 +249,17 @@ class Dispatcher:
         settings: SamplingSettings,
         max_tokens: int,
         deadline_s: float,
+        seed: int | None,
     ) -> Generated:
         rank = seat.rank if len(engine.loads) > 1 else None
         call = asyncio.create_task(
             engine.client.generate(
-                token_ids, settings, max_tokens=max_tokens, deadline_s=deadline_s, data_parallel_rank=rank
+                token_ids,
+                settings,
+                max_tokens=max_tokens,
+                deadline_s=deadline_s,
+                seed=seed,
+                data_parallel_rank=rank,
             )
         )
         if not engine.calls:
@@ -338,7 +357,9 @@ class Dispatcher:
         engine.up, engine.failure, engine.tokens = False, error, None
         for call in tuple(engine.calls):
             call.cancel()
-        self._spawn(self._bring_back(engine, error))
+        recovery = self._spawn(self._bring_back(engine, error))
+        self._recoveries.add(recovery)
+        recovery.add_done_callback(self._recoveries.discard)
 
     async def _bring_back(self, engine: _Engine, error: EngineError) -> None:
         try:
@@ -347,12 +368,13 @@ class Dispatcher:
                     await self._recover(engine.index, error)
                 await self._until_current(engine)
         except TimeoutError:
-            self._lose(
+            # The next weights go to all engines, so a run cannot go on without one of them.
+            self._end(
                 DeadlineExceeded(f"engine {engine.index} did not recover in {self.patience.recovery:g} s: {error}")
             )
             return
         except VimeError as failure:
-            self._lose(failure)
+            self._end(failure)
             return
         log.warning("engine %d is back", engine.index)
         engine.up, engine.failure, engine.strikes = True, None, 0
@@ -363,21 +385,16 @@ class Dispatcher:
         pause = 0.1
         while True:
             try:
-                if self.expected_version in (None, await engine.client.weight_info()):
+                if self.expected_version is None or await engine.client.weight_info() >= self.expected_version:
                     return
             except EngineError as error:
                 engine.failure = error
             await asyncio.sleep(pause)
             pause = min(10.0, 2 * pause)
 
-    def _lose(self, error: VimeError) -> None:
-        """An engine is gone for good; the run goes on as long as there is another."""
-        log.error("%s", error)
-        if not any(engine.up for engine in self._engines):
-            self._end(error)
-
     def _end(self, error: VimeError) -> None:
-        self._fatal = error
+        log.error("%s", error)
+        self._fatal = self._fatal or error
         while self._waiting:
             _, ready = self._waiting.popleft()
             if not ready.done():
@@ -406,10 +423,11 @@ class Dispatcher:
             )
             self._put_down(engine, hung)
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Future[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Future[None]) -> None:
         self._tasks.discard(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ class Generator:
     tokenizer: Any
     context_length: int
     """Tokens of prompt and response together that the engines take."""
+    seed: int | None = None
+    """Of every draw together with the sample's number; None: the engines draw as they like."""
     mask_old_tokens: bool = False
     """Leave the tokens that an aborted sample brings from an earlier rollout out of the loss."""
     tokens: int = field(default=0, init=False)
@@ -77,7 +80,12 @@ class Generator:
             sample.status = Status.TRUNCATED
             return
         generated = await self.dispatcher.generate(
-            seat, sample.prompt_ids + sample.response_ids, settings, max_tokens=room, deadline_s=deadline_s
+            seat,
+            sample.prompt_ids + sample.response_ids,
+            settings,
+            max_tokens=room,
+            deadline_s=deadline_s,
+            seed=None if self.seed is None else request_seed(self.seed, sample),
         )
         if self.mask_old_tokens:
             sample.loss_mask = [0] * len(sample.response_ids)
@@ -89,6 +97,12 @@ class Generator:
         if len(token_ids) < _LONG:
             return self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens=True)
+
+
+def request_seed(seed: int, sample: Sample) -> int:
+    """Seed of the next tokens of a sample: of 56 bits, the same whenever and wherever the request is sent."""
+    text = f"{seed}/{sample.index}/{len(sample.response_ids)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 def is_generated(sample: Sample) -> bool:

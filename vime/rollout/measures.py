@@ -38,7 +38,8 @@ def length_metrics(prefix: str, samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def training_metrics(groups: Sequence[Group], current_version: int) -> dict[str, float]:
-    """Over the groups that training gets; staleness is how many versions behind the engine's weights a token is."""
+    """Over the groups that training gets; staleness is how many versions a token's weights are behind the trainer's
+    when it trains on it."""
     samples = [sample for group in groups for sample in group.samples]
     behind = [current_version - version for sample in samples for version in sample.weight_versions]
     metrics = {

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from vime.errors import BadInput, DataError
 from vime.planning.types import Plan
-from vime.rollout.client import EngineClient, SamplingSettings
+from vime.rollout.client import UNVERSIONED, EngineClient, EngineError, SamplingSettings
 from vime.rollout.counters import EngineCounters
 from vime.rollout.data import Columns, Prompt, PromptSet, PromptStream, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
@@ -102,7 +102,12 @@ class Sampler:
             filter_path=options.dynamic_sampling_filter_path,
         )
         self._generator = Generator(
-            self._dispatcher, self._scorer, tokenizer, context, options.mask_offpolicy_in_partial_rollout
+            self._dispatcher,
+            self._scorer,
+            tokenizer,
+            context,
+            options.rollout_seed if options.rollout_sample_seeds else None,
+            options.mask_offpolicy_in_partial_rollout,
         )
         self._next_group = 0
         self._kept: list[Group] = []
@@ -141,8 +146,9 @@ class Sampler:
         """
         options = self._recipe.rollout
         started, tokens = time.monotonic(), self._generator.tokens
-        version = await self._dispatcher.begin()
+        await self._dispatcher.begin()
         round_ = _Round(options.rollout_batch_size)
+        self._kept = [self._fresh_enough(group, rollout_id) for group in self._kept]
         try:
             async with asyncio.timeout(options.rollout_timeout):
                 await self._fill(round_)
@@ -154,9 +160,10 @@ class Sampler:
         seconds = time.monotonic() - started
         tokens = self._generator.tokens - tokens
         groups = sorted(round_.passed, key=lambda group: group.index)
+        self._check_staleness(groups, rollout_id)
         metrics = {
             **finished_metrics(round_.finished),
-            **training_metrics(groups, version),
+            **training_metrics(groups, rollout_id),
             **self._scorer.take_metrics(),
             **self._dispatcher.take_metrics(),
             **await self._counters.take_rates(),
@@ -189,6 +196,19 @@ class Sampler:
     def take_spans(self) -> list[tuple[str, float, float]]:
         """(name, start, end) in Unix seconds of what went on beside the generation since the last call."""
         return self._scorer.take_spans()
+
+    def probes(self, count: int) -> list[list[int]]:
+        """Token ids of the shortest prompts of the set, for requests that only look whether an engine is right."""
+        shortest = sorted(self._stream.data.prompts, key=lambda prompt: (len(prompt.token_ids), prompt.number))
+        return [list(prompt.token_ids) for prompt in shortest[:count]]
+
+    def engine_failed(self, engine: int, error: EngineError) -> None:
+        """Tell of an engine that is known to be gone; its requests are repeated, and `recover` is called."""
+        self._dispatcher.failed(engine, error)
+
+    async def settled(self) -> None:
+        """Wait until every engine that failed has recovered. Raises what ended the recovery of one that has not."""
+        await self._dispatcher.settled()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next rollout begins: data cursor, counters, and groups that wait for it. Plain values only."""
@@ -223,6 +243,21 @@ class Sampler:
                 round_.dropped += not passes
                 if passes:
                     round_.passed.append(group)
+
+    def _fresh_enough(self, group: Group, rollout_id: int) -> Group:
+        """The group; without its answers where training would get tokens that are too old."""
+        old = rollout_id - _oldest(group, rollout_id) > self._recipe.rollout.max_staleness
+        return _without_answers(group) if old else group
+
+    def _check_staleness(self, groups: Sequence[Group], rollout_id: int) -> None:
+        """The version of the trainer's weights is the number of rollouts before; it trains on these tokens next."""
+        limit = self._recipe.rollout.max_staleness
+        for group in groups:
+            if rollout_id - (oldest := _oldest(group, rollout_id)) > limit:
+                raise DataError(
+                    f"group {group.index} of rollout {rollout_id} has tokens from weights of version {oldest}, more "
+                    f"than --max-staleness {limit} behind: the engines were not synced"
+                )
 
     def _check_fillable(self, round_: _Round) -> None:
         tried = len(round_.finished) + round_.failed
@@ -284,6 +319,11 @@ def context_length(plan: Plan) -> int:
     if not isinstance(longest, int):
         raise BadInput("the model's config.json has no max_position_embeddings: give --vllm-max-model-len")
     return longest
+
+
+def _oldest(group: Group, default: int) -> int:
+    """Version of the oldest weights that a token of the group comes from."""
+    return min((v for s in group.samples for v in s.weight_versions if v != UNVERSIONED), default=default)
 
 
 def _without_answers(group: Group) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class RankActor:
         torch.set_num_threads(threads)
         from vime.megatron.worker import TrainWorker
 
+        self._node = place.node
         self._worker = TrainWorker(plan, rank)
 
     def __repr__(self) -> str:
@@ -62,6 +64,18 @@ class RankActor:
 
     def export_hf(self, path: str) -> None:
         self._worker.export_hf(path)
+
+    def leave(self, part: Any) -> None:
+        self._worker.residence.leave(part)
+
+    def come_back(self, part: Any) -> None:
+        self._worker.residence.come_back(part)
+
+    def free_bytes(self) -> tuple[int, int | None, int]:
+        """Logical node, free bytes of the rank's GPU, available bytes of the host."""
+        from vime.megatron.residence import free_bytes
+
+        return (self._node, *free_bytes())
 
     def weights_listen(self, groups: list[Any]) -> dict[str, int]:
         return self._worker.weights.listen(groups)
@@ -104,8 +118,11 @@ class EngineActor:
     def wait_ready(self, deadline_s: float) -> str:
         return self._server.wait_ready(deadline_s)
 
-    def poll(self) -> int | None:
-        return self._server.poll()
+    def poll(self) -> str | None:
+        """How the server's process ended; None while it runs, and where it was not started."""
+        if self._server.pid is None or (code := self._server.poll()) is None:
+            return None
+        return f"exited with {code}: {self._server.last_words()}"
 
     def stop(self) -> None:
         self._server.stop()
@@ -134,39 +151,71 @@ class EngineGroup:
     """All engines, each with an actor on every node it takes; the first one of an engine serves."""
 
     def __init__(self, plan: Plan, group: Any) -> None:
-        import ray
-
-        actor = ray.remote(EngineActor)
-
-        def start(engine: int, position: int, slot: Slot) -> Any:
-            options = {"name": f"engine-{engine}-{position}", **pinned(group, plan, slot)}
-            return actor.options(**options).remote(plan.run_dir, engine, position)
-
-        self.engines: list[list[Any]] = [
-            [
-                start(engine.index, position, Slot(node, gpus[0]))
-                for position, (node, gpus) in enumerate(zip(engine.nodes, engine.gpus, strict=True))
-            ]
-            for engine in plan.engines
+        self._plan, self._group = plan, group
+        self._actors = [
+            [self._actor(engine.index, position) for position in range(len(engine.nodes))] for engine in plan.engines
         ]
 
     async def start(self, *, deadline_s: float) -> list[str]:
         """Start every engine; the addresses of their servers once each has answered a real request."""
-        nodes = [actor for engine in self.engines for actor in engine]
-        await _all("engine start", [actor.start.remote() for actor in nodes], deadline_s)
-        leaders = [engine[0] for engine in self.engines]
-        return await _all("engine ready", [leader.wait_ready.remote(deadline_s) for leader in leaders], deadline_s + 30)
+        return await self._start(range(len(self._actors)), deadline_s)
 
-    async def exited(self) -> tuple[int, int] | None:
-        """(engine, exit code) of a server process that has ended."""
-        for index, actors in enumerate(self.engines):
-            for code in await _all(f"engine {index} poll", [actor.poll.remote() for actor in actors], 60):
-                if code is not None:
-                    return index, code
-        return None
+    async def restart(self, engines: Sequence[int], *, deadline_s: float) -> None:
+        """End these engines, whatever state they are in, and start them anew; on return each has answered a request."""
+        for engine in engines:
+            self._actors[engine] = await self._alive(engine)
+        await _all("engine stop", [actor.stop.remote() for engine in engines for actor in self._actors[engine]], 120)
+        await self._start(engines, deadline_s)
+
+    async def exited(self) -> list[tuple[int, str]]:
+        """Engines of which a server process, or the actor that holds it, has ended, and how."""
+        from ray.exceptions import RayActorError
+
+        found: list[tuple[int, str]] = []
+        for index, actors in enumerate(self._actors):
+            try:
+                ends = await _all(f"engine {index} poll", [actor.poll.remote() for actor in actors], 60)
+            except RayActorError as error:
+                found.append((index, f"lost its actor: {str(error).splitlines()[0]}"))
+            else:
+                found += [(index, end) for end in ends if end is not None][:1]
+        return found
 
     async def stop(self) -> None:
-        await _all("engine stop", [a.stop.remote() for actors in self.engines for a in actors], 60)
+        """End all servers. Those of an actor that died ended with it."""
+        from ray.exceptions import RayActorError
+
+        async def end(actor: Any) -> None:
+            with contextlib.suppress(RayActorError):
+                await actor.stop.remote()
+
+        await _all("engine stop", [end(actor) for actors in self._actors for actor in actors], 60)
+
+    async def _start(self, engines: Sequence[int], deadline_s: float) -> list[str]:
+        await _all("engine start", [actor.start.remote() for e in engines for actor in self._actors[e]], deadline_s)
+        leaders = [self._actors[engine][0] for engine in engines]
+        return await _all("engine ready", [leader.wait_ready.remote(deadline_s) for leader in leaders], deadline_s + 30)
+
+    async def _alive(self, engine: int) -> list[Any]:
+        """The engine's actors, a new one for each that has died; its server died with it."""
+        from ray.exceptions import RayActorError
+
+        alive = []
+        for position, actor in enumerate(self._actors[engine]):
+            try:
+                await _all(f"engine {engine} poll", [actor.poll.remote()], 60)
+            except RayActorError:
+                alive.append(self._actor(engine, position))
+            else:
+                alive.append(actor)
+        return alive
+
+    def _actor(self, engine: int, position: int) -> Any:
+        import ray
+
+        planned = self._plan.engines[engine]
+        options = pinned(self._group, self._plan, Slot(planned.nodes[position], planned.gpus[position][0]))
+        return ray.remote(EngineActor).options(**options).remote(self._plan.run_dir, engine, position)
 
 
 async def _all(what: str, references: Sequence[Any], deadline_s: float) -> list[Any]:

@@ -8,29 +8,25 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from vime.errors import VimeError
 from vime.observe.metrics import MetricsWriter
 from vime.observe.samples import write_samples
 from vime.observe.throughput import tokens_per_gpu
 from vime.observe.timeline import Span, Timeline
 from vime.planning.stages import DISK_BYTES_PER_S
 from vime.planning.types import Binding, Plan
-from vime.rollout.client import EngineClient
+from vime.rollout.client import EngineClient, EngineError
+from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
 from vime.rollout.types import Rollout
 from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
 from vime.train.control import answer_checkpoint, checkpoint_requested
+from vime.train.handover import Handover
 from vime.train.placement import reserve
 from vime.train.schedule import evaluates_before, saves_after
-
-# Trainer and engine compute in different types and kernels; above this mean difference they hold different weights.
-TRUSTED_LOGPROB_DIFFERENCE = 0.1
-ENGINE_POLL_SECONDS = 5.0
-
-
-class EngineDied(VimeError):
-    """An engine's server process ended while the run needed it."""
+from vime.train.supervisor import Deadlines as EngineDeadlines
+from vime.train.supervisor import EngineSupervisor
+from vime.train.trust import PROBES
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Loop:
         """From an empty Ray cluster to the last checkpoint."""
         group = await reserve(self.plan, deadline_s=self.deadlines.placement)
         async with self._actors(group) as first, asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self._watch_engines())
+            watch = tasks.create_task(self.supervisor.watch(self.sampler.engine_failed))
             await self._rollouts(first)
             watch.cancel()
 
@@ -91,47 +87,119 @@ class Loop:
         self.trainer = TrainerGroup(self.plan, group)
         self.engines = EngineGroup(self.plan, group)
         try:
-            with self.timeline.phase("start", -1):
-                starts, urls = await asyncio.gather(
-                    self.trainer.call("setup", *master(self.plan, self.binding), deadline_s=self.deadlines.setup),
-                    self.engines.start(deadline_s=self.deadlines.engine_start),
-                )
-            start = starts[0]
-            print(f"weights from {start.loaded_from}; first rollout {start.next_rollout_id}", flush=True)
             async with contextlib.AsyncExitStack() as stack:
-                limit = self.recipe.engine.vllm_server_concurrency
-                clients = [
-                    await stack.enter_async_context(EngineClient(url, self.api_key, concurrency=limit)) for url in urls
-                ]
-                self.sampler = await stack.enter_async_context(Sampler(self.plan, clients))
+                with self.timeline.phase("start", -1):
+                    start = await self._start(stack)
+                print(f"weights from {start.loaded_from}; first rollout {start.next_rollout_id}", flush=True)
                 if start.extra:
                     self.sampler.load_state_dict(start.extra["sampler"])
-                self.sync = WeightSync(self.plan, self.trainer.call, clients, binding=self.binding)
-                await self._sync(start.next_rollout_id)
+                self.supervisor.version = start.next_rollout_id
+                synced = await self._sync()
+                self.metrics.write(start.next_rollout_id, {f"start/{name}": value for name, value in synced.items()})
                 yield start.next_rollout_id
         finally:
             await self.engines.stop()
             self.metrics.close()
             self.timeline.close()
 
+    async def _start(self, stack: contextlib.AsyncExitStack) -> Any:
+        """Engines and trainer up: one after the other where they share GPUs, each of which expects them empty."""
+        limits = self.deadlines
+
+        async def trainer_up() -> Any:
+            place = master(self.plan, self.binding)
+            return (await self.trainer.call("setup", *place, deadline_s=limits.setup))[0]
+
+        engines_up = self.engines.start(deadline_s=limits.engine_start)
+        if self.recipe.cluster.colocate:
+            clients = await self._clients(stack, await engines_up)
+            await asyncio.gather(*(client.sleep() for client in clients))
+            start = await trainer_up()
+        else:
+            start, urls = await asyncio.gather(trainer_up(), engines_up)
+            clients = await self._clients(stack, urls)
+        await self._connect(stack, clients)
+        return start
+
+    async def _clients(self, stack: contextlib.AsyncExitStack, urls: list[str]) -> list[EngineClient]:
+        limit = self.recipe.engine.vllm_server_concurrency
+        return [await stack.enter_async_context(EngineClient(url, self.api_key, concurrency=limit)) for url in urls]
+
+    async def _connect(self, stack: contextlib.AsyncExitStack, clients: list[EngineClient]) -> None:
+        """Sampler and supervisor of these engines."""
+        limits = self.deadlines
+        # A recovery may have to wait until the trainer has time for a sync.
+        patience = Patience(recovery=limits.engine_start + limits.train + limits.save + 2 * limits.sync)
+        sampler = Sampler(self.plan, clients, recover=self._recover, patience=patience)
+        self.sampler = await stack.enter_async_context(sampler)
+        self.supervisor = EngineSupervisor(
+            self.plan,
+            self.engines,
+            clients,
+            WeightSync(self.plan, self.trainer.call, clients, binding=self.binding),
+            self.trainer.call,
+            Handover(self.plan, self.trainer.call, clients, asleep=self.recipe.cluster.colocate),
+            self.sampler.probes(PROBES),
+            EngineDeadlines(engine_start=limits.engine_start, sync=limits.sync),
+        )
+
+    async def _recover(self, engine: int, error: EngineError) -> None:
+        with self.timeline.phase("recover", self.supervisor.version):
+            await self.supervisor.recover(engine, error)
+
     async def _rollouts(self, first: int) -> None:
-        for rollout_id in range(first, self.recipe.rollout.num_rollout):
-            await self._evaluate_if_due(rollout_id)
+        """Every rollout from its generation to its report. Engines with GPUs of their own are one rollout ahead."""
+        ahead: asyncio.Task[Rollout] | None = None
+        last = self.recipe.rollout.num_rollout - 1
+        try:
+            for rollout_id in range(first, last + 1):
+                await self._evaluate_if_due(rollout_id)
+                rollout = await (ahead or self._generation(rollout_id))
+                ahead = self._generation(rollout_id + 1) if self._runs_ahead and rollout_id < last else None
+                if await self._learn(rollout, ahead):
+                    return
+            await self._evaluate_if_due(last + 1)
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+
+    @property
+    def _runs_ahead(self) -> bool:
+        return not self.recipe.cluster.colocate and self.recipe.rollout.max_staleness > 0
+
+    def _generation(self, rollout_id: int) -> asyncio.Task[Rollout]:
+        """A rollout under way. A run that is resumed before it generates the same prompts again."""
+        self._before_generation = self.sampler.state_dict()
+
+        async def generate() -> Rollout:
             with self.timeline.phase("generate", rollout_id):
-                rollout = await self.sampler.generate(rollout_id)
-            self._record_rewards(rollout_id)
-            trained = await self._train(rollout)
-            saved = await self._save(rollout_id) if self._must_save(rollout_id) else None
-            synced = await self._sync(rollout_id + 1)
-            write_samples(self.plan.run_dir, rollout, everything=self.recipe.misc.save_debug_rollout_data)
-            times = self.timeline.take_metrics()
-            speed = tokens_per_gpu(self.plan, rollout, sum(times.values()))
-            self._report(rollout_id, {**rollout.metrics, **trained, **synced, **times, **speed})
-            if saved is not None and checkpoint_requested(self.plan.run_dir):
-                answer_checkpoint(self.plan.run_dir, rollout_id, saved)
-                print(f"checkpoint {saved} written on request; stopping after rollout {rollout_id}", flush=True)
-                return
-        await self._evaluate_if_due(self.recipe.rollout.num_rollout)
+                return await self.sampler.generate(rollout_id)
+
+        return asyncio.create_task(generate())
+
+    async def _learn(self, rollout: Rollout, ahead: asyncio.Task[Rollout] | None) -> bool:
+        """Train on a rollout, save, give the engines the weights; whether the run shall stop here."""
+        rollout_id = rollout.rollout_id
+        if ahead is None:
+            await self.sampler.settled()
+            await self.supervisor.to_trainer()
+        self._record_rewards(rollout_id)
+        trained = await self._train(rollout)
+        saved = await self._save(rollout_id, ahead) if self._must_save(rollout_id) else None
+        if ahead is not None:
+            # A sync under way would mix weights inside the answers of the rollout that is ahead.
+            await asyncio.wait([ahead])
+        synced = await self._sync()
+        write_samples(self.plan.run_dir, rollout, everything=self.recipe.misc.save_debug_rollout_data)
+        times = self.timeline.take_metrics()
+        speed = tokens_per_gpu(self.plan, rollout, sum(times.values()))
+        self._report(rollout_id, {**rollout.metrics, **trained, **synced, **times, **speed})
+        if saved is not None and checkpoint_requested(self.plan.run_dir):
+            answer_checkpoint(self.plan.run_dir, rollout_id, saved)
+            print(f"checkpoint {saved} written on request; stopping after rollout {rollout_id}", flush=True)
+            return True
+        return False
 
     def _must_save(self, rollout_id: int) -> bool:
         return saves_after(self.recipe, rollout_id) or checkpoint_requested(self.plan.run_dir)
@@ -139,27 +207,32 @@ class Loop:
     async def _train(self, rollout: Rollout) -> dict[str, float]:
         import ray
 
-        with self.timeline.phase("train", rollout.rollout_id):
-            stored = ray.put(rollout)
-            results = await self.trainer.call("train", stored, deadline_s=self.deadlines.train)
-        self.timeline.add_ranks(rollout.rollout_id, await self.trainer.call("take_spans", deadline_s=60))
+        async with self.supervisor.turn:
+            with self.timeline.phase("train", rollout.rollout_id):
+                stored = ray.put(rollout)
+                results = await self.trainer.call("train", stored, deadline_s=self.deadlines.train)
+            self.timeline.add_ranks(rollout.rollout_id, await self.trainer.call("take_spans", deadline_s=60))
+            self.supervisor.version = rollout.rollout_id + 1
         return results[0]
 
     def _record_rewards(self, rollout_id: int) -> None:
         for name, start, end in self.sampler.take_spans():
             self.timeline.add(Span(name, rollout_id, "rewards", start, end))
 
-    async def _save(self, rollout_id: int) -> str:
-        with self.timeline.phase("save", rollout_id):
-            extra = {"sampler": self.sampler.state_dict()}
-            paths = await self.trainer.call("save", rollout_id, extra, deadline_s=self.deadlines.save)
+    async def _save(self, rollout_id: int, ahead: asyncio.Task[Rollout] | None) -> str:
+        state = self.sampler.state_dict() if ahead is None else self._before_generation
+        async with self.supervisor.turn:
+            with self.timeline.phase("save", rollout_id):
+                extra = {"sampler": state}
+                paths = await self.trainer.call("save", rollout_id, extra, deadline_s=self.deadlines.save)
         print(f"rollout {rollout_id}: checkpoint {paths[0]}", flush=True)
         return paths[0]
 
-    async def _sync(self, version: int) -> dict[str, float]:
-        """Give the engines the trainer's weights; the version is the number of the rollout they will generate."""
-        with self.timeline.phase("sync", version):
-            return await asyncio.wait_for(self.sync.run(version), self.deadlines.sync)
+    async def _sync(self) -> dict[str, float]:
+        """Give the engines the trainer's weights; the version is the number of rollouts that were trained on."""
+        await self.sampler.settled()
+        with self.timeline.phase("sync", self.supervisor.version):
+            return await self.supervisor.sync()
 
     async def _evaluate_if_due(self, rollout_id: int) -> None:
         if not evaluates_before(self.recipe, rollout_id):
@@ -168,16 +241,6 @@ class Loop:
             values = await self.sampler.evaluate(rollout_id)
         self.metrics.write(rollout_id, values)
         print(f"eval {rollout_id}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-
-    async def _watch_engines(self) -> None:
-        while True:
-            dead = await self.engines.exited()
-            if dead is not None:
-                index, code = dead
-                raise EngineDied(
-                    f"engine {index} exited with {code}: see {self.plan.run_dir}/logs/engines for its last words"
-                )
-            await asyncio.sleep(ENGINE_POLL_SECONDS)
 
     def _report(self, rollout_id: int, values: dict[str, float]) -> None:
         self.metrics.write(rollout_id, values)

@@ -23,6 +23,11 @@ _DRESSING = re.compile(
 )
 
 
+def prepare() -> None:
+    """Have the parser load its grammar, which takes seconds, before the first answer's time runs."""
+    same("1+x", "x+1")
+
+
 def deepscaler(sample: Sample) -> float:
     """1 where the boxed answer after the thinking is right, else 0.
 

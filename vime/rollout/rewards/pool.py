@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from vime.errors import BadInput, DeadlineExceeded, VimeError
@@ -31,6 +33,14 @@ def default_size() -> int:
     return min(16, max(2, len(os.sched_getaffinity(0)) // 4))
 
 
+@dataclass
+class _Line:
+    """The calls of one group: those that run have a seat."""
+
+    seats: asyncio.Semaphore
+    users: int = 0
+
+
 class ProcessPool:
     """`size` worker processes that have imported `targets`. An async context manager; of one event loop."""
 
@@ -42,6 +52,7 @@ class ProcessPool:
         self._successions: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._lines: dict[int, _Line] = {}
         self.replaced = 0
         """Workers that were killed or died and got a successor."""
 
@@ -57,13 +68,14 @@ class ProcessPool:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def call(self, target: str, argument: Any, *, limit_s: float) -> Any:
+    async def call(self, target: str, argument: Any, *, limit_s: float, group: int | None = None) -> Any:
         """What the function returned for the argument: a number, a truth value, or a list of them.
 
-        The limit counts from when a worker has the call. Raises CallTimeout or CallFailed. A cancelled call runs on
+        Calls of one `group` take at most half of the workers, so that slow ones keep no other group waiting. The limit
+        counts from when a worker has the call. Raises CallTimeout or CallFailed. A cancelled call runs on
         in its worker, which then takes the next one.
         """
-        run = asyncio.create_task(self._call(target, argument, limit_s))
+        run = asyncio.create_task(self._call(target, argument, limit_s, group))
         self._running.add(run)
         run.add_done_callback(self._ended)
         return await asyncio.shield(run)
@@ -73,7 +85,27 @@ class ProcessPool:
         if not run.cancelled():
             run.exception()  # looked at here, since a cancelled caller does not
 
-    async def _call(self, target: str, argument: Any, limit_s: float) -> Any:
+    @contextlib.asynccontextmanager
+    async def _place(self, group: int | None) -> AsyncIterator[None]:
+        """A place among the calls of a group."""
+        if group is None:
+            yield
+            return
+        line = self._lines.setdefault(group, _Line(asyncio.Semaphore(max(1, self._size // 2))))
+        line.users += 1
+        try:
+            async with line.seats:
+                yield
+        finally:
+            line.users -= 1
+            if not line.users:
+                del self._lines[group]
+
+    async def _call(self, target: str, argument: Any, limit_s: float, group: int | None) -> Any:
+        async with self._place(group):
+            return await self._ask(target, argument, limit_s)
+
+    async def _ask(self, target: str, argument: Any, limit_s: float) -> Any:
         worker = await self._idle.get()
         if isinstance(worker, BaseException):
             self._idle.put_nowait(worker)

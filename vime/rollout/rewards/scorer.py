@@ -187,8 +187,11 @@ class Scorer:
             assert self._remote is not None
             return await self._remote(sample, self._limit_s)
         if name in BUILT_IN:
-            return await self._pool.call(BUILT_IN[name].target, _text_of(sample), limit_s=self._limit_s)
-        return await self._pool.call(name, sample, limit_s=self._limit_s)
+            return await self._call(BUILT_IN[name].target, _text_of(sample))
+        return await self._call(name, sample)
+
+    async def _call(self, target: str, sample: Sample) -> Any:
+        return await self._pool.call(target, sample, limit_s=self._limit_s, group=sample.group_index)
 
     async def _score_group(self, group: Group) -> None:
         self.scored += len(group.samples)

@@ -33,7 +33,10 @@ class TimeUp(BaseException):
 
 
 def load(target: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names. Raises BadInput."""
+    """The function that `package.module:function` names. Raises BadInput.
+
+    A function `prepare` of its module runs first: what it takes is in no call's time limit.
+    """
     module, separator, name = target.partition(":")
     if not separator or not module or not name:
         raise BadInput(f"{target!r} is no function: write package.module:function")
@@ -43,6 +46,8 @@ def load(target: str) -> Callable[..., Any]:
         raise BadInput(f"{target} cannot be loaded: {error}") from error
     if not callable(value):
         raise BadInput(f"{target} is a {type(value).__name__}, not a function")
+    if callable(prepare := getattr(importlib.import_module(module), "prepare", None)):
+        prepare()
     return value
 
 

@@ -1,0 +1,207 @@
+"""Who has the GPUs: with `--colocate` trainer and engines take turns, and this is the one place that says whose it is.
+
+    train ─► gradients leave ─► engines' weights wake ─► sync ─► engines' cache wakes ─► weights leave ─► generate
+      ▲                                                                                                      │
+      └──────────────────────────── weights and gradients come back ◄── engines sleep ◄─────────────────────┘
+
+Every step has a deadline; the free bytes of every GPU and host before and after it are recorded, and what the hosts
+took is compared with the plan. On processors the same steps run, though little moves there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vime.errors import DeadlineExceeded, VimeError
+from vime.planning.types import Plan
+
+Free = tuple[int, int | None, int]
+"""Logical node, free bytes of one GPU there (None without GPUs), available bytes of its host."""
+PLANNED_AS = {
+    "gradients_leave": "gradients_backup",
+    "weights_leave": "weights_backup",
+    "engines_sleep": "engine_sleep_copy",
+}
+"""Item of the plan's host memory that a step may fill."""
+SLACK_BYTES = 2 * 2**30
+"""What other processes of a host take or give meanwhile."""
+
+
+class Sleeper(Protocol):
+    """What is asked of an engine (`vime.rollout.client.EngineClient`)."""
+
+    async def sleep(self, level: int = 1) -> None: ...
+    async def wake_up(self, tags: Sequence[str] = ()) -> None: ...
+
+
+class Call(Protocol):
+    """Calls a method of every trainer rank; results in rank order."""
+
+    def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds after which a step has failed."""
+
+    trainer: float = 300.0
+    engines: float = 300.0
+
+
+class Handover:
+    """The owner of the GPUs of a run. Its methods do nothing where trainer and engines have GPUs of their own."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        trainer: Call,
+        engines: Sequence[Sleeper],
+        deadlines: Deadlines | None = None,
+        *,
+        asleep: bool = False,
+        say: Callable[[str], None] = lambda text: print(text, flush=True),
+    ) -> None:
+        self._plan, self._trainer, self._engines = plan, trainer, list(engines)
+        self._deadlines, self._say = deadlines or Deadlines(), say
+        self.takes_turns = plan.recipe.cluster.colocate
+        self._asleep = {engine: {"weights", "kv_cache"} for engine in range(len(engines))} if asleep else {}
+        """Parts of each engine that sleep; vLLM's tags."""
+        self._away: set[str] = set()
+        """Parts of the trainer that left the GPUs."""
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def trainer_has_them(self) -> bool:
+        """Whether engines sleep: they can neither be asked nor started."""
+        return bool(self._asleep)
+
+    async def engines_sleep(self) -> None:
+        """Give the engines' memory back; they keep their weights on the host."""
+        if self.takes_turns and not self._asleep:
+            everyone = range(len(self._engines))
+            await self._step("engines_sleep", lambda: self._each(everyone, lambda engine: engine.sleep(1)))
+            self._asleep = {engine: {"weights", "kv_cache"} for engine in everyone}
+
+    async def to_trainer(self) -> None:
+        """Engines sleep, and the trainer is whole: it can train and save."""
+        await self.engines_sleep()
+        await self.weights_come_back()
+        await self._come_back("gradients")
+
+    async def room_for_weights(self) -> None:
+        """The trainer has its weights and no gradients, so that the engines can take new ones."""
+        await self.weights_come_back()
+        await self._leave("gradients")
+        await self._wake("weights")
+
+    async def room_for_answers(self) -> None:
+        """Engines can answer; the trainer still has its weights, to compare with."""
+        await self._wake("kv_cache")
+
+    async def to_engines(self) -> None:
+        """Nothing of the trainer is left on the GPUs."""
+        await self._leave("weights")
+
+    async def weights_come_back(self) -> None:
+        """The trainer has its weights, whoever else is there."""
+        await self._come_back("weights")
+
+    def started(self, engine: int) -> None:
+        """An engine was started anew, so it is awake."""
+        self._asleep.pop(engine, None)
+
+    def take_metrics(self) -> dict[str, float]:
+        """`handover/…` of the steps since the last call."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    async def _wake(self, tag: str) -> None:
+        waiting = [engine for engine, asleep in self._asleep.items() if tag in asleep]
+        if not waiting:
+            return
+        await self._step(f"engines_wake_{tag}", lambda: self._each(waiting, lambda engine: engine.wake_up([tag])))
+        for engine in waiting:
+            self._asleep[engine].discard(tag)
+        self._asleep = {engine: asleep for engine, asleep in self._asleep.items() if asleep}
+
+    async def _leave(self, part: str) -> None:
+        if self.takes_turns and part not in self._away:
+            await self._step(f"{part}_leave", lambda: self._call("leave", part))
+            self._away.add(part)
+
+    async def _come_back(self, part: str) -> None:
+        if part in self._away:
+            await self._step(f"{part}_come_back", lambda: self._call("come_back", part))
+            self._away.discard(part)
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        return await self._trainer(method, *args, deadline_s=self._deadlines.trainer)
+
+    async def _each(self, engines: Iterable[int], call: Callable[[Sleeper], Awaitable[None]]) -> None:
+        limit = self._deadlines.engines
+        try:
+            await asyncio.wait_for(asyncio.gather(*(call(self._engines[engine]) for engine in engines)), limit)
+        except TimeoutError:
+            raise DeadlineExceeded(f"engines did not sleep or wake within {limit:.0f} s") from None
+
+    async def _step(self, name: str, work: Callable[[], Awaitable[Any]]) -> None:
+        before = await self._call("free_bytes")
+        started = time.monotonic()
+        try:
+            await work()
+        except VimeError as error:
+            error.add_note(f"in the hand-over of GPUs, step {name}; free before it: {described(before)}")
+            raise
+        self._metrics[f"handover/{name}_time"] = time.monotonic() - started
+        after = await self._call("free_bytes")
+        self._metrics |= {f"handover/{name}_{key}": value for key, value in moved(before, after).items()}
+        over = over_plan(self._plan, name, before, after)
+        for node, (taken, planned) in over.items():
+            self._say(
+                f"handover {name}: node {node} took {taken / 1e9:.1f} GB of host memory, planned {planned / 1e9:.1f} GB"
+            )
+        worst = max((taken - planned for taken, planned in over.values()), default=0)
+        self._metrics["handover/host_over_plan_bytes"] = max(
+            float(worst), self._metrics.get("handover/host_over_plan_bytes", 0.0)
+        )
+
+
+def host_taken(before: Sequence[Free], after: Sequence[Free]) -> dict[int, int]:
+    """Bytes that each node's host has less than before."""
+    first, last = ({node: host for node, _, host in free} for free in (before, after))
+    return {node: first[node] - last[node] for node in first}
+
+
+def moved(before: Sequence[Free], after: Sequence[Free]) -> dict[str, float]:
+    """Least bytes that a GPU got free and that are free there now, most that a host took and least that it has."""
+    values = {
+        "host_taken_bytes": float(max(host_taken(before, after).values())),
+        "host_free_bytes": float(min(host for _, _, host in after)),
+    }
+    freed = [now - then for (_, then, _), (_, now, _) in zip(before, after, strict=True) if now is not None and then]
+    if freed:
+        values["gpu_freed_bytes"] = float(min(freed))
+        values["gpu_free_bytes"] = float(min(gpu for _, gpu, _ in after if gpu is not None))
+    return values
+
+
+def over_plan(plan: Plan, step: str, before: Sequence[Free], after: Sequence[Free]) -> Mapping[int, tuple[int, int]]:
+    """Nodes of which the step took more host memory than planned: (taken, planned) bytes."""
+    item = PLANNED_AS.get(step)
+    found = {}
+    for node, taken in host_taken(before, after).items():
+        planned = sum(each.bytes for each in plan.nodes[node].host_memory.items if each.name == item)
+        if taken > planned + SLACK_BYTES:
+            found[node] = (taken, planned)
+    return found
+
+
+def described(free: Sequence[Free]) -> str:
+    """The least of every kind, as text."""
+    gpus = [gpu for _, gpu, _ in free if gpu is not None]
+    gpu = f"{min(gpus) / 1e9:.1f} GB of a GPU, " if gpus else ""
+    return f"{gpu}{min(host for _, _, host in free) / 1e9:.1f} GB of a host"
