@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vime.rollout.types import Rollout, Sample
+from vime.errors import BadInput
+from vime.rollout.types import Group, Rollout, Sample, Status
 
 SHOWN_PER_ROLLOUT = 4
 SHOWN_CHARACTERS = 4000
+_TOKENS = ("prompt_ids", "response_ids", "log_probs", "weight_versions", "loss_mask")
 
 
 def notable(rollout: Rollout) -> list[dict[str, Any]]:
@@ -36,6 +38,31 @@ def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = F
     return path
 
 
+def read_rollout(folder: str | Path, rollout_id: int) -> Rollout:
+    """A rollout as `write_samples(…, everything=True)` wrote it. Raises BadInput where it is missing or not whole."""
+    path = Path(folder) / f"{rollout_id:06d}.jsonl"
+    if not path.is_file():
+        raise BadInput(f"there is no {path}: give a folder with this rollout, or fewer rollouts with --num-rollout")
+    groups: dict[int, Group] = {}
+    for row in read_samples(path):
+        if "response_ids" not in row:
+            raise BadInput(f"{path} has only what a report shows: write rollouts with --save-debug-rollout-data")
+        group = groups.setdefault(row["group"], Group(row["group"], []))
+        group.samples.append(
+            Sample(
+                row["index"],
+                row["group"],
+                row["prompt"],
+                label=row["label"],
+                reward=row["reward"],
+                response=row["response"],
+                status=Status(row["status"]),
+                **{name: row[name] for name in _TOKENS},
+            )
+        )
+    return Rollout(rollout_id, list(groups.values()))
+
+
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -58,11 +85,7 @@ def _whole(sample: Sample) -> dict[str, Any]:
     return {
         **_shown(sample),
         "response": sample.response,
-        "prompt_ids": sample.prompt_ids,
-        "response_ids": sample.response_ids,
-        "log_probs": sample.log_probs,
-        "weight_versions": sample.weight_versions,
-        "loss_mask": sample.loss_mask,
+        **{name: getattr(sample, name) for name in _TOKENS},
     }
 
 

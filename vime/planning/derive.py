@@ -84,6 +84,8 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
         raise BadInput("tensor parallelism with experts needs --sequence-parallel: give it")
     if perf.recompute_granularity == "full" and (perf.recompute_method is None or perf.recompute_num_layers is None):
         raise BadInput("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+    if recipe.misc.debug_rollout_only and recipe.misc.load_debug_rollout_data:
+        raise BadInput("--debug-rollout-only and --load-debug-rollout-data leave nothing to do: give one of them")
     if evaluation.eval_interval and not evaluation.eval_prompt_data:
         raise BadInput("--eval-interval needs --eval-prompt-data NAME PATH")
     if (rollout.over_sampling_batch_size or rollout.rollout_batch_size) < rollout.rollout_batch_size:

@@ -89,9 +89,14 @@ def _map_paths(recipe: Recipe, convert: Callable[[str, str], str]) -> Recipe:
     if len(sets) % 2:
         raise BadInput(f"--eval-prompt-data is {' '.join(sets)}: give a name and a path in turn")
     evaluation = [convert("eval_prompt_data", text) if place % 2 else text for place, text in enumerate(sets)]
+    misc = (
+        {"load_debug_rollout_data": convert("load_debug_rollout_data", path)}
+        if (path := recipe.misc.load_debug_rollout_data)
+        else {}
+    )
     env = {key: convert("env", value) if _BASE_DIR.search(value) else value for key, value in recipe.misc.env.items()}
     return change(
-        recipe, checkpoint=checkpoint, rollout=rollout, eval={"eval_prompt_data": evaluation}, misc={"env": env}
+        recipe, checkpoint=checkpoint, rollout=rollout, eval={"eval_prompt_data": evaluation}, misc={**misc, "env": env}
     )
 
 

@@ -252,6 +252,10 @@ class MiscOptions(Options):
     wandb_project: str | None = None
     save_debug_rollout_data: bool = False
     """Write every rollout's samples to the run folder."""
+    load_debug_rollout_data: str | None = None
+    """Folder of rollouts that `--save-debug-rollout-data` wrote (`RUN/rollouts`): train on them, without engines."""
+    debug_rollout_only: bool = False
+    """Generate, score and write rollouts with the engines' own weights, without a trainer."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment of every stage."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.observe.metrics import MetricsWriter
-from vime.observe.samples import write_samples
+from vime.observe.samples import read_rollout, write_samples
 from vime.observe.throughput import tokens_per_gpu
 from vime.observe.timeline import Span, Timeline
 from vime.planning.stages import DISK_BYTES_PER_S
@@ -75,11 +75,22 @@ class Loop:
 
     async def run(self) -> None:
         """From an empty Ray cluster to the last checkpoint."""
-        group = await reserve(self.plan, deadline_s=self.deadlines.placement)
-        async with self._actors(group) as first, asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self.supervisor.watch(self.sampler.engine_failed))
-            await self._rollouts(first)
-            watch.cancel()
+        try:
+            await self._run(await reserve(self.plan, deadline_s=self.deadlines.placement))
+        finally:
+            self.metrics.close()
+            self.timeline.close()
+
+    async def _run(self, group: Any) -> None:
+        if folder := self.recipe.misc.load_debug_rollout_data:
+            await self._train_only(group, folder)
+        elif self.recipe.misc.debug_rollout_only:
+            await self._rollout_only(group)
+        else:
+            async with self._actors(group) as first, asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(self.supervisor.watch(self.sampler.engine_failed))
+                await self._rollouts(first)
+                watch.cancel()
 
     @contextlib.asynccontextmanager
     async def _actors(self, group: Any) -> AsyncIterator[int]:
@@ -99,8 +110,6 @@ class Loop:
                 yield start.next_rollout_id
         finally:
             await self.engines.stop()
-            self.metrics.close()
-            self.timeline.close()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> Any:
         """Engines and trainer up: one after the other where they share GPUs, each of which expects them empty."""
@@ -185,7 +194,9 @@ class Loop:
             await self.sampler.settled()
             await self.supervisor.to_trainer()
         self._record_rewards(rollout_id)
-        trained = await self._train(rollout)
+        async with self.supervisor.turn:
+            trained = await self._train(rollout)
+            self.supervisor.version = rollout_id + 1
         saved = await self._save(rollout_id, ahead) if self._must_save(rollout_id) else None
         if ahead is not None:
             # A sync under way would mix weights inside the answers of the rollout that is ahead.
@@ -201,18 +212,43 @@ class Loop:
             return True
         return False
 
+    async def _train_only(self, group: Any, folder: str) -> None:
+        """Train on rollouts that another run wrote."""
+        self.trainer = TrainerGroup(self.plan, group)
+        place = master(self.plan, self.binding)
+        start = (await self.trainer.call("setup", *place, deadline_s=self.deadlines.setup))[0]
+        for rollout_id in range(start.next_rollout_id, self.recipe.rollout.num_rollout):
+            trained = await self._train(read_rollout(folder, rollout_id))
+            if saves_after(self.recipe, rollout_id):
+                await self.trainer.call("save", rollout_id, start.extra, deadline_s=self.deadlines.save)
+            self._report(rollout_id, {**trained, **self.timeline.take_metrics()})
+
+    async def _rollout_only(self, group: Any) -> None:
+        """Generate with the weights that the engines loaded, and write it down."""
+        self.engines = EngineGroup(self.plan, group)
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                urls = await self.engines.start(deadline_s=self.deadlines.engine_start)
+                sampler = Sampler(self.plan, await self._clients(stack, urls))
+                self.sampler = await stack.enter_async_context(sampler)
+                for rollout_id in range(self.recipe.rollout.num_rollout):
+                    await self._evaluate_if_due(rollout_id)
+                    rollout = await self._generation(rollout_id)
+                    write_samples(self.plan.run_dir, rollout, everything=True)
+                    self._report(rollout_id, {**rollout.metrics, **self.timeline.take_metrics()})
+        finally:
+            await self.engines.stop()
+
     def _must_save(self, rollout_id: int) -> bool:
         return saves_after(self.recipe, rollout_id) or checkpoint_requested(self.plan.run_dir)
 
     async def _train(self, rollout: Rollout) -> dict[str, float]:
         import ray
 
-        async with self.supervisor.turn:
-            with self.timeline.phase("train", rollout.rollout_id):
-                stored = ray.put(rollout)
-                results = await self.trainer.call("train", stored, deadline_s=self.deadlines.train)
-            self.timeline.add_ranks(rollout.rollout_id, await self.trainer.call("take_spans", deadline_s=60))
-            self.supervisor.version = rollout.rollout_id + 1
+        with self.timeline.phase("train", rollout.rollout_id):
+            stored = ray.put(rollout)
+            results = await self.trainer.call("train", stored, deadline_s=self.deadlines.train)
+        self.timeline.add_ranks(rollout.rollout_id, await self.trainer.call("take_spans", deadline_s=60))
         return results[0]
 
     def _record_rewards(self, rollout_id: int) -> None:

@@ -1,0 +1,155 @@
+"""One engine over two nodes of the development cluster, data parallel 2 x tensor parallel 2, on a dense model."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from slurm_cluster import DEVCLUSTER, DevCluster, wait_until
+
+from tests.small_base import write_qwen3
+from vime.planning.build import Checks, make_plan
+from vime.planning.cluster import load_cluster
+from vime.planning.io import write_binding, write_plan
+from vime.planning.types import Binding, BoundNode
+from vime.recipe.load import load_recipe
+from vime.rollout.client import EngineClient, SamplingSettings
+
+pytestmark = pytest.mark.e2e
+
+READY_SECONDS = "400"
+PROMPTS = [[6, 7, 8, 16, 9, 20], [3, 4, 5], [9, 9, 9, 9]]
+KEY = "a-key-of-this-run"
+NODE = """
+import sys
+from vime.planning.io import read_binding, read_plan
+from vime.rollout.engine import EngineServer
+run, position = sys.argv[1], int(sys.argv[2])
+server = EngineServer(read_plan(run), read_binding(run), 0, position, "a-key-of-this-run")
+server.start()
+try:
+    print(server.wait_ready(float(sys.argv[3])), flush=True)
+    sys.stdin.read()
+finally:
+    server.stop()
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    url: str
+    base: Path
+    cluster: DevCluster
+
+
+@pytest.fixture(scope="module")
+def engine(four_nodes: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    base = tmp_path_factory.mktemp("base")
+    write_qwen3(base)
+    flags = ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "4", "--vllm-data-parallel-size", "2"]
+    plan = make_plan(
+        load_recipe("tiny-qwen3", flags),
+        cluster=load_cluster("devcluster"),
+        nodes=2,
+        base_dir=base,
+        run_dir=base / "run",
+        run_name="engine",
+        checks=Checks(inputs=False, run_folder=False),
+    )
+    assert (plan.engines[0].nodes, plan.engines[0].tensor_parallel_size) == ((0, 1), 2)
+    write_plan(plan)
+    nodes = [
+        BoundNode(index=i, host=f"node{i + 1:02d}", address=f"10.77.0.{i + 1}", interface="eth0") for i in range(2)
+    ]
+    write_binding(plan.run_dir, Binding(nodes=tuple(nodes), port_offset=0))
+    parts = [
+        subprocess.Popen(
+            [
+                DEVCLUSTER,
+                "exec",
+                node.host,
+                sys.executable,
+                "-c",
+                NODE,
+                plan.run_dir,
+                str(node.index),
+                READY_SECONDS,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for node in nodes
+    ]
+    try:
+        urls = []
+        for part in parts:
+            assert part.stdout is not None
+            urls.append(part.stdout.readline().strip())
+        assert urls[0] == urls[1] == f"http://10.77.0.1:{plan.engines[0].port}", logs(base)
+        yield Engine(urls[0], base, four_nodes)
+    finally:
+        for part in parts:
+            assert part.stdin is not None
+            part.stdin.close()
+        for part in parts:
+            part.wait(90)
+    wait_until(lambda: not four_nodes.processes(plan.run_dir), 20, lambda: str(four_nodes.processes(plan.run_dir)))
+
+
+def logs(base: Path) -> str:
+    return "\n".join(path.read_text()[-2000:] for path in sorted((base / "run" / "logs" / "engines").glob("*.log")))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_every_rank_answers_with_the_log_probs_of_transformers(engine: Engine, rank: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    async with EngineClient(engine.url, KEY) as client:
+        settings = SamplingSettings(24)
+        answers = await asyncio.gather(
+            *(client.generate(prompt, settings, deadline_s=60, data_parallel_rank=rank) for prompt in PROMPTS)
+        )
+    model = AutoModelForCausalLM.from_pretrained(engine.base / "tiny-qwen3", dtype=torch.float32).eval()
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert (wanted - torch.tensor(answer.log_probs)).abs().mean() < 0.05
+
+
+async def test_a_request_goes_to_the_rank_that_its_header_names(engine: Engine) -> None:
+    async def made(client: EngineClient) -> dict[str, float]:
+        counts = r'^vllm:generation_tokens_total\{[^}]*engine="(\d)"[^}]*\} (\S+)'
+        return {rank: float(tokens) for rank, tokens in re.findall(counts, await client.metrics(), re.MULTILINE)}
+
+    async with EngineClient(engine.url, KEY) as client:
+        for rank, other in (("1", "0"), ("0", "1")):
+            before = await made(client)
+            answers = [
+                await client.generate(PROMPTS[0], SamplingSettings(8), deadline_s=60, data_parallel_rank=int(rank))
+                for _ in range(3)
+            ]
+            after = await made(client)
+            assert after[rank] - before[rank] == sum(len(answer.token_ids) for answer in answers)
+            assert after[other] == before[other]
+
+
+async def test_a_seed_gives_the_same_tokens_again(engine: Engine) -> None:
+    async with EngineClient(engine.url, KEY) as client:
+
+        async def tokens(seed: int) -> list[int]:
+            answer = await client.generate(PROMPTS[1], SamplingSettings(24), deadline_s=60, seed=seed)
+            return answer.token_ids
+
+        first = await tokens(7)
+        alone, *others = await asyncio.gather(tokens(7), *(tokens(seed) for seed in range(8, 14)))
+    assert alone == first
+    assert len({tuple(each) for each in (first, *others)}) > 1
