@@ -190,6 +190,7 @@ class Loop:
     async def _learn(self, rollout: Rollout, ahead: asyncio.Task[Rollout] | None) -> bool:
         """Train on a rollout, save, give the engines the weights; whether the run shall stop here."""
         rollout_id = rollout.rollout_id
+        write_samples(self.plan.run_dir, rollout, everything=self.recipe.misc.save_debug_rollout_data)
         if ahead is None:
             await self.sampler.settled()
             await self.supervisor.to_trainer()
@@ -202,7 +203,6 @@ class Loop:
             # A sync under way would mix weights inside the answers of the rollout that is ahead.
             await asyncio.wait([ahead])
         synced = await self._sync()
-        write_samples(self.plan.run_dir, rollout, everything=self.recipe.misc.save_debug_rollout_data)
         times = self.timeline.take_metrics()
         speed = tokens_per_gpu(self.plan, rollout, sum(times.values()))
         self._report(rollout_id, {**rollout.metrics, **trained, **synced, **times, **speed})
