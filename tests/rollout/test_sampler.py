@@ -372,6 +372,17 @@ async def test_evaluation_gives_mean_reward_and_pass_at_k_of_every_set(sums):
     assert engine.requests[0]["sampling_params"]["max_tokens"] == 5
 
 
+async def test_every_evaluation_set_has_a_value_of_its_own(sums, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(path.read_text().replace('"label": "', '"label": "9'))
+    plan = sums("--eval-prompt-data", "right", str(path), "wrong", str(wrong))
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        metrics = await sampler.evaluate(0)
+    assert (metrics["eval/right"], metrics["eval/wrong"]) == (1.0, 0.0)
+    assert (metrics["eval/right/pass@1"], metrics["eval/wrong/pass@1"]) == (1.0, 0.0)
+
+
 async def test_stop_words_and_settings_reach_the_engine(sums):
     plan = sums(
         "--rollout-stop", "###", "--rollout-stop-token-ids", "7", "--rollout-temperature", "0.7", "--rollout-top-k", "5"

@@ -14,6 +14,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 PROMPT = list(range(100, 228))
 SHORT = 64
+WANTED = 10
 LOGPROB = -0.6931471805599453
 
 
@@ -220,7 +222,7 @@ def run(load: Load) -> dict[str, tuple[float, float]]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=4096)
     parser.add_argument("--concurrency", type=int, default=1024)
@@ -231,8 +233,9 @@ def main() -> None:
     for name, (rate, cpu_rate) in found.items():
         print(f"{name:8s} {rate:8.0f} requests/s   {cpu_rate:8.0f} requests/s of processor time")
     by_clock, by_cpu = (found["vime"][i] / found["openai"][i] for i in (0, 1))
-    print(f"ratio    {by_clock:8.1f}              {by_cpu:8.1f}")
+    print(f"ratio    {by_clock:8.1f}              {by_cpu:8.1f}   (both at least {WANTED})")
+    return 0 if min(by_clock, by_cpu) >= WANTED else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
