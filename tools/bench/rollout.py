@@ -27,10 +27,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rollout")]
-from rollout_plans import plan_of  # noqa: E402
-from stub_engine import KEY, CharacterTokenizer, StubEngine, encode  # noqa: E402
-
+sys.path.insert(0, str(ROOT))
+from tests.rollout.rollout_plans import plan_of  # noqa: E402
+from tests.rollout.stub_engine import KEY, CharacterTokenizer, StubEngine, encode  # noqa: E402
 from vime.rollout.client import EngineClient  # noqa: E402
 from vime.rollout.dispatch import Patience  # noqa: E402
 from vime.rollout.sampler import Sampler  # noqa: E402
