@@ -15,7 +15,7 @@ from vime.launch import snapshot
 from vime.launch.discover import has_slurm, query_partitions, resolve
 from vime.launch.jobs import forget_jobs
 from vime.planning.build import Checks, fewest_nodes, make_plan
-from vime.planning.cluster import load_cluster, parse_minutes
+from vime.planning.cluster import load_cluster, machine_memory, parse_minutes
 from vime.planning.fit import shortages
 from vime.planning.io import PLAN, read_plan, write_plan
 from vime.planning.registry import record_run
@@ -167,7 +167,8 @@ def _cluster(
     if cluster.kind == "local":
         if args.partition or args.spares or args.shape != "allocation":
             raise BadInput("--partition, --spares and --shape have no meaning with --cluster local: leave them out")
-        return cluster, []
+        memory = cluster.memory_per_node_bytes or machine_memory()
+        return cluster.model_copy(update={"memory_per_node_bytes": memory}), []
     if has_slurm():
         wanted = (nodes or _default_nodes(recipe)) + args.spares
         try:

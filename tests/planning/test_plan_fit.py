@@ -162,3 +162,11 @@ def test_the_map_is_written_beside_the_table(tmp_path: Path, capsys: pytest.Capt
     assert "give --placement with it" in capsys.readouterr().err
     assert command.main(["--placement", "--svg", str(tmp_path / "no" / "map.svg")]) == 2
     assert "--svg" in capsys.readouterr().err
+
+
+def test_a_plan_for_this_machine_knows_its_memory(base_dir: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--recipe", "tiny-deepseek-r1", "--cluster", "local", "--base-dir", str(base_dir)]
+    assert command.main([*words, "--nodes", "auto"]) == 0
+    printed = capsys.readouterr().out
+    assert "--nodes auto: 1 node" in printed
+    assert "yes: the fullest node needs 4 GB of" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from pydantic import ValidationError
@@ -35,6 +36,11 @@ def load_cluster(name_or_path: str) -> Cluster:
             advice = f"give it as {place}" if (place := OWN_OPTIONS[name]) else "vime sets it"
             raise BadInput(f"{path}: extra-sbatch has {option}: {advice}")
     return cluster
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def parse_minutes(text: str) -> int:
