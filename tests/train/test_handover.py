@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from tests.train.test_trust import plan_of
-from vime.errors import DeadlineExceeded
+from vime.errors import Cause
 from vime.rollout.client import EngineStatus
-from vime.train.handover import Deadlines, Handover, described, moved, over_plan
+from vime.train.handover import Deadlines, EngineStuck, Handover, described, moved, over_plan
 
 GB = 10**9
 TRAINER = {"weights": 10 * GB, "gradients": 20 * GB}
@@ -115,8 +115,9 @@ async def test_an_engine_that_cannot_wake_says_what_was_free():
     world = World()
     world.fails_in = "kv_cache"
     await world.handover.room_for_weights()
-    with pytest.raises(EngineStatus) as caught:
+    with pytest.raises(EngineStuck, match="engine 0 did not sleep or wake: POST /wake_up answered 500") as caught:
         await world.handover.room_for_answers()
+    assert caught.value.engine == 0
     assert caught.value.__notes__ == [
         "in the hand-over of GPUs, step engines_wake_kv_cache; free before it: 58.0 GB of a GPU, 900.0 GB of a host"
     ]
@@ -125,8 +126,9 @@ async def test_an_engine_that_cannot_wake_says_what_was_free():
 async def test_a_step_that_hangs_ends_at_its_deadline():
     world = World(asleep=False, deadlines=Deadlines(engines=0.05))
     world.hangs, world.trainer = True, set()
-    with pytest.raises(DeadlineExceeded, match=r"engines did not sleep or wake within 0 s"):
+    with pytest.raises(EngineStuck, match=r"engine 0 did not sleep or wake within 0 s") as caught:
         await world.handover.to_trainer()
+    assert caught.value.cause == Cause.DEADLINE
 
 
 def test_what_a_host_takes_beyond_the_plan_is_found():

@@ -9,6 +9,7 @@ from tests.train.test_trust import FakeEngine, plan_of
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.rollout.client import EngineAnswer, EngineTimeout, EngineUnreachable
 from vime.sync.session import SyncFailed
+from vime.train.handover import EngineStuck
 from vime.train.supervisor import Deadlines, EngineLost, EngineSupervisor
 from vime.train.trust import EngineDistrusted
 
@@ -22,7 +23,7 @@ class World:
         self.engines = [FakeEngine(version=-1), FakeEngine(version=-1)]
         self.sync_faults = list(sync_faults)
         self.trainer_off = trainer_off
-        self.start_faults, self.sleep_faults, self.turns = [], [], []
+        self.start_faults, self.turns, self.turn_faults = [], [], {}
         self.ends = []
         self.broken = set()
         for number, engine in enumerate(self.engines):
@@ -67,22 +68,25 @@ class World:
 
     trainer_has_them = False
 
+    async def turn(self, step):
+        self.turns.append(step)
+        if (fault := self.turn_faults.pop(step, None)) is not None:
+            raise fault
+
     async def room_for_weights(self):
-        self.turns.append("room for weights")
+        await self.turn("room for weights")
 
     async def weights_come_back(self):
-        self.turns.append("weights come back")
+        await self.turn("weights come back")
 
     async def room_for_answers(self):
-        self.turns.append("room for answers")
+        await self.turn("room for answers")
 
     async def to_engines(self):
-        self.turns.append("to engines")
+        await self.turn("to engines")
 
     async def to_trainer(self):
-        self.turns.append("to trainer")
-        if self.sleep_faults:
-            raise self.sleep_faults.pop(0)
+        await self.turn("to trainer")
 
     def started(self, engine):
         self.turns.append(f"engine {engine} started")
@@ -248,7 +252,7 @@ async def test_an_engine_restarted_in_a_rollout_gets_its_weights_while_the_train
     assert world.turns == ["engine 1 started", "weights come back", "room for answers", "to engines"]
 
 
-async def test_an_engine_that_died_while_the_trainer_had_the_gpus_is_restarted_before_the_sync():
+async def test_an_engine_that_died_since_the_last_sync_is_restarted_before_the_next():
     world = World()
     await world.supervisor.sync()
     world.journal.clear()
@@ -257,14 +261,23 @@ async def test_an_engine_that_died_while_the_trainer_had_the_gpus_is_restarted_b
     assert world.journal[:3] == [("restart", 1), ("restarted", 1), ("sync", 0)]
 
 
-async def test_an_engine_that_died_before_it_could_sleep_is_restarted_and_all_sleep():
+@pytest.mark.parametrize("step", ["to trainer", "room for weights", "room for answers"])
+async def test_an_engine_that_neither_sleeps_nor_wakes_is_restarted_and_the_step_repeated(step):
     world = World()
     await world.supervisor.sync()
-    world.sleep_faults = [EngineUnreachable("no connection")]
-    world.ends = [(0, "exited with -9: Killed")]
     world.turns.clear()
+    world.turn_faults = {step: EngineStuck("engine 0 did not sleep or wake: no connection", 0, Cause.CODE_ERROR)}
     await world.supervisor.to_trainer()
-    assert world.turns == ["to trainer", "engine 0 started", "to trainer"]
-    world.sleep_faults, world.ends = [EngineAnswer("what?")], []
-    with pytest.raises(EngineAnswer):
+    await world.supervisor.sync()
+    assert world.turns.count("engine 0 started") == 1
+    assert world.turns.count(step) == 2
+    assert world.turns[-1] == "to engines"
+
+
+async def test_an_engine_that_never_sleeps_ends_the_run():
+    world = World("--max-engine-restarts", "0")
+    await world.supervisor.sync()
+    world.turn_faults = {"to trainer": EngineStuck("engine 0 did not sleep", 0, Cause.DEADLINE)}
+    with pytest.raises(EngineLost, match="did not sleep") as caught:
         await world.supervisor.to_trainer()
+    assert caught.value.cause == Cause.DEADLINE

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vime.errors import DeadlineExceeded, VimeError
+from vime.errors import Cause, VimeError
 from vime.planning.types import Plan
 
 Free = tuple[int, int | None, int]
@@ -42,6 +42,14 @@ class Call(Protocol):
     """Calls a method of every trainer rank; results in rank order."""
 
     def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
+
+
+class EngineStuck(VimeError):
+    """An engine did not take or give the GPUs."""
+
+    def __init__(self, text: str, engine: int, cause: Cause) -> None:
+        super().__init__(text)
+        self.engine, self.cause = engine, cause
 
 
 @dataclass(frozen=True)
@@ -142,11 +150,17 @@ class Handover:
         return await self._trainer(method, *args, deadline_s=self._deadlines.trainer)
 
     async def _each(self, engines: Iterable[int], call: Callable[[Sleeper], Awaitable[None]]) -> None:
-        limit = self._deadlines.engines
-        try:
-            await asyncio.wait_for(asyncio.gather(*(call(self._engines[engine]) for engine in engines)), limit)
-        except TimeoutError:
-            raise DeadlineExceeded(f"engines did not sleep or wake within {limit:.0f} s") from None
+        async def one(engine: int) -> None:
+            limit = self._deadlines.engines
+            try:
+                await asyncio.wait_for(call(self._engines[engine]), limit)
+            except TimeoutError:
+                text = f"engine {engine} did not sleep or wake within {limit:.0f} s"
+                raise EngineStuck(text, engine, Cause.DEADLINE) from None
+            except VimeError as error:
+                raise EngineStuck(f"engine {engine} did not sleep or wake: {error}", engine, error.cause) from error
+
+        await asyncio.gather(*(one(engine) for engine in engines))
 
     async def _step(self, name: str, work: Callable[[], Awaitable[Any]]) -> None:
         before = await self._call("free_bytes")

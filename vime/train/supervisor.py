@@ -12,7 +12,7 @@ from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.planning.types import Plan
 from vime.rollout.client import EngineClient, EngineError, EngineTimeout, EngineUnreachable
 from vime.sync.session import SyncFailed
-from vime.train.handover import Handover
+from vime.train.handover import EngineStuck, Handover
 from vime.train.trust import EngineDistrusted, check_trust, differences, probe_settings
 
 POLL_SECONDS = 5.0
@@ -95,9 +95,9 @@ class EngineSupervisor:
         failed, EngineDistrusted where engines never agreed with the trainer.
         """
         async with self._care, self.turn:
-            await self._handover.room_for_weights()
-            for engine, how in await self._servers.exited():
+            for engine, how in () if self._handover.trainer_has_them else await self._servers.exited():
                 await self._restart([engine], engine, EngineUnreachable(f"engine {engine} {how}"))
+            await self._handed(self._handover.room_for_weights)
             metrics = await self._load(range(len(self._clients)))
         self._restarts.clear()
         metrics["sync/engine_restarts"], self.restarts = float(self.restarts), 0
@@ -106,14 +106,15 @@ class EngineSupervisor:
     async def to_trainer(self) -> None:
         """The trainer gets the GPUs, where it shares them. No request may be under way."""
         async with self._care, self.turn:
-            while True:
-                try:
-                    return await self._handover.to_trainer()
-                except EngineError as error:
-                    dead = [engine for engine, _ in await self._servers.exited()]
-                    if not dead:
-                        raise
-                    await self._restart(dead, dead[0], error)
+            await self._handed(self._handover.to_trainer)
+
+    async def _handed(self, step: Callable[[], Awaitable[None]]) -> None:
+        """A step of the hand-over; an engine that does not take part is restarted, and the step is repeated."""
+        while True:
+            try:
+                return await step()
+            except EngineStuck as error:
+                await self._restart([error.engine], error.engine, error)
 
     async def recover(self, engine: int, error: EngineError) -> None:
         """Bring a failed engine back with the trainer's weights: as it is where only a connection broke, else by a
@@ -151,6 +152,8 @@ class EngineSupervisor:
                 everyone = range(len(self._clients))
                 await self._restart(everyone, error.engine, error)
                 checked = everyone
+            except EngineStuck as error:
+                await self._restart([error.engine], error.engine, error)
             except EngineDistrusted as error:
                 if not self._synced:
                     raise  # other weights would have come with the first sync; a restart computes the same again
