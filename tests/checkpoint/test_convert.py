@@ -35,6 +35,10 @@ from vime.recipe.parallel import ParallelLayout
 MODELS = {
     "deepseek": tiny_hf.DEEPSEEK,
     "deepseek-fp8": tiny_hf.with_fp8(tiny_hf.DEEPSEEK),
+    "moonlight": {
+        **{key: value for key, value in tiny_hf.DEEPSEEK.items() if key != "rope_scaling"},
+        **{"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2, "num_nextn_predict_layers": 0},
+    },
     "qwen3": tiny_hf.QWEN3,
     "qwen3-moe": tiny_hf.QWEN3_MOE,
     "llama": tiny_hf.LLAMA,

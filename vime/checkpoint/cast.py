@@ -30,6 +30,7 @@ from vime.checkpoint.progress import Progress
 from vime.checkpoint.ranks import rank_and_size
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes, same_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
+from vime.models.families import params_of
 
 if TYPE_CHECKING:
     from vime.checkpoint.cast_gpu import GpuCaster
@@ -146,7 +147,7 @@ def check_rank(rank: int, world_size: int) -> None:
 
 
 def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
-    """The output's files: those of the source, without scales, fp8 tensors as bf16. Checks every scale."""
+    """The output's files: those of the source, without scales, fp8 tensors as bf16. Checks every tensor."""
     fp8 = {name for name in checkpoint.tensors if checkpoint.is_quantised(name)}
     if not fp8:
         raise BadInput(f"{checkpoint.path} holds no fp8 tensors: it needs no cast")
@@ -161,6 +162,7 @@ def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
         if name.endswith(SCALE_SUFFIX):
             raise BadInput(f"{info.file}: {name} is a scale, but its weight is not stored in fp8: fetch it again")
         specs.append(Spec(name, torch.bfloat16 if name in fp8 else info.dtype, info.shape))
+    checkpoint.check(params_of(checkpoint.config))
     return [Shard(file, *layout(Path(file), specs)) for file, specs in sorted(files.items()) if specs]
 
 

@@ -110,6 +110,8 @@ def check_layout(config: ModelConfig, layout: ParallelLayout) -> None:
         (groups, layout.tp, "key-value heads", "--tensor-model-parallel-size"),
         (config.ffn_hidden_size, layout.tp, "columns of the dense MLP", "--tensor-model-parallel-size"),
     ]
+    if config.mtp_layers:
+        checks.append((config.hidden_size, layout.tp, "rows of the MTP projection", "--tensor-model-parallel-size"))
     if moe is not None:
         checks += [
             (moe.num_experts, layout.ep, "experts", "--expert-model-parallel-size"),
