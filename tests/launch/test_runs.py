@@ -130,7 +130,7 @@ def test_a_run_that_cannot_be_read_is_noted_and_left_out(tmp_path: Path, capsys:
 def test_names_are_those_that_training_gives() -> None:
     from vime.checkpoint import torch_dist
     from vime.launch import prune
-    from vime.megatron.checkpointing import folder_of
+    from vime.megatron.checkpoint_folders import folder_of
 
     assert prune.TRACKER == torch_dist.TRACKER
     assert prune._ITERATION.fullmatch(folder_of("/save", 12).name)

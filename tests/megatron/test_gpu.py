@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(),
 
 RECIPE: dict[str, dict[str, Any]] = {
     "algorithm": {"use_kl_loss": True, "kl_loss_coef": 0.5},
-    "optimizer": {"lr": 1e-3, "adam_eps": 1e-8, "weight_decay": 0.1, "clip_grad": 1.0},
+    # With Adam's usual epsilon the first step is the gradient's sign, and rounding decides it where gradients are near
+    # zero: weights off by one part in 10^7 then change the loss by 2 % on a CPU alone.
+    "optimizer": {"lr": 1e-3, "adam_eps": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0},
 }
 OFFLOAD = {"optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True, "use_precision_aware_optimizer": True}
 

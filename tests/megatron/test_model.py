@@ -9,10 +9,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from single import MODELS, built, one_process
 
 from vime.errors import BadInput
-from vime.megatron.model import build_model
+from vime.megatron import backend
+from vime.megatron.model import ModelOptions, build_model, megatron_config
 from vime.megatron.naming import local_tensors
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
+from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
 
 
@@ -98,8 +100,42 @@ def test_without_mtp_only_its_layers_are_left_out() -> None:
         ("deepseek", ParallelLayout(world_size=3, tp=3, sequence_parallel=True), "attention heads"),
         ("deepseek", ParallelLayout(world_size=3, ep=3), "experts"),
         ("qwen3", ParallelLayout(world_size=2, ep=2), "no experts"),
+        ("qwen3_moe", ParallelLayout(world_size=2, tp=2), "mixtures of experts under tensor parallelism"),
+        ("qwen3", ParallelLayout(world_size=5, pp=5), "do not divide over 5 pipeline stages"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(name: str, layout: ParallelLayout, what: str) -> None:
     with pytest.raises(BadInput, match=what):
         build_model(ModelConfig.from_hf(MODELS[name]), layout, bf16=False)
+
+
+def test_a_vocabulary_that_tensor_parallelism_would_fill_up_is_refused() -> None:
+    config = ModelConfig.from_hf({**MODELS["qwen3"], "vocab_size": 129})
+    with pytest.raises(BadInput, match="the vocabulary of 129 does not divide by --tensor-model-parallel-size 2"):
+        build_model(config, ParallelLayout(world_size=2, tp=2), bf16=False)
+
+
+def test_a_dispatcher_that_cannot_take_packed_micro_batches_through_a_pipeline_is_refused() -> None:
+    options = ModelOptions(moe_token_dispatcher_type="allgather")
+    layout = ParallelLayout(world_size=2, pp=2)
+    with pytest.raises(BadInput, match=r"allgather cannot take packed micro-batches .* through PP2: use alltoall"):
+        megatron_config(ModelConfig.from_hf(MODELS["deepseek"]), layout, bf16=True, mtp=False, options=options)
+
+
+def test_every_option_of_the_full_recipe_reaches_megatron_on_a_gpu_and_is_spoken_of_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ModelOptions.from_recipe(load_recipe("deepseek-r1", []))
+    config, layout = ModelConfig.from_hf(MODELS["deepseek"]), ParallelLayout()
+    said = " ".join(options.without_effect(cpu=True))
+    assert "--moe-enable-deepep" in said
+    assert "--attention-backend flash" in said
+    assert options.without_effect(cpu=False) == []
+    here = megatron_config(config, layout, bf16=True, mtp=False, options=options)
+    assert here.moe_token_dispatcher_type == "alltoall"
+    assert (here.recompute_granularity, here.recompute_method, here.recompute_num_layers) == ("full", "uniform", 1)
+    gpu = backend.Backend(torch.device("cuda", 0), "nccl", transformer_engine=False)
+    monkeypatch.setattr(backend, "setup", lambda: gpu)
+    there = megatron_config(config, layout, bf16=True, mtp=False, options=options)
+    assert (there.moe_token_dispatcher_type, there.moe_flex_dispatcher_backend) == ("flex", "deepep")
+    assert (there.attention_backend.name, there.attention_softmax_in_fp32) == ("flash", True)

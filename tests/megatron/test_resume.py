@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from worker_cases import Case, Result, run_cases
 
 from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
-from vime.megatron.checkpointing import STATE_FILE, iterations
+from vime.checkpoint.torch_dist import TRACKER
+from vime.megatron.checkpoint_folders import STATE_FILE
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 
@@ -122,25 +123,64 @@ def test_what_is_written_names_the_files_and_the_layout(results: dict[str, Resul
     assert {".metadata", "common.pt", "metadata.json"} <= set(content["files"])
 
 
-def test_damage_is_seen_and_the_checkpoint_before_is_taken(folder: Path, results: dict[str, Result]) -> None:
-    del results
-    save = folder / "straight"
-    assert iterations(save) == [1, 0]
-    shards = sorted((save / "iter_0000001").glob("*.distcp"))
-    shards[0].write_bytes(shards[0].read_bytes()[:-100])
-    base = case("damaged", str(folder / "hf"), save, {}, [])
-    (found,) = run_cases([dataclasses.replace(base, save_after=[])], 1, folder / "damaged").values()
+@pytest.fixture(scope="module")
+def faults(folder: Path, results: dict[str, Result]) -> tuple[Result, dict[str, Result]]:
+    """A trainer killed while it saves in the background, and new starts: on what it left, and on damaged copies."""
+    checkpoint = str(folder / "hf")
+    in_background = {"checkpoint_options": {"async_save": True, "save_keep": 1}}
+    killed = case("killed", checkpoint, folder / "killed", {}, [0, 1], die_in_last_save=True, **in_background)
+    (last,) = run_cases([killed], 1, folder / "killed_run").values()
+    cases = [case("after_kill", checkpoint, folder / "killed", {}, [1, 2], **in_background)]
+    for harm in (cut, flip_a_byte):
+        copy = folder / harm.__name__
+        shutil.copytree(folder / "straight", copy)
+        harm(copy / "iter_0000001")
+        cases.append(case(harm.__name__, checkpoint, copy, {}, [1]))
+    exported = {"checkpoint_options": {"save_hf": str(folder / "exported-{rollout_id}"), "async_save": True}}
+    cases.append(case("exporting", checkpoint, folder / "exporting", {}, [0], **exported))
+    return last, run_cases(cases, 1, folder / "faults_run")
+
+
+def test_a_trainer_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+    folder: Path, results: dict[str, Result], faults: tuple[Result, dict[str, Result]]
+) -> None:
+    killed, after = faults[0], faults[1]["after_kill"]
+    assert killed.left == [".iter_0000001.partial", "iter_0000000", TRACKER]
+    assert (after.next_rollout_id, after.extra) == (1, {"cursor": 0})
+    assert without_times(after.metrics[0]) == without_times(results["straight"].metrics[1])
+    assert sorted(path.name for path in (folder / "killed").iterdir()) == ["iter_0000002", TRACKER]
+
+
+@pytest.mark.parametrize(("harm", "said"), [("cut", "bytes"), ("flip_a_byte", "does not hold what was written")])
+def test_the_checkpoint_before_a_damaged_one_is_taken_with_a_warning(
+    folder: Path, results: dict[str, Result], faults: tuple[Result, dict[str, Result]], harm: str, said: str
+) -> None:
+    found = faults[1][harm]
     assert found.next_rollout_id == 1
     assert found.loaded_from.endswith("iter_0000000")
-    assert f"{shards[0].name} has" in found.printed
+    (warning,) = [line for line in found.printed.splitlines() if f"{harm}/iter_0000001 cannot be used" in line]
+    assert said in warning
+    assert without_times(found.metrics[0]) == without_times(results["straight"].metrics[1])
 
 
-def test_gradients_that_are_not_finite_are_skipped_named_and_end_the_run(folder: Path) -> None:
-    poisoned = case(
-        "poisoned", str(folder / "hf"), folder / "poisoned", {}, [0, 1, 2], poison_after=0,
-        recipe={"algorithm": {"advantage_estimator": "reinforce_plus_plus_baseline", "use_kl_loss": False}},
-    )  # fmt: skip
-    (found,) = run_cases([poisoned], 1, folder / "poisoned_run").values()
-    assert "NotFinite" in found.error
-    assert "skipped: gradient norm is" in found.printed
-    assert "decoder.layers" in found.error
+def test_save_hf_writes_an_hf_folder_beside_the_checkpoint(
+    folder: Path, faults: tuple[Result, dict[str, Result]]
+) -> None:
+    assert faults[1]["exporting"].error == ""
+    export(folder / "straight" / "iter_0000000", folder / "hf", folder / "exported_by_hand")
+    ours, expected = HFCheckpoint(folder / "exported-0"), HFCheckpoint(folder / "exported_by_hand")
+    for param in params_of(ModelConfig.from_hf(MODELS["deepseek"])):
+        for part in param.parts:
+            assert (ours.tensor(part.name) == expected.tensor(part.name)).all(), part.name
+
+
+def cut(checkpoint: Path) -> None:
+    shard = sorted(checkpoint.glob("*.distcp"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    shard = sorted(checkpoint.glob("*.distcp"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 16
+    shard.write_bytes(content)

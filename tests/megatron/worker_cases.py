@@ -5,8 +5,10 @@ As a module: what a test calls. As a script (`python worker_cases.py CASES.json 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-DEADLINE = 280
+# Ranks that a small layout has no place for wait for its end; who starts them ends them all before this.
+PORT_DEADLINE = 3600
 
 
 @dataclass
@@ -31,8 +34,8 @@ class Case:
     save_after: list[int] = field(default_factory=list)
     score: bool = False
     """Also log-probs of the first rollout's samples, before training."""
-    poison_after: int | None = None
-    """Make the rewards of later rollouts ruin the gradient."""
+    die_in_last_save: bool = False
+    """End the process, as SIGKILL would, when the last save has begun."""
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Result:
     metrics: list[dict[str, float]] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """In the checkpoint folder when the process died."""
     printed: str = ""
     error: str = ""
 
@@ -58,23 +63,36 @@ BASE: dict[str, dict[str, Any]] = {
 
 
 def run_cases(
-    cases: list[Case], processes: int, folder: Path, environment: dict[str, str] | None = None
+    cases: list[Case],
+    processes: int,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    *,
+    deadline: float = 280,
 ) -> dict[str, Result]:
-    """Run the cases one after the other in `processes` processes; results by name."""
+    """Run the cases one after the other in `processes` processes; results by name. `deadline` is in seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "cases.json"
     file.write_text(json.dumps([asdict(case) for case in cases]))
     environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     logs = [(folder / f"rank{rank}.log").open("w") for rank in range(processes)]
     started = [
-        subprocess.Popen([sys.executable, __file__, str(file), str(rank)], env=environment, stdout=log, stderr=log)
+        subprocess.Popen(
+            [sys.executable, __file__, str(file), str(rank)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = wait_for_all(started)
+        codes = wait_for_all(started, deadline)
     finally:
         for process in started:
-            process.kill()
+            # A killed trainer leaves the helpers of its writer.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     text = "".join(f"--- rank {r}\n" + (folder / f"rank{r}.log").read_text()[-3000:] for r in range(processes))
     assert codes == [0] * processes, f"exit codes {codes}\n{text}"
     results = {case.name: Result(**json.loads((folder / f"{case.name}.json").read_text())) for case in cases}
@@ -83,9 +101,9 @@ def run_cases(
     return results
 
 
-def wait_for_all(started: list[subprocess.Popen[bytes]]) -> list[int | None]:
+def wait_for_all(started: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
     """Exit codes; ends early when one has failed, since the others then wait for it."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + deadline
     while time.monotonic() < end:
         codes = [process.poll() for process in started]
         if any(codes) or None not in codes:
@@ -94,7 +112,7 @@ def wait_for_all(started: list[subprocess.Popen[bytes]]) -> list[int | None]:
     return [process.poll() for process in started]
 
 
-def rollout_of(number: int, vocabulary: int, poisoned: bool) -> Any:
+def rollout_of(number: int, vocabulary: int) -> Any:
     """A rollout that depends on its number alone: groups of different lengths, one of equal rewards."""
     import random
 
@@ -114,7 +132,7 @@ def rollout_of(number: int, vocabulary: int, poisoned: bool) -> Any:
             samples.append(
                 Sample(
                     4 * g + s, g, "", prompt, response_ids=response, log_probs=log_probs, loss_mask=mask,
-                    reward=reward * (1e38 if poisoned else 1.0), status=Status.COMPLETED,
+                    reward=reward, status=Status.COMPLETED,
                 )
             )  # fmt: skip
         groups.append(Group(g, samples))
@@ -158,13 +176,16 @@ def run_case(case: Case, rank: int, port: int, folder: Path) -> Result:
         result.next_rollout_id, result.loaded_from, result.extra = start.next_rollout_id, start.loaded_from, start.extra
         vocabulary = worker.config.vocab_size
         if case.score:
-            samples = rollout_of(case.rollouts[0], vocabulary, False).samples
+            samples = rollout_of(case.rollouts[0], vocabulary).samples
             result.scores = worker.log_probs([(s.prompt_ids, s.response_ids) for s in samples])
         for number in case.rollouts:
-            poisoned = case.poison_after is not None and number > case.poison_after
-            result.metrics.append(worker.train(rollout_of(number, vocabulary, poisoned)))
+            result.metrics.append(worker.train(rollout_of(number, vocabulary)))
             if number in case.save_after:
                 result.saved.append(worker.save(number, {"cursor": number}))
+        if case.die_in_last_save:
+            result.left = sorted(path.name for path in Path(result.saved[-1]).parent.iterdir())
+            write(result, case, folder)
+            os._exit(0)
     except VimeError as error:
         result.error = f"{type(error).__name__}: {error}"
     finally:
@@ -184,7 +205,11 @@ def main(file: str, rank: int) -> None:
             continue
         result = run_case(case, rank, _port(folder, number, rank), folder)
         if rank == 0:
-            (folder / f"{case.name}.json").write_text(json.dumps(asdict(result)))
+            write(result, case, folder)
+
+
+def write(result: Result, case: Case, folder: Path) -> None:
+    (folder / f"{case.name}.json").write_text(json.dumps(asdict(result)))
 
 
 def _port(folder: Path, number: int, rank: int) -> int:
@@ -198,7 +223,7 @@ def _port(folder: Path, number: int, rank: int) -> int:
         draft.write_text(str(port))
         draft.rename(file)
         return port
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + PORT_DEADLINE
     while not file.exists():
         if time.monotonic() > end:
             raise TimeoutError(f"rank 0 never wrote {file}")

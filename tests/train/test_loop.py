@@ -25,8 +25,9 @@ class World:
         (tmp_path / "control").mkdir()
         nodes = tuple(BoundNode(index=i, host=f"n{i}", address=f"10.0.0.{i}") for i in range(2))
         self.journal, self.saved, self.turn, self.version = [], [], asyncio.Lock(), 0
+        self.published, self.answer = [], tmp_path / "control" / "checkpoint-done"
         self.prompts = 0
-        self.trainable = asyncio.Event()
+        self.training, self.trainable = asyncio.Event(), asyncio.Event()
         self.trainable.set()
         self.loop = Loop(plan, Binding(nodes=nodes, port_offset=0), "key")
         self.loop.trainer = self.loop.sampler = self.loop.supervisor = self
@@ -39,8 +40,16 @@ class World:
         if method == "save":
             self.saved.append((args[0], args[1]["sampler"]["prompts"]))
             return ["checkpoint"]
+        if method == "finish_save":
+            assert not self.answer.exists()
+            self.published = list(self.saved)
+            return [None]
+        if method == "poll_save":
+            self.journal.append("poll")
+            return [True]
         assert method == "train"
         self.journal.append(f"train {args[0].rollout_id}")
+        self.training.set()
         await asyncio.sleep(0)
         await self.trainable.wait()
         self.journal.append(f"trained {args[0].rollout_id}")
@@ -138,6 +147,36 @@ async def test_a_checkpoint_on_request_ends_the_run_and_the_rollout_that_is_ahea
     assert json.loads((tmp_path / "control" / "checkpoint-done").read_text())["rollout_id"] == 0
     assert "train 1" not in it.journal
     assert list(read_metrics(tmp_path)) == [0]
+
+
+@pytest.mark.parametrize("flags", [(), APART])
+async def test_every_checkpoint_is_published_before_the_run_ends(world, flags):
+    it = world(*flags)
+    await it.loop._rollouts(0)
+    assert len(it.published) == 3
+
+
+async def test_a_checkpoint_on_request_is_published_before_the_answer(world, tmp_path):
+    it = world()
+    (tmp_path / "control" / "checkpoint-request").write_text("")
+    await it.loop._rollouts(0)
+    assert len(it.published) == 1
+    assert it.answer.exists()
+
+
+async def test_what_was_written_in_the_background_is_published_between_the_trainers_other_turns(world, monkeypatch):
+    monkeypatch.setattr("vime.train.loop.SAVE_POLL_SECONDS", 0.001)
+    it = world("--async-save")
+    it.trainable.clear()
+    task = asyncio.create_task(it.loop._publish_saves())
+    run = asyncio.create_task(it.loop._rollouts(0))
+    await asyncio.wait_for(it.training.wait(), 10)
+    assert "poll" in it.journal[: it.journal.index("to trainer")]
+    await asyncio.sleep(0.02)
+    assert it.journal[-1] == "train 0"
+    it.trainable.set()
+    await asyncio.wait_for(run, 10)
+    task.cancel()
 
 
 async def test_a_rollout_ahead_that_fails_ends_the_run_after_what_was_trained_is_reported(world, tmp_path):

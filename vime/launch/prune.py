@@ -12,7 +12,7 @@ from pathlib import Path
 from vime.launch.state import RunState
 from vime.planning.types import Plan
 
-# Names that vime.megatron.checkpointing gives: read here on a login node, where that module's libraries are missing.
+# Names that vime.megatron.checkpoint_folders gives: read here on a login node, where its libraries are missing.
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d+)")
 _PARTIAL = re.compile(r"\.iter_\d+\.partial")

@@ -1,96 +1,22 @@
-"""Training checkpoints: torch_dist with model and optimizer, published whole or not at all, loadable at any layout.
-
-<save>/iter_0000012/           .metadata, *.distcp, common.pt, metadata.json (Megatron's), vime.json (state, sizes)
-<save>/latest_checkpointed_iteration.txt    names the newest complete one, written last
-"""
+"""Training checkpoints: torch_dist with model and optimizer, published whole or not at all, loadable at any layout."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from vime.checkpoint.durable import publish_folder
-from vime.checkpoint.torch_dist import TRACKER, TorchDistReader, use_disk_keys, write_tracker
+from vime.checkpoint.torch_dist import TorchDistReader, use_disk_keys
 from vime.errors import BadInput
+from vime.megatron import checkpoint_folders as folders
+from vime.megatron.checkpoint_folders import State
 from vime.megatron.naming import fill, local_tensors
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig
 from vime.models.transform import shard
 from vime.recipe.parallel import Coordinates, ParallelLayout
-
-STATE_FILE = "vime.json"
-_ITERATION = re.compile(r"^iter_(\d+)$")
-
-
-@dataclass(frozen=True)
-class State:
-    """What a checkpoint holds besides tensors."""
-
-    rollout_id: int
-    """The last rollout that it was trained on."""
-    optimizer_steps: int
-    extra: dict[str, Any]
-    """The driver's; JSON."""
-
-
-def folder_of(root: str | Path, rollout_id: int) -> Path:
-    """`<root>/iter_0000012`."""
-    return Path(root) / f"iter_{rollout_id:07d}"
-
-
-def has_tracker(root: str | Path | None) -> bool:
-    """Whether the folder says that it holds a checkpoint."""
-    return root is not None and (Path(root) / TRACKER).exists()
-
-
-def iterations(root: Path) -> list[int]:
-    """Numbers of the published checkpoints, newest first."""
-    names = (path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
-    return sorted((int(match[1]) for name in names if (match := _ITERATION.match(name))), reverse=True)
-
-
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None for a whole one. Looks at names and sizes, not at every byte."""
-    try:
-        content = json.loads((folder / STATE_FILE).read_text())
-        sizes: dict[str, int] = content["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{STATE_FILE} cannot be read ({error})"
-    for name, size in sizes.items():
-        try:
-            found = (folder / name).stat().st_size
-        except OSError as error:
-            return f"{name} is missing ({error.strerror})"
-        if found != size:
-            return f"{name} has {found} bytes, {size} were written"
-    return None
-
-
-def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path:
-    """The newest checkpoint that is whole; says what is wrong with newer ones. Raises BadInput if there is none."""
-    content = (root / TRACKER).read_text().strip()
-    if not content.isdigit():
-        return root / content
-    for number in iterations(root):
-        folder = folder_of(root, number)
-        if number > int(content):
-            warn(f"warning: {folder} is newer than {TRACKER} says ({content}): left out")
-            continue
-        wrong = damage(folder)
-        if wrong is None:
-            return folder
-        warn(f"warning: {folder} cannot be used, {wrong}: taking the checkpoint before it")
-    raise BadInput(
-        f"{root / TRACKER} names iteration {content}, but no checkpoint in {root} is whole: give another --load"
-    )
 
 
 class Checkpointer:
@@ -112,7 +38,7 @@ class Checkpointer:
         self._keep, self._background = keep, background
         self._queue: Any = None
 
-    def save(self, root: str | Path, state: State, *, with_optimizer: bool = True) -> Path:
+    def save(self, root: str | Path, state: State) -> Path:
         """Write `<root>/iter_…`, publish it by rename, then write the tracker; older ones beyond `keep` are removed.
 
         In the background the folder appears by the time `finish` returns, the next `save` or `poll` at the latest.
@@ -121,23 +47,18 @@ class Checkpointer:
 
         self.finish()
         root = Path(root)
-        partial = root / f".{folder_of(root, state.rollout_id).name}.partial"
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+        partial = _from_first(lambda: str(folders.fresh_partial(root, state.rollout_id)))
         content: dict[str, Any] = {"model": self._model_state(), "iteration": state.rollout_id}
         content["checkpoint_version"] = 3.0
-        if with_optimizer and self._optimizer is not None:
+        if state.with_optimizer and self._optimizer is not None:
             content["optimizer"] = self._optimizer.sharded_state(content["model"])
+        layout = {name: getattr(self._layout, name) for name in ("world_size", "tp", "pp", "cp", "ep", "etp")}
 
         def publish() -> None:
             if dist.get_rank() == 0:
-                self._publish(root, partial, state, with_optimizer)
+                folders.publish(root, state, keep=self._keep, layout=layout)
 
-        request = dist_checkpointing.save(
-            content, str(partial), _parallel_writer(), async_sharded_save=self._background
-        )
+        request = dist_checkpointing.save(content, partial, _parallel_writer(), async_sharded_save=self._background)
         if request is None:
             dist.barrier()
             publish()
@@ -145,12 +66,13 @@ class Checkpointer:
         else:
             request.add_finalize_fn(publish)
             self._calls().schedule_async_request(request)
-        return folder_of(root, state.rollout_id)
+        return folders.folder_of(root, state.rollout_id)
 
-    def poll(self) -> None:
-        """Publish a background checkpoint that is complete."""
+    def poll(self) -> bool:
+        """Publish a background checkpoint that is complete; whether none is under way any more."""
         if self._queue is not None:
             self._queue.maybe_finalize_async_calls(blocking=False)
+        return self._queue is None or self._queue.get_num_unfinalized_calls() == 0
 
     def finish(self) -> None:
         """Wait for a background checkpoint."""
@@ -168,11 +90,10 @@ class Checkpointer:
         """Weights and optimizer of the newest whole checkpoint, whatever layout it was saved at."""
         from megatron.core import dist_checkpointing
 
-        folder = Path(_from_first(lambda: str(newest_whole(Path(root)))))
-        content = json.loads((folder / STATE_FILE).read_text())
-        state = State(content["rollout_id"], content["optimizer_steps"], content["extra"])
+        folder = Path(_from_first(lambda: str(folders.newest_whole(Path(root)))))
+        state = folders.read_state(folder)
         wanted: dict[str, Any] = {"model": self._model_state()}
-        with_optimizer = self._optimizer is not None and content["with_optimizer"]
+        with_optimizer = self._optimizer is not None and state.with_optimizer
         if with_optimizer:
             assert self._optimizer is not None
             self._optimizer.steps = state.optimizer_steps
@@ -212,31 +133,6 @@ class Checkpointer:
         state = self._chunks[0].sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
         use_disk_keys(state, self._config)
         return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
-
-    def _publish(self, root: Path, partial: Path, state: State, with_optimizer: bool) -> None:
-        """Rank 0: sizes and state into the folder, rename, tracker, and the old ones away."""
-        sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.is_file()}
-        content = {
-            "rollout_id": state.rollout_id,
-            "optimizer_steps": state.optimizer_steps,
-            "with_optimizer": with_optimizer,
-            "layout": {name: getattr(self._layout, name) for name in ("world_size", "tp", "pp", "cp", "ep", "etp")},
-            "extra": state.extra,
-            "files": sizes,
-        }
-        with (partial / STATE_FILE).open("w") as stream:
-            json.dump(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        target = folder_of(root, state.rollout_id)
-        if target.exists():
-            shutil.rmtree(target)
-        publish_folder(partial, target)
-        write_tracker(root, str(state.rollout_id))
-        # Newer ones are of a run that was set back to an older checkpoint; they stay until their number comes again.
-        older = [number for number in iterations(root) if number <= state.rollout_id]
-        for number in older[max(1, self._keep) :]:
-            shutil.rmtree(folder_of(root, number))
 
     def _calls(self) -> Any:
         if self._queue is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vime.errors import BadInput, VimeError
 from vime.megatron import backend
@@ -61,7 +62,10 @@ class StepResult:
 class Optimizer:
     """The data-parallel chunks and their Adam. `steps` counts the steps that were taken."""
 
-    def __init__(self, chunks: Sequence[Any], recipe: Recipe, *, total_steps: int) -> None:
+    def __init__(
+        self, chunks: Sequence[Any], recipe: Recipe, *, total_steps: int, global_name: Callable[[str], str] = str
+    ) -> None:
+        """`global_name` gives a parameter's name in the whole model, for what is said about it."""
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -90,6 +94,7 @@ class Optimizer:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self.megatron.scale_loss
             chunk.config.no_sync_func = self.chunks[0].no_sync
+        self._global_name = global_name
         self.steps = 0
         self._skipped = 0
 
@@ -120,20 +125,29 @@ class Optimizer:
         return float(self.megatron.get_grad_norm())
 
     def _refuse(self, norm: float) -> None:
+        """Count and tell a step that is skipped; on all ranks at the same time, so that all know the names."""
         self._skipped += 1
-        where = self._not_finite()
-        names = f"; on this rank first in {', '.join(where)}" if where else ""
-        print(f"optimizer step {self.steps} skipped: gradient norm is {norm}{names}", flush=True)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, self._not_finite())
+        # The last pipeline stage, which the backward pass comes to first, has the highest ranks.
+        names = list(dict.fromkeys(name for found in reversed(ranks) for name in found))[:_NAMED_GRADIENTS]
+        where = f"in the backward pass first at {', '.join(names)}" if names else "the gradients' squares overflow"
+        if dist.get_rank() == 0:
+            print(f"warning: optimizer step {self.steps} skipped: gradient norm is {norm}; {where}", flush=True)
         if self._skipped >= MAX_SKIPPED_STEPS:
-            raise NotFinite(f"the gradient was not finite in {self._skipped} steps in a row, last norm {norm}{names}")
+            raise NotFinite(
+                f"the gradient was not finite in {self._skipped} steps in a row, last norm {norm}; {where}: "
+                "look at the rollout's rewards and log-probs, or resume from an older checkpoint at a lower --lr"
+            )
 
     def _not_finite(self) -> list[str]:
+        """Parameters of this rank with such gradients, in the order of the backward pass, the first few."""
         found = []
-        for chunk in self.chunks:
-            for name, parameter in chunk.module.named_parameters():
+        for chunk in reversed(self.chunks):
+            for name, parameter in reversed(list(chunk.module.named_parameters())):
                 gradient = getattr(parameter, "main_grad", None)
                 if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                    found.append(name)
+                    found.append(self._global_name(name))
                     if len(found) == _NAMED_GRADIENTS:
                         return found
         return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,13 @@ from vime.checkpoint.load import load_hf_into
 from vime.checkpoint.torch_dist import TRACKER
 from vime.errors import BadInput, DataError
 from vime.megatron import backend, losses, optimizer
+from vime.megatron.advantages import advantage_column, loss_mask
 from vime.megatron.batch import Tokens, optimizer_steps
-from vime.megatron.checkpointing import Checkpointer, State, has_tracker
+from vime.megatron.checkpoint_folders import State, has_tracker
+from vime.megatron.checkpointing import Checkpointer
 from vime.megatron.clock import Clock
 from vime.megatron.model import ModelOptions, build_model
+from vime.megatron.naming import global_name
 from vime.megatron.objective import METRICS, Objective
 from vime.megatron.parallel import destroy_parallel, init_parallel
 from vime.megatron.reference import HostWeights
@@ -29,7 +32,7 @@ from vime.megatron.runner import Packer, Runner
 from vime.models.config import ModelConfig
 from vime.models.flops import utilisation
 from vime.planning.types import Plan
-from vime.rollout.types import Rollout, Sample
+from vime.rollout.types import Rollout
 
 if TYPE_CHECKING:
     from vime.sync.source import WeightSource
@@ -72,7 +75,8 @@ class TrainWorker:
         chunks = build_model(self.config, self.layout, bf16=recipe.model.bf16, mtp=trains_mtp, options=options)
         steps_a_rollout = recipe.rollout.num_steps_per_rollout or 1
         total_steps = recipe.rollout.num_rollout * steps_a_rollout
-        self._optimizer = optimizer.Optimizer(chunks, recipe, total_steps=total_steps)
+        named = functools.partial(global_name, config=self.config, layout=self.layout, coords=self.coords)
+        self._optimizer = optimizer.Optimizer(chunks, recipe, total_steps=total_steps, global_name=named)
         self._chunks = chunks
         self.residence = Residence(self._optimizer.chunks, self._optimizer.megatron)
         self._checkpointer = Checkpointer(
@@ -165,7 +169,7 @@ class TrainWorker:
         data = Tokens.of([(s.prompt_ids, s.response_ids) for s in samples], longest=self.config.max_position_embeddings)
         self._clock.take_spans()
         columns = self._columns(rollout, data)
-        masks = [_mask(sample) for sample in samples]
+        masks = [loss_mask(sample) for sample in samples]
         steps = optimizer_steps(len(samples), self.recipe.rollout.num_steps_per_rollout or 1)
         with self._clock.span("train"):
             results = [self._step(data, step, masks, columns) for step in steps]
@@ -204,30 +208,8 @@ class TrainWorker:
             )
         elif algorithm.use_tis:
             raise DataError("--use-tis needs the engine's log-probs of every response token, and some are missing")
-        columns["advantages"] = self._advantages(rollout, data, columns)
+        columns["advantages"] = advantage_column(rollout, data, columns, algorithm)
         return columns
-
-    def _advantages(self, rollout: Rollout, data: Tokens, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        algorithm = self.recipe.algorithm
-        column = torch.zeros(data.slots)
-        rewards, number = [], 0
-        for group in rollout.groups:
-            values = torch.tensor([_reward(sample) for sample in group.samples], dtype=torch.float32)
-            if algorithm.kl_coef:
-                divergence = losses.kl_divergence(columns["old"], columns["reference"], algorithm.kl_loss_type)
-                sums = [
-                    float((divergence[data.response(number + i)] * _mask(sample)).sum())
-                    for i, sample in enumerate(group.samples)
-                ]
-                values = losses.rewards_less_kl(values, torch.tensor(sums), algorithm.kl_coef)
-            rewards.append(values)
-            number += len(group.samples)
-        advantages = losses.batch_advantages(
-            rewards, algorithm.advantage_estimator, normalise=algorithm.normalize_advantages
-        )
-        for sample, value in enumerate(torch.cat(advantages).tolist()):
-            column[data.response(sample)] = value
-        return column
 
     def _step(
         self, data: Tokens, step: Sequence[int], masks: list[torch.Tensor], columns: dict[str, torch.Tensor]
@@ -297,6 +279,14 @@ class TrainWorker:
             self.export_hf(self.recipe.checkpoint.save_hf.replace("{rollout_id}", str(rollout_id)))
         return str(folder)
 
+    def poll_save(self) -> bool:
+        """Publish a background checkpoint that is written; whether none is under way any more."""
+        return self._checkpointer.poll()
+
+    def finish_save(self) -> None:
+        """Wait until a background checkpoint is published."""
+        self._checkpointer.finish()
+
     def export_hf(self, path: str) -> None:
         """Write the current weights as an HF folder. Goes through a checkpoint, which has to be up to date."""
         if self._last_saved is None or self._trained_since_save:
@@ -320,23 +310,6 @@ class TrainWorker:
         if hasattr(self, "_checkpointer"):
             self._checkpointer.close()
         destroy_parallel()
-
-
-def _reward(sample: Sample) -> float:
-    if sample.reward is None or not math.isfinite(sample.reward):
-        raise DataError(f"sample {sample.index} of group {sample.group_index} has the reward {sample.reward}")
-    return sample.reward
-
-
-def _mask(sample: Sample) -> torch.Tensor:
-    """The sample's loss mask, fp32; every response token is trained on where none is given."""
-    if not sample.loss_mask:
-        return torch.ones(len(sample.response_ids))
-    if len(sample.loss_mask) != len(sample.response_ids):
-        raise DataError(
-            f"sample {sample.index} has {len(sample.response_ids)} response tokens, {len(sample.loss_mask)} in its mask"
-        )
-    return torch.tensor(sample.loss_mask, dtype=torch.float32)
 
 
 def _means(results: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -62,6 +62,12 @@ class RankActor:
     def save(self, rollout_id: int, extra: dict[str, Any]) -> str:
         return self._worker.save(rollout_id, extra)
 
+    def poll_save(self) -> bool:
+        return self._worker.poll_save()
+
+    def finish_save(self) -> None:
+        self._worker.finish_save()
+
     def export_hf(self, path: str) -> None:
         self._worker.export_hf(path)
 

@@ -28,6 +28,8 @@ from vime.train.supervisor import Deadlines as EngineDeadlines
 from vime.train.supervisor import EngineSupervisor
 from vime.train.trust import PROBES
 
+SAVE_POLL_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class Deadlines:
@@ -88,9 +90,12 @@ class Loop:
             await self._rollout_only(group)
         else:
             async with self._actors(group) as first, asyncio.TaskGroup() as tasks:
-                watch = tasks.create_task(self.supervisor.watch(self.sampler.engine_failed))
+                beside = [tasks.create_task(self.supervisor.watch(self.sampler.engine_failed))]
+                if self.recipe.checkpoint.async_save:
+                    beside.append(tasks.create_task(self._publish_saves()))
                 await self._rollouts(first)
-                watch.cancel()
+                for task in beside:
+                    task.cancel()
 
     @contextlib.asynccontextmanager
     async def _actors(self, group: Any) -> AsyncIterator[int]:
@@ -167,6 +172,7 @@ class Loop:
                 ahead = self._generation(rollout_id + 1) if self._runs_ahead and rollout_id < last else None
                 if await self._learn(rollout, ahead):
                     return
+            await self._finish_save()
             await self._evaluate_if_due(last + 1)
         finally:
             if ahead is not None:
@@ -207,6 +213,7 @@ class Loop:
         speed = tokens_per_gpu(self.plan, rollout, sum(times.values()))
         self._report(rollout_id, {**rollout.metrics, **trained, **synced, **times, **speed})
         if saved is not None and checkpoint_requested(self.plan.run_dir):
+            await self._finish_save()
             answer_checkpoint(self.plan.run_dir, rollout_id, saved)
             print(f"checkpoint {saved} written on request; stopping after rollout {rollout_id}", flush=True)
             return True
@@ -222,6 +229,7 @@ class Loop:
             if saves_after(self.recipe, rollout_id):
                 await self.trainer.call("save", rollout_id, start.extra, deadline_s=self.deadlines.save)
             self._report(rollout_id, {**trained, **self.timeline.take_metrics()})
+        await self.trainer.call("finish_save", deadline_s=self.deadlines.save)
 
     async def _rollout_only(self, group: Any) -> None:
         """Generate with the weights that the engines loaded, and write it down."""
@@ -263,6 +271,18 @@ class Loop:
                 paths = await self.trainer.call("save", rollout_id, extra, deadline_s=self.deadlines.save)
         print(f"rollout {rollout_id}: checkpoint {paths[0]}", flush=True)
         return paths[0]
+
+    async def _finish_save(self) -> None:
+        """Until the last checkpoint is published: one that is written in the background may still be under way."""
+        async with self.supervisor.turn:
+            await self.trainer.call("finish_save", deadline_s=self.deadlines.save)
+
+    async def _publish_saves(self) -> None:
+        """Publish what was written in the background, also while the engines generate for long."""
+        while True:
+            await asyncio.sleep(SAVE_POLL_SECONDS)
+            async with self.supervisor.turn:
+                await self.trainer.call("poll_save", deadline_s=self.deadlines.save)
 
     async def _sync(self) -> dict[str, float]:
         """Give the engines the trainer's weights; the version is the number of rollouts that were trained on."""

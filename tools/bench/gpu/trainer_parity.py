@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 LIMITS = {"fp32": 10.0, "bf16": 2.0}
-COARSEST = {"fp32": 1e-3, "bf16": 0.5}
+COARSEST = {"fp32": 1e-3, "bf16": 1.0}
 """Above this relative difference the yardstick hides what is looked for."""
 JITTER = 2.0**-23
 LAYERS = 4
