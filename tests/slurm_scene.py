@@ -86,6 +86,11 @@ class Scene:
         log = self.run_dir / "logs" / stage / "node00.log"
         wait_until(lambda: log.exists() and text in log.read_text(), seconds, lambda: str(self.events()[-3:]))
 
+    def have_said(self, stage: str, text: str) -> int:
+        """How many tasks of a stage have said this."""
+        logs = (self.run_dir / "logs" / stage).glob("node*.log")
+        return sum(text in log.read_text() for log in logs)
+
     # -- what breaks --
 
     def fault(self, action: str, node: int, *, mend: str | None = None) -> None:

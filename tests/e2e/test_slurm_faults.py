@@ -6,6 +6,7 @@ where Ray's own death is the fault, Ray is real.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Iterator
@@ -193,21 +194,29 @@ def test_the_job_is_preempted(run: Scene) -> None:
     run.goes_on()
 
 
-@pytest.mark.parametrize("stage", ["preflight", "cast", "convert", "ray-head", "ray-workers", "train", "report"])
-def test_the_job_is_cancelled(run: Scene, stage: str) -> None:
-    detached = (
-        "import subprocess, sys, time; "
-        "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)'; "
-        f"subprocess.Popen(['setsid', '--fork', sys.executable, '-c', deaf, {str(run.run_dir)!r}]); time.sleep(600)"
-    )
-    hang = {"code": detached, "nodes": range(run.nodes), "service": stage.startswith("ray")}
-    stages = [service("ray-head")] if stage in ("train", "report") else []
-    run.start(*stages, stub(stage, **hang)) if stage != "preflight" else run.start()
-    wait_for_event(run.run_dir, "stage-start", 60, stage=stage)
-    if stage != "preflight":
-        wait_until(lambda: len(list((run.run_dir / "logs" / stage).glob("node*.log"))) == run.nodes, 60)
-    slurm.cancel(run.job)
-    run.ends("CANCELLED", stage=stage, node=None, within_s=20)
+def test_jobs_are_cancelled_in_each_stage(cluster: DevCluster, tmp_path: Path) -> None:
+    """Seven runs at once on the same nodes, each in another stage, with processes that detach and are deaf to TERM."""
+    stages = ("preflight", "cast", "convert", "ray-head", "ray-workers", "train", "report")
+    with contextlib.ExitStack() as opened:
+        runs = {stage: opened.enter_context(scene(cluster, tmp_path / stage)) for stage in stages}
+        for stage, run in runs.items():
+            detached = (
+                "import subprocess, sys, time; "
+                "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)'; "
+                f"subprocess.Popen(['setsid', '--fork', sys.executable, '-c', deaf, {str(run.run_dir)!r}]); "
+                "print('on', flush=True); time.sleep(600)"
+            )
+            before = [service("ray-head")] if stage in ("train", "report") else []
+            is_service, deadline = stage.startswith("ray"), 200
+            hangs = stub(stage, detached, nodes=range(run.nodes), service=is_service, deadline_s=deadline)
+            run.start(*before, *([hangs] if stage != "preflight" else []))
+        for stage, run in runs.items():
+            wait_for_event(run.run_dir, "stage-start", 150, stage=stage)
+            if stage != "preflight":
+                wait_until(lambda run=run, stage=stage: run.have_said(stage, "on") == run.nodes, 150)
+            slurm.cancel(run.job)
+        for stage, run in runs.items():
+            run.ends("CANCELLED", stage=stage, node=None, within_s=30)
 
 
 def test_slurms_controller_is_restarted_under_a_running_job(run: Scene) -> None:

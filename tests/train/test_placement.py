@@ -8,7 +8,7 @@ from vime.errors import VimeError
 from vime.planning.types import Binding, BoundNode
 from vime.recipe.parallel import ParallelLayout
 from vime.train.actors import threads_per_rank
-from vime.train.placement import Slot, WrongPlace, bundles, slots, verify_here
+from vime.train.placement import Slot, WrongPlace, bundles, slots, verify_gpu, verify_here
 
 
 @pytest.fixture
@@ -42,6 +42,13 @@ def test_an_actor_on_another_host_says_where_it_should_be(monkeypatch):
     with pytest.raises(WrongPlace, match=r"trainer rank 0 is planned on node 0 \(node03\) but woke up on node07"):
         verify_here(binding, 0, "trainer rank 0")
     assert issubclass(WrongPlace, VimeError)
+
+
+def test_an_actor_without_its_gpu_says_which_one_is_missing(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "node07")
+    verify_gpu(1, 5, "trainer rank 0")
+    with pytest.raises(WrongPlace, match="trainer rank 0 is planned on GPU 5 of node07, but CUDA sees 0 such GPUs"):
+        verify_gpu(0, 5, "trainer rank 0")
 
 
 def test_slots_are_shared_by_colocated_ranks_and_engines(r1_plan):

@@ -13,7 +13,7 @@ from vime.launch.rundir import read_secret
 from vime.planning.io import read_binding, read_plan
 from vime.planning.types import Binding, Plan
 from vime.rollout.types import Rollout
-from vime.train.placement import Slot, pinned, verify_here
+from vime.train.placement import Slot, pinned, verify_gpu, verify_here
 
 
 def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
@@ -33,11 +33,15 @@ class RankActor:
         verify_here(binding, place.node, f"trainer rank {rank}")
         # Ray sets one thread for an actor with a fraction of a CPU; CPU Adam runs at the speed of its threads.
         threads = threads_per_rank(plan, place.node, len(os.sched_getaffinity(0)))
-        os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES=str(place.gpu))
+        # In the order of the bus, as nvidia-smi and preflight count; CUDA's own order goes by speed.
+        os.environ.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=str(place.gpu))
+        os.environ.update(OMP_NUM_THREADS=str(threads))
         os.environ.update({name: value for name, value in plan.recipe.misc.env.items() if name not in os.environ})
         import torch
 
         torch.set_num_threads(threads)
+        if plan.recipe.cluster.device == "gpu":
+            verify_gpu(torch.cuda.device_count(), place.gpu, f"trainer rank {rank}")
         from vime.megatron.worker import TrainWorker
 
         self._node = place.node

@@ -72,6 +72,12 @@ def pinned(group: Any, plan: Plan, slot: Slot) -> dict[str, Any]:
     }
 
 
+def verify_gpu(visible: int, gpu: int, what: str) -> None:
+    """Called by an actor that has made its GPU the only visible one: `visible` is what CUDA then counts."""
+    if visible != 1:
+        raise WrongPlace(f"{what} is planned on GPU {gpu} of {socket.gethostname()}, but CUDA sees {visible} such GPUs")
+
+
 def verify_here(binding: Binding, node: int, what: str) -> None:
     """Called by an actor when it starts: is this host the one that the binding gives to its logical node?"""
     bound = binding.nodes[node]
