@@ -209,11 +209,14 @@ def test_jobs_are_cancelled_in_each_stage(cluster: DevCluster, tmp_path: Path) -
             before = [service("ray-head")] if stage in ("train", "report") else []
             is_service, deadline = stage.startswith("ray"), 200
             hangs = stub(stage, detached, nodes=range(run.nodes), service=is_service, deadline_s=deadline)
-            run.start(*before, *([hangs] if stage != "preflight" else []))
-        for stage, run in runs.items():
-            wait_for_event(run.run_dir, "stage-start", 150, stage=stage)
-            if stage != "preflight":
-                wait_until(lambda run=run, stage=stage: run.have_said(stage, "on") == run.nodes, 150)
+            if stage == "preflight":
+                run.start()
+                wait_for_event(run.run_dir, "stage-start", 150, stage=stage)
+                slurm.cancel(run.job)
+            else:
+                run.start(*before, hangs)
+        for stage, run in list(runs.items())[1:]:
+            wait_until(lambda run=run, stage=stage: run.have_said(stage, "on") == run.nodes, 150)
             slurm.cancel(run.job)
         for stage, run in runs.items():
             run.ends("CANCELLED", stage=stage, node=None, within_s=30)
