@@ -47,7 +47,6 @@ BAD = [
     ({"canary": None}, "is another one than the controller's, needs to be shared by all nodes"),
     ({"address": "127.0.0.1"}, "address is 127.0.0.1, needs one of its own that other nodes reach"),
     ({"space": spaces(6 * 10**12)}, "free space for /shared/out is 6000.0 GB, needs 7000.0 GB"),
-    ({"rdma": {"mlx5_0:1": "ACTIVE"}}, f"list of active RDMA ports is mlx5_0:1, needs none, {OTHERS}"),
     ({"limits": {"open_files": 1024, "locked_memory": None}}, "limit of open files (ulimit -Hn) is 1024, needs 8192"),
 ]  # fmt: skip
 
@@ -77,6 +76,13 @@ def test_space_that_is_used_by_what_is_there_already_is_not_needed_again(tmp_pat
 
 def test_a_folder_whose_files_the_controller_does_not_see_is_not_shared(tmp_path: Path) -> None:
     assert "controller does not see" in told(plan_of(tmp_path), {}, Known(canary="word", unseen=(1,)))[0]
+
+
+def test_an_rdma_port_that_other_nodes_have_must_be_active(tmp_path: Path) -> None:
+    rails = {"mlx5_0:1": "ACTIVE", "mlx5_1:1": "ACTIVE"}
+    (found,) = told(plan_of(tmp_path), {"rdma": {**rails, "mlx5_1:1": "DOWN"}}, rdma=rails)
+    assert found == f"node02: list of active RDMA ports is mlx5_0:1, needs mlx5_0:1 mlx5_1:1, {OTHERS}"
+    assert told(plan_of(tmp_path), {"rdma": {**rails, "mlx5_9:1": "ACTIVE"}}, rdma=rails) == []
 
 
 def test_locked_memory_must_be_unlimited_for_rdma(tmp_path: Path) -> None:

@@ -170,12 +170,16 @@ def _versions(findings: Findings) -> Iterator[Problem]:
 
 
 def _rdma(findings: Findings) -> Iterator[Problem]:
-    """Active ports: NCCL waits for the node that has fewer."""
+    """Active ports that other nodes have: NCCL would wait for the node without one. More of them do no harm."""
     have = {
-        place: " ".join(port for port, state in sorted(found["rdma"].items()) if state == "ACTIVE") or "none"
+        place: tuple(port for port, state in sorted(found["rdma"].items()) if state == "ACTIVE")
         for place, found in findings.items()
     }
-    yield from _odd_ones("list of active RDMA ports", have, findings)
+    common = Counter(have.values()).most_common(1)[0][0]
+    for place, ports in sorted(have.items()):
+        if set(common) - set(ports):
+            text = f"{' '.join(common)}, as on other nodes"
+            yield Problem(place, findings[place]["host"], "list of active RDMA ports", " ".join(ports) or "empty", text)
 
 
 def _limits(findings: Findings) -> Iterator[Problem]:
