@@ -31,7 +31,7 @@ PORTS = Ports(
 
 def preflight(run_dir: Path, nodes: int) -> Stage:
     command = ("-m", "vime.launch.preflight", "--run", str(run_dir))
-    return Stage(name="preflight", nodes=tuple(range(nodes)), command=command, deadline_s=120)
+    return Stage(name="preflight", nodes=tuple(range(nodes)), command=command, deadline_s=60)
 
 
 def ray_stages(run_dir: Path, nodes: int, deadline_s: float = 240) -> list[Stage]:

@@ -64,7 +64,9 @@ class Scene:
     def start(self, *stages: Stage, nodes: int | None = None, **options: Any) -> str:
         """Submits a run of these stages after preflight; the job's id."""
         nodes = nodes or self.nodes
-        plan = make_plan(self.run_dir, [preflight(self.run_dir, nodes), *stages], nodes=nodes, kind="slurm", **options)
+        # Several runs may start at once on few cores.
+        first = preflight(self.run_dir, nodes).model_copy(update={"deadline_s": 120})
+        plan = make_plan(self.run_dir, [first, *stages], nodes=nodes, kind="slurm", **options)
         self.job = submit(plan)
         return self.job
 
