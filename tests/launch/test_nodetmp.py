@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def segment() -> Iterator[Callable[[str], Path]]:
 def die(folder: NodeFolder) -> None:
     """As the task's death does."""
     os.close(folder._descriptor)
+
+
+def test_a_semaphore_of_a_live_process_stays() -> None:
+    """Its owner has it mapped under the name that it was made with, not under the one that it is opened by."""
+    dead = NodeFolder("7")
+    semaphore = multiprocessing.get_context("spawn").Lock()
+    path = SHARED_MEMORY / f"sem.{semaphore._semlock.name.lstrip('/')}"  # pyright: ignore[reportAttributeAccessIssue]
+    assert path.exists()
+    die(dead)
+    assert remove_dead() == ["7"]
+    assert path.exists()
 
 
 def test_processes_and_shared_memory_of_a_dead_job_go_with_its_folder(

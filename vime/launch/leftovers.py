@@ -25,11 +25,11 @@ _END_S = 5.0
 def remove(job: str, since_ns: int) -> None:
     """Ends the processes of a dead job, then removes segments made after `since_ns` (Unix time) that nobody uses."""
     kill_processes(job)
-    segments = [path for path in _own_segments() if path.lstat().st_ctime_ns >= since_ns]
+    segments = [path for path, status in _own_segments() if status.st_ctime_ns >= since_ns]
     if segments:
-        used = _segments_in_use()
-        for path in segments:
-            if str(path) not in used:
+        used = _files_in_use()
+        for path, status in _own_segments():
+            if path in segments and (status.st_dev, status.st_ino) not in used:
                 path.unlink(missing_ok=True)
 
 
@@ -71,20 +71,28 @@ def _is_marked(pid: int, mark: bytes) -> bool:
         return False
 
 
-def _own_segments() -> Iterator[Path]:
+def _own_segments() -> Iterator[tuple[Path, os.stat_result]]:
     for entry in os.scandir(SHARED_MEMORY):
         with contextlib.suppress(FileNotFoundError):
             status = entry.stat(follow_symlinks=False)
             if entry.name.startswith(_SEGMENTS) and stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid():
-                yield Path(entry.path)
+                yield Path(entry.path), status
 
 
-def _segments_in_use() -> set[str]:
-    """Segments that a process of this user has mapped or open."""
-    used: set[str] = set()
+def _files_in_use() -> set[tuple[int, int]]:
+    """(device, inode) of what processes of this user have mapped or open.
+
+    Not their paths: a semaphore is mapped under a temporary name and gets its own by a link.
+    """
+    used: set[tuple[int, int]] = set()
     for pid in [*_own_processes(), os.getpid()]:
         with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
-            used |= {line.split(None, 5)[5] for line in maps.splitlines() if f" {SHARED_MEMORY}/" in line}
-            used |= {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                device, inode = line.split(None, 5)[3:5]
+                if inode != "0":
+                    used.add((os.makedev(*(int(part, 16) for part in device.split(":"))), int(inode)))
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    status = os.stat(entry.path)
+                    used.add((status.st_dev, status.st_ino))
     return used

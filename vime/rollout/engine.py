@@ -183,13 +183,20 @@ def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
     """Whether the process and every member of its group end before the monotonic time `end`."""
     while True:
         process.poll()  # reaps it, so that the group can become empty
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
+        if not any(_runs_in_group(int(folder.name), process.pid) for folder in Path("/proc").glob("[0-9]*")):
             return True
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)
+
+
+def _runs_in_group(pid: int, group: int) -> bool:
+    """Whether a process of the group still runs; a zombie waits for its new parent only."""
+    try:
+        state, _, its_group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return False  # it has just ended
+    return int(its_group) == group and state not in "ZX"
 
 
 def _shared_memory(group: int) -> set[Path]:

@@ -32,10 +32,11 @@ def cause_of(error: BaseException) -> Cause:
 
     if isinstance(error, BaseExceptionGroup):
         return cause_of(error.exceptions[0])
-    if isinstance(error, VimeError):
-        return error.cause
+    # Before VimeError: Ray raises a class that is both, and whose `cause` is the error itself.
     if isinstance(error, exceptions.RayTaskError):
         return cause_of(error.cause) if isinstance(error.cause, BaseException) else Cause.CODE_ERROR
+    if isinstance(error, VimeError):
+        return error.cause
     if is_storage_error(error):
         return Cause.STORAGE
     if isinstance(error, (exceptions.OutOfMemoryError, MemoryError)):

@@ -113,8 +113,13 @@ class Loop:
                 synced = await self._sync()
                 self.metrics.write(start.next_rollout_id, {f"start/{name}": value for name, value in synced.items()})
                 yield start.next_rollout_id
-        finally:
-            await self.engines.stop()
+        except BaseException as error:
+            try:
+                await self.engines.stop()
+            except Exception as second:  # noqa: BLE001 -- what ended the run is its last word, not what followed
+                error.add_note(f"then the engines were not stopped: {type(second).__name__}: {second}")
+            raise
+        await self.engines.stop()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> Any:
         """Engines and trainer up: one after the other where they share GPUs, each of which expects them empty."""
