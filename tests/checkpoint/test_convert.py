@@ -95,6 +95,25 @@ def test_fp8_comes_out_as_bf16_unless_asked(tmp_path):
     assert all(torch.equal(original.tensor(name), back.tensor(name)) for name in back.tensors)
 
 
+def test_scales_that_are_powers_of_two_and_lie_in_another_file(tmp_path):
+    """ue8m0, stored in one byte, beside edge blocks in both directions."""
+    hf = tiny_hf.with_fp8(tiny_hf.DEEPSEEK, (24, 40))
+    stored = tiny_hf.stored_tensors(hf, tiny_hf.random_tensors(hf))
+    stored = {n: t.to(torch.float8_e8m0fnu) if n.endswith("_scale_inv") else t for n, t in stored.items()}
+    source = tiny_hf.write_folder(tmp_path / "hf", hf, stored, files=4)
+    checkpoint = HFCheckpoint(source)
+    apart = [n for n in checkpoint.tensors if checkpoint.is_quantised(n)]
+    assert any(checkpoint.info(n).file != checkpoint.info(f"{n}_scale_inv").file for n in apart)
+    assert convert(source, tmp_path / "torch_dist") == 0
+    export(tmp_path / "torch_dist", source, tmp_path / "back")
+    back = HFCheckpoint(tmp_path / "back")
+    for name in apart:
+        wide = stored[f"{name}_scale_inv"].float().repeat_interleave(24, 0).repeat_interleave(40, 1)
+        rows, columns = stored[name].shape
+        expected = (stored[name].float() * wide[:rows, :columns]).to(torch.bfloat16)
+        assert torch.equal(back.stored(name), expected), name
+
+
 def test_mtp_copies_get_the_current_values(tmp_path):
     """Training changes the embedding; the exported MTP layer, frozen and not in the checkpoint, must follow."""
     hf = tiny_hf.write_checkpoint(tmp_path / "hf", tiny_hf.DEEPSEEK)

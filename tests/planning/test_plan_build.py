@@ -65,6 +65,21 @@ def test_the_conversion_option_decides_which_stages_there_are(base_dir: Path):
     ]
 
 
+def test_load_of_an_hf_folder_is_a_start_without_a_conversion(base_dir: Path):
+    start = base_dir / "tiny-deepseek-r1"
+    plan = build(base_dir, "--load", str(start), "--save", str(base_dir / "saved"))
+    assert [stage.name for stage in plan.stages] == ["preflight", "ray-head", "train", "report"]
+    options = plan.recipe.checkpoint
+    assert (options.start_from, options.conversion) == (str(start), "direct")
+    # A run that is started again finds what it saved.
+    assert (options.load, options.save) == (str(base_dir / "saved"), str(base_dir / "saved"))
+    assert str(start) in [artefact.path for artefact in stage(plan, "train").inputs]
+    assert any("without a conversion" in note for note in plan.notes)
+    next(start.glob("*2-of*")).unlink()
+    with pytest.raises(BadInput, match=r"00002-of-00002\.safetensors"):
+        build(base_dir, "--start-from", str(start))
+
+
 def test_a_deep_verification_reads_what_was_made_before_it_is_used(base_dir: Path):
     plan = build(base_dir, verify_deep=True)
     names = [stage.name for stage in plan.stages]

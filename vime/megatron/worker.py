@@ -131,19 +131,20 @@ class TrainWorker:
         return StartState(state.rollout_id + 1, str(folder), state.extra)
 
     def _load_start(self) -> StartState:
-        """`--load` that holds a release, else `--ref-load`, else the HF checkpoint itself."""
+        """`--load` that holds a release, else an HF folder named for it, else `--ref-load`, else the HF checkpoint."""
         checkpoint = self.recipe.checkpoint
-        for root in (checkpoint.load, checkpoint.ref_load):
+        for root in (checkpoint.load, None if checkpoint.start_from else checkpoint.ref_load):
             if root is not None and self._holds_weights(Path(root)):
                 return StartState(0, str(self._checkpointer.load_weights(root)))
         if checkpoint.ref_load is not None and checkpoint.conversion != "direct":
             raise BadInput(f"--ref-load {checkpoint.ref_load} holds no checkpoint: run the convert stage first")
-        if checkpoint.hf_checkpoint is None:
+        start = checkpoint.start_from or checkpoint.hf_checkpoint
+        if start is None:
             raise BadInput("there are no weights to start from: give --ref-load or --hf-checkpoint")
-        source = HFCheckpoint(checkpoint.hf_checkpoint)
+        source = HFCheckpoint(start)
         load_hf_into(self._chunks, source, self.config, self.layout, self.coords)
         self._checkpointer.took_weights()
-        return StartState(0, checkpoint.hf_checkpoint)
+        return StartState(0, start)
 
     @staticmethod
     def _holds_weights(root: Path) -> bool:

@@ -18,7 +18,7 @@ from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
 from vime.planning.types import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
 from vime.recipe import files
-from vime.recipe.load import absolute_path, uses_base_dir, with_absolute_paths
+from vime.recipe.load import absolute_path, change, uses_base_dir, with_absolute_paths
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 from vime.recipe.vllm_arguments import check_installed
@@ -64,7 +64,8 @@ def make_plan(
     found = _check_base_dir(recipe, base, required=checks.inputs)
     if checks.run_folder:
         check_writable(Path(folder))
-    recipe = with_absolute_paths(recipe, base)
+    recipe, direct = _direct_start(with_absolute_paths(recipe, base))
+    found += direct
     config, note = _model(recipe, required=checks.inputs)
     found += note
     check_model_args(config, recipe.model.model_args)
@@ -176,6 +177,18 @@ def check_writable(folder: Path) -> None:
         raise BadInput(f"run folder {folder}: {place} is not a folder, give another with --run-dir")
     if not os.access(place, os.W_OK | os.X_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
         raise BadInput(f"run folder {folder}: {place} cannot be written, give another with --run-dir")
+
+
+def _direct_start(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """`--load` of an HF folder is a start without a conversion; what is saved, and resumed from, lies in `--save`."""
+    start, load = recipe.checkpoint.start_from, recipe.checkpoint.load
+    if load is not None and (Path(load) / "config.json").is_file():
+        start, load = load, None
+    if start is None:
+        return recipe, []
+    check_shards(start)
+    changed = change(recipe, checkpoint={"start_from": start, "load": load, "conversion": "direct"})
+    return changed, [f"training starts from the HF folder {start}, without a conversion"]
 
 
 def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:

@@ -194,6 +194,8 @@ def _train(job: Job) -> Stage:
     options, inputs = job.recipe.checkpoint, [_checkpoint(job)]
     if has_conversion(job):
         inputs.append(_torch_dist(job))
+    if options.start_from is not None:
+        inputs.append(Artefact(name="start", path=options.start_from, kind="hf"))
     if job.recipe.rollout.prompt_data:
         inputs.append(Artefact(name="prompt-data", path=job.recipe.rollout.prompt_data, kind="data"))
     return Stage(

@@ -15,7 +15,7 @@ from vime.recipe.flags import collect, flag, parse_flags, read_mapping
 from vime.recipe.schema import Recipe
 
 _BASE_DIR = re.compile(r"\$(?:BASE_DIR\b|\{BASE_DIR\})")
-_CHECKPOINT_PATHS = ("hf_checkpoint", "ref_load", "load", "save", "save_hf")
+_CHECKPOINT_PATHS = ("hf_checkpoint", "ref_load", "load", "start_from", "save", "save_hf")
 
 
 def load_recipe(name_or_path: str, flags: Sequence[str] = ()) -> Recipe:

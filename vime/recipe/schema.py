@@ -61,7 +61,10 @@ class CheckpointOptions(Options):
     ref_load: str | None = None
     """torch_dist folder of the reference model and of the start; made by the conversion stage when missing."""
     load: str | None = None
-    """Checkpoint folder to resume from; without a tracker file in it the start is `--ref-load`, iteration 0."""
+    """Checkpoint folder to resume from; without a tracker file in it the start is `--ref-load`, iteration 0. An HF
+    folder is a start without a conversion, and `--save` what is resumed from."""
+    start_from: str | None = None
+    """HF folder (fp8 or bf16) that training starts from without a conversion; `--load` of such a folder means this."""
     save: str | None = None
     """Checkpoint folder; by default `checkpoints` in the run folder."""
     save_interval: int | None = None
