@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass
 
+from vime.planning.memory import ALLOCATOR_SETTINGS
 from vime.planning.types import Memory, NodePlan, Plan
 
 GB = 10**9
@@ -38,10 +41,10 @@ class Difference:
 _PUBLISHED: tuple[tuple[str, tuple[str, ...], int, str], ...] = (
     ("CPU Adam", ("cpu_adam",), 736,
      "eight copies of the latent down-projections, which tensor parallelism does not cut, are counted"),
-    ("pinned rounding", ("pinned_rounding",), 53,
-     "of gradients and of the reference copy, from the sizes of the tensors"),
-    ("backup of weights and gradients", ("weights_backup", "gradients_backup"), 293,
-     "all that a rank holds: dense parameters are whole on each of the 4 context-parallel ranks"),
+    ("pinned rounding", ("pinned_rounding", "backup_rounding"), 53,
+     "of gradients, reference and weights backup, from the sizes of the tensors and buffers"),
+    ("backup of weights and gradients", ("weights_backup",), 293,
+     "gradients are dropped while the engine runs, since every step starts from zero"),
     ("actor and reference copies", ("reference_copy",), 223,
      "one copy: the reference is exchanged with the live weights, so the actor needs no second one"),
     ("engine sleep copy", ("engine_sleep_copy",), 84, "MTP layer included"),
@@ -84,9 +87,10 @@ def levers(plan: Plan) -> tuple[Lever, ...]:
             found.append(Lever(size, what, how))
 
     if recipe.cluster.device == "gpu":
-        add(("gradients_backup",), "drop gradients while the engine runs: every step starts from zero", "not built")
         add(("engine_sleep_copy",), "put engines to sleep without their weights: the sync brings them", "not built")
-        add(("pinned_rounding",), "register pinned buffers at their own size", "not built")
+        setting = {**recipe.misc.env, ALLOCATOR_SETTINGS[0]: "pinned_max_round_threshold_mb:1"}
+        how = f"-- --env {shlex.quote(json.dumps(setting))}"
+        add(("pinned_rounding", "backup_rounding"), "have torch pin buffers at their own size", how)
     flags = [flag for flag, on in (("--no-use-kl-loss", recipe.algorithm.use_kl_loss),
                                    ("--kl-coef 0", recipe.algorithm.kl_coef != 0)) if on]  # fmt: skip
     if flags:

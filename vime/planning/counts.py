@@ -58,6 +58,11 @@ class Counts:
         """Elements of the parameters that one rank holds, exactly what Megatron builds there."""
         return self.split // layout.tp + self.copied + self.experts // (layout.ep * layout.etp)
 
+    def buffers_of_rank(self, layout: ParallelLayout) -> tuple[int, int]:
+        """The same as Megatron's two buffers: dense parameters and experts."""
+        experts = self.experts // (layout.ep * layout.etp)
+        return self.of_rank(layout) - experts, experts
+
     def of_optimizer_rank(self, layout: ParallelLayout) -> int:
         """Elements whose optimizer state one rank keeps: its share of what it holds, divided among its replicas."""
         dense = (self.split // layout.tp + self.copied) / (layout.dp * layout.cp)

@@ -6,6 +6,7 @@ Sizes follow from parameter counts and the recipe; what a process takes besides 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,8 @@ GB = 10**9
 GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB
 """Host memory of a process with a CUDA context, NCCL and its libraries."""
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables that set torch's allocators; the first is the newer name."""
 RAY_NODE = 400 * 10**6
 """Raylet, agents and idle workers of a node."""
 
@@ -72,6 +75,8 @@ class _Held:
     """Bytes lost when each shard of the optimizer is an fp32 pinned buffer."""
     rounding_2: int
     """Bytes lost when each parameter is a bf16 pinned buffer."""
+    rounding_buffers: int
+    """Bytes lost when Megatron's bf16 parameter buffers are pinned buffers."""
 
 
 def weight_bytes(config: ModelConfig, weights: Weights, *, quantised: bool) -> int:
@@ -90,9 +95,19 @@ def object_store_bytes(recipe: Recipe) -> int:
     return max(100 * 10**6, 2 * samples * recipe.rollout.rollout_max_response_len * 32)
 
 
-def pinned_bytes(size: float) -> int:
-    """What torch's pinned allocator takes for a buffer: the next power of two (CachingHostAllocator rounds up)."""
+def pinned_bytes(size: float, exact_above: float = math.inf) -> int:
+    """What torch's pinned allocator takes for a buffer: the next power of two, up to a size that can be set."""
+    if size > exact_above:
+        return math.ceil(size)
     return 1 << (math.ceil(size) - 1).bit_length() if size > 0 else 0
+
+
+def exact_pinned_above(recipe: Recipe) -> float:
+    """Bytes above which pinned buffers are not rounded up: `pinned_max_round_threshold_mb` of torch's allocator."""
+    for name in ALLOCATOR_SETTINGS:
+        if found := re.search(r"pinned_max_round_threshold_mb:(\d+)", recipe.misc.env.get(name, "")):
+            return int(found[1]) * 2**20
+    return math.inf
 
 
 def node_memory(
@@ -104,7 +119,7 @@ def node_memory(
     node: int,
 ) -> Memory:
     """The account of one node with these trainer ranks and these engines on it."""
-    on_node = _held(weights, ranks)
+    on_node = _held(weights, ranks, exact_pinned_above(recipe))
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
     if recipe.cluster.device == "gpu":
@@ -123,14 +138,19 @@ def needs_reference(recipe: Recipe) -> bool:
     return algorithm.loss_type == "policy_loss" and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
 
 
-def _held(weights: Weights, ranks: Sequence[TrainerRank]) -> _Held:
+def _held(weights: Weights, ranks: Sequence[TrainerRank], exact_above: float) -> _Held:
     held = sum(weights.stages[rank.pp].of_rank(weights.layout) for rank in ranks)
     kept = sum(weights.stages[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
     tensors = [one for rank in ranks for one in weights.tensors[rank.pp]]
     shards = [(4 * one.elements / one.replicas, one.number) for one in tensors]
     whole = [(2 * one.elements, one.number) for one in tensors]
-    lost_4, lost_2 = (math.ceil(sum(n * (pinned_bytes(size) - size) for size, n in sizes)) for sizes in (shards, whole))
-    return _Held(len(ranks), held, kept, lost_4, lost_2)
+    # Megatron keeps a rank's dense parameters in one buffer, and its experts' in another.
+    buffers = [(2 * size, 1) for rank in ranks for size in weights.stages[rank.pp].buffers_of_rank(weights.layout)]
+
+    def lost(sizes: Sequence[tuple[float, int]]) -> int:
+        return math.ceil(sum(number * (pinned_bytes(size, exact_above) - size) for size, number in sizes))
+
+    return _Held(len(ranks), held, kept, lost(shards), lost(whole), lost(buffers))
 
 
 def _item(name: str, size: float, why: str) -> Item:
@@ -143,7 +163,6 @@ def _billions(elements: int) -> str:
 
 def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     size = 2 if recipe.model.bf16 else 4
-    grad = 4 if recipe.misc.accumulate_allreduce_grads_in_fp32 else size
     held, kept, rounding, pinned = _billions(on_node.held), _billions(on_node.kept), 0, []
     if recipe.optimizer.optimizer_cpu_offload:
         why = f"CPU Adam: 16 bytes (fp32 weight, gradient, two moments) for each of {kept} parameters"
@@ -154,7 +173,11 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     if recipe.cluster.colocate:
         while_away = "parameters, while the engine holds the GPU"
         yield _item("weights_backup", size * on_node.held, f"{size} bytes for each of {held} {while_away}")
-        yield _item("gradients_backup", grad * on_node.held, f"{grad} bytes for each of {held} {while_away}")
+        why = "the same in pinned buffers of powers of two, one of dense and one of expert parameters a rank"
+        yield _item("backup_rounding", on_node.rounding_buffers * size // 2, why)
+        if not recipe.optimizer.optimizer_cpu_offload:
+            states = 12 if recipe.model.bf16 else 8
+            yield _item("optimizer_backup", states * on_node.kept, f"{states} bytes for each of {kept} {while_away}")
     if needs_reference(recipe):
         why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
         yield _item("reference_copy", size * on_node.held, why)

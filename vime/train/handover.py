@@ -22,11 +22,11 @@ from vime.planning.types import Plan
 Free = tuple[int, int | None, int]
 """Logical node, free bytes of one GPU there (None without GPUs), available bytes of its host."""
 PLANNED_AS = {
-    "gradients_leave": "gradients_backup",
-    "weights_leave": "weights_backup",
-    "engines_sleep": "engine_sleep_copy",
+    "gradients_leave": ("optimizer_backup",),
+    "weights_leave": ("weights_backup", "backup_rounding"),
+    "engines_sleep": ("engine_sleep_copy",),
 }
-"""Item of the plan's host memory that a step may fill."""
+"""Items of the plan's host memory that a step may fill."""
 SLACK_BYTES = 2 * 2**30
 """What other processes of a host take or give meanwhile."""
 
@@ -205,10 +205,10 @@ def moved(before: Sequence[Free], after: Sequence[Free]) -> dict[str, float]:
 
 def over_plan(plan: Plan, step: str, before: Sequence[Free], after: Sequence[Free]) -> Mapping[int, tuple[int, int]]:
     """Nodes of which the step took more host memory than planned: (taken, planned) bytes."""
-    item = PLANNED_AS.get(step)
+    items = PLANNED_AS.get(step, ())
     found = {}
     for node, taken in host_taken(before, after).items():
-        planned = sum(each.bytes for each in plan.nodes[node].host_memory.items if each.name == item)
+        planned = sum(each.bytes for each in plan.nodes[node].host_memory.items if each.name in items)
         if taken > planned + SLACK_BYTES:
             found[node] = (taken, planned)
     return found
