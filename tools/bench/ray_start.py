@@ -145,8 +145,9 @@ def script(folder: Path, nodes: int, body: str) -> str:
 names=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${{names[0]}}
 step="srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=2 --cpu-bind=none --mpi=none"
-options="--num-cpus=2 --object-store-memory={STORE} --disable-usage-stats"
+options="--num-cpus=2 --object-store-memory={STORE} --disable-usage-stats --include-dashboard=false"
 python={shlex.quote(sys.executable)}
+export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH  # symmetric-run calls `ray`
 ray="$python -m ray.scripts.scripts"
 verify={shlex.quote(str(folder / "verify.py"))}
 {body}
@@ -158,7 +159,7 @@ srun --overlap --nodes={nodes} --ntasks={nodes} --cpus-per-task=2 --cpu-bind=non
     $ray symmetric-run --address "$head:6379" --min-nodes {nodes} $options -- $python $verify "$head:6379" {nodes}
 """
 SLEEPING = """
-$step --nodelist=$head $ray start --head --port=6379 --include-dashboard=false --block $options &
+$step --nodelist=$head $ray start --head --port=6379 --block $options &
 sleep 10
 for name in "${{names[@]:1}}"; do
     $step --nodelist=$name $ray start --address=$head:6379 --block $options &
