@@ -14,7 +14,7 @@ import pytest
 from launch_stub import make_plan, preflight, service, stub
 from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
-from vime import attach, cancel, status
+from vime import attach, cancel, logs, status
 from vime.launch import slurm
 from vime.launch.events import read_events
 from vime.launch.jobs import Job, read_jobs
@@ -113,13 +113,27 @@ def test_a_job_of_a_chain_is_requeued_and_the_chain_goes_on(four_nodes: DevClust
     assert [(data["link"], data["restart"]) for data in starts] == [("convert", 0), ("convert", 1), ("train", 0)]
 
 
-def test_a_whole_chain_is_cancelled(four_nodes: DevCluster, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_accounting_a_whole_chain_is_seen_and_cancelled(
+    four_nodes: DevCluster, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "bin").mkdir()
+    sacct = tmp_path / "bin" / "sacct"
+    sacct.write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sacct.parent}:{os.environ['PATH']}")
     jobs = start_chain(run_dir, stub("convert", "import time; time.sleep(300)"), stub("train", "pass"), nodes=1)
     wait_for_event(run_dir, "stage-start", 60, stage="convert")
+    assert status.main([]) == 0
+    assert ": running, job" in capsys.readouterr().out
     assert cancel.main([]) == 0
     assert f"job {jobs[0].job_id}, {jobs[1].job_id} cancelled" in capsys.readouterr().out
     assert [wait_for_end(job.job_id, 60) for job in jobs] == ["CANCELLED", "CANCELLED"]
     assert not (run_dir / "logs" / "train").exists()
+    assert status.main([]) == 0
+    assert ": failed, job" in capsys.readouterr().out
+    assert logs.main(["--stage", "controller"]) == 0
+    assert "run-end convert convert was ended by SIGTERM: cancelled" in capsys.readouterr().out
 
 
 def test_a_person_attaches_to_a_node_of_a_running_run(
