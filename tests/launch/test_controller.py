@@ -113,6 +113,16 @@ def test_a_stage_that_exits_with_its_cause_passes_it_on(run_dir: Path, cause: Ca
     assert run(plan) is cause
 
 
+def test_training_may_take_the_time_that_its_job_was_given_beyond_the_plan(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalRunner, "end_time", lambda runner: time.time() + 3600)
+    plan = make_plan(run_dir, [stub("train", "import time; time.sleep(3)", deadline_s=0.5)])
+    assert run(plan) is Cause.DEADLINE
+    whole = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"time_limit_minutes": 0})})
+    assert run(whole) is Cause.SUCCESS
+
+
 def test_a_stage_that_hangs_ends_at_its_deadline(run_dir: Path) -> None:
     plan = make_plan(run_dir, [stub("cast", "import time; print('reading'); time.sleep(600)", deadline_s=1.5)])
     begin = time.monotonic()

@@ -267,9 +267,21 @@ class Controller:
                     raise RunFailed(ended_early(step, 0))
                 return
             if time.monotonic() > deadline:
-                raise RunFailed(late(step, stage.deadline_s))
+                if (more := self._more_time(stage)) <= 0:
+                    raise RunFailed(late(step, stage.deadline_s))
+                deadline = time.monotonic() + more
             self._watching()
             self._signals.wait([fd for step in self._steps for fd in step.descriptors()], POLL_S)
+
+    def _more_time(self, stage: Stage) -> float:
+        """Seconds until the allocation ends, for a stage that may take all of it; 0 for every other.
+
+        The job may have more time than was planned: a person gave it to sbatch, or to scontrol while it ran.
+        """
+        if stage.deadline_s < self._plan.cluster.time_limit_minutes * 60:
+            return 0.0
+        end = self._runner.end_time()
+        return 0.0 if end is None else end - time.time()
 
     def _check_services(self, besides: Step) -> None:
         for service in self._steps:
