@@ -179,6 +179,8 @@ class Dispatcher:
                 try:
                     return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s, seed)
                 except EngineError as error:
+                    if self._fatal:
+                        raise self._fatal from None
                     self._strike(engine, error)
                     if not error.retry or attempt == self.patience.attempts:
                         raise
@@ -290,6 +292,8 @@ class Dispatcher:
         async with seat.moving:
             if self._stopping:
                 raise Stopped
+            if self._fatal:
+                raise self._fatal
             if seat.engine is None or not seat.engine.up:
                 self._unseat(seat)
                 await self._place(seat)
@@ -393,8 +397,13 @@ class Dispatcher:
             pause = min(10.0, 2 * pause)
 
     def _end(self, error: VimeError) -> None:
+        """No engine is asked any more; every request under way ends with the error."""
         log.error("%s", error)
         self._fatal = self._fatal or error
+        for engine in self._engines:
+            engine.failure = engine.failure or EngineError(str(error))
+            for call in tuple(engine.calls):
+                call.cancel()
         while self._waiting:
             _, ready = self._waiting.popleft()
             if not ready.done():
