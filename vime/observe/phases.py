@@ -8,6 +8,8 @@ from vime.observe.markup import details, escape, table
 from vime.observe.timeline import WAIT, Span, waits
 
 PHASES = ("generate", "reward", "ref_log_probs", "log_probs", "train", "sync", "save", "eval")
+NESTED = ("recover", WAIT)
+"""Spans that lie inside a phase: the restart of an engine while others generate, a rank's wait in training."""
 COLUMNS = 120
 """Bars of the overview; a longer run is averaged."""
 SHOWN_ROLLOUTS, SHOWN_RANKS = 4, 16
@@ -89,12 +91,11 @@ def last_rollouts(spans: Sequence[Span]) -> str:
     spans = [span for span in spans if span.track in tracks]
     start, end = min(span.start for span in spans), max(span.end for span in spans)
     scale = (WIDTH - LEFT) / max(end - start, 1e-9)
-    # Waits lie inside training, so they are drawn last.
-    order = sorted(spans, key=lambda span: span.name == WAIT)
+    order = sorted(spans, key=lambda span: span.name in NESTED)
     bars = "".join(_bar(span, LEFT + (span.start - start) * scale, tracks.index(span.track), scale) for span in order)
     labels = "".join(f'<text x="0" y="{17 + 22 * i}">{escape(track)}</text>' for i, track in enumerate(tracks))
     height = 22 * len(tracks) + 24
-    names = [name for name in (*PHASES, WAIT) if any(span.name == name for span in spans)]
+    names = [name for name in (*PHASES, *NESTED) if any(span.name == name for span in spans)]
     said = (
         f"Phases of rollouts {newest - SHOWN_ROLLOUTS + 1} to {newest} on {len(tracks)} tracks, {_seconds(end - start)}"
     )
@@ -109,7 +110,7 @@ def last_rollouts(spans: Sequence[Span]) -> str:
 
 
 def _bar(span: Span, x: float, track: int, scale: float) -> str:
-    name = span.name if span.name in (*PHASES, WAIT) else "other"
+    name = span.name if span.name in (*PHASES, *NESTED) else "other"
     more = " ref" if span.name == "ref_log_probs" else ""
     return (
         f'<rect class="p-{name}{more}" x="{x:.1f}" y="{4 + 22 * track}" width="{max(span.seconds * scale, 0.6):.1f}" '
@@ -121,7 +122,7 @@ def _bar(span: Span, x: float, track: int, scale: float) -> str:
 def rank_waits(spans: Sequence[Span]) -> str:
     """How long each rank waited for the others before gradients were reduced."""
     shares = waits(spans)
-    if not shares:
+    if len(shares) < 2:
         return ""
     wide, height = max(4, min(28, (WIDTH - LEFT) // len(shares))), 84
     highest = max(max(shares.values()), 0.01)

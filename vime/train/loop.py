@@ -300,6 +300,7 @@ class Loop:
             return
         with self.timeline.phase("eval", rollout_id):
             values = await self.sampler.evaluate(rollout_id)
+        self._record_rewards(rollout_id)
         self.metrics.write(rollout_id, values)
         print(f"eval {rollout_id}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
 
