@@ -46,6 +46,9 @@ MODELS = {
     },
 }
 
+# One a family; Megatron's own loader reads what the conversion makes of them.
+CONVERTED = ("qwen3", "qwen3-moe", "moonlight", "llama")
+
 
 def run(script: str, *arguments: str) -> None:
     """In a process of its own: on a CPU the trainer changes parts of torch that transformers uses too."""
@@ -63,13 +66,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
     layout = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
     torchrun(4, str(TOOL), *layout, "--hf-checkpoint", str(fp8), "--save", str(base / "fp8_torch_dist"))
     export(base / "fp8_torch_dist", fp8, base / "bf16")
-    assert convert(["--hf-checkpoint", str(made["qwen3"]), "--save", str(base / "qwen3_torch_dist")]) == 0
+    for name in CONVERTED:
+        assert convert(["--hf-checkpoint", str(made[name]), "--save", str(base / f"{name}_torch_dist")]) == 0
     return {
         **{name: str(path) for name, path in made.items()},
         "fp8": str(fp8),
         "bf16": str(base / "bf16"),
-        "fp8_torch_dist": str(base / "fp8_torch_dist"),
-        "qwen3_torch_dist": str(base / "qwen3_torch_dist"),
+        **{f"{name}_torch_dist": str(base / f"{name}_torch_dist") for name in ("fp8", *CONVERTED)},
     }
 
 
@@ -78,7 +81,7 @@ def logits(folders, tmp_path_factory) -> dict[str, torch.Tensor]:
     """By folder for transformers (`hf:`) and Megatron."""
     out = tmp_path_factory.mktemp("logits")
     run("hf_process.py", str(out / "hf.pt"), *(folders[name] for name in (*MODELS, "bf16")))
-    converted = [f"{folders['fp8']}@{folders['fp8_torch_dist']}", f"{folders['qwen3']}@{folders['qwen3_torch_dist']}"]
+    converted = [f"{folders[name]}@{folders[name + '_torch_dist']}" for name in ("fp8", *CONVERTED)]
     run("megatron_process.py", "logits", str(out / "mg.pt"), *(folders[n] for n in (*MODELS, "fp8")), *converted)
     hf = {f"hf:{folder}": values for folder, values in torch.load(out / "hf.pt").items()}
     return {**hf, **torch.load(out / "mg.pt")}
@@ -95,7 +98,7 @@ def test_fp8_loads_directly_with_the_logits_of_its_bf16_twin(folders, logits):
     assert (logits[folders["fp8"]] - logits[f"hf:{folders['bf16']}"]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["fp8", "qwen3"])
+@pytest.mark.parametrize("name", ["fp8", *CONVERTED])
 def test_a_conversion_loads_in_one_process_with_the_same_logits(folders, logits, name):
     assert torch.equal(logits[f"{folders[name]}@{folders[name + '_torch_dist']}"], logits[folders[name]])
 

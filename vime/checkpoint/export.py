@@ -141,5 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.cause)
+    except OSError as error:
+        print(f"error: {error.filename or given.save}: {error.strerror}", file=sys.stderr)
+        return int(BadInput.cause)
     print(f"{given.save} is complete")
     return 0
