@@ -19,6 +19,7 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, 
 _intrinsic: Any = extending.intrinsic
 
 I32, F32 = np.int32, np.float32
+_PANEL_BYTES = 1 << 21
 
 
 @_intrinsic
@@ -154,30 +155,34 @@ def quantise(x, x_stride, q, q_stride, scales, rows, columns, block_rows, block_
     x: int16 or int32, the bits of bf16 or fp32; q: uint8; scales: float32 [blocks down, blocks across]. Returns the
     first block that holds NaN or infinity, and stops there, or (-1, -1).
     """
-    # Memory is read row after row, which is what it is fast at, and while a row of this block row is computed the one
-    # of the next is fetched and its sizes are looked at.
-    largest = np.zeros(columns, x.dtype)
+    # Panels of some neighbouring blocks: long runs of memory, and few enough to be in the cache for the second pass,
+    # which fetches the next panel while it computes.
+    step = max(1, _PANEL_BYTES // (block_rows * block_columns * x.itemsize))
+    largest = np.empty(step * block_columns, x.dtype)
     inverses = np.empty(scales.shape[1], np.float32)
-    length, ahead = np.uint64(columns), block_rows * x_stride
-    for i in range(min(rows, block_rows)):
-        _enlarge(largest, x, np.uint64(i * x_stride), length)
     for down in range(scales.shape[0]):
-        for across in range(scales.shape[1]):
-            start = across * block_columns
-            scale = _scale_of(largest[start : min(columns, start + block_columns)], power_of_two)
-            if not scale < np.inf:
-                return down, across
-            scales[down, across], inverses[across] = scale, F32(1) / scale
-        largest[:] = 0
-        for i in range(down * block_rows, min(rows, (down + 1) * block_rows)):
-            at = i * x_stride
-            _encode(x, at, ahead, q, i * q_stride, scales[down], inverses, columns, block_columns)
-            if i + block_rows < rows:
-                _enlarge(largest, x, np.uint64(at + ahead), length)
+        first, last = down * block_rows, min(rows, (down + 1) * block_rows)
+        for panel in range(0, scales.shape[1], step):
+            stop = min(panel + step, scales.shape[1])
+            left, right = panel * block_columns, min(columns, stop * block_columns)
+            largest[:] = 0
+            for i in range(first, last):
+                _enlarge(largest, x, np.uint64(i * x_stride + left), np.uint64(right - left))
+            for across in range(panel, stop):
+                start = (across - panel) * block_columns
+                scale = _scale_of(largest[start : min(right - left, start + block_columns)], power_of_two)
+                if not scale < np.inf:
+                    return down, across
+                scales[down, across], inverses[across] = scale, F32(1) / scale
+            ahead = right - left if stop < scales.shape[1] else block_rows * x_stride - left
+            mine = slice(panel, stop)
+            for i in range(first, last):
+                at, to = i * x_stride + left, i * q_stride + left
+                _encode(x, at, ahead, q, to, scales[down, mine], inverses[mine], right - left, block_columns)
     return -1, -1
 
 
-@njit(**_OPTIONS)
+@njit(inline="always", **_OPTIONS)
 def _encode(x, at, ahead, q, to, scales, inverses, columns, block_columns):
     """Codes of a row; the row `ahead` elements on is fetched into the cache."""
     for across in range(scales.shape[0]):
@@ -190,7 +195,7 @@ def _encode(x, at, ahead, q, to, scales, inverses, columns, block_columns):
             q[target + j] = _code(x[first + j], scale, inverse)
 
 
-@njit(**_OPTIONS)
+@njit(inline="always", **_OPTIONS)
 def _enlarge(largest, x, at, length):
     """Raise `largest` to the sizes of numbers from `at` on. As bits, sizes are in the right order, NaN above infinity.
 
@@ -200,7 +205,7 @@ def _enlarge(largest, x, at, length):
         largest[j] = _larger(largest[j], _size(x[at + j]))
 
 
-@njit(**_OPTIONS)
+@njit(inline="always", **_OPTIONS)
 def _scale_of(largest, power_of_two):
     """The scale of a block by the sizes of its columns' largest numbers; infinite when the block is not finite."""
     amax = largest[0]
