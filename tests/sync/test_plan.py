@@ -56,14 +56,22 @@ def schedules(draw: st.DrawFn) -> Schedule:
         assume(False)
     per_node = draw(st.sampled_from([1, 2, 4, 8]))
     nodes = [rank // per_node for rank in range(world)]
+    gpus = None
     if draw(st.booleans()):
+        # Engines on the trainer's own GPUs: all of them, or two that share them.
+        gpus = [rank % per_node for rank in range(world)]
+        places = {node: tuple(range(nodes.count(node))) for node in sorted(set(nodes))}
+        engines = [engine(0, places, data=world, expert_parallel=draw(st.booleans()))]
+        if draw(st.booleans()):
+            engines = [engine(i, {node: (gpu,)}) for i, (node, gpu) in enumerate(zip(nodes, gpus, strict=True))]
+    elif draw(st.booleans()):
         engines = [engine(0, {0: (0, 1), 1: (0, 1)}, tensor=2, data=2, expert_parallel=draw(st.booleans()))]
         engines.append(engine(1, {1: (2,), 2: (0,)}, data=2, expert_parallel=True))
     else:
         engines = [engine(i, {node: (0,)}) for i, node in enumerate(draw(st.sets(st.integers(0, 3), min_size=1)))]
     limit = draw(st.sampled_from([20_000, 50_000, 10**9]))
     options = {"draft": draw(st.booleans()), "mtp_trained": draw(st.booleans())}
-    return make_schedule(config, layout, nodes, receivers_of(config, nodes, engines), limit, **options)
+    return make_schedule(config, layout, nodes, receivers_of(config, nodes, engines, gpus=gpus), limit, **options)
 
 
 @settings(max_examples=80, deadline=None)
@@ -89,6 +97,26 @@ def test_every_receiver_gets_every_box_once_from_a_rank_that_has_it(schedule: Sc
             if receiver.needs(entry) and not entry.frozen
         }
         assert got == wanted
+
+
+def test_a_worker_on_a_gpu_gets_its_own_experts_from_the_rank_there_where_it_has_them() -> None:
+    config, layout = ModelConfig.from_hf(with_fp8(DEEPSEEK)), ParallelLayout(4, ep=4)
+    shared = engine(0, {0: (0, 1), 1: (0, 1)}, data=4, expert_parallel=True)
+    receivers = receivers_of(config, [0, 0, 1, 1], [shared], gpus=[0, 1, 0, 1])
+    assert [(receiver.node, receiver.gpu, receiver.publishers) for receiver in receivers] == [
+        (0, 0, (0,)), (0, 1, (1,)), (1, 0, (2,)), (1, 1, (3,)),
+    ]  # fmt: skip
+    schedule = make_schedule(config, layout, [0, 0, 1, 1], receivers, 1 << 30)
+    for bucket in schedule.buckets:
+        for move in schedule.moves(bucket.index):
+            # The trainer's experts lie as the engine's do, and everything else is on every rank: nothing has to travel.
+            assert move.source == schedule.receivers[move.receiver].publishers[0]
+
+
+def test_engines_on_gpus_without_trainer_ranks_are_refused() -> None:
+    config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
+    with pytest.raises(BadInput, match="GPU 1 of node 0 has a worker of engine 0 and no trainer rank"):
+        receivers_of(config, [0], [engine(0, {0: (0, 1)}, tensor=2)], gpus=[0])
 
 
 def inside(piece, box) -> bool:
@@ -185,6 +213,32 @@ def test_the_recipes_sync_sends_what_the_nodes_need_and_quantises_on_the_shard()
     assert sent <= 1.05 * (dense + routed / 8)
     first = schedule.buckets[len(schedule.buckets) // 2]
     assert all(move.on_shard for move in schedule.moves(first.index))
+
+
+def test_the_recipes_workers_get_their_own_experts_only() -> None:
+    """DeepSeek-R1 on the GPUs that it trains on: every worker gets the dense weights and four experts a layer."""
+    nodes, slots = [rank // 8 for rank in range(128)], [rank % 8 for rank in range(128)]
+    config = ModelConfig.from_hf(DEEPSEEK_R1)
+    gpus = tuple(range(8))
+    engines = [engine(i, {8 * i + n: gpus for n in range(8)}, tensor=8, data=8, expert_parallel=True) for i in range(2)]
+    receivers = receivers_of(config, nodes, engines, gpus=slots)
+    assert len(receivers) == 128
+    assert all(len(receiver.experts or ()) == 4 for receiver in receivers)
+    assert [receiver.publishers for receiver in receivers] == [(rank,) for rank in range(128)]
+    layout = ParallelLayout(128, tp=8, pp=4, cp=4, ep=32, last_stage_layers=13)
+    schedule = make_schedule(config, layout, nodes, receivers, 512 * 2**20)
+    parts = [(param, part) for param in params_of(config) if param.where != Where.MTP for part in param.parts]
+
+    def stored(routed: bool) -> int:
+        sizes = [
+            math.prod(part.shape) * (1 if part.quantised else 2)
+            for param, part in parts
+            if (param.expert is not None) == routed
+        ]
+        return sum(sizes)
+
+    sent = sum(schedule.places(bucket.index, 17)[1] for bucket in schedule.buckets)
+    assert sent <= 1.05 * (stored(False) + stored(True) / 64)
 
 
 def test_planning_loads_no_torch() -> None:

@@ -47,8 +47,8 @@ LAYOUTS = {
     "tp2-pp4": ParallelLayout(8, tp=2, pp=4),
     "dp8": ParallelLayout(8),
 }
-Case = tuple[dict[str, Any], ParallelLayout, int]
-"""Model, layout, ranks a node."""
+Case = tuple[dict[str, Any], ParallelLayout, int] | tuple[dict[str, Any], ParallelLayout, int, bool]
+"""Model, layout, ranks a node, and whether every rank shares a GPU with a worker of one engine."""
 
 
 def expected(hf: dict[str, Any], tensors: Tensors, name: str, source: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,7 +109,7 @@ def check_digests(schedule: Schedule, rank: int, hf: dict[str, Any], whole: Tens
 
 def sync_case(rank: int, case: Case, run: str) -> None:
     """One rank's part of two syncs of a case, with receivers near and far."""
-    hf, layout, per_node = case
+    hf, layout, per_node, shared = (*case, False)[:4]
     config = ModelConfig.from_hf(hf)
     nodes = [place // per_node for place in range(layout.world_size)]
     far = nodes[-1] + 1
@@ -117,8 +117,12 @@ def sync_case(rank: int, case: Case, run: str) -> None:
         engine(0, {0: (0,), far: (0,)}, data=2, expert_parallel=config.moe is not None),
         engine(1, {nodes[-1]: (0,)}),
     ]
-    schedule = make_schedule(config, layout, nodes, receivers_of(config, nodes, engines), 60_000, draft=True,
-                             mtp_trained=True)  # fmt: skip
+    gpus = [place % per_node for place in range(layout.world_size)] if shared else None
+    if shared:
+        places = {node: tuple(range(per_node)) for node in sorted(set(nodes))}
+        engines = [engine(0, places, data=layout.world_size, expert_parallel=config.moe is not None)]
+    receivers = receivers_of(config, nodes, engines, gpus=gpus)
+    schedule = make_schedule(config, layout, nodes, receivers, 60_000, draft=True, mtp_trained=True)
     for version in (1, 2):
         whole = trained(hf, version)
         check_digests(schedule, rank, hf, whole)
@@ -183,6 +187,8 @@ def test_every_layout_gives_what_quantising_the_whole_gives(tmp_path: Path) -> N
     cases += [(tiny_hf.QWEN3, ParallelLayout(8, tp=2), 2)]
     cases += [(tiny_hf.QWEN3, ParallelLayout(8, tp=2, pp=2, first_stage_layers=1), 2)]
     cases += [(tiny_hf.QWEN3_MOE, ParallelLayout(8, ep=4), 4)]
+    # As on GPUs that trainer and engine share, but in the memory of CPUs.
+    cases += [(FP8, LAYOUTS["tp2-pp2-ep2"], 4, True), (CROSSING, LAYOUTS["tp4-etp2-ep2"], 4, True)]
     on_ranks(8, tmp_path, sync_case, [(case, str(tmp_path)) for case in cases])
     assert not [
         path for path in segment.DIRECTORY.iterdir() if path.name.startswith(segment_name(str(tmp_path), 0, 0, 0)[:21])

@@ -1,8 +1,9 @@
 """The schedule of a weight sync: which tensors in which bucket, from which rank to which node. Pure, without torch.
 
 Every rank and the driver compute the same schedule from the same plan, so no two can wait for each other in a different
-order. A *receiver* is a node with engine workers; it gets what its workers need: every dense tensor, and of the routed
-experts only its workers' own where the engine is expert parallel. A *bucket* is a run of tensors in the order of the
+order. A *receiver* is a node with engine workers, or with GPUs that trainer and engines share a single worker; it gets
+what its workers need: every dense tensor, and of the routed experts only its workers' own where the engine is expert
+parallel. A *bucket* is a run of tensors in the order of the
 model that fits `--update-weight-buffer-size` at every receiver.
 """
 
@@ -34,7 +35,7 @@ RECEIVED = "received."
 
 @dataclass(frozen=True)
 class Receiver:
-    """A node with engine workers."""
+    """A node with engine workers, or one worker on a GPU."""
 
     node: int
     engines: tuple[int, ...]
@@ -44,6 +45,8 @@ class Receiver:
     """Trainer ranks that take turns in giving it a bucket: those on the node, or one rank elsewhere."""
     local: bool
     """Whether the publishers sit on the node, so that its engines find buckets in shared memory."""
+    gpu: int | None = None
+    """Slot of the GPU that the worker shares with its only publisher, in whose memory buckets lie; None: a node."""
 
     def publisher(self, bucket: int) -> int:
         """The rank that gives it this bucket."""
@@ -193,22 +196,26 @@ class Schedule:
         """A rank that has the shard: on the node of the buffer if there is one; equal ones take turns."""
         ranks = _holders(self.config, self.layout, _kind(param), shard)
         near = [rank for rank in ranks if self.nodes[rank] == self.home(receiver)]
+        if self.receivers[receiver].gpu is not None:
+            near = [rank for rank in near if rank in self.receivers[receiver].publishers] or near
         turn = (param.expert or 0) + (param.layer or 0) + (0 if near else receiver)
         ranks = near or list(ranks)
         return ranks[turn % len(ranks)]
 
 
 def schedule_of(plan: Plan) -> Schedule:
-    """The schedule of a run."""
+    """The schedule of a run. Raises BadInput for engines on GPUs that they do not share with the trainer."""
     config = ModelConfig.from_hf(plan.model_config_hf)
     nodes = tuple(rank.node for rank in plan.trainer_ranks)
     options = plan.recipe.engine.vllm
+    real = plan.cluster.gpu_request != "none" and plan.cluster.gpus_per_node > 0
+    shared = [rank.gpu for rank in plan.trainer_ranks] if real else None
     spread = bool(options.get("enable_eplb")) or options.get("expert_placement_strategy", "linear") != "linear"
     return make_schedule(
         config,
         plan.layout,
         nodes,
-        receivers_of(config, nodes, plan.engines, experts_anywhere=spread),
+        receivers_of(config, nodes, plan.engines, experts_anywhere=spread, gpus=shared),
         plan.recipe.engine.update_weight_buffer_size,
         draft=has_draft(plan),
         mtp_trained=plan.recipe.model.mtp_num_layers > 0,
@@ -260,29 +267,51 @@ def make_schedule(
 
 
 def receivers_of(
-    config: ModelConfig, nodes: Sequence[int], engines: Sequence[EnginePlan], *, experts_anywhere: bool = False
+    config: ModelConfig,
+    nodes: Sequence[int],
+    engines: Sequence[EnginePlan],
+    *,
+    experts_anywhere: bool = False,
+    gpus: Sequence[int] | None = None,
 ) -> tuple[Receiver, ...]:
-    """Nodes with engine workers. `experts_anywhere`: vLLM places experts by load, so every worker gets all."""
-    wanted: dict[int, list[tuple[int, frozenset[int] | None]]] = {}
+    """Nodes with engine workers; with `gpus`, the GPU slot of every trainer rank, one receiver a worker.
+
+    `experts_anywhere`: vLLM places experts by load, so every worker gets all.
+    """
+    wanted: dict[tuple[int, int | None], list[tuple[int, frozenset[int] | None]]] = {}
     for engine in engines:
-        first = 0
-        for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
-            workers = range(first, first + len(gpus))
-            first += len(gpus)
-            experts = None
-            if engine.expert_parallel and config.moe is not None and not experts_anywhere:
-                size = engine.tensor_parallel_size * engine.data_parallel_size
-                experts = experts_of(workers, size, config.moe.num_experts)
-            wanted.setdefault(node, []).append((engine.index, experts))
+        size = engine.tensor_parallel_size * engine.data_parallel_size
+        split = engine.expert_parallel and config.moe is not None and not experts_anywhere
+        for place, workers in _workers(engine, a_receiver_each=gpus is not None):
+            experts = experts_of(workers, size, config.moe.num_experts) if split and config.moe else None
+            wanted.setdefault(place, []).append((engine.index, experts))
     found = []
-    for turn, (node, parts) in enumerate(sorted(wanted.items())):
-        near = tuple(rank for rank, place in enumerate(nodes) if place == node)
+    for turn, ((node, gpu), parts) in enumerate(sorted(wanted.items())):
+        near = tuple(rank for rank, place in enumerate(nodes) if place == node and (gpus is None or gpus[rank] == gpu))
+        if gpus is not None and not near:
+            raise BadInput(
+                f"GPU {gpu} of node {node} has a worker of engine {parts[0][0]} and no trainer rank: weights reach "
+                "only engines that share their GPUs with the trainer, so use --colocate"
+            )
         sets = [experts for _, experts in parts]
         union = None if None in sets else frozenset().union(*(experts for experts in sets if experts is not None))
         # A far node's publishers should differ, so that one rank does not send to all of them.
         far = (turn * len(nodes) // max(1, len(wanted)),)
-        found.append(Receiver(node, tuple(index for index, _ in parts), union, near or far, bool(near)))
+        publishers = (near if gpus is None else near[:1]) or far
+        found.append(Receiver(node, tuple(index for index, _ in parts), union, publishers, bool(near), gpu))
     return tuple(found)
+
+
+def _workers(engine: EnginePlan, *, a_receiver_each: bool) -> Iterator[tuple[tuple[int, int | None], range]]:
+    """Places of an engine's workers, (node, GPU slot) or (node, None), and the numbers of those there."""
+    first = 0
+    for node, slots in zip(engine.nodes, engine.gpus, strict=True):
+        if a_receiver_each:
+            for number, slot in enumerate(slots, first):
+                yield (node, slot), range(number, number + 1)
+        else:
+            yield (node, None), range(first, first + len(slots))
+        first += len(slots)
 
 
 def experts_of(workers: range, size: int, experts: int) -> frozenset[int]:

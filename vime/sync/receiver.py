@@ -1,4 +1,5 @@
-"""The engine's side of a weight sync: buckets out of shared memory or from a process group into vLLM's model.
+"""The engine's side of a weight sync: buckets out of memory shared with the trainer, on the host or on the GPU, or
+from a process group, into vLLM's model.
 
 Tensors arrive under their HF names, quantised ones as e4m3 with scales. An engine that itself holds block fp8 gets them
 so; any other one (every engine on a CPU) gets the numbers of fp8 in its own type.
@@ -6,6 +7,7 @@ so; any other one (every engine on a CPU) gets the numbers of fp8 in its own typ
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vime.checkpoint import fp8
 from vime.errors import VimeError
 from vime.sync.channel import Channel
+from vime.sync.cuda_memory import map_shared
 from vime.sync.digest import digest
 from vime.sync.segment import Segment
 
@@ -51,12 +54,16 @@ class BucketInfo(WeightTransferUpdateInfo):
     block: list[int]
     tensors: list[list[Any]]
     """[name, dtype, shape, offset, offset of the scales or None] of each tensor, offsets in bytes."""
+    handle: list[Any] | None = None
+    """Of the memory on this worker's GPU in which the bucket lies."""
+    last: bool = False
+    """Whether no bucket of this sync follows."""
     digest: bool = False
     """Whether to keep digests of the tensors in `Receiver.received`, for a check of the sync."""
 
 
 class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
-    """vime's weight-transfer engine in each worker of an engine on CPUs."""
+    """vime's weight-transfer engine in each worker of an engine."""
 
     init_info_cls = ReceiverInit
     update_info_cls = BucketInfo
@@ -66,6 +73,7 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
         super().__init__(*args, **kwargs)
         self.received: dict[str, str] = {}
         """Digests by HF name, until they are shown with the checksums of the weights."""
+        self._mapped: dict[str, torch.Tensor] = {}
 
     def init_transfer_engine(self, init_info: ReceiverInit) -> None:
         """Join the group of this worker's node, if its buckets come through one."""
@@ -95,11 +103,22 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
         model: Any = self.model
         with disable_mtp_completeness_check():
             model.load_weights(self._tensors(data, update_info))
+        if update_info.handle is not None:
+            # The trainer writes the next bucket to this memory once the call has returned.
+            torch.cuda.synchronize()
+        if update_info.last:
+            self._mapped.clear()
 
     def shutdown(self) -> None:
         self._channel = None
+        self._mapped.clear()
 
     def _bytes_of(self, bucket: BucketInfo) -> torch.Tensor:
+        if bucket.handle is not None:
+            key = json.dumps(bucket.handle)
+            if key not in self._mapped:
+                self._mapped[key] = map_shared(bucket.handle)
+            return self._mapped[key]
         if self._channel is not None:
             data = torch.empty(bucket.size, dtype=torch.uint8)
             self._channel.move(data)

@@ -256,13 +256,14 @@ class Session:
         return infos
 
     async def _load(self, bucket: int, infos: Mapping[int, Mapping[str, Any]], check: bool) -> None:
-        by_node = {
-            receiver.node: {**infos[number], "digest": check} for number, receiver in enumerate(self.schedule.receivers)
+        by_place = {
+            (receiver.node, receiver.gpu): {**infos[number], "digest": check}
+            for number, receiver in enumerate(self.schedule.receivers)
         }
         await asyncio.gather(
             *(
                 self._engine(
-                    engine.index, bucket, "update_weights", client.update_weights(worker_infos(engine, by_node))
+                    engine.index, bucket, "update_weights", client.update_weights(worker_infos(engine, by_place))
                 )
                 for engine, client in zip(self.engines, self.clients, strict=True)
             )
@@ -303,11 +304,11 @@ class Session:
         )
 
 
-def worker_infos(engine: EnginePlan, by_node: Mapping[int, Mapping[str, Any]]) -> Info:
-    """What an engine's update call carries: one description, or with several nodes one for every worker in order."""
-    if len(engine.nodes) == 1:
-        return by_node[engine.nodes[0]]
-    return [by_node[node] for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for _ in gpus]
+def worker_infos(engine: EnginePlan, by_place: Mapping[tuple[int, int | None], Mapping[str, Any]]) -> Info:
+    """What an engine's update call carries: one description, or one for every worker in order where they differ."""
+    places = [(node, gpu) for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for gpu in gpus]
+    infos = [by_place[place if place in by_place else (place[0], None)] for place in places]
+    return infos[0] if all(info is infos[0] for info in infos) else infos
 
 
 def received_by_worker(checksums: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -322,7 +323,7 @@ def received_by_worker(checksums: Mapping[str, str]) -> dict[str, dict[str, str]
 
 def needed_names(schedule: Schedule, engine: EnginePlan) -> set[str]:
     """HF names of the tensors that go to an engine's nodes."""
-    receivers = [receiver for receiver in schedule.receivers if receiver.node in engine.nodes]
+    receivers = [receiver for receiver in schedule.receivers if engine.index in receiver.engines]
     return {
         entry.name
         for bucket in schedule.buckets

@@ -3,7 +3,8 @@
 For every bucket a rank writes the boxes that it holds straight into the shared memory of its own node, sends those that
 other nodes need to their publishers, one message a bucket and publisher, and, where it is a publisher itself, puts what
 it receives into place. Quantised tensors are quantised before they are written or sent. A bucket for a node without
-trainer ranks is put together on its publisher's node in the same way, and goes on from there.
+trainer ranks is put together on its publisher's node in the same way, and goes on from there. A worker that shares its
+GPU with a rank reads buckets out of that rank's GPU memory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vime.megatron.naming import local_tensors
 from vime.models.config import ModelConfig
 from vime.planning.types import Plan
 from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.sync import cuda_memory
 from vime.sync.channel import Channel, Listener
 from vime.sync.digest import trainer_digests
 from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
@@ -33,12 +35,27 @@ from vime.sync.segment import Segment, segment_name
 
 @dataclass
 class Buffer:
-    """A bucket's place for one receiver, in shared memory."""
+    """A bucket's place for one receiver."""
 
     data: Tensor
     """uint8 [capacity]."""
-    segment: Segment
+    segment: Segment | None
+    """The shared memory that it is; None on a GPU."""
     owned: bool
+    handle: list[Any] | None = None
+    """What another process needs to map it, on a GPU."""
+
+
+@dataclass
+class Quantising:
+    """A box of weights that waits to be quantised, and where its codes and scales go."""
+
+    entry: Entry
+    box: Tensor
+    q: Tensor
+    """float8_e4m3fn of the box's shape."""
+    scales: Tensor
+    """fp32, one for each of the box's blocks."""
 
 
 class WeightSource:
@@ -87,6 +104,7 @@ class WeightSource:
     ) -> None:
         self.schedule, self.rank = schedule, rank
         self._tensors, self._run, self._checkpoint = tensors, run, checkpoint
+        self._device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         # The order of moves is the same on every rank; each keeps those that it sends or publishes.
         self._moves = [
             [
@@ -156,6 +174,9 @@ class WeightSource:
         if not all(receiver.local for receiver in self.schedule.receivers):
             _barrier()
             self._send_far(bucket)
+        if self._device.type == "cuda":
+            # Engines read from another process, which knows nothing of this one's streams.
+            torch.cuda.synchronize(self._device)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -174,7 +195,7 @@ class WeightSource:
     def finish(self) -> None:
         """Give all memory back; also after a sync that failed."""
         for buffer in self._buffers.values():
-            if buffer.owned:
+            if buffer.segment is not None and buffer.owned:
                 buffer.segment.unlink()
         self._buffers.clear()
         self._pending.clear()
@@ -196,11 +217,20 @@ class WeightSource:
 
     def _make_segments(self, number: int) -> None:
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
-            segment = Segment.create(self._segment_name(number, slot), self.schedule.capacity(number, slot))
+            size = self.schedule.capacity(number, slot)
+            if self.schedule.receivers[number].gpu is not None:
+                memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+                handle = cuda_memory.share(memory) if memory.is_cuda else None
+                self._buffers[number, slot] = Buffer(memory, None, owned=True, handle=handle)
+                continue
+            segment = Segment.create(self._segment_name(number, slot), size)
             self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=True)
 
     def _open_segments(self, number: int) -> None:
-        if self.schedule.nodes[self.rank] != self.schedule.home(number):
+        if (
+            self.schedule.nodes[self.rank] != self.schedule.home(number)
+            or self.schedule.receivers[number].gpu is not None
+        ):
             return
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
             if (number, slot) not in self._buffers:
@@ -220,38 +250,46 @@ class WeightSource:
 
     def _writes_itself(self, move: Move) -> bool:
         """Whether the source reaches the receiver's memory: blocks that cross shards need their publisher."""
-        return move.on_shard and self.schedule.nodes[move.source] == self.schedule.home(move.receiver)
+        if not move.on_shard:
+            return False
+        receiver = self.schedule.receivers[move.receiver]
+        if receiver.gpu is not None:
+            return move.source in receiver.publishers
+        return self.schedule.nodes[move.source] == self.schedule.home(move.receiver)
 
     def _box(self, move: Move) -> Tensor:
         return self._tensors[move.entry.param.name].detach()[move.piece.target]
 
     def _write_local(self, bucket: int, moves: list[Move]) -> None:
         views: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+        waiting: list[Quantising] = []
         for move in moves:
-            if move.source == self.rank and self._writes_itself(move):
-                if move.receiver not in views:
-                    views[move.receiver] = self._views(bucket, move.receiver)
-                self._put(self._box(move), move, views[move.receiver][move.entry.name])
+            if move.source != self.rank or not self._writes_itself(move):
+                continue
+            if move.receiver not in views:
+                views[move.receiver] = self._views(bucket, move.receiver)
+            whole, scales = views[move.receiver][move.entry.name]
+            target = whole[move.piece.source]
+            if scales is None:
+                target.copy_(self._box(move))
+            else:
+                box = scales[_scale_box(move, self.schedule.block)]
+                waiting.append(Quantising(move.entry, self._box(move), target, box))
+        self._quantise(waiting)
 
-    def _put(self, box: Tensor, move: Move, place: tuple[Tensor, Tensor | None]) -> None:
-        """Write a box of the trainer's weights into its place, quantised where the stream is."""
-        whole, scales = place
-        target = whole[move.piece.source]
-        if scales is None:
-            target.copy_(box)
-            return
-        _, scale = self._quantise(box, move.entry, out=target)
-        scales[_scale_box(move, self.schedule.block)].copy_(scale)
-
-    def _quantise(self, matrix: Tensor, entry: Entry, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _quantise(self, waiting: Sequence[Quantising]) -> None:
         config = self.schedule.config.quantisation
-        assert config is not None
+        if not waiting or config is None:
+            return
         try:
-            return fp8.quantise(matrix, config.block, scale_format=config.scale_format, name=entry.name, out=out)
+            if self._device.type == "cuda" and config.block[0] == config.block[1] and config.scale_format == "float32":
+                _quantise_at_once(waiting, config.block[0])
+                return
+            for one in waiting:
+                form = {"scale_format": config.scale_format, "name": one.entry.name}
+                one.scales.copy_(fp8.quantise(one.box, config.block, **form, out=one.q)[1])
         except fp8.NotFinite as error:
             self._failure = self._failure or error
-            empty = torch.zeros(matrix.shape, dtype=torch.float8_e4m3fn) if out is None else out
-            return empty, torch.zeros(fp8.scale_shape(matrix.shape, config.block))
 
     def _exchange(self, bucket: int, moves: list[Move]) -> None:
         """One message between two ranks: all boxes that go from one to the other, in the order of the schedule."""
@@ -269,13 +307,16 @@ class WeightSource:
         packed = {rank: self._pack(mine) for rank, mine in sends.items()}
         for rank, theirs in receives.items():
             if rank != self.rank:
-                arrived[rank] = torch.empty(sum(map(self._message_bytes, theirs)), dtype=torch.uint8)
+                arrived[rank] = self._message(theirs)
         requests = [dist.P2POp(dist.isend, data, rank) for rank, data in packed.items()]
         requests += [dist.P2POp(dist.irecv, data, rank) for rank, data in arrived.items() if rank != self.rank]
         for work in dist.batch_isend_irecv(requests) if requests else ():
             work.wait()
         self.bytes_sent += sum(data.numel() for data in packed.values())
         self._unpack(bucket, receives, arrived)
+
+    def _message(self, moves: Sequence[Move]) -> Tensor:
+        return torch.empty(sum(map(self._message_bytes, moves)), dtype=torch.uint8, device=self._device)
 
     def _message_bytes(self, move: Move) -> int:
         size = math.prod(move.piece.size)
@@ -287,17 +328,22 @@ class WeightSource:
 
     def _pack(self, moves: list[Move]) -> Tensor:
         """The bytes of a message. Boxes whose blocks cross shards travel in fp32, so nothing is rounded twice."""
-        message = torch.empty(sum(map(self._message_bytes, moves)), dtype=torch.uint8)
+        message = self._message(moves)
+        waiting: list[tuple[Quantising, Tensor]] = []
         for move, part in zip(moves, self._parts(message, moves), strict=True):
             box = self._box(move)
             if move.entry.quantised and move.on_shard:
                 size = math.prod(move.piece.size)
                 q = part[:size].view(torch.float8_e4m3fn).view(move.piece.size)
-                _, scale = self._quantise(box, move.entry, out=q)
-                part[size:].copy_(scale.flatten().view(torch.uint8))
+                # A message does not align its numbers.
+                scales = torch.zeros(fp8.scale_shape(move.piece.size, self.schedule.block), device=self._device)
+                waiting.append((Quantising(move.entry, box, q, scales), part[size:]))
             else:
                 dtype = torch.float32 if move.entry.quantised else _dtype(move.entry)
                 part.copy_(box.to(dtype).contiguous().flatten().view(torch.uint8))
+        self._quantise([one for one, _ in waiting])
+        for one, part in waiting:
+            part.copy_(one.scales.flatten().view(torch.uint8))
         return message
 
     def _parts(self, message: Tensor, moves: list[Move]) -> Iterator[Tensor]:
@@ -325,12 +371,14 @@ class WeightSource:
                 else:
                     key = (move.receiver, move.entry.name)
                     if key not in whole:
-                        whole[key] = (move.entry, torch.empty(move.entry.shape, dtype=torch.float32))
+                        whole[key] = (move.entry, torch.empty(move.entry.shape, device=self._device))
                     whole[key][1][move.piece.source] = _typed(part, torch.float32).view(move.piece.size)
+        waiting: list[Quantising] = []
         for (receiver, name), (entry, matrix) in whole.items():
             target, scales = views[receiver][name]
             assert scales is not None
-            scales.copy_(self._quantise(matrix, entry, out=target)[1])
+            waiting.append(Quantising(entry, matrix, target, scales))
+        self._quantise(waiting)
 
     def _write_frozen(self, bucket: int) -> None:
         """Publishers read what is not trained from the checkpoint, as it is stored there."""
@@ -353,7 +401,8 @@ class WeightSource:
             target.view(torch.uint8).copy_(self._checkpoint.stored(place.entry.name).view(torch.uint8))
             scales.copy_(self._checkpoint.scale(place.entry.name))
         else:
-            scales.copy_(self._quantise(self._checkpoint.tensor(place.entry.name), place.entry, out=target)[1])
+            stored = self._checkpoint.tensor(place.entry.name).to(self._device)
+            self._quantise([Quantising(place.entry, stored, target, scales)])
 
     def _send_far(self, bucket: int) -> None:
         """Start sending the bucket to far nodes; `release` waits for the end, which needs the engines' update call."""
@@ -364,9 +413,12 @@ class WeightSource:
 
     def _update_info(self, bucket: int, number: int) -> dict[str, Any]:
         places, size = self.schedule.places(bucket, number)
-        segment = self._buffers[number, bucket % SLOTS].segment
+        buffer = self._buffers[number, bucket % SLOTS]
+        local = buffer.segment is not None and self.schedule.receivers[number].local
         return {
-            "segment": segment.name if self.schedule.receivers[number].local else None,
+            "segment": buffer.segment.name if buffer.segment and local else None,
+            "handle": buffer.handle,
+            "last": bucket == len(self.schedule.buckets) - 1,
             "size": size,
             "block": list(self.schedule.block),
             "tensors": [
@@ -374,6 +426,26 @@ class WeightSource:
                 for place in places
             ],
         }
+
+
+def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> None:
+    """On a GPU: one launch for all boxes of a type. Raises NotFinite."""
+    from vime.checkpoint.fp8_triton import block_table, first_not_finite, launch_quantise
+
+    for dtype in {one.box.dtype for one in waiting}:
+        mine = [one for one in waiting if one.box.dtype == dtype]
+        boxes = [one.box.contiguous() for one in mine]
+        codes = [one.q.contiguous() for one in mine]
+        scales = [one.scales.contiguous() for one in mine]
+        launch_quantise(block_table(boxes, codes, scales, block), dtype, block)
+        for one, code, scale in zip(mine, codes, scales, strict=True):
+            if code is not one.q:
+                one.q.copy_(code)
+            if scale is not one.scales:
+                one.scales.copy_(scale)
+        wrong = first_not_finite(scales)
+        if wrong is not None:
+            raise fp8.NotFinite(f"{mine[wrong].entry.name} holds NaN or infinity")
 
 
 def entry_views(data: Tensor, place: Place, block: fp8.Block) -> tuple[Tensor, Tensor | None]:

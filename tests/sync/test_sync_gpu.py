@@ -1,0 +1,102 @@
+"""On one GPU: buckets in its memory, quantised there, mapped by another process; bit-equal with the CPU's formulas."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny_hf
+from tests.sync.small_models import Tensors, shards, trained
+from tests.sync.test_plan import engine
+from vime.checkpoint import fp8
+from vime.models.config import ModelConfig
+from vime.recipe.parallel import ParallelLayout
+from vime.sync.digest import trainer_digests
+from vime.sync.plan import make_schedule, receivers_of
+from vime.sync.source import WeightSource
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+HF = tiny_hf.with_fp8(tiny_hf.DEEPSEEK, (16, 16))
+READER = """
+import hashlib, json, sys, torch
+from vime.sync.cuda_memory import map_shared
+mapped = {}
+for line in sys.stdin:
+    info = json.loads(line)
+    data = mapped.setdefault(json.dumps(info["handle"]), None)
+    if data is None:
+        data = mapped[json.dumps(info["handle"])] = map_shared(info["handle"])
+    print(hashlib.sha256(data[: info["size"]].cpu().numpy().data).hexdigest(), flush=True)
+"""
+
+
+def source_of(run: str, held: Tensors) -> WeightSource:
+    config = ModelConfig.from_hf(HF)
+    receivers = receivers_of(config, [0], [engine(0, {0: (0,)})], gpus=[0])
+    schedule = make_schedule(config, ParallelLayout(), [0], receivers, 100_000, draft=True, mtp_trained=True)
+    return WeightSource.of_tensors(held, schedule, 0, run)
+
+
+def streams(source: WeightSource, version: int) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Every bucket's description and bytes."""
+    found = []
+    for bucket in range(source.prepare(version)):
+        info = source.publish(bucket)["0"]
+        found.append((info, source._buffers[0, bucket % 2].data[: info["size"]].cpu().clone()))
+        source.release(bucket)
+    source.finish()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_stream_is_the_cpus(tmp_path: Path, dtype: torch.dtype) -> None:
+    held = {name: tensor.to(dtype) for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
+    here = source_of(str(tmp_path), held)
+    there = source_of(str(tmp_path), {name: tensor.cuda() for name, tensor in held.items()})
+    for (info, ours), (_, theirs) in zip(streams(there, 1), streams(here, 1), strict=True):
+        for name, kind, shape, offset, scales in info["tensors"]:
+            size = torch.Size(shape).numel() * getattr(torch, kind).itemsize
+            assert torch.equal(ours[offset : offset + size], theirs[offset : offset + size]), name
+            if scales is not None:
+                end = scales + 4 * torch.Size(fp8.scale_shape(shape, (16, 16))).numel()
+                assert torch.equal(ours[scales:end], theirs[scales:end]), name
+    cpu = trainer_digests(here.schedule, 0, held, None)
+    assert there.digests() == cpu
+
+
+def test_another_process_maps_what_was_published(tmp_path: Path) -> None:
+    held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
+    source = source_of(str(tmp_path), held)
+    with subprocess.Popen(
+        [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        for bucket in range(source.prepare(1)):
+            info = source.publish(bucket)["0"]
+            reader.stdin.write(json.dumps(info) + "\n")
+            reader.stdin.flush()
+            data = source._buffers[0, bucket % 2].data[: info["size"]].cpu()
+            assert reader.stdout.readline().strip() == hashlib.sha256(data.numpy().data).hexdigest()
+            source.release(bucket)
+        reader.stdin.close()
+        assert reader.wait(60) == 0
+    source.finish()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
+    held["decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"][45, 3] = float("nan")
+    source = source_of(str(tmp_path), held)
+    buckets = source.prepare(1)
+    with pytest.raises(fp8.NotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
+        [(source.publish(bucket), source.release(bucket)) for bucket in range(buckets)]
+    source.finish()
