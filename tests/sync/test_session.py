@@ -232,7 +232,7 @@ async def test_ranks_that_planned_otherwise_are_found_out_before_an_engine_is_to
 
 def test_an_engine_on_several_nodes_gets_a_description_for_every_worker() -> None:
     spread = engine(0, {3: (0, 1), 4: (0, 1)}, tensor=2, data=2)
-    infos = {(3, None): {"segment": "a"}, (4, None): {"segment": "b"}}
+    infos: dict[tuple[int, int | None], Any] = {(3, None): {"segment": "a"}, (4, None): {"segment": "b"}}
     assert [info["segment"] for info in worker_infos(spread, infos)] == ["a", "a", "b", "b"]  # type: ignore[index]
     assert worker_infos(engine(0, {3: (0,)}), infos) == {"segment": "a"}
 

@@ -9,7 +9,7 @@ import stat
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,8 +47,17 @@ LAYOUTS = {
     "tp2-pp4": ParallelLayout(8, tp=2, pp=4),
     "dp8": ParallelLayout(8),
 }
-Case = tuple[dict[str, Any], ParallelLayout, int] | tuple[dict[str, Any], ParallelLayout, int, bool]
-"""Model, layout, ranks a node, and whether every rank shares a GPU with a worker of one engine."""
+
+
+class Case(NamedTuple):
+    """A model and where its trainer's ranks are."""
+
+    hf: dict[str, Any]
+    layout: ParallelLayout
+    per_node: int
+    """Ranks a node."""
+    shared: bool = False
+    """Whether every rank shares a GPU with a worker of one engine."""
 
 
 def expected(hf: dict[str, Any], tensors: Tensors, name: str, source: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,7 +118,7 @@ def check_digests(schedule: Schedule, rank: int, hf: dict[str, Any], whole: Tens
 
 def sync_case(rank: int, case: Case, run: str) -> None:
     """One rank's part of two syncs of a case, with receivers near and far."""
-    hf, layout, per_node, shared = (*case, False)[:4]
+    hf, layout, per_node, shared = case
     config = ModelConfig.from_hf(hf)
     nodes = [place // per_node for place in range(layout.world_size)]
     far = nodes[-1] + 1
@@ -181,14 +190,14 @@ def on_ranks(world: int, folder: Path, work: Callable[..., None], arguments: lis
 
 @pytest.mark.e2e
 def test_every_layout_gives_what_quantising_the_whole_gives(tmp_path: Path) -> None:
-    cases: list[Case] = [(FP8, layout, 4) for layout in LAYOUTS.values()]
-    cases += [(CROSSING, LAYOUTS["tp2-pp2-ep2"], 2), (CROSSING, LAYOUTS["tp4-etp2-ep2"], 8)]
-    cases += [(UE8M0, LAYOUTS["tp2-pp2-ep2"], 2), (SKIPPING, LAYOUTS["pp2-ep4"], 4)]
-    cases += [(tiny_hf.QWEN3, ParallelLayout(8, tp=2), 2)]
-    cases += [(tiny_hf.QWEN3, ParallelLayout(8, tp=2, pp=2, first_stage_layers=1), 2)]
-    cases += [(tiny_hf.QWEN3_MOE, ParallelLayout(8, ep=4), 4)]
+    cases: list[Case] = [Case(FP8, layout, 4) for layout in LAYOUTS.values()]
+    cases += [Case(CROSSING, LAYOUTS["tp2-pp2-ep2"], 2), Case(CROSSING, LAYOUTS["tp4-etp2-ep2"], 8)]
+    cases += [Case(UE8M0, LAYOUTS["tp2-pp2-ep2"], 2), Case(SKIPPING, LAYOUTS["pp2-ep4"], 4)]
+    cases += [Case(tiny_hf.QWEN3, ParallelLayout(8, tp=2), 2)]
+    cases += [Case(tiny_hf.QWEN3, ParallelLayout(8, tp=2, pp=2, first_stage_layers=1), 2)]
+    cases += [Case(tiny_hf.QWEN3_MOE, ParallelLayout(8, ep=4), 4)]
     # As on GPUs that trainer and engine share, but in the memory of CPUs.
-    cases += [(FP8, LAYOUTS["tp2-pp2-ep2"], 4, True), (CROSSING, LAYOUTS["tp4-etp2-ep2"], 4, True)]
+    cases += [Case(FP8, LAYOUTS["tp2-pp2-ep2"], 4, True), Case(CROSSING, LAYOUTS["tp4-etp2-ep2"], 4, True)]
     on_ranks(8, tmp_path, sync_case, [(case, str(tmp_path)) for case in cases])
     assert not [
         path for path in segment.DIRECTORY.iterdir() if path.name.startswith(segment_name(str(tmp_path), 0, 0, 0)[:21])

@@ -24,7 +24,7 @@ def map_shared(handle: list[Any]) -> Tensor:
     _, *shared, offset, size = (_from_json(value) for value in handle)
     # The sender's number of the GPU is not this process's.
     storage = torch.UntypedStorage._new_shared_cuda(torch.cuda.current_device(), *shared)
-    return torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage, offset, (size,))
+    return torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage, offset, (size,), (1,))
 
 
 def _to_json(value: Any) -> Any:
