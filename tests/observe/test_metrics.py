@@ -1,9 +1,12 @@
 """Metrics and timelines read back what was written, whatever stopped the writer."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from vime.errors import BadInput
 from vime.observe.metrics import MetricsWriter, read_metrics, series
 from vime.observe.throughput import tokens_per_gpu
 from vime.observe.timeline import Span, Timeline, chrome_trace, read_timeline, waits
@@ -89,3 +92,29 @@ def test_throughput_counts_shared_gpus_once(base_dir):
     group = Group(0, [Sample(0, 0, "", [1] * 10, response_ids=[2] * 30)])
     assert tokens_per_gpu(plan, Rollout(0, [group], {}), 4.0) == {"perf/tokens_per_gpu_per_s": 40 / 4 / 2}
     assert tokens_per_gpu(plan, Rollout(0, [group], {}), 0.0) == {}
+
+
+def test_metrics_reach_weights_and_biases_by_flag(tmp_path, monkeypatch):
+    """A stand-in for wandb, which this machine cannot reach: what it is told is what counts."""
+    told: list = []
+    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: told.append(options) or run))
+    writer = MetricsWriter(tmp_path, run_name="r", wandb_project="p", config={"lr": 1})
+    writer.write(3, {"train/loss": 0.5, "train/kl_loss": float("nan")})
+    writer.close()
+    assert told[0] == {
+        "project": "p",
+        "name": "r",
+        "id": "r",
+        "resume": "allow",
+        "dir": str(tmp_path),
+        "config": {"lr": 1},
+    }
+    assert told[1:] == [(3, {"train/loss": 0.5}), "finished"]
+
+
+def test_without_its_library_the_flag_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="--use-wandb: wandb is not installed"):
+        MetricsWriter(tmp_path, run_name="r", wandb_project="p")
+    assert list(tmp_path.iterdir()) == []

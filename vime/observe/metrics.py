@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vime.errors import BadInput
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -27,6 +29,8 @@ class MetricsWriter:
     ) -> None:
         from tensorboard.summary import Writer
 
+        # First of all, so that a library that is missing leaves no file open.
+        self._wandb: Any = None if wandb_project is None else _wandb_run(run_dir, run_name, wandb_project, config)
         run_dir = Path(run_dir)
         path = run_dir / METRICS_FILE
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -34,13 +38,6 @@ class MetricsWriter:
         board = run_dir / "tensorboard"
         board.mkdir(mode=0o700, exist_ok=True)
         self._board = Writer(str(board))
-        self._wandb: Any = None
-        if wandb_project is not None:
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            self._wandb = wandb.init(
-                project=wandb_project, name=run_name, id=run_name, resume="allow", dir=run_dir, config=config
-            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step` (the number of the rollout). A value that is not finite is written as null."""
@@ -60,6 +57,18 @@ class MetricsWriter:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_run(run_dir: str | Path, run_name: str, project: str, config: Any) -> Any:
+    """The run's page in Weights & Biases; a resumed run goes on with the one it had."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BadInput(
+            "--use-wandb: wandb is not installed where the run's driver runs: pip install wandb, or leave the flag out "
+            "(docs/report.md)"
+        ) from error
+    return wandb.init(project=project, name=run_name, id=run_name, resume="allow", dir=str(run_dir), config=config)
 
 
 def read_metrics(run_dir: str | Path) -> dict[int, dict[str, float]]:
