@@ -14,6 +14,7 @@ import pytest
 from main_job import BaseFolder, PeakMemory
 
 from vime.observe.metrics import read_metrics, series
+from vime.observe.timeline import read_timeline
 from vime.planning.io import read_plan
 
 pytestmark = pytest.mark.e2e
@@ -116,6 +117,22 @@ def test_tensorboard_has_the_curves(quickstart):
     board = EventAccumulator(str(quickstart.run / "tensorboard"))
     board.Reload()
     assert {"rollout/raw_reward", "train/loss", "eval/tiny-math"} <= set(board.Tags()["tensors"])
+
+
+def test_the_timeline_has_every_phase_and_what_the_rank_did_and_opens_in_perfetto(quickstart):
+    spans = read_timeline(quickstart.run)
+    names = {track: {span.name for span in spans if span.track == track} for track in {span.track for span in spans}}
+    assert names["driver"] >= {"start", "sync", "eval", "generate", "train", "save"}
+    assert names["rewards"] == {"reward"}
+    assert names["rank 0"] >= {"log_probs", "train", "wait"}
+    trace = json.loads((quickstart.run / "trace.json").read_text())
+    assert len(trace["traceEvents"]) > len(spans) / 2
+
+
+def test_speed_and_the_engines_own_counters_are_logged(quickstart):
+    steps = read_metrics(quickstart.run)
+    for name in ("perf/tokens_per_gpu_per_s", "perf/engine_cache_hit_rate", "perf/reward_time"):
+        assert series(steps, name), name
 
 
 def test_the_journal_ends_with_success_and_the_run_took_no_stage_twice(quickstart):
