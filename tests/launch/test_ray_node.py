@@ -13,6 +13,7 @@ from launch_stub import make_plan, preflight
 
 from vime.errors import VimeError
 from vime.launch import ray_node
+from vime.launch.failure import telling_line
 from vime.planning.types import Binding, BoundNode
 
 DRIVER = """
@@ -34,11 +35,13 @@ print("Ray runtime started.", flush=True)
 """
 
 
-def start(tmp_path: Path, then: str, *, deadline_s: float = 60, mark: str = "61") -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, then: str, *, deadline_s: float = 60, mark: str = "61", errors: int | None = None
+) -> subprocess.Popen[str]:
     program = tmp_path / "ray.py"
     program.write_text(FAILS_ONCE.format(tries=str(tmp_path / "tries"), then=then, mark=mark))
     argv = [sys.executable, "-c", DRIVER, str(program), str(deadline_s)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
 def test_a_start_that_ray_gives_up_is_tried_again_without_what_it_left(tmp_path: Path) -> None:
@@ -50,6 +53,20 @@ def test_a_start_that_ray_gives_up_is_tried_again_without_what_it_left(tmp_path:
     assert not subprocess.run(["pgrep", "-f", "sleep 61[.]25"], capture_output=True, text=True).stdout
 
 
+def test_a_process_of_rays_that_dies_is_named_last(tmp_path: Path) -> None:
+    """In the words of `ray start --block`, to either stream."""
+    then = (
+        "print('ERR scripts.py:1290 -- Some Ray subprocesses exited unexpectedly:', file=sys.stderr)\n"
+        "print('ERR scripts.py:87 -- raylet [exit code=-9]', file=sys.stderr)\n"
+        "print('ERR scripts.py:1300 -- Remaining processes will be killed.', file=sys.stderr)\n"
+        "sys.exit(1)"
+    )
+    process = start(tmp_path, then, errors=subprocess.STDOUT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert telling_line(said.splitlines()) == "error: raylet (exit code -9) ended, and Ray with it"
+
+
 def test_after_the_deadline_there_is_no_other_try(tmp_path: Path) -> None:
     process = start(tmp_path, "pass", deadline_s=0)
     assert process.wait(60) == 1
@@ -59,7 +76,7 @@ def test_after_the_deadline_there_is_no_other_try(tmp_path: Path) -> None:
 def test_being_told_to_end_reaches_ray(tmp_path: Path) -> None:
     process = start(tmp_path, "time.sleep(60)")
     assert process.stdout is not None
-    assert process.stdout.readline().strip() == "Ray runtime started."
+    assert "Ray runtime started.\n" in iter(process.stdout.readline, "")
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) != 0

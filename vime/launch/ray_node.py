@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ MEMORY_THRESHOLD = "0.98"
 """Ray's own killer starts above this share of memory; CPU Adam fills nodes on purpose."""
 _ALIVE = 0
 _STARTED = b"Ray runtime started"
+_DEAD = re.compile(rb"(\w+) \[exit code=(-?\d+)\]")
 _HEAD_PORTS = ("gcs", "ray_client")
 _NODE_PORTS = (
     "node_manager", "object_manager", "runtime_env", "dashboard_agent", "dashboard_agent_grpc", "metrics_export",
@@ -168,6 +170,7 @@ class RayStart:
         self._argv, self._deadline = argv, time.monotonic() + deadline_s
         self._process: subprocess.Popen[bytes] | None = None
         self._started, self._stopping = False, False
+        self._dead: list[str] = []
         self.code: int | None = None
         """Exit code of the last try, when there is no other."""
 
@@ -175,13 +178,18 @@ class RayStart:
         """Blocks. The caller's process adopts what a try leaves, so it must have no other children."""
         adopt_orphans()
         while True:
-            self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            self._process = subprocess.Popen(
+                self._argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
             reader = threading.Thread(target=self._pass_on_output, args=(self._process,), daemon=True)
             reader.start()
             code = self._process.wait()
             # What a try leaves may hold the pipe open.
             reader.join(1.0)
             if self._started or code == 0 or self._stopping or time.monotonic() > self._deadline:
+                if self._dead:
+                    # Ray's own last line does not say which of its processes was the first to go.
+                    print(f"error: {', '.join(self._dead)} ended, and Ray with it", file=sys.stderr, flush=True)
                 self.code = code
                 return code
             print(f"ray start ended with {code} before it had started: again", file=sys.stderr, flush=True)
@@ -199,6 +207,8 @@ class RayStart:
         for line in process.stdout:
             os.write(1, line)
             self._started = self._started or _STARTED in line
+            if match := _DEAD.search(line):
+                self._dead.append(f"{match[1].decode()} (exit code {int(match[2])})")
 
 
 def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadline_s: float) -> int:
