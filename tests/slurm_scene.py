@@ -127,6 +127,15 @@ class Scene:
         for node in range(self.nodes):
             self.on_node(node, "mount", device, str(folder), mend=("umount", str(folder)))
 
+    def slow_link(self, node: int, rate: str) -> None:
+        """Both directions of a node's link, the way in at the other end of its cable."""
+        shape = ("root", "tbf", "rate", rate, "burst", "64k", "latency", "400ms")
+        undo = ("tc", "qdisc", "del", "dev", "eth0", "root")
+        self.on_node(node, "tc", "qdisc", "add", "dev", "eth0", *shape, mend=undo)
+        far = f"vdc{node + 1}"
+        subprocess.run(["tc", "qdisc", "add", "dev", far, *shape], check=True, timeout=30)
+        self._mend.append(lambda: subprocess.run(["tc", "qdisc", "del", "dev", far, "root"], timeout=30))
+
     def listen(self, node: int, ports: Sequence[int]) -> None:
         """Takes ports on a node."""
         code = f"import socket, time; s = [socket.create_server(('', port)) for port in {list(ports)}]"

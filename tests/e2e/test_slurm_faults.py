@@ -306,8 +306,7 @@ def ring(run: Scene) -> Stage:
 @pytest.mark.parametrize(("floor", "slow"), [(0.0001, False), (0.06, True)])
 def test_the_network_of_the_nodes_is_measured(run: Scene, floor: float, slow: bool) -> None:
     """A link of 20 Mbit/s to one node, against two floors."""
-    shape = ("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "20mbit", "burst", "64k", "latency", "400ms")
-    run.on_node(2, *shape, mend=("tc", "qdisc", "del", "dev", "eth0", "root"))
+    run.slow_link(2, "20mbit")
     nodes = run.nodes - 1
     stages = (ring(run), *run.services(nodes), run.training(""))
     run.start(*stages, nodes=nodes, spares=1, cluster={"min_network_gbit": floor})

@@ -27,23 +27,23 @@ ROUNDS = 3
 JOIN_S = 120.0
 
 
-def measure(rank: int, world: int) -> tuple[float, float]:
-    """Bytes per second that this rank got through to the next one, and that came from the one before."""
+def measure(rank: int, world: int) -> float:
+    """Bytes per second that came from the rank before."""
     import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=JOIN_S))
-    first = torch.tensor(min(_round(rank, world, PROBE_BYTES)))
+    first = torch.tensor(_round(rank, world, PROBE_BYTES))
     dist.all_reduce(first, dist.ReduceOp.MIN)
     # A network that is far too slow is seen with few bytes; a fast one needs many.
     size = min(BYTES, max(PROBE_BYTES, int(first.item() * ROUND_S)))
-    rounds = [_round(rank, world, size) for _ in range(ROUNDS)]
+    best = max(_round(rank, world, size) for _ in range(ROUNDS))
     dist.destroy_process_group()
-    return max(sent for sent, _ in rounds), max(received for _, received in rounds)
+    return best
 
 
-def _round(rank: int, world: int, size: int) -> tuple[float, float]:
-    """Bytes per second to the next rank and from the one before, all ranks at once."""
+def _round(rank: int, world: int, size: int) -> float:
+    """Bytes per second from the rank before, while every rank sends to the next one."""
     import torch
     import torch.distributed as dist
 
@@ -55,18 +55,25 @@ def _round(rank: int, world: int, size: int) -> tuple[float, float]:
     assert sending is not None
     assert receiving is not None
     receiving.wait()
-    received = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
     sending.wait()
-    return size / (time.perf_counter() - begin), size / received
+    return size / seconds
 
 
 def slow_nodes(reports: Sequence[Report], places: Sequence[int], floor_gbit: float) -> Iterator[Problem]:
-    """Nodes below the floor. A node is as fast as the better of its two links: a slow one slows its neighbours too."""
-    for told in reports:
-        best = max(told.data["sent"], told.data["received"]) * 8 / 1e9
-        if best < floor_gbit:
-            value, need = f"{best:.3g} Gbit/s", f"{floor_gbit:.3g} Gbit/s"
-            yield Problem(places[told.rank], told.data["host"], "network bandwidth", value, need)
+    """Nodes below the floor: those whose links to both neighbours are slow, else the sender of a slow link.
+
+    A slow node slows its neighbours' links too, so one slow link alone does not tell which end it is.
+    """
+    ring = sorted(reports, key=lambda told: told.rank)
+    incoming = [told.data["received"] * 8 / 1e9 for told in ring]
+    outgoing = [incoming[(i + 1) % len(ring)] for i in range(len(ring))]
+    both = {i for i in range(len(ring)) if max(incoming[i], outgoing[i]) < floor_gbit}
+    senders = {i for i in range(len(ring)) if outgoing[i] < floor_gbit and not {i, (i + 1) % len(ring)} & both}
+    for i in sorted(both | senders):
+        value = max(incoming[i], outgoing[i]) if i in both else outgoing[i]
+        told, need = ring[i], f"{floor_gbit:.3g} Gbit/s"
+        yield Problem(places[told.rank], told.data["host"], "network bandwidth", f"{value:.3g} Gbit/s", need)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,13 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        sent, received = measure(rank, world)
+        received = measure(rank, world)
     except RuntimeError as error:
         # What torch.distributed raises for a peer that does not come or goes away.
         print(f"error: rank {rank}: {error}", file=sys.stderr)
         return int(Cause.NODE_FAILURE)
-    print(f"{sent * 8 / 1e9:.2f} Gbit/s to the next node, {received * 8 / 1e9:.2f} Gbit/s from the one before")
-    report("result", host=os.uname().nodename, sent=sent, received=received)
+    print(f"{received * 8 / 1e9:.2f} Gbit/s from the node before")
+    report("result", host=os.uname().nodename, received=received)
     return 0
 
 
