@@ -169,6 +169,9 @@ def run_case(case: Case, rank: int, port: int, folder: Path) -> Result:
     from vime.errors import VimeError
     from vime.megatron.worker import TrainWorker
 
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        # Megatron sets them for the only model of a process.
+        os.environ.pop(name, None)
     worker = TrainWorker(plan_of(case, folder), rank)
     result = Result()
     try:
