@@ -303,3 +303,23 @@ def test_four_ranks_write_what_one_writes(tmp_path):
     torchrun(4, str(TOOL), *layout, "--hf-checkpoint", str(hf), "--save", str(tmp_path / "torch_dist"))
     export(tmp_path / "torch_dist", hf, tmp_path / "back", quantised=True)
     same_tensors(hf, tmp_path / "back")
+
+
+@pytest.mark.e2e
+def test_two_tasks_of_a_slurm_step_convert_together(tmp_path):
+    """Slurm's variables are set by hand here; the processes and their group are real."""
+    hf = tiny_hf.write_checkpoint(tmp_path / "hf", MODELS["deepseek-fp8"])
+    layout = ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "1"]
+    command = [sys.executable, str(TOOL), *layout, "--hf-checkpoint", str(hf), "--save", str(tmp_path / "torch_dist")]
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    tasks = [
+        subprocess.Popen(command, env={**os.environ, **step, "SLURM_PROCID": str(rank), "MASTER_ADDR": "127.0.0.1"})
+        for rank in range(2)
+    ]
+    try:
+        assert [task.wait(timeout=200) for task in tasks] == [0, 0]
+    finally:
+        for task in tasks:
+            task.kill()
+    export(tmp_path / "torch_dist", hf, tmp_path / "back", quantised=True)
+    same_tensors(hf, tmp_path / "back")
