@@ -138,11 +138,14 @@ class Scene:
 
     def listen(self, node: int, ports: Sequence[int]) -> None:
         """Takes ports on a node."""
-        code = f"import socket, time; s = [socket.create_server(('', port)) for port in {list(ports)}]"
-        enter = [*self.cluster.enter(node), sys.executable, "-c", f"{code}; print('on', flush=True); time.sleep(600)"]
-        process = subprocess.Popen(enter, stdout=subprocess.PIPE)
-        self._mend += [process.wait, process.kill]
+        code = f"import socket, sys; s = [socket.create_server(('', port)) for port in {list(ports)}]"
+        code += "; print('on', flush=True); sys.stdin.read()"
+        argv = [*self.cluster.enter(node), sys.executable, "-c", code]
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None
         assert process.stdout is not None
+        # It ends with its input: a signal would end nsenter, and not what that started on the node.
+        self._mend += [process.wait, process.stdin.close]
         assert process.stdout.readline() == b"on\n"
 
     # -- how it ends --
