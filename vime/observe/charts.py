@@ -38,15 +38,15 @@ def thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over a window of a twentieth of the points, centred, shorter at the ends."""
+    """Means over a window of a twentieth of the points, centred, and cut at the ends."""
     half = max(1, len(points) // 40)
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
 
     def mean(at: int) -> float:
-        reach = min(half, at, len(points) - 1 - at)
-        return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+        first, last = max(0, at - half), min(len(points), at + half + 1)
+        return (sums[last] - sums[first]) / (last - first)
 
     return [(x, mean(number)) for number, (x, _) in enumerate(points)]
 

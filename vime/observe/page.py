@@ -124,9 +124,9 @@ def _numbers(run: RunSummary) -> str:
         shown.append((name, f"{points[-1][1]:.3f}", f"{points[0][1]:.3f} at rollout {points[0][0]}"))
     speed, used = run.mean("perf/tokens_per_gpu_per_s"), run.mean("perf/mfu")
     if speed is not None:
-        shown.append(("tokens/s/GPU", f"{speed:,.4g}", "samples trained on, whole rollouts"))
+        shown.append(("tokens/s/GPU", f"{speed:,.4g}", "over whole rollouts"))
     if used is not None:
-        shown.append(("MFU of training", f"{100 * used:.1f} %", "forward and backward passes"))
+        shown.append(("MFU of training", f"{100 * used:.1f} %", "of the bf16 peak"))
     return cards(shown)
 
 
