@@ -234,13 +234,16 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _dry_run(plan: Plan, *, write: bool) -> int:
-    from vime.launch.submit import scripts, write_scripts
+    from vime.launch.submit import scripts, step_calls, write_scripts
 
     print(render(plan))
     slurm = plan.cluster.kind == "slurm"
     for script in scripts(plan) if slurm else ():
         print(f"Batch script{f' of {script.link}' if script.link else ''}\n")
         print(script.text)
+    if slurm:
+        print("Job steps, started by the controller\n")
+        print("\n\n".join(step_calls(plan)))
     if write:
         check_same_run(plan)
         write_code(plan)

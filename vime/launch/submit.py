@@ -20,7 +20,7 @@ from vime.launch import slurm
 from vime.launch.container import mounts
 from vime.launch.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
 from vime.launch.lead import lead_s
-from vime.launch.runner_slurm import gpu_options
+from vime.launch.runner_slurm import gpu_options, srun_argv, step_python
 from vime.planning.chain import Link, links, part
 from vime.planning.types import Plan
 
@@ -150,6 +150,18 @@ def scripts(plan: Plan) -> tuple[Script, ...]:
     if plan.shape == "chain":
         return tuple(Script(link.name, sbatch_text(plan, link)) for link in links(plan))
     return (Script(None, sbatch_text(plan)),)
+
+
+def step_calls(plan: Plan) -> list[str]:
+    """The srun call of every stage as a line of shell; only the allocation knows the names of its nodes."""
+    lines = []
+    for stage in plan.stages:
+        python = step_python(plan.cluster)
+        argv = srun_argv(
+            stage, ["NODE"] * len(stage.nodes), plan=plan, python=python, cpus_per_node=plan.cluster.cpus_per_node
+        )
+        lines.append(shlex.join("--nodelist=NODES" if word.startswith("--nodelist=") else word for word in argv))
+    return lines
 
 
 def write_scripts(plan: Plan) -> list[Path]:

@@ -56,7 +56,7 @@ def make_stages(job: Job) -> tuple[Stage, ...]:
     if has_conversion(job):
         stages.append(_convert(job))
     if job.verify_deep:
-        stages.extend(_verify(stage) for stage in stages[1:])
+        stages.extend([_verify(stage) for stage in stages if stage.outputs])
     stages.append(_ray(job, "ray-head", (0,)))
     if job.nodes > 1:
         stages.append(_ray(job, "ray-workers", tuple(range(1, job.nodes))))
