@@ -219,6 +219,15 @@ def test_training_is_asked_to_save_when_the_lead_has_come(
     assert lead.TimeLeft(plan, runner).is_due() is due
 
 
+def test_the_end_that_was_known_holds_while_slurm_does_not_answer(run_dir: Path) -> None:
+    plan = make_plan(run_dir, [stub("train", "pass")])
+    runner = Allocation(plan, end=time.time() + 500)
+    left = lead.TimeLeft(plan, runner)
+    left.look()
+    runner.end = None
+    assert 400 < left.look() < 500
+
+
 def test_without_an_end_nothing_is_due(run_dir: Path) -> None:
     plan = make_plan(run_dir, [stub("train", "pass")])
     left = lead.TimeLeft(plan, Allocation(plan))

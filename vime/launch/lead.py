@@ -59,7 +59,8 @@ class TimeLeft:
     def look(self) -> float:
         """Asks for the end, which a person or Slurm may have moved; the seconds left."""
         self._looked = time.monotonic()
-        self.end = self._clock.end_time()
+        # While Slurm's controller is away, what it said last holds.
+        self.end = self._clock.end_time() or self.end
         self.lead_s = lead_s(self._plan)
         return self.left_s
 
