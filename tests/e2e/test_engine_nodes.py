@@ -1,9 +1,10 @@
-"""One engine over two nodes of the development cluster, data parallel 2 x tensor parallel 2, on a dense model."""
+"""One engine over two nodes, data parallel 2 x tensor parallel 2, on a dense model."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,13 +46,19 @@ finally:
 class Engine:
     url: str
     base: Path
-    cluster: DevCluster
 
 
-@pytest.fixture(scope="module")
-def engine(four_nodes: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=["two_addresses", "two_nodes"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Up on two addresses of this machine, or on two nodes of the development cluster."""
     base = tmp_path_factory.mktemp("base")
     write_qwen3(base)
+    cluster: DevCluster | None = None
+    if request.param == "two_nodes":
+        cluster = request.getfixturevalue("four_nodes")
+        hosts = [("node01", "10.77.0.1", "eth0"), ("node02", "10.77.0.2", "eth0")]
+    else:
+        hosts = [(socket.gethostname(), "127.0.0.2", "lo"), (socket.gethostname(), "127.0.0.3", "lo")]
     flags = ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "4", "--vllm-data-parallel-size", "2"]
     plan = make_plan(
         load_recipe("tiny-qwen3", flags),
@@ -64,43 +71,28 @@ def engine(four_nodes: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     assert (plan.engines[0].nodes, plan.engines[0].tensor_parallel_size) == ((0, 1), 2)
     write_plan(plan)
-    nodes = [
-        BoundNode(index=i, host=f"node{i + 1:02d}", address=f"10.77.0.{i + 1}", interface="eth0") for i in range(2)
-    ]
+    nodes = [BoundNode(index=i, host=h, address=a, interface=eth) for i, (h, a, eth) in enumerate(hosts)]
     write_binding(plan.run_dir, Binding(nodes=tuple(nodes), port_offset=0))
-    parts = [
-        subprocess.Popen(
-            [
-                DEVCLUSTER,
-                "exec",
-                node.host,
-                sys.executable,
-                "-c",
-                NODE,
-                plan.run_dir,
-                str(node.index),
-                READY_SECONDS,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for node in nodes
-    ]
+    parts = []
+    for node in nodes:
+        command = [sys.executable, "-c", NODE, plan.run_dir, str(node.index), READY_SECONDS]
+        entry = [str(DEVCLUSTER), "exec", node.host] if cluster else []
+        parts.append(subprocess.Popen([*entry, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     try:
         urls = []
         for part in parts:
             assert part.stdout is not None
             urls.append(part.stdout.readline().strip())
-        assert urls[0] == urls[1] == f"http://10.77.0.1:{plan.engines[0].port}", logs(base)
-        yield Engine(urls[0], base, four_nodes)
+        assert urls[0] == urls[1] == f"http://{nodes[0].address}:{plan.engines[0].port}", logs(base)
+        yield Engine(urls[0], base)
     finally:
         for part in parts:
             assert part.stdin is not None
             part.stdin.close()
         for part in parts:
             part.wait(90)
-    wait_until(lambda: not four_nodes.processes(plan.run_dir), 20, lambda: str(four_nodes.processes(plan.run_dir)))
+    if cluster:
+        wait_until(lambda: not cluster.processes(plan.run_dir), 20, lambda: str(cluster.processes(plan.run_dir)))
 
 
 def logs(base: Path) -> str:
