@@ -141,7 +141,7 @@ def prepare(folder: Path) -> None:
 
 async def two_engines(folder: Path) -> float:
     """Finished tokens a second of two engines against one, all their places taken, at a load that one core can send."""
-    load = Load(64, 8, at_once=32, speed=TOKENS / 1.5)
+    load = Load(32, 8, at_once=32, speed=TOKENS / 3)
     one, _ = await timed(folder, 1, load, "quick")
     two, _ = await timed(folder, 2, load, "quick")
     print(f"one engine {one:.2f} s, two engines {two:.2f} s; {load.seconds:.2f} s and half of it without overhead")
