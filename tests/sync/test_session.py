@@ -126,9 +126,8 @@ async def test_engines_are_connected_once_and_again_after_a_restart() -> None:
     await sync.run(1)
     await sync.run(2)
     assert [name for name, _ in journal].count("1:init_weight_transfer") == 1
-    sync.connected.discard(1)
     replaced: Any = FakeEngine(journal, 7)
-    sync.clients[1] = replaced
+    sync.restarted(1, replaced)
     await sync.run(3)
     assert [name for name, _ in journal].count("7:init_weight_transfer") == 1
     assert [name for name, _ in journal].count("0:init_weight_transfer") == 1
@@ -156,6 +155,23 @@ async def test_a_failure_half_way_names_engine_and_bucket_and_nothing_is_resumed
     names = [name for name, _ in journal]
     assert not [name for name in names if name.endswith(":resume")]
     assert "weights_finish" in names
+
+
+async def test_engines_of_a_failed_sync_are_loaded_again_only_when_all_were_restarted() -> None:
+    sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    fakes[1].fails_at = ("update_weights", 0)
+    with pytest.raises(SyncFailed):
+        await sync.run(1)
+    healthy: list[Any] = [FakeEngine(journal, 2), FakeEngine(journal, 3)]
+    sync.restarted(1, healthy[1])
+    before = len(journal)
+    with pytest.raises(SyncFailed, match="engine 0 has not been restarted since a sync failed"):
+        await sync.run(1)
+    assert not [name for name, _ in journal[before:] if not name.startswith("weights_")]
+    sync.restarted(0, healthy[0])
+    await sync.run(1)
+    assert ("2:resume", None) in journal
+    assert ("3:resume", None) in journal
 
 
 async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:

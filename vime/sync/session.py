@@ -87,8 +87,7 @@ class WeightSync:
 
     def restarted(self, engine: int, client: Client) -> None:
         """An engine was started anew: the next `run` connects it again and gives it everything."""
-        self._session.clients[engine] = client
-        self._session.connected.discard(engine)
+        self._session.restarted(engine, client)
 
 
 class Session:
@@ -108,17 +107,30 @@ class Session:
         self.clients = list(clients)
         self.pause_mode, self.deadlines = pause_mode, deadlines
         self.connected: set[int] = set()
+        self.stale: set[int] = set()
+        """Engines that may hold a mixture of weights since a sync failed."""
+
+    def restarted(self, engine: int, client: Client) -> None:
+        """An engine was started anew: it is connected again, and may be loaded."""
+        self.clients[engine] = client
+        self.connected.discard(engine)
+        self.stale.discard(engine)
 
     async def run(self, version: int, *, check: bool = False) -> dict[str, float]:
         """One sync. `check`: then set all weights of the engines to zero, sync again and compare the checksums before
         and after, and those of all engines: a weight that the stream leaves out, or that an engine computes with but
         does not take over, differs. What reached every worker the second time is compared with what the trainer's
-        weights give, gathered and quantised whole."""
+        weights give, gathered and quantised whole.
+
+        Raises SyncFailed. From then on it refuses to run until every engine was restarted.
+        """
         started = time.monotonic()
+        if self.stale:
+            names = ", ".join(map(str, sorted(self.stale)))
+            raise self._failed(f"engine {names} has not been restarted since a sync failed", engine=min(self.stale))
         try:
             metrics = await self._run(version, check)
         except BaseException as error:
-            # Whatever comes next starts from engines that were restarted.
             self.connected.clear()
             try:
                 await self._trainer("weights_finish", self.deadlines.prepare, None)
@@ -131,6 +143,8 @@ class Session:
         counts = await self._trainer("weights_prepare", self.deadlines.prepare, None, version)
         if set(counts) != {len(self.schedule.buckets)}:
             raise self._failed(f"ranks planned {sorted(set(counts))} buckets, the driver {len(self.schedule.buckets)}")
+        # Until the end, every failure leaves weights that nobody knows.
+        self.stale = set(range(len(self.clients)))
         await self._each(None, "pause", lambda client: client.pause(self.pause_mode))
         paused = time.monotonic()
         await self._connect()
@@ -145,6 +159,7 @@ class Session:
         await self._each(None, "reset_prefix_cache", lambda client: client.reset_prefix_cache())
         await self._trainer("weights_finish", self.deadlines.prepare, None)
         await self._each(None, "resume", lambda client: client.resume())
+        self.stale.clear()
         return {
             "sync/buckets": float(len(self.schedule.buckets)),
             "sync/bytes": float(sent),

@@ -11,8 +11,9 @@ from typing import Any
 
 from vime.sync.plan import RECEIVED
 
-BACKENDS = ("vime-shm", "vime-gloo")
-"""Both are one receiver: each node's workers get buckets from shared memory or a gloo group, as the driver says."""
+BACKENDS = ("vime", "vime-shm", "vime-gloo")
+"""All are one receiver: workers get buckets from GPU memory, shared memory or a gloo group, as the driver says. The
+way through GPU memory (`vime`) has been tested as planning and in the memory of CPUs, and has not run on a GPU."""
 TESTED_VLLM = "0.32"
 
 
