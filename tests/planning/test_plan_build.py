@@ -84,6 +84,8 @@ def test_a_deep_verification_reads_what_was_made_before_it_is_used(base_dir: Pat
     plan = build(base_dir, verify_deep=True)
     names = [stage.name for stage in plan.stages]
     assert names == ["preflight", "cast", "convert", "verify-cast", "verify-convert", "ray-head", "train", "report"]
+    two = [stage.name for stage in build(base_dir, nodes=2, verify_deep=True).stages]
+    assert [name for name in two if name.startswith("verify-")] == ["verify-cast", "verify-convert"]
     convert, verify = stage(plan, "convert"), stage(plan, "verify-convert")
     assert verify.command == (*convert.command, "--verify")
     assert (verify.nodes, verify.tasks_per_node, verify.outputs) == (convert.nodes, convert.tasks_per_node, ())
