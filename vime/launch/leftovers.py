@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import stat
 import time
@@ -34,23 +35,27 @@ def remove(job: str, since_ns: int) -> None:
 
 
 def kill_processes(job: str) -> int:
-    """SIGKILL to every process of this user that a stage of the job started; how many there were."""
+    """SIGKILL to every process of this user that a stage of the job started; how many there were.
+
+    Waits for their ends, at most `_END_S` seconds: one that is ending has no environment any more, but open files.
+    """
     mark, deadline, killed = f"{OWNER}={job}".encode(), time.monotonic() + _END_S, set()
     while time.monotonic() < deadline:
         found = [pid for pid in _own_processes() if _is_marked(pid, mark)]
         if not found:
             break
+        ending: list[int] = []
         for pid in found:
             # The descriptor holds the process that is looked at, whoever gets its number later.
             with contextlib.suppress(ProcessLookupError):
                 descriptor = os.pidfd_open(pid)
-                try:
-                    if _is_marked(pid, mark):
-                        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                        killed.add(pid)
-                finally:
-                    os.close(descriptor)
-        time.sleep(0.05)
+                ending.append(descriptor)
+                if _is_marked(pid, mark):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    killed.add(pid)
+        for descriptor in ending:
+            select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            os.close(descriptor)
     return len(killed)
 
 
