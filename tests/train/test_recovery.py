@@ -173,10 +173,7 @@ async def test_after_a_sync_that_failed_half_way_every_engine_is_loaded_whole_be
     class WithDriver:
         run = staticmethod(lambda version: sync.run(version))
 
-        @staticmethod
-        def restarted(engine, client):
-            sync.clients[engine] = client
-            sync.connected.discard(engine)
+        restarted = staticmethod(lambda engine, client: sync.restarted(engine, client))
 
     async def call(method, sequences, *, deadline_s):
         return [[[-0.25] for _ in sequences]]
