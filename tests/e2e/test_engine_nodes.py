@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from slurm_cluster import DEVCLUSTER, DevCluster, wait_until
+from slurm_cluster import DEVCLUSTER, DevCluster
 
 from tests.small_base import write_qwen3
 from vime.planning.build import Checks, make_plan
@@ -92,7 +92,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for part in parts:
             part.wait(90)
     if cluster:
-        wait_until(lambda: not cluster.processes(plan.run_dir), 20, lambda: str(cluster.processes(plan.run_dir)))
+        for node in range(2):
+            assert str(base) not in cluster.on_node(node, "ps", "-eww", "-o", "args=")
 
 
 def logs(base: Path) -> str:
