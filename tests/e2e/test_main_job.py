@@ -129,10 +129,12 @@ def test_the_timeline_has_every_phase_and_what_the_rank_did_and_opens_in_perfett
     assert len(trace["traceEvents"]) > len(spans) / 2
 
 
-def test_speed_and_the_engines_own_counters_are_logged(quickstart):
+def test_speed_is_logged_and_what_the_engine_does_not_count_is_not(quickstart):
     steps = read_metrics(quickstart.run)
-    for name in ("perf/tokens_per_gpu_per_s", "perf/engine_cache_hit_rate", "perf/reward_time"):
+    for name in ("perf/tokens_per_gpu_per_s", "perf/reward_time"):
         assert series(steps, name), name
+    # vLLM has no prefix cache for latent attention on a processor.
+    assert not series(steps, "perf/engine_cache_hit_rate")
 
 
 def test_the_journal_ends_with_success_and_the_run_took_no_stage_twice(quickstart):
