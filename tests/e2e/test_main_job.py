@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 from dataclasses import dataclass
@@ -13,9 +15,11 @@ from pathlib import Path
 import pytest
 from main_job import BaseFolder, PeakMemory
 
+from vime.launch.events import last_start, read_events
 from vime.observe.metrics import read_metrics, series
 from vime.observe.timeline import read_timeline
 from vime.planning.io import read_plan
+from vime.planning.resume import resume_command
 
 pytestmark = pytest.mark.e2e
 
@@ -160,21 +164,27 @@ def test_what_the_run_wrote_is_private_and_no_log_holds_a_secret(quickstart):
         assert not any(token in text for token in tokens), path
 
 
-def test_a_resubmitted_run_goes_on_after_its_last_rollout_with_the_data_cursor_it_had(quickstart):
+def test_the_reports_command_goes_on_after_the_last_rollout_with_the_data_cursor_it_had(quickstart):
     """One more rollout of the finished run: it starts at the saved number, and skips the stages that are done."""
     run = quickstart.run
     plan = read_plan(run)
     wanted = plan.recipe.rollout.num_rollout + 1
+    before = read_metrics(run)
     env = {**os.environ, "BASE_DIR": plan.base_dir, "XDG_STATE_HOME": f"{plan.base_dir}/state"}
-    command = ["-m", "vime.submit", "--cluster", "local", "--recipe", "tiny-deepseek-r1", "--nodes", "1"]
-    flags = ["--num-rollout", str(wanted), "--load", str(run / "checkpoints"), "--eval-interval", "1000"]
-    python = str(ROOT / ".venv" / "bin" / "python")
-    done = subprocess.run(
-        [python, *command, "--run-name", "resumed", "--base-dir", plan.base_dir, "--", *flags],
-        env=env, cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    command = resume_command(plan)
+    assert shlex.join(command) in html.unescape((run / "report.html").read_text())
+    argv = [
+        str(ROOT / ".venv" / "bin" / "python"),
+        *command[1:],
+        "--num-rollout",
+        str(wanted),
+        "--eval-interval",
+        "1000",
+    ]
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    resumed = Path(plan.base_dir) / "runs" / "resumed"
-    assert list(read_metrics(resumed)) == [wanted - 1]
-    events = [json.loads(line) for line in (resumed / "events.jsonl").read_text().splitlines()]
-    assert [event["stage"] for event in events if event["kind"] == "stage-skip"] == ["cast", "convert"]
+    after = read_metrics(run)
+    assert max(step for step, values in after.items() if "rollout/raw_reward" in values) == wanted - 1
+    assert all(after[step]["rollout/raw_reward"] == before[step]["rollout/raw_reward"] for step in range(wanted - 1))
+    events = last_start(read_events(run))
+    assert [event.stage for event in events if event.kind == "stage-skip"] == ["cast", "convert"]

@@ -209,6 +209,9 @@ class Loop:
         async with self.supervisor.turn:
             trained = await self._train(rollout)
             self.supervisor.version = rollout_id + 1
+        # Before the checkpoint: a run that goes on from there does not train this rollout again.
+        measured = {**rollout.metrics, **trained}
+        self.metrics.write(rollout_id, measured)
         saved = await self._save(rollout_id, ahead) if self._must_save(rollout_id) else None
         if ahead is not None:
             # A sync under way would mix weights inside the answers of the rollout that is ahead.
@@ -216,7 +219,9 @@ class Loop:
         synced = await self._sync()
         times = self.timeline.take_metrics()
         speed = tokens_per_gpu(self.plan, rollout, sum(times.values()))
-        self._report(rollout_id, {**rollout.metrics, **trained, **synced, **times, **speed})
+        afterwards = {**synced, **times, **speed}
+        self.metrics.write(rollout_id, afterwards)
+        self._tell(rollout_id, {**measured, **afterwards})
         if saved is not None and checkpoint_requested(self.plan.run_dir):
             await self._finish_save()
             answer_checkpoint(self.plan.run_dir, rollout_id, saved)
@@ -306,6 +311,9 @@ class Loop:
 
     def _report(self, rollout_id: int, values: dict[str, float]) -> None:
         self.metrics.write(rollout_id, values)
+        self._tell(rollout_id, values)
+
+    def _tell(self, rollout_id: int, values: dict[str, float]) -> None:
         shown = ("rollout/raw_reward", "train/loss", "train/grad_norm", "train/train_rollout_logprob_abs_diff")
         text = ", ".join(f"{name.split('/')[1]} {values[name]:.4g}" for name in shown if name in values)
         times = ", ".join(
