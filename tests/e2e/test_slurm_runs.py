@@ -77,7 +77,8 @@ def test_the_first_failure_is_the_runs_last_word(four_nodes: DevCluster, run_dir
 def test_the_exit_code_tells_the_cause(four_nodes: DevCluster, run_dir: Path) -> None:
     job = start(run_dir, stub("train", "raise SystemExit(18)"), nodes=1)
     assert wait_for_end(job, 60) == "FAILED"
-    assert "18:0" in subprocess.run(["sacct", "-nPXj", job, "-o", "ExitCode"], capture_output=True, text=True).stdout
+    # Accounting hears of a job's end a little later.
+    wait_until(lambda: "18:0" in slurm.call("sacct", "-nPXj", job, "-o", "ExitCode"), 30)
 
 
 SAVING = """
