@@ -19,7 +19,8 @@ from vime.errors import BadInput
 from vime.launch.logfiles import Follower, find_logs, merge
 from vime.launch.reports import FRAME_CHARACTERS, Assembler, Report, encode
 from vime.launch.supervise import descendants, start_ticks
-from vime.launch.task import find_seat, task_env
+from vime.launch.sweep import sweep_stage
+from vime.launch.task import find_seat, stage_of, task_env
 from vime.planning.types import Binding, BoundNode
 
 
@@ -180,3 +181,11 @@ def test_logs_of_several_nodes_merge_by_time(run_dir: Path) -> None:
     assert [line.text for line in lines] == ["a", "  more of a", "b", "c"]
     assert find_logs(run_dir, node=1) == logs[1:]
     assert find_logs(run_dir, stage="cast") == []
+
+
+def test_a_task_knows_the_sweep_which_is_in_no_plan(run_dir: Path) -> None:
+    plan = make_plan(run_dir, [stub("train", "pass")])
+    assert stage_of(plan, "sweep") == sweep_stage(tuple(node.index for node in plan.nodes))
+    assert stage_of(plan, "train").name == "train"
+    with pytest.raises(BadInput, match="no stage 'bogus'"):
+        stage_of(plan, "bogus")

@@ -25,6 +25,7 @@ from vime.launch.rundir import CHECKPOINT_DONE, CHECKPOINT_REQUEST, log_folder, 
 from vime.launch.signals import Signals
 from vime.launch.steps import Place, Runner, Step
 from vime.launch.supervise import start_ticks
+from vime.launch.sweep import SWEEP_S, sweep_stage
 from vime.launch.witness import running_stage, witnessed
 from vime.planning.chain import Link, find_link, part
 from vime.planning.io import BINDING, read_plan
@@ -40,7 +41,6 @@ ROOT_CAUSE_S = 2.0
 """How long a failed stage waits for the word of a service that died under it."""
 JOURNAL_PATIENCE_S = 30.0
 """How long the last word waits for a file system that takes no writing."""
-SWEEP_S = 20.0
 STEP_PATIENCE_S = 60.0
 REQUEUE_PATIENCE_S = 60.0
 """How long a requeue waits for Slurm's controller."""
@@ -376,9 +376,7 @@ class Controller:
 
     def _sweep(self, places: tuple[Place, ...]) -> None:
         """Clears nodes whose supervisors were killed: any task does, when it ends as the job's last one on its node."""
-        stage = Stage(
-            name="sweep", nodes=tuple(place.index for place in places), command=("-c", ""), deadline_s=SWEEP_S
-        )
+        stage = sweep_stage(tuple(place.index for place in places))
         nodes = ", ".join(place.name for place in places)
         try:
             step = self._runner.start(stage, places)

@@ -20,6 +20,7 @@ from vime.launch.nodetmp import NodeFolder, base_folder
 from vime.launch.reports import REPORT_FD, Report, encode
 from vime.launch.rundir import task_log
 from vime.launch.supervise import Supervisor
+from vime.launch.sweep import SWEEP, sweep_stage
 from vime.planning.io import BINDING, read_binding, read_plan
 from vime.planning.types import Binding, Plan, Stage
 
@@ -109,9 +110,12 @@ def task_env(
 
 
 def stage_of(plan: Plan, name: str) -> Stage:
+    """The plan's stage of this name, or the sweep."""
     for stage in plan.stages:
         if stage.name == name:
             return stage
+    if name == SWEEP:
+        return sweep_stage(tuple(node.index for node in plan.nodes))
     raise BadInput(f"the plan has no stage {name!r}: it has {', '.join(stage.name for stage in plan.stages)}")
 
 
