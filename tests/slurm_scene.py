@@ -178,20 +178,20 @@ class Scene:
             self.nothing_is_left()
         return end
 
-    def goes_on(self, within_s: float = 150) -> None:
-        """The requeued job runs again from what was saved, and ends well."""
+    def goes_on(self, within_s: float = 150, *, left_out: int | None = None) -> None:
+        """The requeued job runs again from what was saved, and ends well, without coming to the node `left_out`."""
         assert self.slurm_state(within_s) == "COMPLETED", self.events()[-1]
         end = self.events()[-1]
         assert (end.kind, end.data["cause"]) == ("run-end", "SUCCESS")
         assert "goes on" in (self.run_dir / "logs/train/node00.log").read_text()
-        self.nothing_is_left()
+        self.nothing_is_left(but_on=left_out)
 
     def slurm_state(self, within_s: float) -> str:
         return wait_for_end(self.job, within_s)
 
-    def nothing_is_left(self) -> None:
+    def nothing_is_left(self, *, but_on: int | None = None) -> None:
         """And what was saved is still there."""
-        self.cluster.assert_nothing_is_left(self.job, self.run_dir)
+        self.cluster.assert_nothing_is_left(self.job, self.run_dir, but_on=but_on)
         saved = self.run_dir / "checkpoints"
         if saved.exists():
             assert (saved / "iter_1").read_text() == SAVED

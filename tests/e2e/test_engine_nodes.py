@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from slurm_cluster import DEVCLUSTER, DevCluster
+from slurm_cluster import DevCluster
 
 from tests.small_base import write_qwen3
 from vime.planning.build import Checks, make_plan
@@ -73,10 +73,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     write_plan(plan)
     nodes = [BoundNode(index=i, host=h, address=a, interface=eth) for i, (h, a, eth) in enumerate(hosts)]
     write_binding(plan.run_dir, Binding(nodes=tuple(nodes), port_offset=0))
+    entries = [cluster.enter(node.index) if cluster else [] for node in nodes]
     parts = []
-    for node in nodes:
+    for node, entry in zip(nodes, entries, strict=True):
         command = [sys.executable, "-c", NODE, plan.run_dir, str(node.index), READY_SECONDS]
-        entry = [str(DEVCLUSTER), "exec", node.host] if cluster else []
         parts.append(subprocess.Popen([*entry, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     try:
         urls = []
@@ -91,9 +91,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             part.stdin.close()
         for part in parts:
             part.wait(90)
-    if cluster:
-        for node in range(2):
-            assert str(base) not in cluster.on_node(node, "ps", "-eww", "-o", "args=")
+    for entry in entries:
+        left = subprocess.run([*entry, "sh", "-c", "ps -eww -o args=; ls /dev/shm"], capture_output=True, text=True)
+        assert str(base) not in left.stdout
+        assert "vllm_" not in left.stdout
 
 
 def logs(base: Path) -> str:

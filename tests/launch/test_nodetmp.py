@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vime.launch.leftovers import OWNER, SHARED_MEMORY
+from vime.launch.leftovers import OWNER
 from vime.launch.nodetmp import NodeFolder, base_folder, remove_dead
+from vime.shared_memory import FOLDER
 
 NOBODY = 65534
 
@@ -87,7 +88,7 @@ def segment() -> Iterator[Callable[[str], Path]]:
     made: list[Path] = []
 
     def make(name: str) -> Path:
-        path = SHARED_MEMORY / f"{name}{os.getpid()}"
+        path = FOLDER / f"{name}{os.getpid()}"
         path.write_bytes(b"weights")
         made.append(path)
         return path
@@ -106,7 +107,7 @@ def test_a_semaphore_of_a_live_process_stays() -> None:
     """Its owner has it mapped under the name that it was made with, not under the one that it is opened by."""
     dead = NodeFolder("7")
     semaphore = multiprocessing.get_context("spawn").Lock()
-    path = SHARED_MEMORY / f"sem.{semaphore._semlock.name.lstrip('/')}"  # pyright: ignore[reportAttributeAccessIssue]
+    path = FOLDER / f"sem.{semaphore._semlock.name.lstrip('/')}"  # pyright: ignore[reportAttributeAccessIssue]
     assert path.exists()
     die(dead)
     assert remove_dead() == ["7"]
@@ -141,6 +142,15 @@ def test_shared_memory_that_somebody_uses_or_that_is_older_than_the_job_stays(se
     assert used.exists()
     assert held.exists()
     mapped.close()
+
+
+@pytest.mark.parametrize("name", ["vime-run-", "vllm_dist_tp_", "psm_", "torch_1_", "nccl-"])
+def test_names_of_every_library_below_are_known(segment: Callable[[str], Path], name: str) -> None:
+    dead = NodeFolder("7")
+    left = segment(name)
+    die(dead)
+    assert remove_dead() == ["7"]
+    assert not left.exists()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start processes of another user")

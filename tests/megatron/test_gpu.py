@@ -34,25 +34,23 @@ def case(name: str, folder: Path, checkpoint: str, rollouts: list[int], bf16: bo
     return Case(name, checkpoint, {}, recipe, rollouts=rollouts, save_after=rollouts, score=True)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    folder = tmp_path_factory.mktemp("gpu")
-    found: dict[str, Result] = {}
-    for model in MODELS:
-        checkpoint = str(tiny_hf.write_checkpoint(folder / "hf" / model, MODELS[model]))
-        on_gpu = [
-            case(f"{model}-gpu", folder, checkpoint, [0, 1], False),
-            case(f"{model}-bf16", folder, checkpoint, [0, 1], True),
-            case(f"{model}-offload", folder, checkpoint, [0, 1], True, **OFFLOAD),
-            case(f"{model}-stopped", folder, checkpoint, [0], True, **OFFLOAD),
-            case(f"{model}-stopped_second", folder, checkpoint, [1], True, **OFFLOAD),
-        ]
-        found |= run_cases(on_gpu, 1, folder / f"{model}-run-gpu")
-        hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        found |= run_cases(
-            [case(f"{model}-cpu", folder, checkpoint, [0, 1], False)], 1, folder / f"{model}-run-cpu", hidden
-        )
-    return found
+@pytest.fixture(scope="module", params=list(MODELS))
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Of one model: what it computed on the CPU, on the GPU, with its optimizer on the host, resumed, and in bf16."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = str(tiny_hf.write_checkpoint(folder / "hf", MODELS[request.param]))
+    on_gpu = [
+        case("gpu", folder, checkpoint, [0, 1], False),
+        case("offload", folder, checkpoint, [0, 1], False, **OFFLOAD),
+        case("stopped", folder, checkpoint, [0], False, **OFFLOAD),
+        case("stopped_second", folder, checkpoint, [1], False, **OFFLOAD),
+        case("bf16", folder, checkpoint, [0, 1], True, **OFFLOAD),
+        case("bf16_stopped", folder, checkpoint, [0], True, **OFFLOAD),
+        case("bf16_stopped_second", folder, checkpoint, [1], True, **OFFLOAD),
+    ]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    on_cpu = [case("cpu", folder, checkpoint, [0, 1], False)]
+    return run_cases(on_gpu, 1, folder / "run-gpu") | run_cases(on_cpu, 1, folder / "run-cpu", hidden)
 
 
 def numbers(result: Result) -> list[dict[str, float]]:
@@ -60,21 +58,25 @@ def numbers(result: Result) -> list[dict[str, float]]:
     return [{n: v for n, v in metrics.items() if not n.startswith("perf/")} for metrics in result.metrics]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_gpu_trains_as_the_cpu_does(results: dict[str, Result], model: str) -> None:
-    for gpu, cpu in zip(numbers(results[f"{model}-gpu"]), numbers(results[f"{model}-cpu"]), strict=True):
+def test_the_gpu_trains_as_the_cpu_does(results: dict[str, Result]) -> None:
+    for gpu, cpu in zip(numbers(results["gpu"]), numbers(results["cpu"]), strict=True):
         assert gpu == pytest.approx(cpu, rel=5e-3, abs=1e-4)
-    for gpu, cpu in zip(results[f"{model}-gpu"].scores, results[f"{model}-cpu"].scores, strict=True):
+    for gpu, cpu in zip(results["gpu"].scores, results["cpu"].scores, strict=True):
         assert gpu == pytest.approx(cpu, abs=1e-3)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_an_optimizer_on_the_host_takes_the_same_steps(results: dict[str, Result], model: str) -> None:
-    for host, device in zip(numbers(results[f"{model}-offload"]), numbers(results[f"{model}-bf16"]), strict=True):
-        assert host == pytest.approx(device, rel=2e-2, abs=1e-3)
+def test_an_optimizer_on_the_host_takes_the_same_steps(results: dict[str, Result]) -> None:
+    for host, device in zip(numbers(results["offload"]), numbers(results["gpu"]), strict=True):
+        assert host == pytest.approx(device, rel=5e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_resumed_run_with_the_optimizer_on_the_host_goes_on(results: dict[str, Result], model: str) -> None:
-    straight, resumed = numbers(results[f"{model}-offload"])[1], numbers(results[f"{model}-stopped_second"])[0]
-    assert resumed == pytest.approx(straight, rel=2e-3, abs=1e-4)
+def test_a_resumed_run_with_the_optimizer_on_the_host_goes_on(results: dict[str, Result]) -> None:
+    straight, resumed = numbers(results["offload"])[1], numbers(results["stopped_second"])[0]
+    assert resumed == pytest.approx(straight, rel=5e-3, abs=1e-4)
+
+
+def test_bf16_with_the_optimizer_on_the_host_resumes(results: dict[str, Result]) -> None:
+    """Rounding sends tokens to other experts here, and GPU sums have no order: what averages over tokens stays near."""
+    straight, resumed = numbers(results["bf16"])[1], numbers(results["bf16_stopped_second"])[0]
+    for name in ("train/entropy", "train/train_rollout_logprob_abs_diff"):
+        assert resumed[name] == pytest.approx(straight[name], rel=5e-2)

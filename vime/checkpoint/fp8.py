@@ -86,12 +86,14 @@ def _quantise_plain(weight: Tensor, q: Tensor, block: Block, scale_format: str, 
     """The formula itself, block rows at a time, on any device; fills `q` and returns the scales."""
     rows, columns = scale_shape(weight.shape, block)
     scale = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
+    # On a GPU torch divides by a number by multiplying with its inverse, which rounds twice; by a tensor it divides.
+    largest = torch.full((columns,), FP8_MAX, dtype=torch.float32, device=weight.device)
     for row in range(rows):
         part = slice(row * block[0], (row + 1) * block[0])
         values = weight[part].to(torch.float32)
         across = torch.nn.functional.pad(values.abs().amax(dim=0), (0, columns * block[1] - weight.shape[1]))
         amax = across.view(columns, block[1]).amax(dim=1)
-        scale[row] = amax.clamp(min=MIN_AMAX) / FP8_MAX
+        scale[row] = amax.clamp(min=MIN_AMAX) / largest
         if scale_format == "ue8m0":
             mantissa, exponent = torch.frexp(scale[row])
             scale[row] = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,8 @@ def setup() -> Backend:
         if not engine:
             _without_transformer_engine()
         return Backend(torch.device("cuda", index), "nccl", engine)
+    # Where it is installed, Megatron takes its kernels without asking for a GPU; an import that fails, it expects.
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     from vime.megatron import cpu_shim
 
     cpu_shim.install()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vime import shared_memory
 from vime.errors import DeadlineExceeded, VimeError
 from vime.planning.types import Binding, Plan
 from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
@@ -29,6 +30,8 @@ POLL_SECONDS = 0.25
 GRACE_SECONDS = 15.0
 """From the first signal until a server that has not ended is killed."""
 KILL_SECONDS = 15.0
+_SEGMENTS = ("psm_", "vllm_")
+"""What the names of an engine's shared memory begin with."""
 _PROBE_SECONDS = 120.0
 _TAIL_BYTES = 16384
 
@@ -58,6 +61,7 @@ class EngineServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
         self._server_name = ""
+        self._started_ns = 0
 
     @property
     def pid(self) -> int | None:
@@ -76,6 +80,7 @@ class EngineServer:
         self._server_name = secrets.token_hex(8)
         env |= {NAME_VARIABLE: self._server_name}
         env |= {"VLLM_RPC_BASE_PATH": self._scratch, "PYTHONUNBUFFERED": "1"}
+        self._started_ns = time.time_ns()
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._process = subprocess.Popen(
@@ -129,7 +134,6 @@ class EngineServer:
         if self._process is None:
             return
         process, self._process = self._process, None
-        segments = _shared_memory(process.pid)
         if process.poll() is None:
             process.terminate()
         if not _group_ended(process, time.monotonic() + grace_s):
@@ -137,8 +141,7 @@ class EngineServer:
                 os.killpg(process.pid, signal.SIGKILL)
             if not _group_ended(process, time.monotonic() + KILL_SECONDS):
                 raise DeadlineExceeded(f"{self.name}: process group {process.pid} outlived its kill")
-        for segment in segments:
-            segment.unlink(missing_ok=True)  # a killed process leaves them behind
+        shared_memory.remove_unused(self._started_ns, _SEGMENTS)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
@@ -197,19 +200,6 @@ def _runs_in_group(pid: int, group: int) -> bool:
     except OSError:
         return False  # it has just ended
     return int(its_group) == group and state not in "ZX"
-
-
-def _shared_memory(group: int) -> set[Path]:
-    """Segments of Python's shared memory that the processes of a group hold."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(folder.name)) == group:
-                maps = (folder / "maps").read_text()
-                found.update(Path(line.split(None, 5)[5]) for line in maps.splitlines() if " /dev/shm/psm_" in line)
-        except OSError:
-            continue  # it has just ended
-    return {path for path in found if path.suffix == ""}
 
 
 def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:
