@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_hf
 import torch
-from single import MODELS
+from single import MODELS, fill_from, one_process
 from worker_cases import Case, Result, run_cases
+
+from vime.megatron.model import build_model
+from vime.megatron.optimizer import Optimizer
+from vime.models.config import ModelConfig
+from vime.recipe.schema import Recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -20,6 +26,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     # zero: weights off by one part in 10^7 then change the loss by 2 % on a CPU alone.
     "optimizer": {"lr": 1e-3, "adam_eps": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0},
 }
+STEPS, RATE = 3, 1e-3
 OFFLOAD = {"optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True, "use_precision_aware_optimizer": True}
 
 
@@ -41,12 +48,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     checkpoint = str(tiny_hf.write_checkpoint(folder / "hf", MODELS[request.param]))
     on_gpu = [
         case("gpu", folder, checkpoint, [0, 1], False),
-        case("offload", folder, checkpoint, [0, 1], False, **OFFLOAD),
-        case("stopped", folder, checkpoint, [0], False, **OFFLOAD),
-        case("stopped_second", folder, checkpoint, [1], False, **OFFLOAD),
-        case("bf16", folder, checkpoint, [0, 1], True, **OFFLOAD),
-        case("bf16_stopped", folder, checkpoint, [0], True, **OFFLOAD),
-        case("bf16_stopped_second", folder, checkpoint, [1], True, **OFFLOAD),
+        case("offload", folder, checkpoint, [0, 1], True, **OFFLOAD),
+        case("stopped", folder, checkpoint, [0], True, **OFFLOAD),
+        case("stopped_second", folder, checkpoint, [1], True, **OFFLOAD),
     ]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     on_cpu = [case("cpu", folder, checkpoint, [0, 1], False)]
@@ -65,18 +69,39 @@ def test_the_gpu_trains_as_the_cpu_does(results: dict[str, Result]) -> None:
         assert gpu == pytest.approx(cpu, abs=1e-3)
 
 
-def test_an_optimizer_on_the_host_takes_the_same_steps(results: dict[str, Result]) -> None:
-    for host, device in zip(numbers(results["offload"]), numbers(results["gpu"]), strict=True):
-        assert host == pytest.approx(device, rel=5e-3, abs=1e-4)
-
-
 def test_a_resumed_run_with_the_optimizer_on_the_host_goes_on(results: dict[str, Result]) -> None:
-    straight, resumed = numbers(results["offload"])[1], numbers(results["stopped_second"])[0]
-    assert resumed == pytest.approx(straight, rel=5e-3, abs=1e-4)
+    """In bf16, where rounding sends tokens to other experts and GPU sums have no order: averages over tokens stay near,
+    nearer than what the first rollout moved them by."""
+    before, straight = numbers(results["offload"])
+    resumed = numbers(results["stopped_second"])[0]
+    for name in ("train/kl_loss", "train/train_rollout_logprob_abs_diff"):
+        assert abs(resumed[name] - straight[name]) < 0.3 * abs(straight[name] - before[name])
 
 
-def test_bf16_with_the_optimizer_on_the_host_resumes(results: dict[str, Result]) -> None:
-    """Rounding sends tokens to other experts here, and GPU sums have no order: what averages over tokens stays near."""
-    straight, resumed = numbers(results["bf16"])[1], numbers(results["bf16_stopped_second"])[0]
-    for name in ("train/entropy", "train/train_rollout_logprob_abs_diff"):
-        assert resumed[name] == pytest.approx(straight[name], rel=5e-2)
+@pytest.mark.parametrize("model", MODELS)
+def test_an_optimizer_on_the_host_takes_the_same_steps(model: str) -> None:
+    """The same gradients for both, so that nothing but the optimizer can make a difference."""
+    device, host = (stepped(model, offload) for offload in ({}, OFFLOAD))
+    for name, weight in device.items():
+        # Weights are bf16, and so are the gradients that the host gets: a step may differ by their rounding.
+        allowed = 2**-7 * weight.abs() + STEPS * RATE * 2**-7
+        assert ((host[name] - weight).abs() <= allowed).all(), (name, float((host[name] - weight).abs().max()))
+
+
+def stepped(model: str, offload: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A model's weights after `STEPS` steps of Adam with gradients that depend on the name and step alone."""
+    options = {"lr": RATE, "weight_decay": 0.1, "clip_grad": 1.0, **offload}
+    recipe = Recipe(name="test", model={"bf16": True}, optimizer=options)  # type: ignore[arg-type]
+    with one_process() as layout:
+        chunks = build_model(ModelConfig.from_hf(MODELS[model]), layout, bf16=True)
+        fill_from(chunks, MODELS[model], layout)
+        optimizer = Optimizer(chunks, recipe, total_steps=STEPS)
+        optimizer.reload_master_weights()
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for name, parameter in chunks[0].named_parameters():
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{name}{step}".encode()))
+                parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+            assert not optimizer.step().skipped
+        optimizer.check_master_weights()
+        return {name: parameter.detach().float().cpu() for name, parameter in chunks[0].named_parameters()}
