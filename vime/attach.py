@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.launch.runner_slurm import attach_argv
 from vime.launch.slurm import expand_hosts, query_job
 from vime.launch.state import run_state
@@ -48,21 +49,18 @@ def _become(call: list[str], env: dict[str, str]) -> NoReturn:
     os.execvpe(call[0], call, env)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    own, command = split_flags(sys.argv[1:] if argv is None else argv)
+@command
+def main(argv: Sequence[str]) -> int:
+    own, words = split_flags(argv)
     parser = Parser(
         prog="python -m vime.attach",
         description="A shell on a node of a running run, inside its allocation; or a command, after --.",
     )
     parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
     parser.add_argument("--node", type=int, default=0, help="logical node, as in vime.plan --placement; default: 0")
-    try:
-        args = parser.parse_args(own)
-        folder = find_run(args.run) if args.run else last_run()
-        call = attach(folder, args.node, command or SHELL, terminal=not command)
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
+    args = parser.parse_args(own)
+    folder = find_run(args.run) if args.run else last_run()
+    call = attach(folder, args.node, words or SHELL, terminal=not words)
     _become(call, {**os.environ, "VIME_RUN": str(folder)})
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vime
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.launch import slurm
 from vime.launch.jobs import Job, add_job
 from vime.planning.chain import Link, find_link, part
@@ -62,7 +63,8 @@ def become(plan: Plan, link: Link | None) -> None:
     os.execve(argv[0], argv, env)
 
 
-def run(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
     parser = build_parser("python -m vime.batch", "Run a plan in the allocation of this job.")
     parser.add_argument("--stage", help="of a chain: the stage that this job is for")
@@ -83,14 +85,6 @@ def run(argv: Sequence[str]) -> int:
     from vime.launch.runner_slurm import SlurmRunner
 
     return int(control(plan.run_dir, SlurmRunner, link=link.name if link else None))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vime.errors import BadInput, DeadlineExceeded, VimeError
+from vime.command import command
+from vime.errors import BadInput, DeadlineExceeded
 from vime.launch import slurm
 from vime.launch.events import last_start, read_events
 from vime.launch.jobs import read_jobs
@@ -64,15 +65,12 @@ def _wait(what: str, over) -> None:
         time.sleep(0.2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.cancel", description="End a run.")
     parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
     args = parser.parse_args(argv)
-    try:
-        print(cancel(find_run(args.run) if args.run else last_run()))
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
+    print(cancel(find_run(args.run) if args.run else last_run()))
     return 0
 
 

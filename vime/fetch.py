@@ -12,7 +12,8 @@ from vime.checkpoint import download
 from vime.checkpoint.download import Listing, RemoteFile, Source
 from vime.checkpoint.durable import require_space
 from vime.checkpoint.progress import Progress
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.planning.cluster import load_cluster
 from vime.recipe.load import absolute_path, load_recipe
 
@@ -92,7 +93,8 @@ def _needed(work: Sequence[tuple[Listing, list[RemoteFile]]]) -> dict[Path, int]
     return dict(by_device.values())
 
 
-def run(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vime.fetch",
         description="Bring a recipe's models and data sets to $BASE_DIR, on a node with network (usually the login "
@@ -119,14 +121,6 @@ def run(argv: Sequence[str]) -> int:
             return 0
     complete = [check(source, deep=deep) for source in found]
     return 0 if all(complete) else int(BadInput.cause)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
 
 
 if __name__ == "__main__":

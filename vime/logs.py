@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.launch.events import Event, read_events
 from vime.launch.logfiles import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks, tail_offset
 from vime.launch.state import run_state
@@ -81,7 +81,8 @@ def check_stage(run_dir: Path, stage: str | None) -> None:
         raise BadInput(f"--stage is {stage!r}: this run has {', '.join(names)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.logs", description="The logs of a run in the order of time.")
     parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the run ends")
@@ -103,14 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = logs.poll()
             for line in lines if args.lines is None else lines[len(lines) - min(args.lines, len(lines)) :]:
                 print(render(line))
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:
-        # `| head` has seen enough; Python would complain once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

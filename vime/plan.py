@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.planning.io import read_plan
 from vime.planning.needs import as_json, needs_of, render_needs
 from vime.planning.registry import find_run
@@ -17,7 +18,8 @@ from vime.planning.types import Plan
 from vime.submit import build_parser, plan_from, split_flags
 
 
-def run(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
     parser = build_parser("python -m vime.plan", "Print the plan of a run that is to be, or of one that is there.")
     parser.add_argument("--run", help="name or folder of a run: print its plan instead of a new one")
@@ -48,18 +50,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--svg {path}: {error.strerror}: give a file that can be written") from error
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:
-        # The reader, `head` for one, has what it wanted.
-        sys.stderr.close()
-        return 0
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
 
 
 if __name__ == "__main__":

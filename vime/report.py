@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from vime.errors import VimeError
+from vime.command import command
 
 
 def write_report(run_dir: str | Path) -> str:
@@ -33,17 +34,14 @@ def _publish(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.report", description="Write the report of a run.")
     parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
     args = parser.parse_args(argv)
-    try:
-        from vime.planning.registry import find_run, last_run
+    from vime.planning.registry import find_run, last_run
 
-        print(write_report(find_run(args.run) if args.run else last_run()))
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
+    print(write_report(find_run(args.run) if args.run else last_run()))
     return 0
 
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.launch.prune import Old, old_checkpoints, remove
 from vime.launch.state import RunState, run_state
 from vime.planning.io import read_plan
@@ -69,7 +70,8 @@ def prune(old: Sequence[Old], *, confirmed: bool) -> str:
     return f"{total} removed"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.runs", description="Your runs, the newest last.")
     parser.add_argument("runs", nargs="*", help="names or folders; by default every recorded run")
     parser.add_argument("--json", action="store_true", help="print the states as JSON, one list")
@@ -77,27 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=1, help="newest checkpoints that --prune leaves a run; default: 1")
     parser.add_argument("--yes", action="store_true", help="with --prune: remove what is listed")
     args = parser.parse_args(argv)
-    try:
-        if args.keep < 1:
-            raise BadInput(f"--keep is {args.keep}: give at least 1")
-        if args.yes and not args.prune:
-            raise BadInput("--yes has a meaning with --prune alone")
-        chosen = known(args.runs)
-        if args.prune:
-            # Every recorded run is looked at, since one that runs may use the folder of one that has ended.
-            every = {run.run_dir: read(run.run_dir) for run in (*runs(), *chosen)}
-            among = {str(run.run_dir) for run in chosen}
-            old = old_checkpoints((pair for pair in every.values() if pair), keep=args.keep, among=among)
-            print(prune(old, confirmed=args.yes))
-            return 0
-        found = [(run, pair[1]) for run in chosen if (pair := read(run.run_dir))]
-        if args.json:
-            print(json.dumps([state.as_json() for _, state in found]))
-        else:
-            print(render(found) if found else "no run is recorded")
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
+    if args.keep < 1:
+        raise BadInput(f"--keep is {args.keep}: give at least 1")
+    if args.yes and not args.prune:
+        raise BadInput("--yes has a meaning with --prune alone")
+    chosen = known(args.runs)
+    if args.prune:
+        # Every recorded run is looked at, since one that runs may use the folder of one that has ended.
+        every = {run.run_dir: read(run.run_dir) for run in (*runs(), *chosen)}
+        among = {str(run.run_dir) for run in chosen}
+        old = old_checkpoints((pair for pair in every.values() if pair), keep=args.keep, among=among)
+        print(prune(old, confirmed=args.yes))
+        return 0
+    found = [(run, pair[1]) for run in chosen if (pair := read(run.run_dir))]
+    if args.json:
+        print(json.dumps([state.as_json() for _, state in found]))
+    else:
+        print(render(found) if found else "no run is recorded")
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vime.errors import VimeError
+from vime.command import command
 from vime.launch.state import RunState, run_state
 from vime.planning.registry import find_run, last_run
 
@@ -50,7 +50,8 @@ def render(state: RunState) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.status", description="What a run is doing.")
     parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
@@ -66,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.watch or state.ended:
                 return 0
             time.sleep(_WATCH_SECONDS)
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
     except KeyboardInterrupt:
         return 0
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from vime.errors import BadInput, VimeError
+from vime.command import command
+from vime.errors import BadInput
 from vime.launch import snapshot
 from vime.launch.discover import has_slurm, query_partitions, resolve
 from vime.launch.jobs import forget_jobs
@@ -212,7 +213,8 @@ def list_options(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def run(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
     parser = build_parser(
         "python -m vime.submit", "Plan a run and submit it, or run it on this machine with --cluster local."
@@ -310,14 +312,6 @@ def start(plan: Plan) -> None:
     print(f"run {plan.run_name}: {plan.run_dir}")
     for note in plan.notes:
         print(f"note: {note}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except VimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.cause)
 
 
 if __name__ == "__main__":
