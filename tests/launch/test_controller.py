@@ -249,13 +249,23 @@ def test_a_warning_makes_training_save_before_the_run_stops(run_dir: Path) -> No
     assert events["run-end"].data["requeued"] is False
 
 
+class EndsIn28Seconds(LocalRunner):
+    """A machine that is given up, as an allocation is."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._end = time.time() + 28
+
+    def end_time(self) -> float:
+        return self._end
+
+
 @pytest.mark.e2e
 def test_training_that_does_not_save_in_time_is_stopped_all_the_same(run_dir: Path) -> None:
     code = TRAINING.format(run=str(run_dir), answer="time.sleep(600)")
     plan = make_plan(run_dir, [stub("train", code)], signal_lead_s=26)
-    when_running(run_dir, "train", lambda: os.kill(os.getpid(), signal.SIGUSR2))
     begin = time.monotonic()
-    assert run(plan) is Cause.PREEMPTED
+    assert Controller(plan, EndsIn28Seconds(plan), say=lambda line: None).run() is Cause.TIME_LIMIT
     assert time.monotonic() - begin < 20
     assert "none was written in time" in [event.text for event in read_events(run_dir)]
 
