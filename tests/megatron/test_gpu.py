@@ -104,4 +104,5 @@ def stepped(model: str, offload: dict[str, Any]) -> dict[str, torch.Tensor]:
                 parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
             assert not optimizer.step().skipped
         optimizer.check_master_weights()
+        optimizer.close()
         return {name: parameter.detach().float().cpu() for name, parameter in chunks[0].named_parameters()}

@@ -31,7 +31,8 @@ def test_values_and_gradients_are_those_of_log_softmax(tokens, vocabulary, chunk
     assert torch.allclose(entropy.double(), expected_entropy, atol=1e-5)
     (log_probs * weights[0] + entropy * weights[1]).sum().backward()
     (expected * weights[0] + expected_entropy * weights[1]).sum().backward()
-    assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-5)
+    # Entropy's gradient multiplies by log-probs, which reach -60 here.
+    assert torch.allclose(ours.grad.double(), theirs.grad, atol=5e-5)
 
 
 def test_without_entropy_there_is_none_and_the_gradient_is_the_same():

@@ -1,5 +1,8 @@
 """Parts of the trainer leave and come back, and training goes on as if they had stayed. On a processor: gradients."""
 
+import gc
+import os
+
 import pytest
 import tiny_hf
 import torch
@@ -40,7 +43,10 @@ def test_what_left_and_came_back_between_two_steps_changes_nothing():
             for part in reversed(leaves):
                 residence.come_back(part)
 
-        return steps(optimizer, between)
+        try:
+            return steps(optimizer, between)
+        finally:
+            optimizer.close()
 
     with one_process() as layout:
         stayed, went = trained(()), trained(PARTS)
@@ -60,6 +66,21 @@ def test_gradients_that_left_take_no_memory_and_weights_can_still_be_read():
         residence.come_back("gradients")
         assert held(residence) == before
         assert not any(p.main_grad.any() for chunk in optimizer.chunks for p in chunk.module.parameters())
+        optimizer.close()
+
+
+def test_an_optimizer_that_is_closed_lets_go_of_its_process_groups():
+    def threads():
+        with one_process() as layout:
+            optimizer = Optimizer(built(tiny_hf.QWEN3, layout), RECIPE, total_steps=1)
+            steps(optimizer, lambda: None)
+            optimizer.close()
+        del optimizer
+        gc.collect()
+        return len(os.listdir("/proc/self/task"))
+
+    first = threads()
+    assert threads() <= first + 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

@@ -198,6 +198,19 @@ class Optimizer:
                     if name in state:
                         state[name].zero_()
 
+    def close(self) -> None:
+        """Lets go of the model, and with it of the process groups and their threads; nothing can be trained after it.
+
+        Megatron's backward hooks refer to the chunk that they hang from, through nodes that Python cannot collect.
+        """
+        for chunk in self.chunks:
+            for node in chunk.grad_accs:
+                # The hooks of a node share one dictionary; a new hook's handle leads to it.
+                hooks = node.register_hook(lambda *_: None).hooks_dict_ref()
+                assert hooks is not None
+                hooks.clear()
+            chunk.grad_accs.clear()
+
     def reload_master_weights(self) -> None:
         """Take the model's weights over into the optimizer's fp32 copies; needed after weights were loaded."""
         self.megatron.reload_model_params()

@@ -310,6 +310,8 @@ class TrainWorker:
         """Finish background work and leave the process groups."""
         if hasattr(self, "_checkpointer"):
             self._checkpointer.close()
+        if hasattr(self, "_optimizer"):
+            self._optimizer.close()
         destroy_parallel()
 
 
