@@ -7,6 +7,7 @@
 | `bash cluster` | with `--dry-run`: it would start the run that it describes |
 | `bash tiny` | where `$BASE_DIR` holds the tiny checkpoint |
 | `bash slurm` | on the development cluster |
+| `bash gpus` | on the development cluster, which has no GPUs and refuses for this reason alone |
 | `bash install` | into a folder of its own |
 | `bash network` | its program's `--help`: it would download |
 | `bash suite` | not again: other tests run quickstart.sh, and these tests run inside test.sh |
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-KINDS = ("", "run", "cluster", "tiny", "slurm", "install", "network", "suite")
+KINDS = ("", "run", "cluster", "tiny", "slurm", "gpus", "install", "network", "suite")
 _FENCE = re.compile(r"^```bash([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

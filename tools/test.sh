@@ -48,4 +48,5 @@ bin="$root/.venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/pyright" --threads 2
-exec "$bin/python" -m pytest "${select[@]}" "${options[@]}" "$@"
+# Tests of the cluster wait most of the time: another process does the rest beside them.
+exec "$bin/python" -m pytest --numprocesses 2 --dist loadgroup "${select[@]}" "${options[@]}" "$@"

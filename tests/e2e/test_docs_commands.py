@@ -53,5 +53,12 @@ def test_every_command_of_a_cluster_in_the_order_of_the_pages(
             else:
                 # As many nodes as are up already are left as they are; a page's larger cluster has tests of its own.
                 types("slurm/devcluster up --nodes 4", env)
+    for block in blocks("gpus"):
+        for command in block.commands:
+            done = subprocess.run(
+                ["bash", "-c", command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60
+            )
+            # Slurm reads a script's options before it looks for nodes: one that it does not know has another error.
+            assert "Requested node configuration is not available" in done.stderr, done.stderr
     assert down
     types(down[0], env)

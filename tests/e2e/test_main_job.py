@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from main_job import BaseFolder, PeakMemory
+from main_job import PeakMemory
 
 from vime.launch.events import last_start, read_events
 from vime.observe.metrics import read_metrics, series
@@ -65,8 +65,8 @@ def start_quickstart(base: Path, *words: str) -> Quickstart:
 
 
 @pytest.fixture(scope="module")
-def quickstart(empty_base: BaseFolder) -> Quickstart:
-    return start_quickstart(empty_base.path)
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    return start_quickstart(tmp_path_factory.mktemp("base"))
 
 
 def test_the_last_line_is_the_run_its_rewards_and_its_report(quickstart):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,9 +75,15 @@ def test_a_run_is_seen_followed_and_cancelled(
 
 
 @pytest.mark.e2e
-def test_a_run_whose_controller_was_killed_is_lost(running: subprocess.Popen[bytes], run_dir: Path) -> None:
+def test_a_run_whose_machine_died_is_lost(running: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Nobody is left to write a last word: the witness that would write a killed controller's has died too."""
+    below = descendants(running.pid)
+    for pid in below:
+        os.kill(pid, signal.SIGSTOP)
     running.kill()
     running.wait()
+    for pid in below:
+        os.kill(pid, signal.SIGKILL)
     assert run_state(run_dir).state == "lost"
 
 
