@@ -2,25 +2,33 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest_plugins = ["fake_checkpoint"]
-CLUSTER_FIXTURES = {"cluster_before", "may_use_cluster"}
+CLUSTER_MODULES = ("test_slurm_", "test_docs_commands", "test_engine_nodes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every Slurm fault at 16 nodes and every layout too")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests come first. Where several processes share the tests, one of them has all that need the cluster."""
     items.sort(key=lambda item: "e2e" in item.keywords)
-    of_cluster = {item.path for item in items if CLUSTER_FIXTURES.intersection(getattr(item, "fixturenames", ()))}
-    for item in items:
-        group = "cluster" if item.path in of_cluster else str(item.path.relative_to(item.config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where processes share the tests: a module's run in one process, and those of all that need the cluster too."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return "cluster" if Path(module).name.startswith(CLUSTER_MODULES) else module
+
+    return ByModule(config, log)
 
 
 def restored_environment() -> Iterator[None]:

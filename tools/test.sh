@@ -49,4 +49,4 @@ bin="$root/.venv/bin"
 "$bin/ruff" format --check .
 "$bin/pyright" --threads 2
 # Tests of the cluster wait most of the time: another process does the rest beside them.
-exec "$bin/python" -m pytest --numprocesses 2 --dist loadgroup "${select[@]}" "${options[@]}" "$@"
+exec "$bin/python" -m pytest --numprocesses 2 "${select[@]}" "${options[@]}" "$@"

@@ -18,11 +18,6 @@ def cluster_before() -> Iterator[None]:
         DevCluster(0).call("down")
 
 
-@pytest.fixture(scope="session")
-def may_use_cluster() -> None:
-    """For a test that asks for the cluster while it runs, so that it is known beforehand."""
-
-
 @pytest.fixture(scope="module")
 def four_nodes(cluster_before: None) -> DevCluster:
     return bring_up(4)

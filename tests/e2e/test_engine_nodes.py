@@ -51,9 +51,7 @@ class Engine:
 
 
 @pytest.fixture(scope="module", params=["two_addresses", "two_nodes"])
-def engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, may_use_cluster: None
-) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Up on two addresses of this machine, or on two nodes of the development cluster."""
     base = tmp_path_factory.mktemp("base")
     write_qwen3(base)
