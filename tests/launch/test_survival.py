@@ -12,10 +12,11 @@ import pytest
 from launch_stub import make_plan, stub
 
 from vime.errors import Cause
-from vime.launch import controller, events, history, lead
+from vime.launch import controller, events, history, lead, slurm
 from vime.launch.controller import Controller
 from vime.launch.events import Event, Journal, read_events
 from vime.launch.runner_local import LocalRunner
+from vime.launch.runner_slurm import SlurmRunner
 from vime.launch.slurm import SlurmError
 from vime.launch.witness import tell_of_death
 from vime.planning.types import Plan
@@ -233,3 +234,23 @@ def test_without_an_end_nothing_is_due(run_dir: Path) -> None:
     left = lead.TimeLeft(plan, Allocation(plan))
     assert not left.is_due()
     assert not left.ends_soon()
+
+
+@pytest.mark.parametrize(("state", "taken"), [("COMPLETING", True), ("PENDING", True), ("RUNNING", False)])
+def test_a_requeue_whose_caller_slurm_ended_counts_where_the_job_has_left(
+    state: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's first act after it takes the request is to end this start, `scontrol` with it."""
+
+    def ended(job: str) -> None:
+        raise SlurmError(f"scontrol requeue {job} exited with -15: no message")
+
+    monkeypatch.setattr(slurm, "requeue", ended)
+    monkeypatch.setattr(slurm, "job_state", lambda job: slurm.JobState(job, state))
+    runner = SlurmRunner.__new__(SlurmRunner)
+    runner.job = "7"
+    if taken:
+        runner.requeue()
+    else:
+        with pytest.raises(SlurmError, match="exited with -15"):
+            runner.requeue()

@@ -17,6 +17,9 @@ from vime.launch.steps import Place, Step, launch, log_size, places_text, signal
 from vime.launch.task import JOB, PLACES
 from vime.planning.types import Cluster, Plan, Stage
 
+TAKEN = ("COMPLETING", *slurm.WAITING)
+"""States of a job that waits for its next start, or whose last one is just ending."""
+
 
 def step_name(stage: str) -> str:
     return f"vime-{stage}"
@@ -186,7 +189,13 @@ class SlurmRunner:
         return [name for name, state in states.items() if slurm.is_lost(state)]
 
     def requeue(self) -> None:
-        slurm.requeue(self.job)
+        try:
+            slurm.requeue(self.job)
+        except slurm.SlurmError:
+            # Slurm ends this start as soon as it takes the request, at times before the process that asked knows.
+            state = slurm.job_state(self.job)
+            if state is None or state.state not in TAKEN:
+                raise
 
     def exclude(self, hosts: Sequence[str]) -> None:
         slurm.exclude(self.job, hosts, seconds=2.0)
