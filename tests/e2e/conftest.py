@@ -29,12 +29,8 @@ def sixteen_nodes(cluster_before: None) -> DevCluster:
 
 
 @pytest.fixture(scope="session")
-def empty_base(tmp_path_factory: pytest.TempPathFactory) -> BaseFolder:
-    return BaseFolder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def tiny_base(empty_base: BaseFolder) -> BaseFolder:
-    """The same folder, with checkpoint and data in it."""
-    empty_base.fill()
-    return empty_base
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseFolder:
+    """`$BASE_DIR` with the tiny checkpoint and its data."""
+    base = BaseFolder(tmp_path_factory.mktemp("base"))
+    base.fill()
+    return base
