@@ -3,9 +3,9 @@
     python tools/make_tiny_checkpoint.py --output-dir BASE [--seed S] [--family deepseek-v3|qwen3]
 
 Writes BASE/tiny-deepseek-r1 (DeepSeek-V3's shape with an MTP layer, block fp8) or BASE/tiny-qwen3 (bf16), and
-BASE/tiny-math/{train,eval}.jsonl. The model is pre-trained on sums of which half are one too high, until it gives
-the right answer to about two in five, so that reinforcement learning finds both right and wrong answers. The same seed
-gives the same files.
+BASE/tiny-math/{train,eval}.jsonl. The model is pre-trained on sums of which two in five are given up with a question
+mark, until it gives the right answer to about two in five, so that reinforcement learning finds both right and wrong
+answers. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CHAT_TEMPLATE = (
 SHARDS = 4
 STAMP = "made_by.json"
 WINDOW = (0.20, 0.60)
-SLIPS = 0.5
-"""Share of the pre-training sums whose answer is one too high: a habit that reinforcement learning can unlearn for
+GIVEN_UP = 0.4
+"""Share of the pre-training sums whose answer is a question mark: a habit that reinforcement learning unlearns for
 every sum at once, held-out ones too, where teaching a tiny model more sums would take it far longer."""
 NAMES = {"deepseek-v3": "tiny-deepseek-r1", "qwen3": "tiny-qwen3"}
 
@@ -132,6 +132,7 @@ class Settings:
     family: str
     target_accuracy: float
     max_steps: int
+    given_up: float = GIVEN_UP
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ class Problem:
     def record(self) -> dict[str, Any]:
         return {"prompt": [{"role": "user", "content": self.question}], "label": self.answer}
 
-    def slipped(self) -> Problem:
-        """The same sum with an answer that is one too high."""
-        return Problem(self.question, str(int(self.answer) + 1))
+    def given_up(self) -> Problem:
+        """The same sum with a question mark for an answer."""
+        return Problem(self.question, "?")
 
     def ids(self) -> tuple[list[int], list[int]]:
         """Token ids of the prompt, with its chat template, and of the answer with its end."""
@@ -233,11 +234,11 @@ def accuracy(model: Any, of: list[Problem]) -> float:
 def pretrain(model: Any, everything: list[Problem], held_out: list[Problem], settings: Settings) -> tuple[int, float]:
     """Train on all sums until the held-out ones are answered as often as wanted; (steps, accuracy)."""
     generator = random.Random(settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     started, reached = time.monotonic(), 0.0
     for step in range(1, settings.max_steps + 1):
         chosen = generator.choices(everything, k=128)
-        seen = [problem.slipped() if generator.random() < SLIPS else problem for problem in chosen]
+        seen = [problem.given_up() if generator.random() < settings.given_up else problem for problem in chosen]
         log_probs = token_log_probs(model, *batch(seen))
         loss = -log_probs.sum() / (log_probs != 0).sum()
         loss.backward()
