@@ -16,6 +16,7 @@ from worker_cases import Case, Result, run_cases
 from vime.megatron.model import build_model
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig
+from vime.models.flops import peak_flops
 from vime.recipe.schema import Recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -67,6 +68,16 @@ def test_the_gpu_trains_as_the_cpu_does(results: dict[str, Result]) -> None:
         assert gpu == pytest.approx(cpu, rel=5e-3, abs=1e-4)
     for gpu, cpu in zip(results["gpu"].scores, results["cpu"].scores, strict=True):
         assert gpu == pytest.approx(cpu, abs=1e-3)
+
+
+KNOWN = torch.cuda.is_available() and peak_flops(torch.cuda.get_device_name()) is not None
+
+
+@pytest.mark.skipif(not KNOWN, reason="needs a GPU of a known peak")
+def test_the_share_of_the_gpus_peak_is_logged(results: dict[str, Result]) -> None:
+    """Tiny models leave a GPU idle: less than a hundredth of its peak, and more than nothing."""
+    for metrics in results["gpu"].metrics:
+        assert 0 < metrics["perf/mfu"] < 0.01
 
 
 def test_a_resumed_run_with_the_optimizer_on_the_host_goes_on(results: dict[str, Result]) -> None:

@@ -26,7 +26,7 @@ EXPERT_BYTES = 3 * 7168 * 2048
 OTHER_BYTES = 1.24e9
 
 
-def generate(folder: Path, gigabytes: float) -> None:
+def generate(folder: Path, gigabytes: float, shard_bytes: int = SHARD) -> None:
     """DeepSeek-V3's own shapes in block fp8, at least `gigabytes` large: one dense and one expert layer, fewer experts.
 
     Numbers are random, but the same in all matrices of a size.
@@ -49,7 +49,7 @@ def generate(folder: Path, gigabytes: float) -> None:
                 specs.append(Spec(scale_name(part.name), torch.float32, scale_shape(part.shape, (128, 128))))
             else:
                 specs.append(Spec(part.name, torch.float32 if param.fp32 else torch.bfloat16, part.shape))
-    writer = HFWriter(folder, specs, max_shard_bytes=SHARD)
+    writer = HFWriter(folder, specs, max_shard_bytes=shard_bytes)
     writer.create()
     largest = max(torch.Size(spec.shape).numel() for spec in specs)
     codes = torch.randint(0, 0x7F, (largest,), dtype=torch.uint8).view(torch.float8_e4m3fn)

@@ -4,9 +4,11 @@
 
 Needs torch, megatron-core with psutil, numpy and pydantic; each measurement is a process of its own. A difference says
 nothing without a yardstick, so every one is divided by what rounding alone does on the CPU: in fp32 the difference that
-weights off by one part in 2²³ make, in bf16 the distance of the CPU's own bf16 run from fp32. Adam has a large epsilon:
-with a small one its first step is the gradient's sign, which turns rounding into whole steps where gradients are near
-zero. `--variants` repeats the GPU runs without fusions, with plain attention, and with TF32 as a contrast.
+weights off by one part in 2²³ make, in bf16 the distance of the CPU's own bf16 run from fp32, the largest of `--draws`
+random models: which tokens rounding sends to another expert, and so how far that expert's gradient is off, is chance.
+Adam has a large epsilon: with a small one its first step is the gradient's sign, which turns rounding into whole steps
+where gradients are near zero. `--variants` repeats the GPU runs without fusions, with plain attention, and with TF32 as
+a contrast.
 Prints its ratios last and exits 1 where one is above its limit or the yardstick itself is too coarse to tell.
 """
 
@@ -84,11 +86,11 @@ Tensors = dict[str, torch.Tensor]
 # --- one measurement, in a process of its own
 
 
-def weights(config: Any, jitter: float) -> Tensors:
-    """HF tensors with values that bf16 holds exactly, each off by a relative `jitter` x normal."""
+def weights(config: Any, jitter: float, draw: int) -> Tensors:
+    """HF tensors of one random model with values that bf16 holds exactly, each off by a relative `jitter` x normal."""
     from vime.models.families import params_of
 
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7 + draw)
     noise = torch.Generator().manual_seed(11)
     found = {}
     for part in (part for param in params_of(config) for part in param.parts):
@@ -150,7 +152,7 @@ class Activations:
         return self.found
 
 
-def measure(model: str, dtype: str, variant: str, jitter: float, file: str) -> None:
+def measure(model: str, dtype: str, variant: str, jitter: float, draw: int, file: str) -> None:
     """Build, fill, and write what the model computes before and over two steps."""
     from vime.megatron import backend, naming, parallel
     from vime.megatron.model import build_model
@@ -185,7 +187,7 @@ def measure(model: str, dtype: str, variant: str, jitter: float, file: str) -> N
                 module.config.bias_activation_fusion = module.config.bias_dropout_fusion = False
     optimizer = Optimizer(chunks, recipe, total_steps=2)
     tensors = naming.local_tensors(chunks, config, layout, coords)
-    source = weights(config, jitter)
+    source = weights(config, jitter, draw)
     naming.fill(tensors, lambda param: shard_parts(param, source, layout, coords))
     optimizer.reload_master_weights()
     optimizer.check_master_weights()
@@ -232,12 +234,14 @@ def free_port() -> int:
 # --- comparison
 
 
-def measured(folder: Path, model: str, dtype: str, *, gpu: bool, variant: str = "plain", jitter: float = 0.0) -> Any:
+def measured(
+    folder: Path, model: str, dtype: str, *, gpu: bool, variant: str = "plain", jitter: float = 0.0, draw: int = 0
+) -> Any:
     """The result of a process that sees the GPU or does not; kept in `folder`."""
-    file = folder / f"{model}-{dtype}-{'gpu' if gpu else 'cpu'}-{variant}-{jitter > 0}.pt"
+    file = folder / f"{model}-{dtype}-{'gpu' if gpu else 'cpu'}-{variant}-{jitter > 0}-{draw}.pt"
     if not file.exists():
         environment = dict(os.environ) if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, __file__, "--measure", model, dtype, variant, str(jitter), str(file)]
+        command = [sys.executable, __file__, "--measure", model, dtype, variant, str(jitter), str(draw), str(file)]
         subprocess.run(command, env=environment, check=True, timeout=600)
     return torch.load(file, weights_only=True)
 
@@ -252,13 +256,15 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm()) / norm if norm else float((a - b).norm())
 
 
-def compare(kind: str, ours: Tensors, theirs: Tensors, yard: Tensors, base: Tensors, limit: float) -> float:
-    """Distances of `ours` from `theirs`, each over the distance of `yard` from `base`; prints, returns the worst."""
+def compare(kind: str, ours: Tensors, theirs: Tensors, yards: list[tuple[Tensors, Tensors]], limit: float) -> float:
+    """Distances of `ours` from `theirs`, each over the largest of a pair in `yards`; prints, returns the worst."""
     rows = []
     for name in theirs:
-        if name not in ours or name not in yard:
+        if name not in ours or not all(name in yard for yard, _ in yards):
             continue
-        error, unit = distance(ours[name], theirs[name]), distance(yard[name], base[name])
+        error = distance(ours[name], theirs[name])
+        units = [distance(yard[name], base[name]) for yard, base in yards]
+        unit = max((each for each in units if math.isfinite(each)), default=math.inf)
         # Exact on the CPU twice over, as embeddings are: any rounding at all is allowed.
         rows.append((name, error, unit, error / max(unit, JITTER / 8)))
     beyond = [row for row in rows if row[3] > limit]
@@ -273,14 +279,18 @@ def compare(kind: str, ours: Tensors, theirs: Tensors, yard: Tensors, base: Tens
     return max(ratios)
 
 
-def parity(folder: Path, model: str, dtype: str, variant: str, device: str) -> dict[str, float]:
+def log_probs(run: Any) -> Tensors:
+    """The log-probs before and after two steps."""
+    return {kind: run[kind] for kind in ("log_probs", "log_probs_after")}
+
+
+def parity(folder: Path, model: str, dtype: str, variant: str, device: str, draws: int) -> dict[str, float]:
     """The worst ratio of each kind, and the yardstick's own coarseness."""
     gpu = measured(folder, model, dtype, gpu=device == "cuda", variant=variant)
-    base = measured(folder, model, "fp32", gpu=False)
-    if dtype == "fp32":
-        yard = measured(folder, model, "fp32", gpu=False, jitter=JITTER)
-    else:
-        yard = measured(folder, model, "bf16", gpu=False)
+    bases = [measured(folder, model, "fp32", gpu=False, draw=draw) for draw in range(draws)]
+    jitter = JITTER if dtype == "fp32" else 0.0
+    yards = [measured(folder, model, dtype, gpu=False, jitter=jitter, draw=draw) for draw in range(draws)]
+    pairs, base = list(zip(yards, bases, strict=True)), bases[0]
     spec = "Transformer Engine" if gpu["transformer_engine"] else "local"
     print(
         f"{model} {dtype} {variant} on {gpu['device']} ({spec} spec): losses {[round(x, 6) for x in gpu['losses']]}, "
@@ -288,13 +298,16 @@ def parity(folder: Path, model: str, dtype: str, variant: str, device: str) -> d
     )
     limit = LIMITS[dtype]
     found = {
-        kind: compare(kind, gpu[kind], base[kind], yard[kind], base[kind], limit)
+        kind: compare(kind, gpu[kind], base[kind], [(yard[kind], its[kind]) for yard, its in pairs], limit)
         for kind in ("activations", "gradients")
     }
-    whole = {kind: {kind: run[kind] for kind in ("log_probs", "log_probs_after")} for kind, run in (
-        ("gpu", gpu), ("base", base), ("yard", yard))}  # fmt: skip
-    found["log-probs"] = compare("log-probs", whole["gpu"], whole["base"], whole["yard"], whole["base"], limit)
-    coarse = distance(yard["log_probs_after"] - yard["log_probs"], base["log_probs_after"] - base["log_probs"])
+    found["log-probs"] = compare(
+        "log-probs", log_probs(gpu), log_probs(base), [(log_probs(yard), log_probs(its)) for yard, its in pairs], limit
+    )
+    coarse = max(
+        distance(yard["log_probs_after"] - yard["log_probs"], its["log_probs_after"] - its["log_probs"])
+        for yard, its in pairs
+    )
     print(f"  what two steps do to the log-probs, the yardstick's relative difference: {coarse:.3g}")
     found["coarseness"] = coarse / COARSEST[dtype] * limit
     return found
@@ -306,12 +319,13 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--variants", action="store_true", help="also run the GPU unfused, with plain attention, TF32")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu compares the CPU with itself")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--draws", type=int, default=3, help="random models of the yardstick")
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
     if args.measure:
-        model, dtype, variant, jitter, file = args.measure
-        measure(model, dtype, variant, float(jitter), file)
+        model, dtype, variant, jitter, draw, file = args.measure
+        measure(model, dtype, variant, float(jitter), int(draw), file)
         return 0
     if args.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
@@ -320,7 +334,7 @@ def main() -> int:
         for model in args.models:
             for dtype in args.dtypes:
                 for variant in VARIANTS if args.variants else VARIANTS[:1]:
-                    ratios = parity(Path(name), model, dtype, variant, args.device)
+                    ratios = parity(Path(name), model, dtype, variant, args.device, args.draws)
                     text = ", ".join(f"{kind} {ratio:.3g}" for kind, ratio in ratios.items())
                     lines.append(f"{model} {dtype} {variant}: {text} (limit {LIMITS[dtype]:g})")
                     failed |= variant == "plain" and max(ratios.values()) > LIMITS[dtype]
