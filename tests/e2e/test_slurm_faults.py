@@ -256,7 +256,8 @@ def test_the_shared_folder_becomes_read_only(cluster: DevCluster, tmp_path: Path
         assert job is not None
         assert "vime: STORAGE: train failed on node01" in job.comment
         assert "Read-only file system" in job.comment
-        assert "19:0" in slurm.call("sacct", "-nPX", "-j", run.job, "-o", "ExitCode")
+        # The accounting hears of the end a little later than the queue.
+        wait_until(lambda: "19:0" in slurm.call("sacct", "-nPX", "-j", run.job, "-o", "ExitCode"), 60)
         run.nothing_is_left()
 
 

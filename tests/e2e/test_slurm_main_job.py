@@ -14,7 +14,8 @@ from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
 from vime.launch.events import read_events
 from vime.launch.jobs import read_jobs
-from vime.observe.metrics import read_metrics
+from vime.observe.metrics import read_metrics, series
+from vime.observe.timeline import read_timeline
 from vime.planning.io import read_plan
 
 pytestmark = pytest.mark.e2e
@@ -37,9 +38,9 @@ class Person:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    def submits(self, run: str) -> str:
-        """The README's command, made short; the job's id."""
-        flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000")
+    def submits(self, run: str, *more: str) -> str:
+        """The README's command, made short, with more flags of the recipe; the job's id."""
+        flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000", *more)
         self.types("vime.submit", "--recipe", "tiny-deepseek-r1", "--nodes", "2", "--run-name", run, "--", *flags)
         (job,) = read_jobs(Path(self.env["BASE_DIR"]) / "runs" / run)
         return job.job_id
@@ -85,6 +86,26 @@ def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: Dev
     assert [engine.nodes for engine in plan.engines] == [(0,), (1,)]
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     four_nodes.assert_nothing_is_left(again, run)
+
+
+def test_an_engine_on_a_node_of_its_own_generates_one_rollout_ahead(
+    four_nodes: DevCluster, tiny_base: BaseFolder
+) -> None:
+    person, run = Person(tiny_base.path), tiny_base.path / "runs" / "ahead"
+    job = person.submits(run.name, "--no-colocate", "--rollout-num-gpus", "1")
+    assert wait_for_end(job, 600) == "COMPLETED", tail_of(run)
+    plan = read_plan(run)
+    assert [rank.node for rank in plan.trainer_ranks] == [0]
+    assert [engine.nodes for engine in plan.engines] == [(1,)]
+    behind = [value for _, value in series(read_metrics(run), "rollout/staleness_max")]
+    assert behind == [0.0] + [1.0] * (ROLLOUTS - 1)
+    spans = [span for span in read_timeline(run) if span.track == "driver"]
+    training = [span for span in spans if span.name == "train"]
+    generating = [span for span in spans if span.name == "generate"]
+    assert len(training) == len(generating) == ROLLOUTS
+    for trained, ahead in zip(training[:-1], generating[1:], strict=True):
+        assert ahead.start < trained.end
+    four_nodes.assert_nothing_is_left(job, run)
 
 
 def tail_of(run: Path) -> str:

@@ -20,7 +20,7 @@ from vime.models.namemap import Param, Where
 from vime.models.shards import check_layout, holds, pieces, tensor_split
 from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
-from vime.sync.plan import SLOTS, Schedule, aligned, experts_of, make_schedule, receivers_of
+from vime.sync.plan import SLOTS, Schedule, aligned, experts_of, far_groups, make_schedule, receivers_of
 
 CONFIGS = [with_fp8(DEEPSEEK), with_fp8(DEEPSEEK, (24, 40)), DEEPSEEK, QWEN3, QWEN3_MOE]
 
@@ -64,6 +64,12 @@ def schedules(draw: st.DrawFn) -> Schedule:
         engines = [engine(0, places, data=world, expert_parallel=draw(st.booleans()))]
         if draw(st.booleans()):
             engines = [engine(i, {node: (gpu,)}) for i, (node, gpu) in enumerate(zip(nodes, gpus, strict=True))]
+        if draw(st.booleans()):
+            # Engines on GPUs of their own, beside the others or alone.
+            apart = engine(
+                0, {nodes[-1] + 1: (0, 1), nodes[-1] + 2: (0, 1)}, data=4, expert_parallel=draw(st.booleans())
+            )
+            engines = [*engines, apart.model_copy(update={"index": len(engines)})] if draw(st.booleans()) else [apart]
     elif draw(st.booleans()):
         engines = [engine(0, {0: (0, 1), 1: (0, 1)}, tensor=2, data=2, expert_parallel=draw(st.booleans()))]
         engines.append(engine(1, {1: (2,), 2: (0,)}, data=2, expert_parallel=True))
@@ -113,7 +119,22 @@ def test_a_worker_on_a_gpu_gets_its_own_experts_from_the_rank_there_where_it_has
             assert move.source == schedule.receivers[move.receiver].publishers[0]
 
 
-def test_engines_on_gpus_without_trainer_ranks_are_refused() -> None:
+def test_engines_on_gpus_of_their_own_get_buckets_out_of_a_ranks_gpu_through_a_group_a_node() -> None:
+    config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
+    apart = engine(0, {1: (0, 1), 2: (0, 1)}, data=4, expert_parallel=True)
+    receivers = receivers_of(config, [0, 0], [apart], gpus=[0, 1])
+    assert [(one.node, one.gpu, one.publishers, one.local, one.on_gpu) for one in receivers] == [
+        (1, None, (0,), False, True), (2, None, (1,), False, True),
+    ]  # fmt: skip
+    assert [len(one.experts or ()) for one in receivers] == [config.moe.num_experts // 2] * 2  # type: ignore[union-attr]
+    schedule = make_schedule(config, ParallelLayout(2, ep=2), [0, 0], receivers, 1 << 30)
+    groups = far_groups(schedule, apart, ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    assert [(group.address, group.first_worker, group.workers) for group in groups] == [
+        ("10.0.0.1", 0, 2), ("10.0.0.1", 2, 2),
+    ]  # fmt: skip
+
+
+def test_engines_on_gpus_beside_trainer_ranks_that_have_others_are_refused() -> None:
     config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
     with pytest.raises(BadInput, match="GPU 1 of node 0 has a worker of engine 0 and no trainer rank"):
         receivers_of(config, [0], [engine(0, {0: (0, 1)}, tensor=2)], gpus=[0])

@@ -130,6 +130,7 @@ def sync_case(rank: int, case: Case, run: str) -> None:
     if shared:
         places = {node: tuple(range(per_node)) for node in sorted(set(nodes))}
         engines = [engine(0, places, data=layout.world_size, expert_parallel=config.moe is not None)]
+        engines.append(engine(1, {far: (0, 1)}, data=2, expert_parallel=config.moe is not None))
     receivers = receivers_of(config, nodes, engines, gpus=gpus)
     schedule = make_schedule(config, layout, nodes, receivers, 60_000, draft=True, mtp_trained=True)
     for version in (1, 2):

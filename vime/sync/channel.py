@@ -1,6 +1,8 @@
-"""Buckets between nodes without GPUs: one gloo group of a publisher and the engine workers of one node.
+"""Buckets between nodes: one group of a publisher and the engine workers of one node, gloo for the memory of hosts and
+NCCL for that of GPUs.
 
-The store and every connection are bound to the nodes' own addresses.
+The store and every connection of gloo are bound to the nodes' own addresses; NCCL takes its interface from
+NCCL_SOCKET_IFNAME. NCCL's way has not run between GPUs yet.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from vime.errors import DeadlineExceeded, VimeError
+
+CPU = torch.device("cpu")
 
 
 class Listener:
@@ -25,36 +29,66 @@ class Listener:
         self._socket.listen()
         self.port: int = self._socket.getsockname()[1]
 
-    def accept(self, workers: int, timeout_s: float) -> Channel:
-        """The group, once all workers have joined. Raises DeadlineExceeded."""
-        return Channel(self.address, self.port, 0, workers + 1, timeout_s, listener=self._socket.detach())
+    def accept(self, workers: int, timeout_s: float, device: torch.device = CPU) -> Channel:
+        """The group, once all workers have joined, for tensors on `device`. Raises DeadlineExceeded."""
+        return Channel(self.address, self.port, 0, workers + 1, timeout_s, device, listener=self._socket.detach())
 
 
 class Channel:
     """A member of a group; rank 0 sends, all others receive."""
 
     def __init__(
-        self, address: str, port: int, rank: int, size: int, timeout_s: float, listener: int | None = None
+        self,
+        address: str,
+        port: int,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        device: torch.device = CPU,
+        *,
+        listener: int | None = None,
     ) -> None:
-        timeout = timedelta(seconds=timeout_s)
-        own = address if rank == 0 else _own_address(address, port)
+        self._device, self._timeout = device, timedelta(seconds=timeout_s)
         try:
             self._store = dist.TCPStore(
-                address, port, size, rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=listener
+                address, port, size, rank == 0, timeout=self._timeout, wait_for_workers=False, master_listen_fd=listener
             )
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
-            options._timeout = timeout
-            self._group = dist.ProcessGroupGloo(dist.PrefixStore("weights", self._store), rank, size, options)
+            store = dist.PrefixStore("weights", self._store)
+            if device.type == "cuda":
+                self._group = self._nccl(store, rank, size)
+            else:
+                self._group = self._gloo(store, rank, size, address if rank == 0 else _own_address(address, port))
         except RuntimeError as error:
             raise DeadlineExceeded(
                 f"the {size} members of the weight group at {address}:{port} did not all join within {timeout_s:.0f} s"
             ) from error
 
+    def _gloo(self, store: dist.Store, rank: int, size: int, address: str) -> dist.ProcessGroup:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        options._timeout = self._timeout
+        return dist.ProcessGroupGloo(store, rank, size, options)
+
+    def _nccl(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
+        torch.cuda.set_device(self._device)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        group = dist.ProcessGroupNCCL(store, rank, size, options)
+        # NCCL connects at the first message: here every member waits for all others, as with gloo.
+        group.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device), 0).wait(self._timeout)
+        torch.cuda.synchronize(self._device)
+        return group
+
     def move(self, data: torch.Tensor) -> None:
-        """Send a CPU tensor of bytes (rank 0), or fill it with what is sent. Raises VimeError when a member is gone."""
+        """Send a tensor of bytes (rank 0), or fill it with what is sent; it is there, or its memory free for other
+        bytes, when this returns. Raises VimeError when a member is gone."""
         try:
-            self._group.broadcast(data, 0).wait()
+            if self._device.type == "cuda":
+                # CUDA's current device is a thread's own; this may be the source's sending thread.
+                torch.cuda.set_device(self._device)
+            self._group.broadcast(data, 0).wait(self._timeout)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
         except RuntimeError as error:
             raise VimeError(f"the weight group broke: {str(error).splitlines()[0]}") from error
 

@@ -3,15 +3,15 @@
 Every rank and the driver compute the same schedule from the same plan, so no two can wait for each other in a different
 order. A *receiver* is a node with engine workers, or with GPUs that trainer and engines share a single worker; it gets
 what its workers need: every dense tensor, and of the routed experts only its workers' own where the engine is expert
-parallel. A *bucket* is a run of tensors in the order of the
-model that fits `--update-weight-buffer-size` at every receiver.
+parallel. A *bucket* is a run of tensors in the order of the model that fits `--update-weight-buffer-size` at every
+receiver.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +46,10 @@ class Receiver:
     local: bool
     """Whether the publishers sit on the node, so that its engines find buckets in shared memory."""
     gpu: int | None = None
-    """Slot of the GPU that the worker shares with its only publisher, in whose memory buckets lie; None: a node."""
+    """Slot of the GPU that the worker shares with its only publisher; None: a node."""
+    on_gpu: bool = False
+    """Whether buckets lie in the memory of the only publisher's GPU, from where the worker there maps them or a group
+    brings them to a far node; otherwise in shared memory of the host."""
 
     def publisher(self, bucket: int) -> int:
         """The rank that gives it this bucket."""
@@ -196,7 +199,7 @@ class Schedule:
         """A rank that has the shard: on the node of the buffer if there is one; equal ones take turns."""
         ranks = _holders(self.config, self.layout, _kind(param), shard)
         near = [rank for rank in ranks if self.nodes[rank] == self.home(receiver)]
-        if self.receivers[receiver].gpu is not None:
+        if self.receivers[receiver].on_gpu:
             near = [rank for rank in near if rank in self.receivers[receiver].publishers] or near
         turn = (param.expert or 0) + (param.layer or 0) + (0 if near else receiver)
         ranks = near or list(ranks)
@@ -204,7 +207,7 @@ class Schedule:
 
 
 def schedule_of(plan: Plan) -> Schedule:
-    """The schedule of a run. Raises BadInput for engines on GPUs that they do not share with the trainer."""
+    """The schedule of a run. Raises BadInput for engines on a trainer's node that do not share its ranks' GPUs."""
     config = ModelConfig.from_hf(plan.model_config_hf)
     nodes = tuple(rank.node for rank in plan.trainer_ranks)
     options = plan.recipe.engine.vllm
@@ -274,39 +277,43 @@ def receivers_of(
     experts_anywhere: bool = False,
     gpus: Sequence[int] | None = None,
 ) -> tuple[Receiver, ...]:
-    """Nodes with engine workers; with `gpus`, the GPU slot of every trainer rank, one receiver a worker.
+    """Nodes with engine workers; with `gpus`, the GPU slot of every trainer rank, one receiver a worker that shares
+    its GPU with a rank.
 
     `experts_anywhere`: vLLM places experts by load, so every worker gets all.
     """
     wanted: dict[tuple[int, int | None], list[tuple[int, frozenset[int] | None]]] = {}
+    shared = frozenset(nodes) if gpus is not None else frozenset()
     for engine in engines:
         size = engine.tensor_parallel_size * engine.data_parallel_size
         split = engine.expert_parallel and config.moe is not None and not experts_anywhere
-        for place, workers in _workers(engine, a_receiver_each=gpus is not None):
+        for place, workers in _workers(engine, shared):
             experts = experts_of(workers, size, config.moe.num_experts) if split and config.moe else None
             wanted.setdefault(place, []).append((engine.index, experts))
     found = []
-    for turn, ((node, gpu), parts) in enumerate(sorted(wanted.items())):
+    for turn, ((node, gpu), parts) in enumerate(sorted(wanted.items(), key=lambda item: (item[0][0], item[0][1] or 0))):
         near = tuple(rank for rank, place in enumerate(nodes) if place == node and (gpus is None or gpus[rank] == gpu))
-        if gpus is not None and not near:
+        if gpu is not None and not near:
             raise BadInput(
-                f"GPU {gpu} of node {node} has a worker of engine {parts[0][0]} and no trainer rank: weights reach "
-                "only engines that share their GPUs with the trainer, so use --colocate"
+                f"GPU {gpu} of node {node} has a worker of engine {parts[0][0]} and no trainer rank, but the node has "
+                "some: give engines GPUs that they share with the trainer (--colocate), or nodes of their own"
             )
         sets = [experts for _, experts in parts]
         union = None if None in sets else frozenset().union(*(experts for experts in sets if experts is not None))
         # A far node's publishers should differ, so that one rank does not send to all of them.
         far = (turn * len(nodes) // max(1, len(wanted)),)
         publishers = (near if gpus is None else near[:1]) or far
-        found.append(Receiver(node, tuple(index for index, _ in parts), union, publishers, bool(near), gpu))
+        index = tuple(index for index, _ in parts)
+        found.append(Receiver(node, index, union, publishers, bool(near), gpu, on_gpu=gpus is not None))
     return tuple(found)
 
 
-def _workers(engine: EnginePlan, *, a_receiver_each: bool) -> Iterator[tuple[tuple[int, int | None], range]]:
-    """Places of an engine's workers, (node, GPU slot) or (node, None), and the numbers of those there."""
+def _workers(engine: EnginePlan, shared: Collection[int]) -> Iterator[tuple[tuple[int, int | None], range]]:
+    """Places of an engine's workers, (node, GPU slot) on `shared` nodes or (node, None), and the numbers of those
+    there."""
     first = 0
     for node, slots in zip(engine.nodes, engine.gpus, strict=True):
-        if a_receiver_each:
+        if node in shared:
             for number, slot in enumerate(slots, first):
                 yield (node, slot), range(number, number + 1)
         else:

@@ -83,7 +83,8 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
             rank = 1 + worker - group["first_worker"]
             if 1 <= rank <= group["workers"]:
                 size = 1 + group["workers"]
-                self._channel = Channel(group["address"], group["port"], rank, size, init_info.timeout_s)
+                device = torch.device(self.device)
+                self._channel = Channel(group["address"], group["port"], rank, size, init_info.timeout_s, device)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -103,8 +104,8 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
         model: Any = self.model
         with disable_mtp_completeness_check():
             model.load_weights(self._tensors(data, update_info))
-        if update_info.handle is not None:
-            # The trainer writes the next bucket to this memory once the call has returned.
+        if data.is_cuda:
+            # The trainer, or the next call, writes another bucket to this memory once the call has returned.
             torch.cuda.synchronize()
         if update_info.last:
             self._mapped.clear()
@@ -120,7 +121,7 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
                 self._mapped[key] = map_shared(bucket.handle)
             return self._mapped[key]
         if self._channel is not None:
-            data = torch.empty(bucket.size, dtype=torch.uint8)
+            data = torch.empty(bucket.size, dtype=torch.uint8, device=self.device)
             self._channel.move(data)
             return data
         if bucket.segment is None:

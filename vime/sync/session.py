@@ -167,7 +167,7 @@ class Session:
         }
 
     async def _connect(self) -> None:
-        """Let new engines know how buckets come: through shared memory, and to far nodes through groups of gloo."""
+        """Let new engines know how buckets come: through memory shared with the trainer, and to far nodes in groups."""
         new = sorted(set(range(len(self.clients))) - self.connected)
         groups = {engine: far_groups(self.schedule, self.engines[engine], self.addresses) for engine in new}
         far = [group for mine in groups.values() for group in mine]

@@ -3,8 +3,8 @@
 For every bucket a rank writes the boxes that it holds straight into the shared memory of its own node, sends those that
 other nodes need to their publishers, one message a bucket and publisher, and, where it is a publisher itself, puts what
 it receives into place. Quantised tensors are quantised before they are written or sent. A bucket for a node without
-trainer ranks is put together on its publisher's node in the same way, and goes on from there. A worker that shares its
-GPU with a rank reads buckets out of that rank's GPU memory.
+trainer ranks is put together on its publisher's node in the same way, and goes on from there. On GPUs buckets lie in
+the memory of their publisher's: a worker that shares its GPU reads them there, a node of its own gets them over NCCL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vime.models.config import ModelConfig
 from vime.planning.types import Plan
 from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.sync import cuda_memory
-from vime.sync.channel import Channel, Listener
+from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
 from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
 from vime.sync.segment import Segment, segment_name
@@ -139,7 +139,8 @@ class WeightSource:
     def connect(self, timeout_s: float) -> None:
         """Wait for the workers of every group for which `listen` opened a port."""
         for key, (listener, workers) in self._listeners.items():
-            self._channels[key] = listener.accept(workers, timeout_s)
+            device = self._device if self.schedule.receivers[key[0]].on_gpu else CPU
+            self._channels[key] = listener.accept(workers, timeout_s, device)
         self._listeners.clear()
 
     # The four calls of a sync
@@ -171,12 +172,12 @@ class WeightSource:
             self._write_local(bucket, moves)
             self._exchange(bucket, moves)
             self._write_frozen(bucket)
+        if self._device.type == "cuda":
+            # Engines read from another process and buckets are sent by another thread: neither knows this stream.
+            torch.cuda.synchronize(self._device)
         if not all(receiver.local for receiver in self.schedule.receivers):
             _barrier()
             self._send_far(bucket)
-        if self._device.type == "cuda":
-            # Engines read from another process, which knows nothing of this one's streams.
-            torch.cuda.synchronize(self._device)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -218,19 +219,17 @@ class WeightSource:
     def _make_segments(self, number: int) -> None:
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
             size = self.schedule.capacity(number, slot)
-            if self.schedule.receivers[number].gpu is not None:
+            receiver = self.schedule.receivers[number]
+            if receiver.on_gpu:
                 memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-                handle = cuda_memory.share(memory) if memory.is_cuda else None
+                handle = cuda_memory.share(memory) if memory.is_cuda and receiver.local else None
                 self._buffers[number, slot] = Buffer(memory, None, owned=True, handle=handle)
                 continue
             segment = Segment.create(self._segment_name(number, slot), size)
             self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=True)
 
     def _open_segments(self, number: int) -> None:
-        if (
-            self.schedule.nodes[self.rank] != self.schedule.home(number)
-            or self.schedule.receivers[number].gpu is not None
-        ):
+        if self.schedule.nodes[self.rank] != self.schedule.home(number) or self.schedule.receivers[number].on_gpu:
             return
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
             if (number, slot) not in self._buffers:
@@ -253,7 +252,7 @@ class WeightSource:
         if not move.on_shard:
             return False
         receiver = self.schedule.receivers[move.receiver]
-        if receiver.gpu is not None:
+        if receiver.on_gpu:
             return move.source in receiver.publishers
         return self.schedule.nodes[move.source] == self.schedule.home(move.receiver)
 
