@@ -1,8 +1,11 @@
 """Metrics and timelines read back what was written, whatever stopped the writer."""
 
 import json
+import os
+import struct
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
@@ -94,23 +97,49 @@ def test_throughput_counts_shared_gpus_once(base_dir):
     assert tokens_per_gpu(plan, Rollout(0, [group], {}), 0.0) == {}
 
 
-def test_metrics_reach_weights_and_biases_by_flag(tmp_path, monkeypatch):
-    """A stand-in for wandb, which this machine cannot reach: what it is told is what counts."""
-    told: list = []
-    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: told.append(options) or run))
-    writer = MetricsWriter(tmp_path, run_name="r", wandb_project="p", config={"lr": 1})
-    writer.write(3, {"train/loss": 0.5, "train/kl_loss": float("nan")})
+WANDB_WRITER = """
+import sys
+from vime.observe.metrics import MetricsWriter
+for step in (3, 4):
+    writer = MetricsWriter(sys.argv[1], run_name="r", wandb_project="p", config={"lr": 1})
+    writer.write(step, {"train/loss": 1 / step, "train/kl_loss": float("nan")})
     writer.close()
-    assert told[0] == {
-        "project": "p",
-        "name": "r",
-        "id": "r",
-        "resume": "allow",
-        "dir": str(tmp_path),
-        "config": {"lr": 1},
-    }
-    assert told[1:] == [(3, {"train/loss": 0.5}), "finished"]
+"""
+
+
+def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
+    """Its library is real, but not its service: the library keeps what it would send. A run goes on on its page."""
+    env = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (list(wandb_records(path)) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")))
+    for records, step in ((first, 3), (second, 4)):
+        (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+        assert (run.project, run.display_name, run.run_id) == ("p", "r", "r")
+        assert ("lr", "1") in [(item.key, item.value_json) for item in run.config.update]
+        (history,) = (record.history for record in records if record.WhichOneof("record_type") == "history")
+        values = {item.nested_key[0]: json.loads(item.value_json) for item in history.item}
+        assert values["_step"] == step
+        assert {name: value for name, value in values.items() if not name.startswith("_")} == {"train/loss": 1 / step}
+
+
+def wandb_records(path: Path):
+    """The records of a run's file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
+
+    data, at, record, block = path.read_bytes(), 7, b"", 2**15
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
 
 
 def test_without_its_library_the_flag_is_refused_by_name(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,13 +64,13 @@ class Channel:
                 f"the {size} members of the weight group at {address}:{port} did not all join within {timeout_s:.0f} s"
             ) from error
 
-    def _gloo(self, store: dist.Store, rank: int, size: int, address: str) -> dist.ProcessGroup:
+    def _gloo(self, store: dist.Store, rank: int, size: int, address: str) -> Any:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = self._timeout
         return dist.ProcessGroupGloo(store, rank, size, options)
 
-    def _nccl(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
+    def _nccl(self, store: dist.Store, rank: int, size: int) -> Any:
         torch.cuda.set_device(self._device)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = self._timeout
