@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vime.checkpoint import fp8
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync.digest import trainer_digests
-from vime.sync.plan import make_schedule, receivers_of
+from vime.sync.plan import far_groups, make_schedule, receivers_of
 from vime.sync.source import WeightSource
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -38,9 +39,9 @@ for line in sys.stdin:
 """
 
 
-def source_of(run: str, held: Tensors) -> WeightSource:
+def source_of(run: str, held: Tensors, *, engine_node: int = 0) -> WeightSource:
     config = ModelConfig.from_hf(HF)
-    receivers = receivers_of(config, [0], [engine(0, {0: (0,)})], gpus=[0])
+    receivers = receivers_of(config, [0], [engine(0, {engine_node: (0,)})], gpus=[0])
     schedule = make_schedule(config, ParallelLayout(), [0], receivers, 100_000, draft=True, mtp_trained=True)
     return WeightSource.of_tensors(held, schedule, 0, run)
 
@@ -56,18 +57,23 @@ def streams(source: WeightSource, version: int) -> list[tuple[dict[str, Any], to
     return found
 
 
+def assert_same_tensors(info: dict[str, Any], ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Of two streams of a bucket; what lies between tensors is nothing."""
+    for name, kind, shape, offset, scales in info["tensors"]:
+        size = torch.Size(shape).numel() * getattr(torch, kind).itemsize
+        assert torch.equal(ours[offset : offset + size], theirs[offset : offset + size]), name
+        if scales is not None:
+            end = scales + 4 * torch.Size(fp8.scale_shape(shape, (16, 16))).numel()
+            assert torch.equal(ours[scales:end], theirs[scales:end]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpus_stream_is_the_cpus(tmp_path: Path, dtype: torch.dtype) -> None:
     held = {name: tensor.to(dtype) for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
     here = source_of(str(tmp_path), held)
     there = source_of(str(tmp_path), {name: tensor.cuda() for name, tensor in held.items()})
     for (info, ours), (_, theirs) in zip(streams(there, 1), streams(here, 1), strict=True):
-        for name, kind, shape, offset, scales in info["tensors"]:
-            size = torch.Size(shape).numel() * getattr(torch, kind).itemsize
-            assert torch.equal(ours[offset : offset + size], theirs[offset : offset + size]), name
-            if scales is not None:
-                end = scales + 4 * torch.Size(fp8.scale_shape(shape, (16, 16))).numel()
-                assert torch.equal(ours[scales:end], theirs[scales:end]), name
+        assert_same_tensors(info, ours, theirs)
     cpu = trainer_digests(here.schedule, 0, held, None)
     assert there.digests() == cpu
 
@@ -90,6 +96,19 @@ def test_another_process_maps_what_was_published(tmp_path: Path) -> None:
         reader.stdin.close()
         assert reader.wait(60) == 0
     source.finish()
+
+
+def test_buckets_for_a_node_of_its_own_lie_on_the_gpu_and_go_through_nccl(tmp_path: Path) -> None:
+    """One GPU can hold one member of a group: the publisher sends to nobody, from its sending thread."""
+    held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
+    near, far = source_of(str(tmp_path), held), source_of(str(tmp_path), held, engine_node=1)
+    group = far_groups(far.schedule, engine(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])
+    far.listen([replace(one, workers=0) for one in group])
+    far.connect(60)
+    for (ours, sent), (_, mapped) in zip(streams(far, 1), streams(near, 1), strict=True):
+        assert ours["handle"] is None
+        assert ours["segment"] is None
+        assert_same_tensors(ours, sent, mapped)
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
