@@ -121,6 +121,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert output.err.count("\n") == 1
 
 
+def test_a_local_run_has_one_node(base_dir: Path, no_slurm: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    words = ["--cluster", "local", "--recipe", "tiny-deepseek-r1", "--base-dir", str(base_dir), "--nodes", "2"]
+    assert submit.main(words) == 2
+    assert (
+        "--nodes is 2, but with --cluster local this machine is the only node: give --nodes 1"
+        in capsys.readouterr().err
+    )
+    assert not list(base_dir.rglob("plan.json"))
+
+
 def test_bad_input_leaves_nothing_behind(no_slurm: dict[str, str], tmp_path: Path):
     base = tmp_path / "base"
     base.mkdir()

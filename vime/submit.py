@@ -232,7 +232,14 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         return _dry_run(plan, write=args.run_dir is not None)
     check_fits(plan)
-    return _local(plan) if plan.cluster.kind == "local" else _submit(plan)
+    if plan.cluster.kind != "local":
+        return _submit(plan)
+    if len(plan.nodes) > 1:
+        raise BadInput(
+            f"--nodes is {len(plan.nodes)}, but with --cluster local this machine is the only node: give --nodes 1, or "
+            "try several nodes on one machine with slurm/devcluster (docs/clusters.md)"
+        )
+    return _local(plan)
 
 
 def _dry_run(plan: Plan, *, write: bool) -> int:
