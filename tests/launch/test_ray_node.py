@@ -19,7 +19,7 @@ from vime.planning.types import Binding, BoundNode
 DRIVER = """
 import signal, sys
 from vime.launch.ray_node import RayStart
-ray = RayStart([sys.executable, sys.argv[1]], float(sys.argv[2]))
+ray = RayStart([sys.executable, sys.argv[1]], float(sys.argv[2]), backoff_s=0.5)
 signal.signal(signal.SIGTERM, lambda number, frame: ray.stop())
 sys.exit(ray.run())
 """

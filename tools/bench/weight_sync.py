@@ -283,7 +283,8 @@ def measure_far(member: Member, repeats: int) -> dict[str, float]:
 
 
 def process(rank: int, setting: Setting, answers: Any) -> None:
-    torch.set_num_threads(1)
+    # As in a run: the cores of a node are shared out among its processes, for copies and quantisation alike.
+    torch.set_num_threads(threads())
     everyone = Everyone(setting.folder, rank)
     if rank != READER:
         dist.init_process_group("gloo", init_method=f"file://{setting.folder}/ranks", rank=rank, world_size=RANKS)
@@ -307,6 +308,11 @@ def process(rank: int, setting: Setting, answers: Any) -> None:
     result |= measure_far(member(far, setting.folder + "/far"), setting.repeats)
     result["peer"] = everyone.timed(1, lambda: gather_and_broadcast(everyone, config, tensors))
     answers.put((rank, result))
+
+
+def threads() -> int:
+    """Of each process."""
+    return max(1, len(os.sched_getaffinity(0)) // (RANKS + 1))
 
 
 def quantisation(repeats: int) -> tuple[float, float]:
@@ -376,7 +382,8 @@ def figures(
 ) -> Iterator[str | Figure]:
     first = results[0]
     extra = max(results[rank]["extra_memory"] for rank in range(RANKS))
-    yield f"cores {len(os.sched_getaffinity(0))}, {first['buckets']} buckets of at most {setting.buffer >> 20} MiB"
+    cores = f"{len(os.sched_getaffinity(0))} cores, {threads()} threads a process"
+    yield f"{cores}, {first['buckets']} buckets of at most {setting.buffer >> 20} MiB"
     yield f"shared memory: {first['moved'] / 1e9:.3f} GB in {first['sync']:.3f} s, a copy in {first['copy']:.3f} s"
     yield f"gloo: {first['far_sync']:.3f} s, a copy {first['far_copy']:.3f} s; the peer {first['peer']:.3f} s"
     yield f"quantisation {speeds[0] / 1e9:.2f} GB/s a core, copy {speeds[1] / 1e9:.2f} GB/s"

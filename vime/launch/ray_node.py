@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -164,10 +165,13 @@ class RayStart:
     """`ray start --block` to its end; again when it gives up before it has started.
 
     Ray gives a raylet 30 s to register, which libraries that come from a busy file system for the first time exceed.
+    Nodes that slowed each other down give up together, so each waits a random time before it tries again, longer every
+    time (exponential backoff with jitter).
     """
 
-    def __init__(self, argv: list[str], deadline_s: float) -> None:
+    def __init__(self, argv: list[str], deadline_s: float, backoff_s: float = 15.0) -> None:
         self._argv, self._deadline = argv, time.monotonic() + deadline_s
+        self._backoff = backoff_s
         self._process: subprocess.Popen[bytes] | None = None
         self._started, self._stopping = False, False
         self._dead: list[str] = []
@@ -177,7 +181,8 @@ class RayStart:
     def run(self) -> int:
         """Blocks. The caller's process adopts what a try leaves, so it must have no other children."""
         adopt_orphans()
-        while True:
+        code = 0
+        while not self._stopping:
             self._process = subprocess.Popen(
                 self._argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
@@ -190,10 +195,20 @@ class RayStart:
                 if self._dead:
                     # Ray's own last line does not say which of its processes was the first to go.
                     print(f"error: {', '.join(self._dead)} ended, and Ray with it", file=sys.stderr, flush=True)
-                self.code = code
-                return code
-            print(f"ray start ended with {code} before it had started: again", file=sys.stderr, flush=True)
+                break
             kill_tree(os.getpid(), signal.SIGKILL)
+            self._pause(f"ray start ended with {code} before it had started")
+        self.code = code
+        return code
+
+    def _pause(self, why: str) -> None:
+        """Waits its random time; a signal that ends the node may come here, so nothing with a lock waits."""
+        pause = random.uniform(0, self._backoff)
+        self._backoff *= 2
+        print(f"{why}: again in {pause:.0f} s", file=sys.stderr, flush=True)
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not self._stopping:
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """Ray ends in order when it gets the signal itself."""
