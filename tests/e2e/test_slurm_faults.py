@@ -355,13 +355,15 @@ def test_a_port_is_taken_after_preflight(run: Scene) -> None:
 
 def test_two_runs_share_their_nodes(run: Scene, tmp_path: Path) -> None:
     """Both with a Ray of their own; the end of one does not touch the other."""
+    # All of these nodes of Ray start on the cores of one machine.
+    patience, limit = 60 * run.nodes, {"time_limit_minutes": 40}
     other = tmp_path / "other"
-    stages = [preflight(other, run.nodes), *ray_stages(other, run.nodes), run.training()]
-    second = make_plan(other, stages, nodes=run.nodes, kind="slurm")
-    run.start(*ray_stages(run.run_dir, run.nodes), stub("train", READY, deadline_s=300))
+    stages = [preflight(other, run.nodes), *ray_stages(other, run.nodes, patience), run.training()]
+    second = make_plan(other, stages, nodes=run.nodes, kind="slurm", cluster=limit)
+    run.start(*ray_stages(run.run_dir, run.nodes, patience), stub("train", READY, deadline_s=300), cluster=limit)
     job = submit(second)
-    wait_for_event(run.run_dir, "stage-start", 240, stage="train")
-    wait_for_event(other, "stage-start", 240, stage="train")
+    wait_for_event(run.run_dir, "stage-start", patience, stage="train")
+    wait_for_event(other, "stage-start", patience, stage="train")
     one, two = read_binding(run.run_dir), read_binding(other)
     assert [node.host for node in one.nodes] == [node.host for node in two.nodes]
     assert one.port_offset != two.port_offset
