@@ -246,7 +246,7 @@ def test_another_server_on_the_port_is_not_taken_for_the_engine(engine, base, tm
     server.start()
     try:
         with pytest.raises((EngineFailed, DeadlineExceeded), match=r"another server answers|exited with 1"):
-            server.wait_ready(10)
+            server.wait_ready(60)
     finally:
         server.stop()
 
