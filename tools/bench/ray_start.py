@@ -4,9 +4,10 @@
     python tools/bench/ray_start.py [--nodes 16] [--json FILE]
 
 One job after another on the same nodes. Each ends when a driver has had an answer from every node. All three give Ray
-the same options and environment. vime's time holds its controller and preflight too. The sleeping script is what
-tutorials do: a step for the head, 10 s, then a step a worker with 5 s after each. Processor time is that of everything
-below the nodes' first processes, on the development cluster.
+the same options and environment, but symmetric-run takes none for the head alone, so its dashboard stays. vime's time
+holds its controller and preflight too. The sleeping script is what tutorials do: a step for the head, 10 s, then a step
+a worker with 5 s after each. Processor time is that of everything below the nodes' first processes, on the development
+cluster.
 """
 
 from __future__ import annotations
@@ -64,7 +65,13 @@ def verify(count, expected=None):
 """
 PLAIN = VERIFY + "\nray.init(address=sys.argv[1])\nverify(int(sys.argv[2]))\n"
 OWN = (
-    VERIFY
+    # Ray reads how it authenticates when it is imported.
+    """
+import os
+from vime.launch.ray_node import ray_environment
+os.environ.update(ray_environment(os.environ["VIME_RUN"]))
+"""
+    + VERIFY
     + """
 from vime.launch.ray_node import pin_resource
 from vime.launch.reports import report
@@ -145,7 +152,7 @@ def script(folder: Path, nodes: int, body: str) -> str:
 names=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${{names[0]}}
 step="srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=2 --cpu-bind=none --mpi=none"
-options="--num-cpus=2 --object-store-memory={STORE} --disable-usage-stats --include-dashboard=false"
+options="--num-cpus=2 --object-store-memory={STORE} --disable-usage-stats"
 python={shlex.quote(sys.executable)}
 export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH  # symmetric-run calls `ray`
 ray="$python -m ray.scripts.scripts"
@@ -159,7 +166,7 @@ srun --overlap --nodes={nodes} --ntasks={nodes} --cpus-per-task=2 --cpu-bind=non
     $ray symmetric-run --address "$head:6379" --min-nodes {nodes} $options -- $python $verify "$head:6379" {nodes}
 """
 SLEEPING = """
-$step --nodelist=$head $ray start --head --port=6379 --block $options &
+$step --nodelist=$head $ray start --head --port=6379 --include-dashboard=false --block $options &
 sleep 10
 for name in "${{names[@]:1}}"; do
     $step --nodelist=$name $ray start --address=$head:6379 --block $options &
