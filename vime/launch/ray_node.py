@@ -202,8 +202,8 @@ class RayStart:
         return code
 
     def _pause(self, why: str) -> None:
-        """Waits its random time; a signal that ends the node may come here, so nothing with a lock waits."""
-        pause = random.uniform(0, self._backoff)
+        """Waits its random time, at most until the deadline. A signal handler may run here: no lock is held."""
+        pause = random.uniform(0, max(0.0, min(self._backoff, self._deadline - time.monotonic())))
         self._backoff *= 2
         print(f"{why}: again in {pause:.0f} s", file=sys.stderr, flush=True)
         until = time.monotonic() + pause
