@@ -14,7 +14,6 @@ from vime.recipe.schema import ClusterOptions, Recipe
 
 PORTS = Ports(
     gcs=2100,
-    ray_client=2101,
     node_manager=2102,
     object_manager=2103,
     trainer_master=2104,

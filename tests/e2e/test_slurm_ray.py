@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 DRIVER = """
 import json, os, sys
-from vime.launch.ray_node import pin_resource
+from vime.launch.ray_process import pin_resource
 from vime.planning.io import read_binding, read_plan
 from vime.train.__main__ import connect
 from vime.train.placement import PIN, verify_here
@@ -44,7 +44,7 @@ print("everything is where the plan says", flush=True)
 
 WITHOUT_TOKEN = """
 import os, pathlib, subprocess, sys
-from vime.launch.ray_node import gcs_address
+from vime.launch.ray_process import gcs_address
 from vime.planning.io import read_binding, read_plan
 run = os.environ["VIME_RUN"]
 code = "import ray, sys; ray.init(address=sys.argv[1]); print('let in')"

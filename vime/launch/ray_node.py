@@ -1,94 +1,36 @@
 """`python -m vime.launch.ray_node --run DIR --head|--worker`: Ray on one node, as the plan says.
 
-It runs `ray start --block`; the head and the first worker also report when the GCS answers and when every node of the
-plan is alive.
+The head and the first worker also report when the GCS answers and when every node of the plan is alive.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
-import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from vime.errors import DeadlineExceeded, VimeError
+from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.launch.network import listening_ports
+from vime.launch.ray_process import RayProcesses, gcs_address, ray_parameters
 from vime.launch.reports import report
 from vime.launch.rundir import read_secret, secret_path
-from vime.launch.supervise import adopt_orphans, kill_tree
 from vime.planning import ports as planned_ports
 from vime.planning.io import read_binding, read_plan
-from vime.planning.memory import object_store_bytes
 from vime.planning.types import Binding, Plan
 
 POLL_S = 0.5
 MEMORY_THRESHOLD = "0.98"
 """Ray's own killer starts above this share of memory; CPU Adam fills nodes on purpose."""
 _ALIVE = 0
-_STARTED = b"Ray runtime started"
-_DEAD = re.compile(rb"(\w+) \[exit code=(-?\d+)\]")
-_HEAD_PORTS = ("gcs", "ray_client")
+_HEAD_PORTS = ("gcs",)
 _NODE_PORTS = (
     "node_manager", "object_manager", "runtime_env", "dashboard_agent", "dashboard_agent_grpc", "metrics_export",
 )  # fmt: skip
-
-
-def pin_resource(node: int) -> str:
-    """The custom resource that only this logical node offers."""
-    return f"slurm_rank_{node}"
-
-
-def gcs_address(plan: Plan, binding: Binding) -> str:
-    """Where every Ray process of the run finds its head."""
-    return f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
-
-
-def logical_cpus(plan: Plan, node: int, present: int) -> int:
-    """CPUs that Ray may give away: those that are there, and at least what the node's slots ask for.
-
-    They place actors and limit nothing, so a small machine may offer more than it has.
-    """
-    per_slot = plan.recipe.cluster.num_cpus_per_rank or 1
-    return max(present, plan.nodes[node].gpus * per_slot + 1)
-
-
-def ray_arguments(plan: Plan, binding: Binding, node: int, *, temp_dir: str, cpus: int) -> list[str]:
-    """Arguments of `ray start` on a logical node; the first one is the head."""
-    here, ports = binding.nodes[node], planned_ports.moved(plan.ports, binding.port_offset)
-    resources = {pin_resource(node): 1}
-    argv = [
-        f"--node-ip-address={here.address}",
-        f"--num-cpus={logical_cpus(plan, node, cpus)}",
-        f"--num-gpus={plan.nodes[node].gpus}",
-        f"--resources={json.dumps(resources)}",
-        f"--labels=vime-node={node}",
-        f"--node-manager-port={ports.node_manager}",
-        f"--object-manager-port={ports.object_manager}",
-        f"--min-worker-port={ports.worker_first}",
-        f"--max-worker-port={ports.worker_last}",
-        f"--runtime-env-agent-port={ports.runtime_env}",
-        f"--dashboard-agent-listen-port={ports.dashboard_agent}",
-        f"--dashboard-agent-grpc-port={ports.dashboard_agent_grpc}",
-        f"--metrics-export-port={ports.metrics_export}",
-        f"--object-store-memory={object_store_bytes(plan.recipe)}",
-        "--disable-usage-stats",
-        "--log-style=record",
-        "--log-color=false",
-        "--block",
-    ]
-    if node == 0:
-        head = ["--head", f"--port={ports.gcs}", "--include-dashboard=false", f"--temp-dir={temp_dir}"]
-        return [*head, f"--ray-client-server-port={ports.ray_client}", *argv]
-    # A worker's folder is the head's path, on the worker's own disk.
-    return [f"--address={gcs_address(plan, binding)}", *argv]
 
 
 def ray_environment(run_dir: str) -> dict[str, str]:
@@ -123,12 +65,11 @@ def wait_nodes(
     wanted: Collection[str],
     deadline_s: float,
     *,
-    ended: Callable[[], bool] = lambda: False,
     on_missing: Callable[[list[str]], None] = lambda missing: None,
 ) -> None:
     """Returns when the nodes at all wanted addresses are alive, asking the GCS at `address`.
 
-    `ended` tells that waiting has no sense any more. Raises DeadlineExceeded naming the missing addresses.
+    Raises DeadlineExceeded naming the missing addresses.
     """
     deadline, told = time.monotonic() + deadline_s, None
     while True:
@@ -141,7 +82,7 @@ def wait_nodes(
         if missing != told:
             on_missing(missing)
             told = missing
-        if ended() or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             raise DeadlineExceeded(f"Ray nodes are missing after {deadline_s:.0f} s: {', '.join(missing)}")
         time.sleep(POLL_S)
 
@@ -161,99 +102,43 @@ def check_ports(plan: Plan, binding: Binding, node: int) -> None:
             raise VimeError(f"port {port} ({name}) is taken on {binding.nodes[node].host} by another process")
 
 
-class RayStart:
-    """`ray start --block` to its end; again when it gives up before it has started.
+class Readiness(threading.Thread):
+    """Reports when the nodes that are waited for are alive; ends this process when they are not in time."""
 
-    Ray gives a raylet 30 s to register, which libraries that come from a busy file system for the first time exceed.
-    Nodes that slowed each other down give up together, so each waits a random time before it tries again, longer every
-    time (exponential backoff with jitter).
-    """
+    def __init__(self, plan: Plan, binding: Binding, waits_for: list[int], deadline_s: float) -> None:
+        super().__init__(daemon=True)
+        self._plan, self._binding, self._waits_for, self._deadline_s = plan, binding, waits_for, deadline_s
+        self.failed: Cause | None = None
 
-    def __init__(self, argv: list[str], deadline_s: float, backoff_s: float = 15.0) -> None:
-        self._argv, self._deadline = argv, time.monotonic() + deadline_s
-        self._backoff = backoff_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started, self._stopping = False, False
-        self._dead: list[str] = []
-        self.code: int | None = None
-        """Exit code of the last try, when there is no other."""
-
-    def run(self) -> int:
-        """Blocks. The caller's process adopts what a try leaves, so it must have no other children."""
-        adopt_orphans()
-        code = 0
-        while not self._stopping:
-            self._process = subprocess.Popen(
-                self._argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    def run(self) -> None:
+        nodes = [self._binding.nodes[i] for i in self._waits_for]
+        try:
+            wait_nodes(
+                gcs_address(self._plan, self._binding),
+                [node.address for node in nodes],
+                self._deadline_s,
+                on_missing=lambda missing: report("waiting", missing=names_of(self._binding, missing)),
             )
-            reader = threading.Thread(target=self._pass_on_output, args=(self._process,), daemon=True)
-            reader.start()
-            code = self._process.wait()
-            # What a try leaves may hold the pipe open.
-            reader.join(1.0)
-            if self._started or code == 0 or self._stopping or time.monotonic() > self._deadline:
-                if self._dead:
-                    # Ray's own last line does not say which of its processes was the first to go.
-                    print(f"error: {', '.join(self._dead)} ended, and Ray with it", file=sys.stderr, flush=True)
-                break
-            kill_tree(os.getpid(), signal.SIGKILL)
-            self._pause(f"ray start ended with {code} before it had started")
-        self.code = code
-        return code
-
-    def _pause(self, why: str) -> None:
-        """Waits its random time, at most until the deadline. A signal handler may run here: no lock is held."""
-        pause = random.uniform(0, max(0.0, min(self._backoff, self._deadline - time.monotonic())))
-        self._backoff *= 2
-        print(f"{why}: again in {pause:.0f} s", file=sys.stderr, flush=True)
-        until = time.monotonic() + pause
-        while time.monotonic() < until and not self._stopping:
-            time.sleep(0.1)
-
-    def stop(self) -> None:
-        """Ray ends in order when it gets the signal itself."""
-        self._stopping = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-
-    def _pass_on_output(self, process: subprocess.Popen[bytes]) -> None:
-        """Copies what is said to this process's output, and sees whether Ray says that it has started."""
-        assert process.stdout is not None
-        for line in process.stdout:
-            os.write(1, line)
-            self._started = self._started or _STARTED in line
-            if match := _DEAD.search(line):
-                self._dead.append(f"{match[1].decode()} (exit code {int(match[2])})")
+            report("ready", nodes=[node.host for node in nodes])
+        except DeadlineExceeded as error:
+            self.failed = error.cause
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadline_s: float) -> int:
     """Runs Ray on this node to its end, reporting when the nodes it waits for are alive."""
     temp_dir = Path(os.environ.get("TMPDIR", "/tmp")) / "ray"
     os.environ.update(ray_environment(plan.run_dir))
-    cpus = len(os.sched_getaffinity(0))
-    argv = ray_arguments(plan, binding, node, temp_dir=str(temp_dir), cpus=cpus)
-    ray = RayStart([sys.executable, "-m", "ray.scripts.scripts", "start", *argv], deadline_s)
-    signal.signal(signal.SIGTERM, lambda number, frame: ray.stop())
-    if not waits_for:
-        return ray.run()
-    running = threading.Thread(target=ray.run, daemon=True)
-    running.start()
-    try:
-        wait_nodes(
-            gcs_address(plan, binding),
-            [binding.nodes[i].address for i in waits_for],
-            deadline_s,
-            ended=lambda: ray.code is not None,
-            on_missing=lambda missing: report("waiting", missing=names_of(binding, missing)),
-        )
-        report("ready", nodes=[binding.nodes[i].host for i in waits_for])
-        late = 0
-    except DeadlineExceeded as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        ray.stop()
-        late = int(error.cause)
-    running.join()
-    return ray.code or late
+    # Ray reads how it authenticates when it is loaded, and two threads that load it at once find it half loaded.
+    import ray  # noqa: F401
+
+    parameters = ray_parameters(plan, binding, node, temp_dir=str(temp_dir), cpus=len(os.sched_getaffinity(0)))
+    readiness = Readiness(plan, binding, waits_for, deadline_s)
+    if waits_for:
+        readiness.start()
+    code = RayProcesses(parameters, deadline_s).run()
+    return code if readiness.failed is None else int(readiness.failed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -129,7 +129,6 @@ class Ports(Frozen):
     """Ports of the run, the same on every node, outside the ephemeral range; a job's offset keeps two runs apart."""
 
     gcs: int
-    ray_client: int
     node_manager: int
     object_manager: int
     worker_first: int

@@ -149,9 +149,8 @@ class WeightSource:
         """Make room for the buckets; their number, the same on every rank."""
         self.finish()
         self.version, self.bytes_sent = version, 0
-        for number, receiver in enumerate(self.schedule.receivers):
-            if self.rank == receiver.publishers[0]:
-                self._make_segments(number)
+        for number in range(len(self.schedule.receivers)):
+            self._make_buffers(number)
         _barrier()
         for number in range(len(self.schedule.receivers)):
             self._open_segments(number)
@@ -216,17 +215,25 @@ class WeightSource:
     def _segment_name(self, number: int, slot: int) -> str:
         return segment_name(self._run, self.schedule.home(number), number, slot)
 
-    def _make_segments(self, number: int) -> None:
+    def _make_buffers(self, number: int) -> None:
+        """A receiver's buffers that this rank makes: the publisher's on GPUs; else the node's ranks share the work,
+        most of which is the kernel's, clearing pages."""
+        receiver = self.schedule.receivers[number]
+        home = self.schedule.home(number)
+        makers = [rank for rank, node in enumerate(self.schedule.nodes) if node == home]
         for slot in range(min(SLOTS, len(self.schedule.buckets))):
-            size = self.schedule.capacity(number, slot)
-            receiver = self.schedule.receivers[number]
-            if receiver.on_gpu:
-                memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-                handle = cuda_memory.share(memory) if memory.is_cuda and receiver.local else None
-                self._buffers[number, slot] = Buffer(memory, None, owned=True, handle=handle)
-                continue
-            segment = Segment.create(self._segment_name(number, slot), size)
-            self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=True)
+            maker = receiver.publishers[0] if receiver.on_gpu else makers[slot % len(makers)]
+            if self.rank == maker:
+                self._buffers[number, slot] = self._new_buffer(number, slot)
+
+    def _new_buffer(self, number: int, slot: int) -> Buffer:
+        size, receiver = self.schedule.capacity(number, slot), self.schedule.receivers[number]
+        if receiver.on_gpu:
+            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            handle = cuda_memory.share(memory) if memory.is_cuda and receiver.local else None
+            return Buffer(memory, None, owned=True, handle=handle)
+        segment = Segment.create(self._segment_name(number, slot), size)
+        return Buffer(_bytes(segment), segment, owned=True)
 
     def _open_segments(self, number: int) -> None:
         if self.schedule.nodes[self.rank] != self.schedule.home(number) or self.schedule.receivers[number].on_gpu:

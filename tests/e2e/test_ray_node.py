@@ -1,0 +1,150 @@
+"""Ray's own processes on this machine: which there are, how they end, and a raylet that takes its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launch_stub import make_plan, ray_stages
+
+from vime.launch.failure import telling_line
+from vime.launch.reports import REPORT_FD
+from vime.launch.rundir import make_secrets
+from vime.launch.supervise import descendants, kill_tree
+from vime.planning.io import write_binding
+from vime.planning.types import Binding, BoundNode
+
+pytestmark = pytest.mark.e2e
+# Away from the ports of runs, which may be under way on this machine.
+ADDRESS, OFFSET = "127.0.0.9", 600
+
+
+@dataclass
+class Head:
+    process: subprocess.Popen[bytes]
+    log: Path
+    reports: int
+
+    def wait_ready(self, seconds: float) -> None:
+        """Until the head has reported that the GCS answers."""
+        os.set_blocking(self.reports, False)
+        said = b""
+
+        def ready() -> bool:
+            nonlocal said
+            with contextlib.suppress(BlockingIOError):
+                said += os.read(self.reports, 65536)
+            assert self.process.poll() is None, self.log.read_text()
+            return b'"ready"' in said
+
+        wait(ready, seconds)
+
+    def below(self) -> dict[int, str]:
+        """Command lines of the processes below it."""
+        found = {}
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def raylet(self) -> int:
+        """Pid of the raylet, once it is there."""
+        found: list[int] = []
+
+        def there() -> bool:
+            found[:] = [pid for pid, line in self.below().items() if re.match(r"\S*/raylet/raylet ", line)]
+            return bool(found)
+
+        wait(there, 60, 0.02)
+        return found[0]
+
+
+def wait(condition: Callable[[], bool], seconds: float, pause: float = 0.1) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(pause)
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[Head]:
+    run_dir = tmp_path / "run"
+    make_plan(run_dir, ray_stages(run_dir, 1))
+    write_binding(run_dir, Binding(nodes=(BoundNode(index=0, host="here", address=ADDRESS),), port_offset=OFFSET))
+    make_secrets(run_dir)
+    log = tmp_path / "log"
+    reports, theirs = os.pipe()
+    # Ray's socket paths must stay short.
+    scratch = Path(f"/tmp/vime-test-{os.getpid()}")
+    scratch.mkdir(mode=0o700)
+    env = {**os.environ, "VIME_NODE": "0", "RANK": "0", "TMPDIR": str(scratch), REPORT_FD: str(theirs)}
+    argv = [sys.executable, "-m", "vime.launch.ray_node", "--run", str(run_dir), "--head"]
+    process = subprocess.Popen(argv, env=env, pass_fds=[theirs], stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    os.close(theirs)
+    try:
+        yield Head(process, log, reports)
+    finally:
+        kill_tree(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        os.close(reports)
+        subprocess.run(["rm", "-r", str(scratch)], check=True)
+
+
+def ends_with_everything(head: Head, seconds: float) -> int:
+    below = head.below()
+    code = head.process.wait(seconds)
+    wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 10)
+    return code
+
+
+def test_it_starts_what_a_run_needs_and_ends_it_when_told_to(head: Head) -> None:
+    head.wait_ready(60)
+    wait(lambda: "log_monitor.py" in " ".join(head.below().values()), 30)
+    lines = " ".join(head.below().values())
+    for needed in ("gcs_server", "raylet/raylet", "dashboard/agent.py", "runtime_env/agent/main.py", "log_monitor.py"):
+        assert needed in lines
+    for idle in ("dashboard/dashboard.py", "monitor.py --logs-dir", "ray.util.client.server"):
+        assert idle not in lines
+    begin = time.monotonic()
+    head.process.send_signal(signal.SIGTERM)
+    assert ends_with_everything(head, 20) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 10
+
+
+def test_a_raylet_that_dies_is_named_and_ends_the_others(head: Head) -> None:
+    head.wait_ready(60)
+    os.kill(head.raylet(), signal.SIGKILL)
+    assert ends_with_everything(head, 20) == 1
+    assert telling_line(head.log.read_text().splitlines()) == "error: raylet (exit code -9) ended, and Ray with it"
+
+
+def test_a_raylet_that_dies_before_it_registers_is_named_at_once(head: Head) -> None:
+    os.kill(head.raylet(), signal.SIGKILL)
+    assert ends_with_everything(head, 20) == 1
+    assert telling_line(head.log.read_text().splitlines()).startswith("error: raylet (exit code -9) ended before")
+
+
+def test_a_raylet_may_take_more_than_half_a_minute(head: Head) -> None:
+    """Ray's own command gives it 30 s."""
+    raylet = head.raylet()
+    os.kill(raylet, signal.SIGSTOP)
+    time.sleep(35)
+    assert head.process.poll() is None, head.log.read_text()
+    os.kill(raylet, signal.SIGCONT)
+    head.wait_ready(60)
+
+
+def test_it_ends_when_told_to_before_ray_has_started(head: Head) -> None:
+    os.kill(head.raylet(), signal.SIGSTOP)
+    head.process.send_signal(signal.SIGTERM)
+    assert ends_with_everything(head, 20) == 128 + signal.SIGTERM
