@@ -205,6 +205,24 @@ def test_experts_are_placed_as_in_vllm(experts: int, size: int) -> None:
         assert table is None or mine == {expert for expert in range(experts) if table[expert] >= 0}
 
 
+def test_experts_of_a_bucket_come_from_all_sources_in_turn() -> None:
+    """Else one rank after the other would quantise, while all others wait."""
+    config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
+    assert config.moe is not None
+    experts = config.moe.num_experts
+    receivers = receivers_of(config, [0, 0], [engine(0, {1: (0,)})])
+    schedule = make_schedule(config, ParallelLayout(2, ep=2), [0, 0], receivers, 10**9)
+    params: dict[int | None, list[tuple[int, str]]] = {}
+    for entry in schedule.buckets[0].entries:
+        if entry.param.expert is not None:
+            row = params.setdefault(entry.param.layer, [])
+            if (place := (entry.param.expert // (experts // 2), entry.param.name)) not in row:
+                row.append(place)
+    assert params
+    for row in params.values():
+        assert [source for source, _ in row] == [0, 1] * experts, "fc1 and fc2 of an expert of each in turn"
+
+
 def r1() -> Schedule:
     """DeepSeek-R1 on 16 nodes as in the recipe: TP8 PP4 CP4 EP32, two engines of 8 nodes with 64 expert ranks."""
     config = ModelConfig.from_hf(DEEPSEEK_R1)

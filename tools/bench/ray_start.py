@@ -3,11 +3,11 @@
     slurm/devcluster up --nodes 16
     python tools/bench/ray_start.py [--nodes 16] [--json FILE]
 
-One job after another on the same nodes. Each ends when a driver has had an answer from every node. All three give Ray
-the same options and environment, but symmetric-run takes none for the head alone, so its dashboard stays. vime's time
-holds its controller and preflight too. The sleeping script is what tutorials do: a step for the head, 10 s, then a step
-a worker with 5 s after each. Processor time is that of everything below the nodes' first processes, on the development
-cluster.
+One job after another on the same nodes. Each ends when a driver has had an answer from every node. The peers run `ray
+start` with the options and environment that vime gives Ray's `Node`, but symmetric-run takes none for the head alone,
+so its dashboard stays. vime's time holds its controller and preflight too. The sleeping script is what tutorials do: a
+step for the head, 10 s, then a step a worker with 5 s after each. Processor time is that of everything below the nodes'
+first processes, on the development cluster.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ nothing is padded. With `ue8m0` the scale is rounded up to a power of two.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -177,10 +179,21 @@ def _over_rows(part: Callable[[int, int], None], shape: Sequence[int], block_row
         part(0, shape[0])
         return
     step = math.ceil(blocks / threads) * block_rows
-    with ThreadPoolExecutor(threads) as pool:
-        ranges = [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
-        for _ in pool.map(lambda each: part(*each), ranges):
-            pass
+    pool = _pool(os.getpid(), torch.get_num_threads())
+    others = [pool.submit(part, first, min(first + step, shape[0])) for first in range(step, shape[0], step)]
+    try:
+        part(0, step)
+    finally:
+        # Nobody writes to the caller's memory any more when this returns, whatever happened.
+        wait(others)
+    for other in others:
+        other.result()
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting some takes about as long as a matrix. A forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"fp8-{process}")
 
 
 def _check_matrix(matrix: Tensor, block: Block) -> None:

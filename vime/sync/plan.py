@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -263,7 +265,9 @@ def make_schedule(
     buckets: list[Bucket] = []
     targets: tuple[Target, ...] = ("policy", "draft") if draft else ("policy",)
     for target in targets:
-        entries = _policy(config, _turns(receivers)) if target == "policy" else _draft(config, mtp_trained)
+        entries = (
+            _policy(config, _turns(config, layout, receivers)) if target == "policy" else _draft(config, mtp_trained)
+        )
         for group in _fill(entries, receivers, buffer_bytes, config.quantisation):
             buckets.append(Bucket(len(buckets), target, tuple(group)))
     return Schedule(config, layout, tuple(nodes), tuple(receivers), tuple(buckets))
@@ -339,25 +343,35 @@ def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
 def _policy(config: ModelConfig, turns: Mapping[int, int]) -> Iterator[Entry]:
     """What the policy's model in the engine loads: all but MTP layers, in the order of the forward pass.
 
-    Inside a layer the experts go by turns, so that a bucket has something for every receiver.
+    Inside a layer the experts go by turns, so that a bucket has something from every source for every receiver.
     """
     place = {Where.EMBEDDING: 0, Where.DECODER: 1, Where.HEAD: 2}
-
-    def order(param: Param) -> tuple[int, int, int]:
-        turn = -1 if param.expert is None else turns.get(param.expert, param.expert)
-        return place[param.where], param.layer or 0, turn
-
-    for param in sorted((param for param in params_of(config) if param.where in place), key=order):
+    seen: Counter[tuple[Where, int | None, int | None]] = Counter()
+    ordered: list[tuple[tuple[int, int, int, int], Param]] = []
+    for param in params_of(config):
+        if param.where in place:
+            turn = -1 if param.expert is None else turns[param.expert]
+            owner = (param.where, param.layer, param.expert)
+            ordered.append(((place[param.where], param.layer or 0, turn, seen[owner]), param))
+            seen[owner] += 1
+    for _, param in sorted(ordered, key=operator.itemgetter(0)):
         for part in range(len(param.parts)):
             yield _entry(config, param, part, param.parts[part].name)
 
 
-def _turns(receivers: Sequence[Receiver]) -> dict[int, int]:
-    """By expert: its place among the experts of its receiver."""
+def _turns(config: ModelConfig, layout: ParallelLayout, receivers: Sequence[Receiver]) -> dict[int, int]:
+    """By expert: its place among those that go from the same source to the same receiver."""
+    experts = config.moe.num_experts if config.moe is not None else 0
+    first: dict[int, int] = {}
+    for number, receiver in enumerate(receivers):
+        for expert in range(experts) if receiver.experts is None else receiver.experts:
+            first.setdefault(expert, number)
     turns: dict[int, int] = {}
-    for receiver in receivers:
-        for turn, expert in enumerate(sorted(receiver.experts or ())):
-            turns.setdefault(expert, turn)
+    taken: Counter[tuple[int, int | None]] = Counter()
+    for expert in range(experts):
+        way = (expert // (experts // layout.ep), first.get(expert))
+        turns[expert] = taken[way]
+        taken[way] += 1
     return turns
 
 
