@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -24,8 +25,8 @@ from vime.planning.io import write_binding
 from vime.planning.types import Binding, BoundNode
 
 pytestmark = pytest.mark.e2e
-# Away from the ports of runs, which may be under way on this machine.
-ADDRESS, OFFSET = "127.0.0.9", 600
+# An address and ports for each test, away from those of runs that may be under way on this machine.
+PLACES = itertools.count()
 
 
 @dataclass
@@ -79,7 +80,13 @@ def wait(condition: Callable[[], bool], seconds: float, pause: float = 0.1) -> N
 def head(tmp_path: Path) -> Iterator[Head]:
     run_dir = tmp_path / "run"
     make_plan(run_dir, ray_stages(run_dir, 1))
-    write_binding(run_dir, Binding(nodes=(BoundNode(index=0, host="here", address=ADDRESS),), port_offset=OFFSET))
+    place = next(PLACES)
+    write_binding(
+        run_dir,
+        Binding(
+            nodes=(BoundNode(index=0, host="here", address=f"127.0.0.{9 + place}"),), port_offset=600 + 100 * place
+        ),
+    )
     make_secrets(run_dir)
     log = tmp_path / "log"
     reports, theirs = os.pipe()
@@ -103,7 +110,8 @@ def head(tmp_path: Path) -> Iterator[Head]:
 def ends_with_everything(head: Head, seconds: float) -> int:
     below = head.below()
     code = head.process.wait(seconds)
-    wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 10)
+    # A raylet's agents see for themselves that it is gone; in a run the node's supervisor ends them.
+    wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 40)
     return code
 
 
@@ -128,10 +136,11 @@ def test_a_raylet_that_dies_is_named_and_ends_the_others(head: Head) -> None:
     assert telling_line(head.log.read_text().splitlines()) == "error: raylet (exit code -9) ended, and Ray with it"
 
 
-def test_a_raylet_that_dies_before_it_registers_is_named_at_once(head: Head) -> None:
+def test_a_raylet_that_dies_as_soon_as_it_is_there_is_named_at_once(head: Head) -> None:
+    """It may have registered by then."""
     os.kill(head.raylet(), signal.SIGKILL)
     assert ends_with_everything(head, 20) == 1
-    assert telling_line(head.log.read_text().splitlines()).startswith("error: raylet (exit code -9) ended before")
+    assert telling_line(head.log.read_text().splitlines()).startswith("error: raylet (exit code -9) ended")
 
 
 def test_a_raylet_may_take_more_than_half_a_minute(head: Head) -> None:
