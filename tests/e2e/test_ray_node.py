@@ -103,6 +103,11 @@ def head(tmp_path: Path) -> Iterator[Head]:
         kill_tree(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()
+        # Agents of a raylet that was killed: in a run the node's supervisor ends them.
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if str(scratch).encode() in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
         os.close(reports)
         subprocess.run(["rm", "-r", str(scratch)], check=True)
 
