@@ -261,16 +261,15 @@ def main() -> int:
             start = lambda place=place, body=body: plain_job(place, nodes, body)  # noqa: E731
             figures[way] = measure(way, nodes, start, lambda place=place: place / "out.log")
     own = figures.pop("vime")
-    ratios = {way: figure.seconds / own.seconds for way, figure in figures.items()}
+    ratios = {way: figure.seconds / own.seconds for way, figure in figures.items() if figure.verified}
     if args.json:
         content = {"vime": vars(own), **{way: vars(figure) for way, figure in figures.items()}, "ratios": ratios}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     reached = own.verified and own.state == "COMPLETED"
+    for way in sorted(set(figures) - set(ratios)):
+        print(f"the {way} never had all {nodes} nodes: there is no ratio")
     for way, ratio in ratios.items():
-        if figures[way].verified:
-            print(f"vime is {ratio:.2f} x as fast as the {way} on {nodes} nodes (at least {WANTED:.0f})")
-        else:
-            print(f"the {way} never had all {nodes} nodes: there is no ratio")
+        print(f"vime is {ratio:.2f} x as fast as the {way} on {nodes} nodes (at least {WANTED:.0f})")
     return 0 if reached and all(ratio >= WANTED for ratio in ratios.values()) else 1
 
 

@@ -162,7 +162,8 @@ class RayProcesses:
                 with path.open("rb") as file:
                     file.seek(max(0, path.stat().st_size - TAIL_BYTES))
                     lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-                print(*(f"{path.name}: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+                for line in lines:
+                    print(f"{path.name}: {line}", file=sys.stderr, flush=True)
         return ", ".join(f"{name} (exit code {process.returncode})" for name, process in dead)
 
 
