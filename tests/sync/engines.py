@@ -1,4 +1,4 @@
-"""Real vLLM servers on this machine's processors for tests."""
+"""Real vLLM servers on this machine for tests."""
 # ruff: noqa: ASYNC220, ASYNC240 (a test's event loop may wait for a file or a fork)
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ START_SECONDS = 600.0
 
 
 @contextlib.asynccontextmanager
-async def engine(model: Path, log: Path, *arguments: str, backend: str = "vime-shm") -> AsyncIterator[EngineClient]:
-    """A server of the folder, ready; it is ended on leaving."""
+async def engine(
+    model: Path, log: Path, *arguments: str, backend: str = "vime-shm", gpus: str | None = None
+) -> AsyncIterator[EngineClient]:
+    """A server of the folder, ready; it is ended on leaving. `gpus`: those that it sees, as CUDA names them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,6 +38,7 @@ async def engine(model: Path, log: Path, *arguments: str, backend: str = "vime-s
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus, "VLLM_HOST_IP": "127.0.0.1"}),
     }
     command = [
         *(sys.executable, "-m", "vime.rollout.serve", "--model", str(model), "--host", "127.0.0.1"),

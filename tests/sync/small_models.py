@@ -39,8 +39,9 @@ def trained(hf: dict[str, Any], seed: int) -> Tensors:
     return tensors
 
 
-def as_streamed(hf: dict[str, Any], tensors: Tensors) -> Tensors:
-    """What an engine that holds bf16 gets: the numbers of fp8 where the checkpoint is quantised, copies included."""
+def as_streamed(hf: dict[str, Any], tensors: Tensors, *, in_fp8: bool = False) -> Tensors:
+    """What an engine gets, copies included. One that holds bf16: the numbers of fp8 where the checkpoint is quantised;
+    `in_fp8`: e4m3 and scales there."""
     config = ModelConfig.from_hf(hf)
     result: Tensors = {}
     for param in params_of(config):
@@ -48,20 +49,24 @@ def as_streamed(hf: dict[str, Any], tensors: Tensors) -> Tensors:
             value = tensors[part.name]
             if fp8.is_quantised(part.name, part.quantised, config.quantisation):
                 assert config.quantisation is not None
-                value = fp8.dequantise(*fp8.quantise(value, config.quantisation.block), config.quantisation.block)
+                codes, scales = fp8.quantise(value, config.quantisation.block)
+                if in_fp8:
+                    result |= {part.name: codes, fp8.scale_name(part.name): scales}
+                    continue
+                value = fp8.dequantise(codes, scales, config.quantisation.block)
             result[part.name] = value.to(torch.float32 if param.fp32 else torch.bfloat16)
             for alias in part.aliases if not config.tie_word_embeddings else ():
                 result[alias] = result[part.name].clone()
     return result
 
 
-def write_folder(path: Path, hf: dict[str, Any], tensors: Tensors) -> Path:
-    """A bf16 folder that vLLM loads."""
+def write_folder(path: Path, hf: dict[str, Any], tensors: Tensors, *, in_fp8: bool = False) -> Path:
+    """A folder that vLLM loads, in bf16 or quantised as the model's configuration says."""
     path.mkdir()
     tiny.save_tokenizer(path)
-    config = {key: value for key, value in hf.items() if key != "quantization_config"}
+    config = {key: value for key, value in hf.items() if in_fp8 or key != "quantization_config"}
     (path / "config.json").write_text(json.dumps(config))
-    save_file(as_streamed(hf, tensors), path / "model.safetensors")
+    save_file(as_streamed(hf, tensors, in_fp8=in_fp8), path / "model.safetensors")
     return path
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import assume, given, settings
@@ -22,6 +23,7 @@ from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
 from vime.sync.plan import SLOTS, Schedule, aligned, experts_of, far_groups, make_schedule, receivers_of
 
+ORDER = [Where.EMBEDDING, Where.DECODER, Where.HEAD]
 CONFIGS = [with_fp8(DEEPSEEK), with_fp8(DEEPSEEK, (24, 40)), DEEPSEEK, QWEN3, QWEN3_MOE]
 
 
@@ -150,12 +152,14 @@ def inside(piece, box) -> bool:
 
 @settings(max_examples=40, deadline=None)
 @given(schedules())
-def test_all_tensors_are_streamed_once_in_the_order_of_the_model(schedule: Schedule) -> None:
+def test_all_tensors_are_streamed_once_and_each_stages_layers_in_their_order(schedule: Schedule) -> None:
     policy = [entry for bucket in schedule.buckets if bucket.target == "policy" for entry in bucket.entries]
     params = [param for param in params_of(schedule.config) if param.where != Where.MTP]
     assert sorted(entry.name for entry in policy) == sorted(part.name for param in params for part in param.parts)
-    layers = [entry.param.layer or 0 for entry in policy if entry.param.where == Where.DECODER]
-    assert layers == sorted(layers)
+    assert [entry.param.where for entry in policy] == sorted((entry.param.where for entry in policy), key=ORDER.index)
+    for stage in schedule.layout.stage_layers(schedule.config.num_layers):
+        layers = [entry.param.layer for entry in policy if entry.param.layer in stage]
+        assert layers == sorted(layers)
     draft = [entry for bucket in schedule.buckets if bucket.target == "draft" for entry in bucket.entries]
     mtp = {part.name for param in params_of(schedule.config) if param.where == Where.MTP for part in param.parts}
     assert not draft or mtp <= {entry.name for entry in draft}
@@ -221,6 +225,29 @@ def test_experts_of_a_bucket_come_from_all_sources_in_turn() -> None:
     assert params
     for row in params.values():
         assert [source for source, _ in row] == [0, 1] * experts, "fc1 and fc2 of an expert of each in turn"
+
+
+def layers_open_at_once(schedule: Schedule, receiver: int) -> int:
+    """Most layers that a worker has in part."""
+    parts: Counter[int | None] = Counter()
+    stream = [entry for bucket in schedule.buckets for entry in bucket.entries if entry.param.where == Where.DECODER]
+    mine = [entry.param.layer for entry in stream if schedule.receivers[receiver].needs(entry)]
+    whole, most = Counter(mine), 0
+    for layer in mine:
+        parts[layer] += 1
+        most = max(most, sum(0 < parts[layer] < whole[layer] for layer in parts))
+    return most
+
+
+@pytest.mark.parametrize(("buffer", "open_at_once"), [(10**6, 4), (60_000, 2), (1000, 1)])
+def test_layers_of_all_stages_go_by_turns_as_far_as_the_engine_can_keep_them(buffer: int, open_at_once: int) -> None:
+    config = ModelConfig.from_hf({**with_fp8(DEEPSEEK), "num_hidden_layers": 8})
+    receivers = receivers_of(config, [0] * 4, [engine(0, {1: (0,)})])
+    schedule = make_schedule(config, ParallelLayout(4, pp=4), [0] * 4, receivers, buffer)
+    assert layers_open_at_once(schedule, 0) == open_at_once
+    for bucket in schedule.buckets if buffer == 10**6 else ():
+        layers = {entry.param.layer for entry in bucket.entries if entry.param.where == Where.DECODER}
+        assert {layer // 2 for layer in layers if layer is not None} == {0, 1, 2, 3}
 
 
 def r1() -> Schedule:

@@ -1,11 +1,15 @@
-"""On one GPU: buckets in its memory, quantised there, mapped by another process; bit-equal with the CPU's formulas."""
+"""On GPUs: buckets in their memory, quantised there, mapped by another process or sent to another GPU; bit-equal with
+the CPU's formulas."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from tests import tiny_hf
 from tests.sync.small_models import Tensors, shards, trained
 from tests.sync.test_plan import engine
 from vime.checkpoint import fp8
+from vime.errors import VimeError
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync.digest import trainer_digests
@@ -37,6 +42,17 @@ for line in sys.stdin:
         data = mapped[json.dumps(info["handle"])] = map_shared(info["handle"])
     print(hashlib.sha256(data[: info["size"]].cpu().numpy().data).hexdigest(), flush=True)
 """
+
+RECEIVER = """
+import hashlib, sys, torch
+from vime.sync.channel import Channel
+channel = Channel("127.0.0.1", int(sys.argv[1]), 1, 2, 60, torch.device("cuda", 1))
+for line in sys.stdin:
+    data = torch.empty(int(line), dtype=torch.uint8, device="cuda:1")
+    channel.move(data)
+    print(hashlib.sha256(data.cpu().numpy().data).hexdigest(), flush=True)
+"""
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def source_of(run: str, held: Tensors, *, engine_node: int = 0) -> WeightSource:
@@ -109,6 +125,55 @@ def test_buckets_for_a_node_of_its_own_lie_on_the_gpu_and_go_through_nccl(tmp_pa
         assert ours["handle"] is None
         assert ours["segment"] is None
         assert_same_tensors(ours, sent, mapped)
+
+
+@contextlib.contextmanager
+def receiver_on_the_other_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float = 60
+) -> Iterator[tuple[WeightSource, subprocess.Popen[str]]]:
+    """A process on the second GPU in a group with a source on the first."""
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
+    source = source_of(str(tmp_path), held, engine_node=1)
+    (port,) = source.listen(far_groups(source.schedule, engine(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])).values()
+    with subprocess.Popen(
+        [sys.executable, "-c", RECEIVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as receiver:
+        source.connect(timeout_s)
+        try:
+            yield source, receiver
+        finally:
+            receiver.kill()
+
+
+@two_gpus
+def test_another_gpu_gets_through_nccl_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiver_on_the_other_gpu(tmp_path, monkeypatch) as (source, receiver):
+        assert receiver.stdin is not None
+        assert receiver.stdout is not None
+        for bucket in range(source.prepare(1)):
+            info = source.publish(bucket)["0"]
+            receiver.stdin.write(f"{info['size']}\n")
+            receiver.stdin.flush()
+            data = source._buffers[0, bucket % 2].data[: info["size"]].cpu()
+            assert receiver.stdout.readline().strip() == hashlib.sha256(data.numpy().data).hexdigest()
+            source.release(bucket)
+        source.finish()
+
+
+@two_gpus
+def test_a_receiver_that_is_gone_is_an_error_at_the_groups_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiver_on_the_other_gpu(tmp_path, monkeypatch, timeout_s=15) as (source, receiver):
+        receiver.kill()
+        receiver.wait()
+        (channel,) = source._channels.values()
+        started = time.monotonic()
+        with pytest.raises(VimeError, match="the weight group broke"):
+            # Larger than what NCCL takes into buffers of its own before anybody reads.
+            channel.move(torch.zeros(1 << 30, dtype=torch.uint8, device="cuda:0"))
+        assert time.monotonic() - started < 60
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

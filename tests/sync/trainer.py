@@ -36,11 +36,13 @@ class Held:
     ranks_per_node: int = 8
     buffer: int = 400_000
     draft: bool = False
+    gpus: tuple[int, ...] | None = None
+    """GPU of each rank; none: all are on processors."""
 
     def schedule(self) -> Schedule:
         config = ModelConfig.from_hf(self.hf)
         nodes = [rank // self.ranks_per_node for rank in range(self.layout.world_size)]
-        receivers = receivers_of(config, nodes, self.engines)
+        receivers = receivers_of(config, nodes, self.engines, gpus=self.gpus and self.gpus[: len(nodes)])
         options = {"draft": self.draft, "mtp_trained": True}
         return make_schedule(config, self.layout, nodes, receivers, self.buffer, **options)
 
@@ -124,6 +126,11 @@ def _hold(rank: int, held: Held, store: str) -> WeightSource | None:
         dist.destroy_process_group()
     if rank >= held.layout.world_size:
         return None
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=held.layout.world_size)
-    tensors = shards(held.hf, trained(held.hf, held.seed), held.layout, rank)
+    backend = "gloo" if held.gpus is None else "nccl"
+    device = torch.device("cpu") if held.gpus is None else torch.device("cuda", held.gpus[rank])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=held.layout.world_size)
+    weights = shards(held.hf, trained(held.hf, held.seed), held.layout, rank)
+    tensors = {name: tensor.to(device) for name, tensor in weights.items()}
     return WeightSource.of_tensors(tensors, held.schedule(), rank, held.run)

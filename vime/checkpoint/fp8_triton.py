@@ -29,6 +29,8 @@ class BlockTable:
     """int64 [tensors, 6]: address in, address out, address of scales, M, N, first block."""
     owner: Tensor
     """int32 [blocks]: the matrix a block belongs to."""
+    wrong: Tensor
+    """int32 [tensors]: 1 where quantising met NaN or infinity."""
     aligned: bool
     """Whether rows and addresses are multiples of 16, so that loads and stores can be wide."""
 
@@ -37,18 +39,20 @@ def block_table(
     inputs: Sequence[Tensor], outputs: Sequence[Tensor], scales: Sequence[Tensor], block: int
 ) -> BlockTable:
     """Tables for one launch over contiguous matrices of one device; they hold addresses, so keep the tensors alive."""
-    rows, counts, first = [], [], 0
+    rows, first = [], 0
     for source, target, scale in zip(inputs, outputs, scales, strict=True):
         if not (source.is_contiguous() and target.is_contiguous() and scale.is_contiguous()):
             raise ValueError("block-fp8 kernels take contiguous matrices")
         m, n = source.shape
         rows.append([source.data_ptr(), target.data_ptr(), scale.data_ptr(), m, n, first])
-        counts.append(triton.cdiv(m, block) * triton.cdiv(n, block))
-        first += counts[-1]
+        first += triton.cdiv(m, block) * triton.cdiv(n, block)
     device = inputs[0].device
-    owner = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
     aligned = all(number % 16 == 0 for row in rows for number in (row[0], row[1], row[4]))
-    return BlockTable(torch.tensor(rows, dtype=torch.int64).to(device), owner.to(device), aligned)
+    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    # Only the small table crosses the bus, and nothing here waits for the GPU.
+    blocks = torch.arange(first, device=device)
+    owner = torch.searchsorted(table[:, 5].contiguous(), blocks, right=True, out_int32=True).sub_(1)
+    return BlockTable(table, owner, torch.zeros(len(rows), dtype=torch.int32, device=device), aligned)
 
 
 @triton.jit
@@ -79,7 +83,14 @@ def _matrix(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
 
 @triton.jit
 def _quantise_kernel(
-    rows, owner, IN: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, FP8: tl.constexpr, LEAST: tl.constexpr
+    rows,
+    owner,
+    wrong,
+    IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FP8: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
     row, local, offsets, inside = _place(rows, owner, BLOCK, ALIGNED)
     source = _matrix(row, 0, IN, ALIGNED)
@@ -88,7 +99,9 @@ def _quantise_kernel(
     x = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
     # Without their sign floats are in the order of their bits, NaN last: one reduction finds the maximum and any NaN.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    amax = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
+    top = tl.max(tl.max(bits, axis=1), axis=0)
+    tl.store(wrong + tl.load(owner + tl.program_id(0)), 1, mask=top >= 0x7F800000)
+    amax = tl.cast(top, tl.float32, bitcast=True)
     scale = tl.div_rn(tl.maximum(amax, LEAST), FP8)
     inverse = tl.broadcast_to(tl.div_rn(1.0, scale), x.shape)
     # Markstein's division: with a correctly rounded inverse, one corrected product is the correctly rounded quotient.
@@ -119,7 +132,7 @@ def quantise_many(weights: Sequence[Tensor], block: int = 128) -> tuple[list[Ten
     """Quantise matrices [M, N] of one type on one GPU in one launch.
 
     Returns e4m3 matrices of the same shapes and fp32 scales [ceil(M/block), ceil(N/block)]; a block that holds NaN or
-    infinity has a scale that is not finite (`first_not_finite` finds it without reading the weights again).
+    infinity has a scale that is not finite.
     """
     device = weights[0].device
     outputs = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=device) for w in weights]
@@ -132,7 +145,8 @@ def quantise_many(weights: Sequence[Tensor], block: int = 128) -> tuple[list[Ten
 def launch_quantise(table: BlockTable, dtype: torch.dtype, block: int = 128) -> None:
     """The launch alone, for callers that keep the tables of weights that stay where they are."""
     types = (_TRITON_TYPES[dtype], block, table.aligned)
-    _quantise_kernel[(table.owner.numel(),)](table.rows, table.owner, *types, FP8_MAX, MIN_AMAX, num_warps=4)
+    tensors = (table.rows, table.owner, table.wrong)
+    _quantise_kernel[(table.owner.numel(),)](*tensors, *types, FP8_MAX, MIN_AMAX, num_warps=4)
 
 
 def dequantise_many(
@@ -148,9 +162,3 @@ def launch_dequantise(table: BlockTable, dtype: torch.dtype = torch.bfloat16, bl
     """The launch alone."""
     types = (_TRITON_TYPES[dtype], block, table.aligned)
     _dequantise_kernel[(table.owner.numel(),)](table.rows, table.owner, *types, num_warps=8)
-
-
-def first_not_finite(scales: Sequence[Tensor]) -> int | None:
-    """Index of the first matrix with a scale that is not finite; one transfer for all."""
-    finite = torch.stack([torch.isfinite(scale).all() for scale in scales]).cpu()
-    return None if bool(finite.all()) else int((~finite).nonzero()[0])

@@ -2,12 +2,14 @@
 NCCL for that of GPUs.
 
 The store and every connection of gloo are bound to the nodes' own addresses; NCCL takes its interface from
-NCCL_SOCKET_IFNAME. NCCL's way has not run between GPUs yet.
+NCCL_SOCKET_IFNAME.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from vime.errors import DeadlineExceeded, VimeError
 
 CPU = torch.device("cpu")
+POLL_SECONDS = 0.0002
+ABORT_SECONDS = 10.0
 
 
 class Listener:
@@ -73,12 +77,25 @@ class Channel:
     def _nccl(self, store: dist.Store, rank: int, size: int) -> Any:
         torch.cuda.set_device(self._device)
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self._timeout
+        # At the group's own timeout torch's watchdog ends the process; `_finish` breaks the group before.
+        options._timeout = 4 * self._timeout + timedelta(minutes=10)
         group = dist.ProcessGroupNCCL(store, rank, size, options)
         # NCCL connects at the first message: here every member waits for all others, as with gloo.
-        group.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device), 0).wait(self._timeout)
-        torch.cuda.synchronize(self._device)
+        self._finish(group, group.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device), 0))
         return group
+
+    def _finish(self, group: Any, work: Any) -> None:
+        """Wait for a message over NCCL. Raises RuntimeError at the deadline; the group is of no use from then on."""
+        end = time.monotonic() + self._timeout.total_seconds()
+        while not work.is_completed():
+            if time.monotonic() > end:
+                # NCCL may wait for other members even here.
+                breaking = threading.Thread(target=group.abort, name="weights-abort", daemon=True)
+                breaking.start()
+                breaking.join(ABORT_SECONDS)
+                raise RuntimeError(f"a message was not through within {self._timeout.total_seconds():.0f} s")
+            time.sleep(POLL_SECONDS)
+        work.wait()
 
     def move(self, data: torch.Tensor) -> None:
         """Send a tensor of bytes (rank 0), or fill it with what is sent; it is there, or its memory free for other
@@ -87,9 +104,9 @@ class Channel:
             if self._device.type == "cuda":
                 # CUDA's current device is a thread's own; this may be the source's sending thread.
                 torch.cuda.set_device(self._device)
-            self._group.broadcast(data, 0).wait(self._timeout)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+                self._finish(self._group, self._group.broadcast(data, 0))
+            else:
+                self._group.broadcast(data, 0).wait(self._timeout)
         except RuntimeError as error:
             raise VimeError(f"the weight group broke: {str(error).splitlines()[0]}") from error
 

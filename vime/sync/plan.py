@@ -3,8 +3,9 @@
 Every rank and the driver compute the same schedule from the same plan, so no two can wait for each other in a different
 order. A *receiver* is a node with engine workers, or with GPUs that trainer and engines share a single worker; it gets
 what its workers need: every dense tensor, and of the routed experts only its workers' own where the engine is expert
-parallel. A *bucket* is a run of tensors in the order of the model that fits `--update-weight-buffer-size` at every
-receiver.
+parallel. A *bucket* is a run of tensors that fits `--update-weight-buffer-size` at every receiver. Their order is the
+model's, but layers of different pipeline stages and experts of different ranks go by turns, so that all ranks have
+something to quantise and to send at any time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 SLOTS = 2
 """Buckets of a receiver that may be under way at once; bucket b uses slot b mod SLOTS."""
 ALIGNMENT = 64
+OPEN_BUCKETS = 4
+"""An engine keeps the tensors of a layer until it has all of them: layers that go by turns are at most that large."""
 _BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 Target = Literal["policy", "draft"]
 RECEIVED = "received."
@@ -256,7 +259,7 @@ def make_schedule(
     draft: bool = False,
     mtp_trained: bool = False,
 ) -> Schedule:
-    """Fill buckets of at most `buffer_bytes` in the order of the model; the draft's tensors have buckets of their own.
+    """Fill buckets of at most `buffer_bytes`; the draft's tensors have buckets of their own.
 
     vLLM loads whole tensors, so one that is larger than the buffer (a large vocabulary's) is a bucket alone.
     """
@@ -265,9 +268,12 @@ def make_schedule(
     buckets: list[Bucket] = []
     targets: tuple[Target, ...] = ("policy", "draft") if draft else ("policy",)
     for target in targets:
-        entries = (
-            _policy(config, _turns(config, layout, receivers)) if target == "policy" else _draft(config, mtp_trained)
-        )
+        if target == "draft":
+            entries = _draft(config, mtp_trained)
+        else:
+            entries = _policy(
+                config, _expert_turns(config, layout, receivers), _layer_turns(config, layout, receivers, buffer_bytes)
+            )
         for group in _fill(entries, receivers, buffer_bytes, config.quantisation):
             buckets.append(Bucket(len(buckets), target, tuple(group)))
     return Schedule(config, layout, tuple(nodes), tuple(receivers), tuple(buckets))
@@ -340,26 +346,50 @@ def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
     )
 
 
-def _policy(config: ModelConfig, turns: Mapping[int, int]) -> Iterator[Entry]:
-    """What the policy's model in the engine loads: all but MTP layers, in the order of the forward pass.
+def _policy(
+    config: ModelConfig, expert_turns: Mapping[int, int], layer_turns: Sequence[tuple[int, int]]
+) -> Iterator[Entry]:
+    """What the policy's model in the engine loads: all but MTP layers, in turns from the embedding to the head.
 
-    Inside a layer the experts go by turns, so that a bucket has something from every source for every receiver.
+    Layers of one turn are mixed: what is not an expert of each, then the first expert of each, and so on.
     """
     place = {Where.EMBEDDING: 0, Where.DECODER: 1, Where.HEAD: 2}
     seen: Counter[tuple[Where, int | None, int | None]] = Counter()
-    ordered: list[tuple[tuple[int, int, int, int], Param]] = []
+    ordered: list[tuple[tuple[int, tuple[int, int], int, int, int], Param]] = []
     for param in params_of(config):
         if param.where in place:
-            turn = -1 if param.expert is None else turns[param.expert]
+            expert = -1 if param.expert is None else expert_turns[param.expert]
+            turn = (0, 0) if param.layer is None else layer_turns[param.layer]
             owner = (param.where, param.layer, param.expert)
-            ordered.append(((place[param.where], param.layer or 0, turn, seen[owner]), param))
+            ordered.append(((place[param.where], turn, expert, param.layer or 0, seen[owner]), param))
             seen[owner] += 1
     for _, param in sorted(ordered, key=operator.itemgetter(0)):
         for part in range(len(param.parts)):
             yield _entry(config, param, part, param.parts[part].name)
 
 
-def _turns(config: ModelConfig, layout: ParallelLayout, receivers: Sequence[Receiver]) -> dict[int, int]:
+def _layer_turns(
+    config: ModelConfig, layout: ParallelLayout, receivers: Sequence[Receiver], limit: int
+) -> list[tuple[int, int]]:
+    """By decoder layer: its turn. Each stage's first layer, each stage's second, …, in as many groups of stages as the
+    engines' memory asks for."""
+    stages = layout.stage_layers(config.num_layers)
+    sizes = [0] * len(receivers)
+    for param in params_of(config):
+        if param.where == Where.DECODER and param.layer == config.num_layers - 1:
+            for part in range(len(param.parts)):
+                entry = _entry(config, param, part, param.parts[part].name)
+                for number, receiver in enumerate(receivers):
+                    sizes[number] += entry.bytes * receiver.needs(entry)
+    together = max(1, OPEN_BUCKETS * limit // max(1, *sizes))
+    turns = [(0, 0)] * config.num_layers
+    for stage, layers in enumerate(stages):
+        for number, layer in enumerate(layers):
+            turns[layer] = (number, stage // together)
+    return turns
+
+
+def _expert_turns(config: ModelConfig, layout: ParallelLayout, receivers: Sequence[Receiver]) -> dict[int, int]:
     """By expert: its place among those that go from the same source to the same receiver."""
     experts = config.moe.num_experts if config.moe is not None else 0
     first: dict[int, int] = {}

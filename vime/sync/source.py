@@ -29,7 +29,7 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.sync import cuda_memory
 from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
-from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
+from vime.sync.plan import ALIGNMENT, SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
 from vime.sync.segment import Segment, segment_name
 
 
@@ -44,6 +44,10 @@ class Buffer:
     owned: bool
     handle: list[Any] | None = None
     """What another process needs to map it, on a GPU."""
+
+
+Views = dict[int, dict[str, tuple[Tensor, Tensor | None]]]
+"""By receiver and HF name: the tensor in the receiver's buffer, and its scales."""
 
 
 @dataclass
@@ -122,6 +126,8 @@ class WeightSource:
         # One thread: the messages of a group have to follow each other in the order of the buckets.
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._failure: fp8.NotFinite | None = None
+        self._launched: list[tuple[Tensor, list[str]]] = []
+        """Of this bucket's launches on a GPU: the kernels' word on each matrix, 1 for one that is wrong, and names."""
         self.bytes_sent = 0
         """Bytes that went to other ranks since `prepare`."""
 
@@ -167,10 +173,15 @@ class WeightSource:
             raise VimeError(f"bucket {bucket} is published before bucket {min(self._pending)} was released")
         self._pending.add(bucket)
         moves = self._moves[bucket]
+        views: Views = {
+            number: self._views(bucket, number)
+            for number in {move.receiver for move in moves if self._reaches(move, bucket)}
+        }
         with torch.no_grad():
-            self._write_local(bucket, moves)
-            self._exchange(bucket, moves)
+            self._write_local(views, moves)
+            self._exchange(views, bucket, moves)
             self._write_frozen(bucket)
+        self._look_for_nan()
         if self._device.type == "cuda":
             # Engines read from another process and buckets are sent by another thread: neither knows this stream.
             torch.cuda.synchronize(self._device)
@@ -263,17 +274,18 @@ class WeightSource:
             return move.source in receiver.publishers
         return self.schedule.nodes[move.source] == self.schedule.home(move.receiver)
 
+    def _reaches(self, move: Move, bucket: int) -> bool:
+        """Whether this rank writes to the receiver's buffer for it."""
+        return self._publisher(move, bucket) == self.rank or (move.source == self.rank and self._writes_itself(move))
+
     def _box(self, move: Move) -> Tensor:
         return self._tensors[move.entry.param.name].detach()[move.piece.target]
 
-    def _write_local(self, bucket: int, moves: list[Move]) -> None:
-        views: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+    def _write_local(self, views: Views, moves: list[Move]) -> None:
         waiting: list[Quantising] = []
         for move in moves:
             if move.source != self.rank or not self._writes_itself(move):
                 continue
-            if move.receiver not in views:
-                views[move.receiver] = self._views(bucket, move.receiver)
             whole, scales = views[move.receiver][move.entry.name]
             target = whole[move.piece.source]
             if scales is None:
@@ -289,7 +301,7 @@ class WeightSource:
             return
         try:
             if self._device.type == "cuda" and config.block[0] == config.block[1] and config.scale_format == "float32":
-                _quantise_at_once(waiting, config.block[0])
+                self._launched += _quantise_at_once(waiting, config.block[0])
                 return
             for one in waiting:
                 form = {"scale_format": config.scale_format, "name": one.entry.name}
@@ -297,7 +309,17 @@ class WeightSource:
         except fp8.NotFinite as error:
             self._failure = self._failure or error
 
-    def _exchange(self, bucket: int, moves: list[Move]) -> None:
+    def _look_for_nan(self) -> None:
+        """What the GPU's kernels met, in one transfer."""
+        launched, self._launched = self._launched, []
+        if not launched:
+            return
+        names = [name for _, mine in launched for name in mine]
+        wrong = torch.cat([flags for flags, _ in launched]).nonzero().flatten().tolist()
+        if wrong and self._failure is None:
+            self._failure = fp8.NotFinite(f"{names[wrong[0]]} holds NaN or infinity")
+
+    def _exchange(self, views: Views, bucket: int, moves: list[Move]) -> None:
         """One message between two ranks: all boxes that go from one to the other, in the order of the schedule."""
         sends: dict[int, list[Move]] = {}
         receives: dict[int, list[Move]] = {}
@@ -319,66 +341,61 @@ class WeightSource:
         for work in dist.batch_isend_irecv(requests) if requests else ():
             work.wait()
         self.bytes_sent += sum(data.numel() for data in packed.values())
-        self._unpack(bucket, receives, arrived)
+        self._unpack(views, receives, arrived)
 
     def _message(self, moves: Sequence[Move]) -> Tensor:
-        return torch.empty(sum(map(self._message_bytes, moves)), dtype=torch.uint8, device=self._device)
+        return torch.empty(sum(sum(self._sizes(move)) for move in moves), dtype=torch.uint8, device=self._device)
 
-    def _message_bytes(self, move: Move) -> int:
-        size = math.prod(move.piece.size)
-        if not move.entry.quantised:
-            return size * _dtype(move.entry).itemsize
-        if move.on_shard:
-            return size + 4 * math.prod(fp8.scale_shape(move.piece.size, self.schedule.block))
-        return size * 4
+    def _sizes(self, move: Move) -> tuple[int, int]:
+        """Bytes of a box and of its scales in a message, where all numbers lie aligned."""
+        size, scales = math.prod(move.piece.size) * _sent_as(move).itemsize, 0
+        if move.entry.quantised and move.on_shard:
+            scales = 4 * math.prod(fp8.scale_shape(move.piece.size, self.schedule.block))
+        return _aligned(size), _aligned(scales)
 
     def _pack(self, moves: list[Move]) -> Tensor:
         """The bytes of a message. Boxes whose blocks cross shards travel in fp32, so nothing is rounded twice."""
         message = self._message(moves)
-        waiting: list[tuple[Quantising, Tensor]] = []
-        for move, part in zip(moves, self._parts(message, moves), strict=True):
-            box = self._box(move)
-            if move.entry.quantised and move.on_shard:
-                size = math.prod(move.piece.size)
-                q = part[:size].view(torch.float8_e4m3fn).view(move.piece.size)
-                # A message does not align its numbers.
-                scales = torch.zeros(fp8.scale_shape(move.piece.size, self.schedule.block), device=self._device)
-                waiting.append((Quantising(move.entry, box, q, scales), part[size:]))
+        waiting: list[Quantising] = []
+        for move, (numbers, scales) in zip(moves, self._parts(message, moves), strict=True):
+            if scales is None:
+                numbers.copy_(self._box(move))
             else:
-                dtype = torch.float32 if move.entry.quantised else _dtype(move.entry)
-                part.copy_(box.to(dtype).contiguous().flatten().view(torch.uint8))
-        self._quantise([one for one, _ in waiting])
-        for one, part in waiting:
-            part.copy_(one.scales.flatten().view(torch.uint8))
+                waiting.append(Quantising(move.entry, self._box(move), numbers, scales))
+        self._quantise(waiting)
         return message
 
-    def _parts(self, message: Tensor, moves: list[Move]) -> Iterator[Tensor]:
+    def _parts(self, message: Tensor, moves: list[Move]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each move's numbers, in the box's shape, and its scales, as views of a message."""
         start = 0
         for move in moves:
-            size = self._message_bytes(move)
-            yield message[start : start + size]
+            size, scale_size = self._sizes(move)
+            dtype = _sent_as(move)
+            count = math.prod(move.piece.size) * dtype.itemsize
+            numbers = message[start : start + count].view(dtype).view(move.piece.size)
             start += size
+            scales = None
+            if scale_size:
+                shape = fp8.scale_shape(move.piece.size, self.schedule.block)
+                scales = message[start : start + 4 * math.prod(shape)].view(torch.float32).view(shape)
+            start += scale_size
+            yield numbers, scales
 
-    def _unpack(self, bucket: int, receives: dict[int, list[Move]], arrived: dict[int, Tensor]) -> None:
-        views: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+    def _unpack(self, views: Views, receives: dict[int, list[Move]], arrived: dict[int, Tensor]) -> None:
         whole: dict[tuple[int, str], tuple[Entry, Tensor]] = {}
         for rank, moves in receives.items():
-            for move, part in zip(moves, self._parts(arrived[rank], moves), strict=True):
-                if move.receiver not in views:
-                    views[move.receiver] = self._views(bucket, move.receiver)
-                target, scales = views[move.receiver][move.entry.name]
-                if scales is None:
-                    target[move.piece.source].copy_(_typed(part, _dtype(move.entry)).view(move.piece.size))
-                elif move.on_shard:
-                    size = math.prod(move.piece.size)
-                    target[move.piece.source].copy_(_typed(part[:size], torch.float8_e4m3fn).view(move.piece.size))
-                    box = scales[_scale_box(move, self.schedule.block)]
-                    box.copy_(_typed(part[size:], torch.float32).view(box.shape))
-                else:
+            for move, (numbers, scales) in zip(moves, self._parts(arrived[rank], moves), strict=True):
+                target, target_scales = views[move.receiver][move.entry.name]
+                if move.entry.quantised and not move.on_shard:
                     key = (move.receiver, move.entry.name)
                     if key not in whole:
                         whole[key] = (move.entry, torch.empty(move.entry.shape, device=self._device))
-                    whole[key][1][move.piece.source] = _typed(part, torch.float32).view(move.piece.size)
+                    whole[key][1][move.piece.source] = numbers
+                    continue
+                target[move.piece.source].copy_(numbers)
+                if scales is not None:
+                    assert target_scales is not None
+                    target_scales[_scale_box(move, self.schedule.block)].copy_(scales)
         waiting: list[Quantising] = []
         for (receiver, name), (entry, matrix) in whole.items():
             target, scales = views[receiver][name]
@@ -434,24 +451,24 @@ class WeightSource:
         }
 
 
-def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> None:
-    """On a GPU: one launch for all boxes of a type. Raises NotFinite."""
-    from vime.checkpoint.fp8_triton import block_table, first_not_finite, launch_quantise
+def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """On a GPU: one launch for all boxes of a type. Yields what the kernel says of each box, 1 for NaN or infinity in
+    it, and their names."""
+    from vime.checkpoint.fp8_triton import block_table, launch_quantise
 
     for dtype in {one.box.dtype for one in waiting}:
         mine = [one for one in waiting if one.box.dtype == dtype]
         boxes = [one.box.contiguous() for one in mine]
         codes = [one.q.contiguous() for one in mine]
         scales = [one.scales.contiguous() for one in mine]
-        launch_quantise(block_table(boxes, codes, scales, block), dtype, block)
+        table = block_table(boxes, codes, scales, block)
+        launch_quantise(table, dtype, block)
         for one, code, scale in zip(mine, codes, scales, strict=True):
             if code is not one.q:
                 one.q.copy_(code)
             if scale is not one.scales:
                 one.scales.copy_(scale)
-        wrong = first_not_finite(scales)
-        if wrong is not None:
-            raise fp8.NotFinite(f"{mine[wrong].entry.name} holds NaN or infinity")
+        yield table.wrong, [one.entry.name for one in mine]
 
 
 def entry_views(data: Tensor, place: Place, block: fp8.Block) -> tuple[Tensor, Tensor | None]:
@@ -470,10 +487,13 @@ def _dtype(entry: Entry) -> torch.dtype:
     return getattr(torch, entry.dtype)
 
 
-def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes of a message as numbers; a message does not align them."""
-    aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
-    return aligned.view(dtype)
+def _sent_as(move: Move) -> torch.dtype:
+    """The type of a box's numbers in a message."""
+    return torch.float32 if move.entry.quantised and not move.on_shard else _dtype(move.entry)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _scale_box(move: Move, block: fp8.Block) -> tuple[slice, ...]:
