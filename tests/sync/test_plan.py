@@ -158,7 +158,7 @@ def test_all_tensors_are_streamed_once_and_each_stages_layers_in_their_order(sch
     assert sorted(entry.name for entry in policy) == sorted(part.name for param in params for part in param.parts)
     assert [entry.param.where for entry in policy] == sorted((entry.param.where for entry in policy), key=ORDER.index)
     for stage in schedule.layout.stage_layers(schedule.config.num_layers):
-        layers = [entry.param.layer for entry in policy if entry.param.layer in stage]
+        layers = [entry.param.layer or 0 for entry in policy if entry.param.layer in stage]
         assert layers == sorted(layers)
     draft = [entry for bucket in schedule.buckets if bucket.target == "draft" for entry in bucket.entries]
     mtp = {part.name for param in params_of(schedule.config) if param.where == Where.MTP for part in param.parts}
@@ -239,7 +239,7 @@ def layers_open_at_once(schedule: Schedule, receiver: int) -> int:
     return most
 
 
-@pytest.mark.parametrize(("buffer", "open_at_once"), [(10**6, 4), (60_000, 2), (1000, 1)])
+@pytest.mark.parametrize(("buffer", "open_at_once"), [(10**6, 4), (30_000, 2), (1000, 1)])
 def test_layers_of_all_stages_go_by_turns_as_far_as_the_engine_can_keep_them(buffer: int, open_at_once: int) -> None:
     config = ModelConfig.from_hf({**with_fp8(DEEPSEEK), "num_hidden_layers": 8})
     receivers = receivers_of(config, [0] * 4, [engine(0, {1: (0,)})])

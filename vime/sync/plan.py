@@ -30,7 +30,7 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 SLOTS = 2
 """Buckets of a receiver that may be under way at once; bucket b uses slot b mod SLOTS."""
 ALIGNMENT = 64
-OPEN_BUCKETS = 4
+OPEN_BUCKETS = 8
 """An engine keeps the tensors of a layer until it has all of them: layers that go by turns are at most that large."""
 _BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 Target = Literal["policy", "draft"]

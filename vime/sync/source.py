@@ -29,7 +29,8 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.sync import cuda_memory
 from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
-from vime.sync.plan import ALIGNMENT, SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
+from vime.sync.message import message_bytes, message_parts, scale_box, torch_type
+from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
 from vime.sync.segment import Segment, segment_name
 
 
@@ -60,6 +61,37 @@ class Quantising:
     """float8_e4m3fn of the box's shape."""
     scales: Tensor
     """fp32, one for each of the box's blocks."""
+
+
+@dataclass
+class Exchange:
+    """Messages of a bucket that are under way."""
+
+    under_way: list[Any]
+    packed: dict[int, Tensor]
+    """By rank that it goes to."""
+    receives: dict[int, list[Move]]
+    arrived: dict[int, Tensor]
+    """By rank that it comes from."""
+
+
+class Copies:
+    """Copies that wait for each other, so that a GPU makes them in few launches."""
+
+    def __init__(self) -> None:
+        self._targets: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
+        self._sources: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        if target.dtype == source.dtype == torch.float8_e4m3fn:
+            target, source = target.view(torch.uint8), source.view(torch.uint8)
+        key = (target.dtype, source.dtype)
+        self._targets.setdefault(key, []).append(target)
+        self._sources.setdefault(key, []).append(source)
+
+    def run(self) -> None:
+        for key, targets in self._targets.items():
+            torch._foreach_copy_(targets, self._sources[key])
 
 
 class WeightSource:
@@ -178,8 +210,9 @@ class WeightSource:
             for number in {move.receiver for move in moves if self._reaches(move, bucket)}
         }
         with torch.no_grad():
+            exchange = self._start_exchange(bucket, moves)
             self._write_local(views, moves)
-            self._exchange(views, bucket, moves)
+            self._finish_exchange(views, exchange)
             self._write_frozen(bucket)
         self._look_for_nan()
         if self._device.type == "cuda":
@@ -282,17 +315,18 @@ class WeightSource:
         return self._tensors[move.entry.param.name].detach()[move.piece.target]
 
     def _write_local(self, views: Views, moves: list[Move]) -> None:
-        waiting: list[Quantising] = []
+        copies, waiting = Copies(), []
         for move in moves:
             if move.source != self.rank or not self._writes_itself(move):
                 continue
             whole, scales = views[move.receiver][move.entry.name]
             target = whole[move.piece.source]
             if scales is None:
-                target.copy_(self._box(move))
+                copies.add(target, self._box(move))
             else:
-                box = scales[_scale_box(move, self.schedule.block)]
+                box = scales[scale_box(move, self.schedule.block)]
                 waiting.append(Quantising(move.entry, self._box(move), target, box))
+        copies.run()
         self._quantise(waiting)
 
     def _quantise(self, waiting: Sequence[Quantising]) -> None:
@@ -319,8 +353,9 @@ class WeightSource:
         if wrong and self._failure is None:
             self._failure = fp8.NotFinite(f"{names[wrong[0]]} holds NaN or infinity")
 
-    def _exchange(self, views: Views, bucket: int, moves: list[Move]) -> None:
-        """One message between two ranks: all boxes that go from one to the other, in the order of the schedule."""
+    def _start_exchange(self, bucket: int, moves: list[Move]) -> Exchange:
+        """Start sending one message between two ranks: all boxes that go from one to the other, in the order of the
+        schedule."""
         sends: dict[int, list[Move]] = {}
         receives: dict[int, list[Move]] = {}
         for move in moves:
@@ -338,64 +373,49 @@ class WeightSource:
                 arrived[rank] = self._message(theirs)
         requests = [dist.P2POp(dist.isend, data, rank) for rank, data in packed.items()]
         requests += [dist.P2POp(dist.irecv, data, rank) for rank, data in arrived.items() if rank != self.rank]
-        for work in dist.batch_isend_irecv(requests) if requests else ():
-            work.wait()
         self.bytes_sent += sum(data.numel() for data in packed.values())
-        self._unpack(views, receives, arrived)
+        # What is sent has to stay until it has arrived.
+        return Exchange(dist.batch_isend_irecv(requests) if requests else [], packed, receives, arrived)
+
+    def _finish_exchange(self, views: Views, exchange: Exchange) -> None:
+        for work in exchange.under_way:
+            work.wait()
+        self._unpack(views, exchange.receives, exchange.arrived)
 
     def _message(self, moves: Sequence[Move]) -> Tensor:
-        return torch.empty(sum(sum(self._sizes(move)) for move in moves), dtype=torch.uint8, device=self._device)
-
-    def _sizes(self, move: Move) -> tuple[int, int]:
-        """Bytes of a box and of its scales in a message, where all numbers lie aligned."""
-        size, scales = math.prod(move.piece.size) * _sent_as(move).itemsize, 0
-        if move.entry.quantised and move.on_shard:
-            scales = 4 * math.prod(fp8.scale_shape(move.piece.size, self.schedule.block))
-        return _aligned(size), _aligned(scales)
+        size = message_bytes(moves, self.schedule.block)
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def _pack(self, moves: list[Move]) -> Tensor:
         """The bytes of a message. Boxes whose blocks cross shards travel in fp32, so nothing is rounded twice."""
         message = self._message(moves)
-        waiting: list[Quantising] = []
-        for move, (numbers, scales) in zip(moves, self._parts(message, moves), strict=True):
+        copies, waiting = Copies(), []
+        for move, (numbers, scales) in zip(moves, message_parts(message, moves, self.schedule.block), strict=True):
             if scales is None:
-                numbers.copy_(self._box(move))
+                copies.add(numbers, self._box(move))
             else:
                 waiting.append(Quantising(move.entry, self._box(move), numbers, scales))
+        copies.run()
         self._quantise(waiting)
         return message
 
-    def _parts(self, message: Tensor, moves: list[Move]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each move's numbers, in the box's shape, and its scales, as views of a message."""
-        start = 0
-        for move in moves:
-            size, scale_size = self._sizes(move)
-            dtype = _sent_as(move)
-            count = math.prod(move.piece.size) * dtype.itemsize
-            numbers = message[start : start + count].view(dtype).view(move.piece.size)
-            start += size
-            scales = None
-            if scale_size:
-                shape = fp8.scale_shape(move.piece.size, self.schedule.block)
-                scales = message[start : start + 4 * math.prod(shape)].view(torch.float32).view(shape)
-            start += scale_size
-            yield numbers, scales
-
     def _unpack(self, views: Views, receives: dict[int, list[Move]], arrived: dict[int, Tensor]) -> None:
         whole: dict[tuple[int, str], tuple[Entry, Tensor]] = {}
+        copies, block = Copies(), self.schedule.block
         for rank, moves in receives.items():
-            for move, (numbers, scales) in zip(moves, self._parts(arrived[rank], moves), strict=True):
+            for move, (numbers, scales) in zip(moves, message_parts(arrived[rank], moves, block), strict=True):
                 target, target_scales = views[move.receiver][move.entry.name]
                 if move.entry.quantised and not move.on_shard:
                     key = (move.receiver, move.entry.name)
                     if key not in whole:
                         whole[key] = (move.entry, torch.empty(move.entry.shape, device=self._device))
-                    whole[key][1][move.piece.source] = numbers
+                    copies.add(whole[key][1][move.piece.source], numbers)
                     continue
-                target[move.piece.source].copy_(numbers)
+                copies.add(target[move.piece.source], numbers)
                 if scales is not None:
                     assert target_scales is not None
-                    target_scales[_scale_box(move, self.schedule.block)].copy_(scales)
+                    copies.add(target_scales[scale_box(move, block)], scales)
+        copies.run()
         waiting: list[Quantising] = []
         for (receiver, name), (entry, matrix) in whole.items():
             target, scales = views[receiver][name]
@@ -475,33 +495,12 @@ def entry_views(data: Tensor, place: Place, block: fp8.Block) -> tuple[Tensor, T
     """A tensor and its scales as views of a buffer (uint8)."""
     entry = place.entry
     raw = data[place.offset : place.offset + entry.bytes]
-    tensor = raw.view(_dtype(entry)).view(entry.shape)
+    tensor = raw.view(torch_type(entry)).view(entry.shape)
     if place.scale_offset is None:
         return tensor, None
     shape = fp8.scale_shape(entry.shape, block)
     scales = data[place.scale_offset : place.scale_offset + 4 * math.prod(shape)]
     return tensor, scales.view(torch.float32).view(shape)
-
-
-def _dtype(entry: Entry) -> torch.dtype:
-    return getattr(torch, entry.dtype)
-
-
-def _sent_as(move: Move) -> torch.dtype:
-    """The type of a box's numbers in a message."""
-    return torch.float32 if move.entry.quantised and not move.on_shard else _dtype(move.entry)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _scale_box(move: Move, block: fp8.Block) -> tuple[slice, ...]:
-    """The blocks of an aligned box."""
-    return tuple(
-        slice(start // size, -(-(start + length) // size))
-        for start, length, size in zip(move.piece.start, move.piece.size, block, strict=True)
-    )
 
 
 def _bytes(segment: Segment) -> Tensor:
