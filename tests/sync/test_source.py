@@ -8,6 +8,7 @@ import queue
 import stat
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,11 +207,17 @@ def test_every_layout_gives_what_quantising_the_whole_gives(tmp_path: Path) -> N
 
 
 def one_rank(
-    hf: dict[str, Any], run: str, *, buffer: int = 100_000, tensors: Tensors | None = None, **more: Any
+    hf: dict[str, Any],
+    run: str,
+    *,
+    buffer: int = 100_000,
+    tensors: Tensors | None = None,
+    engine_node: int = 0,
+    **more: Any,
 ) -> WeightSource:
     config = ModelConfig.from_hf(hf)
     schedule: Schedule = make_schedule(
-        config, ParallelLayout(), [0], receivers_of(config, [0], [engine(0, {0: (0,)})]), buffer,
+        config, ParallelLayout(), [0], receivers_of(config, [0], [engine(0, {engine_node: (0,)})]), buffer,
         draft=bool(more),
     )  # fmt: skip
     return WeightSource.of_tensors(tensors or shards(hf, trained(hf, 1), ParallelLayout(), 0), schedule, 0, run, **more)
@@ -304,6 +311,25 @@ def test_segments_are_private_and_go_when_the_sync_ends(tmp_path: Path) -> None:
     left = Segment.create(name, 10)
     source.prepare(2)
     assert len(Segment.open(name).memory) > len(left.memory)
+    source.finish()
+
+
+def test_buffers_for_another_node_have_no_name_and_stay_from_sync_to_sync(tmp_path: Path) -> None:
+    """Making their pages takes longer than filling them."""
+    source = one_rank(FP8, str(tmp_path), engine_node=1)
+    source.prepare(1)
+    first = [buffer.data.data_ptr() for buffer in source._buffers.values()]
+    assert len(first) == SLOTS
+    assert not [path for path in segment.DIRECTORY.iterdir() if path.name == segment_name(str(tmp_path), 0, 0, 0)]
+    source.finish()
+    source.prepare(2)
+    assert [buffer.data.data_ptr() for buffer in source._buffers.values()] == first
+    stuck: Future[None] = Future()
+    source._sending[0] = [stuck]
+    source.finish()
+    assert not source._kept, "a message that nobody took may still be read from them"
+    source.prepare(3)
+    assert len(source._buffers) == SLOTS
     source.finish()
 
 

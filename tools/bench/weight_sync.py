@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def weights(config: ModelConfig, rank: int) -> dict[str, torch.Tensor]:
 class Everyone:
     """All processes, the reader included; torch's own group has the trainer's ranks only, as in a run."""
 
-    def __init__(self, folder: str, rank: int) -> None:
-        store = dist.FileStore(f"{folder}/everyone", RANKS + 1)
+    def __init__(self, setting: Setting, rank: int, written: list[Semaphore], read: list[Semaphore]) -> None:
+        store = dist.FileStore(f"{setting.folder}/everyone", RANKS + 1)
+        self.written, self.read = written, read
         self.group = dist.ProcessGroupGloo(store, rank, RANKS + 1, timedelta(seconds=TIMEOUT_S))
         self.rank = rank
 
@@ -156,18 +158,32 @@ class Member:
         return [torch.frombuffer(Segment.open(name, write=write).memory, dtype=torch.uint8) for name in names]
 
     def pipeline(self, write: Callable[[int], object]) -> None:
-        """As in a sync: a bucket is written while the one before it is read."""
-        views = self.segments(write=False) if self.rank == READER and self.channel is None else []
-        for bucket in range(len(self.buckets) + 1):
-            if self.rank != READER and bucket < len(self.buckets):
+        """As in a sync: a bucket is written while the one before it is read, and read once the one before it was."""
+        if self.rank != READER:
+            for bucket in self.buckets:
+                if bucket >= SLOTS:
+                    take(self.everyone.read[self.rank])
                 write(bucket)
-            if self.rank == READER and bucket > 0:
-                into = self.into[: self.size(bucket - 1)]
-                if self.channel is not None:
-                    self.channel.move(into)
-                else:
-                    into.copy_(views[(bucket - 1) % SLOTS][: len(into)])
-            self.everyone.barrier()
+                self.everyone.written[self.rank].release()
+            for _ in self.buckets[-SLOTS:]:
+                take(self.everyone.read[self.rank])
+            return
+        views = self.segments(write=False) if self.channel is None else []
+        for bucket in self.buckets:
+            for written in self.everyone.written:
+                take(written)
+            into = self.into[: self.size(bucket)]
+            if self.channel is not None:
+                self.channel.move(into)
+            else:
+                into.copy_(views[bucket % SLOTS][: len(into)])
+            for read in self.everyone.read:
+                read.release()
+
+
+def take(signal: Semaphore) -> None:
+    if not signal.acquire(timeout=TIMEOUT_S):
+        raise TimeoutError(f"another process of the benchmark was not done within {TIMEOUT_S:.0f} s")
 
 
 def sync(member: Member) -> None:
@@ -212,9 +228,12 @@ def copy_near(member: Member, ready: torch.Tensor) -> None:
 
 def copy_far(member: Member, ready: torch.Tensor) -> None:
     """The same bytes through the same channel: rank 0 sends every bucket out of memory that lies ready."""
+    start = 0
     for bucket in member.buckets:
+        size = member.size(bucket)
         if member.channel is not None:
-            member.channel.move((member.into if member.rank == READER else ready)[: member.size(bucket)])
+            member.channel.move(member.into[:size] if member.rank == READER else ready[start : start + size])
+        start += size
 
 
 def gather_and_broadcast(everyone: Everyone, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -278,15 +297,16 @@ def measure_far(member: Member, repeats: int) -> dict[str, float]:
     connect(member, of_source)
     found = {"far_sync": member.everyone.timed(repeats, lambda: sync(member))}
     connect(member, of_copy)
-    ready = torch.ones(max(map(member.size, member.buckets)) if member.rank == 0 else 0, dtype=torch.uint8)
+    # All of the bytes: one bucket again and again would come out of the processor's cache.
+    ready = torch.ones(sum(map(member.size, member.buckets)) if member.rank == 0 else 0, dtype=torch.uint8)
     found["far_copy"] = member.everyone.timed(repeats, lambda: copy_far(member, ready))
     return found
 
 
-def process(rank: int, setting: Setting, answers: Any) -> None:
+def process(rank: int, setting: Setting, answers: Any, written: list[Semaphore], read: list[Semaphore]) -> None:
     # As in a run: the cores of a node are shared out among its processes, for copies and quantisation alike.
     torch.set_num_threads(threads())
-    everyone = Everyone(setting.folder, rank)
+    everyone = Everyone(setting, rank, written, read)
     if rank != READER:
         dist.init_process_group("gloo", init_method=f"file://{setting.folder}/ranks", rank=rank, world_size=RANKS)
     near, far = schedule_of(setting, 0), schedule_of(setting, 1)
@@ -339,7 +359,8 @@ def quantisation(repeats: int) -> tuple[float, float]:
 def run(setting: Setting) -> dict[int, dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    processes = [context.Process(target=process, args=(rank, setting, answers)) for rank in range(RANKS + 1)]
+    signals = [[context.Semaphore(0) for _ in range(RANKS)] for _ in range(2)]
+    processes = [context.Process(target=process, args=(rank, setting, answers, *signals)) for rank in range(RANKS + 1)]
     for each in processes:
         each.start()
     try:

@@ -249,8 +249,11 @@ class Session:
                 sent += sum(int(info["size"]) for info in infos.values())
                 if loading is not None:
                     await loading
+                # Engines go on while the trainer hears that a buffer is free.
+                loading = asyncio.create_task(self._load(bucket, infos, check))
+                if before is not None:
                     await self._trainer("weights_release", self.deadlines.bucket, before, before)
-                loading, before = asyncio.create_task(self._load(bucket, infos, check)), bucket
+                before = bucket
             assert loading is not None
             await loading
             await self._trainer("weights_release", self.deadlines.bucket, before, before)

@@ -10,7 +10,9 @@ the memory of their publisher's: a worker that shares its GPU reads them there, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +45,15 @@ class Buffer:
     segment: Segment | None
     """The shared memory that it is; None on a GPU."""
     owned: bool
+    """Whether there is a name that this rank has to remove."""
     handle: list[Any] | None = None
     """What another process needs to map it, on a GPU."""
+
+    def unlink(self) -> None:
+        """Nobody finds the memory by its name any more."""
+        if self.segment is not None and self.owned:
+            self.segment.unlink()
+            self.owned = False
 
 
 Views = dict[int, dict[str, tuple[Tensor, Tensor | None]]]
@@ -151,12 +160,19 @@ class WeightSource:
             for bucket in schedule.buckets
         ]
         self._buffers: dict[tuple[int, int], Buffer] = {}
+        self._kept: dict[tuple[int, int], Buffer] = {}
+        """Buffers of far receivers in the memory of the host, from one sync to the next: they have no names any more,
+        and pages cost more to make than to fill."""
+        self._kept_since = 0
+        """The version for which they were made."""
         self._pending: set[int] = set()
         self._listeners: dict[tuple[int, int], tuple[Listener, int]] = {}
         self._channels: dict[tuple[int, int], Channel] = {}
         self._sending: dict[int, list[Future[None]]] = {}
         # One thread: the messages of a group have to follow each other in the order of the buckets.
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        # Sending is many short turns of a processor; between long ones of quantising it would wait for each.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights-work", initializer=_give_way)
         self._failure: fp8.NotFinite | None = None
         self._launched: list[tuple[Tensor, list[str]]] = []
         """Of this bucket's launches on a GPU: the kernels' word on each matrix, 1 for one that is wrong, and names."""
@@ -187,11 +203,13 @@ class WeightSource:
         """Make room for the buckets; their number, the same on every rank."""
         self.finish()
         self.version, self.bytes_sent = version, 0
-        for number in range(len(self.schedule.receivers)):
-            self._make_buffers(number)
-        _barrier()
-        for number in range(len(self.schedule.receivers)):
-            self._open_segments(number)
+        far = {number for number in range(len(self.schedule.receivers)) if self._is_kept(number)}
+        if far and self._all_kept():
+            self._buffers |= self._kept
+        else:
+            self._make_all(far)
+            self._kept, self._kept_since = dict(self._buffers), version
+        self._make_all(set(range(len(self.schedule.receivers))) - far)
         return len(self.schedule.buckets)
 
     def publish(self, bucket: int) -> dict[str, Any]:
@@ -204,6 +222,25 @@ class WeightSource:
         if self._pending and bucket - min(self._pending) >= SLOTS:
             raise VimeError(f"bucket {bucket} is published before bucket {min(self._pending)} was released")
         self._pending.add(bucket)
+        far = not all(receiver.local for receiver in self.schedule.receivers)
+        if far and self._device.type == "cpu":
+            self._worker.submit(self._fill, bucket).result()
+        else:
+            self._fill(bucket)
+        if far:
+            _barrier()
+            self._send_far(bucket)
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return {
+            str(number): self._update_info(bucket, number)
+            for number, receiver in enumerate(self.schedule.receivers)
+            if receiver.publisher(bucket) == self.rank
+        }
+
+    def _fill(self, bucket: int) -> None:
+        """This rank's part of the bucket, in the receivers' buffers."""
         moves = self._moves[bucket]
         views: Views = {
             number: self._views(bucket, number)
@@ -218,17 +255,6 @@ class WeightSource:
         if self._device.type == "cuda":
             # Engines read from another process and buckets are sent by another thread: neither knows this stream.
             torch.cuda.synchronize(self._device)
-        if not all(receiver.local for receiver in self.schedule.receivers):
-            _barrier()
-            self._send_far(bucket)
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        return {
-            str(number): self._update_info(bucket, number)
-            for number, receiver in enumerate(self.schedule.receivers)
-            if receiver.publisher(bucket) == self.rank
-        }
 
     def release(self, bucket: int) -> None:
         """The engines have loaded the bucket; its memory is free for another."""
@@ -237,15 +263,15 @@ class WeightSource:
         self._pending.discard(bucket)
 
     def finish(self) -> None:
-        """Give all memory back; also after a sync that failed."""
+        """Give all memory back that has a name; also after a sync that failed."""
         for buffer in self._buffers.values():
-            if buffer.segment is not None and buffer.owned:
-                buffer.segment.unlink()
+            buffer.unlink()
         self._buffers.clear()
         self._pending.clear()
         if any(not sending.done() for mine in self._sending.values() for sending in mine):
             # A failed sync left a message that nobody takes: it ends at the group's own deadline, out of the way.
             self._channels.clear()
+            self._kept, self._kept_since = {}, 0
             self._sender.shutdown(wait=False, cancel_futures=True)
             self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._sending.clear()
@@ -258,6 +284,32 @@ class WeightSource:
 
     def _segment_name(self, number: int, slot: int) -> str:
         return segment_name(self._run, self.schedule.home(number), number, slot)
+
+    def _is_kept(self, number: int) -> bool:
+        receiver = self.schedule.receivers[number]
+        return not receiver.local and not receiver.on_gpu
+
+    def _all_kept(self) -> bool:
+        """Whether every rank still has what was made at the same time; one that saw a sync fail has not."""
+        times = torch.tensor([self._kept_since, -self._kept_since], device=self._device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(times, dist.ReduceOp.MIN)
+        first, last = times.tolist()
+        return first == -last > 0
+
+    def _make_all(self, numbers: Collection[int]) -> None:
+        """Make the buffers of some receivers and map those that other ranks of the node have made."""
+        if not numbers:
+            return
+        for number in numbers:
+            self._make_buffers(number)
+        _barrier()
+        for number in numbers:
+            self._open_segments(number)
+        if any(self._is_kept(number) for number in numbers):
+            _barrier()
+            for buffer in self._buffers.values():
+                buffer.unlink()
 
     def _make_buffers(self, number: int) -> None:
         """A receiver's buffers that this rank makes: the publisher's on GPUs; else the node's ranks share the work,
@@ -501,6 +553,11 @@ def entry_views(data: Tensor, place: Place, block: fp8.Block) -> tuple[Tensor, T
     shape = fp8.scale_shape(entry.shape, block)
     scales = data[place.scale_offset : place.scale_offset + 4 * math.prod(shape)]
     return tensor, scales.view(torch.float32).view(shape)
+
+
+def _give_way() -> None:
+    """Lower the priority of the calling thread, and so of those that it starts."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _bytes(segment: Segment) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Any
 from vime.sync.plan import RECEIVED
 
 BACKENDS = ("vime", "vime-shm", "vime-gloo")
-"""All are one receiver: workers get buckets from GPU memory, shared memory or a group, as the driver says. The ways of
-`vime`, through GPU memory and NCCL, have been tested as planning and in the memory of CPUs, not with vLLM on a GPU."""
+"""All are one receiver: workers get buckets from GPU memory, shared memory or a group, as the driver says."""
 TESTED_VLLM = "0.32"
 
 
