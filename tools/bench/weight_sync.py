@@ -1,6 +1,6 @@
 """A weight sync against its limit and its peer, in one run: DeepSeek-V3's expert shapes, EP2, one engine.
 
-    python tools/bench/weight_sync.py [--experts 24] [--buffer-mb 64] [--repeats 3]
+    python tools/bench/weight_sync.py [--experts 24] [--buffer-mb 64] [--repeats 10]
 
 - limit: the bytes that the sync moves, ready-made, copied through the same channel by the same processes: shared memory
   to an engine on the trainer's node, gloo to one on another node
@@ -423,7 +423,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=24)
     parser.add_argument("--buffer-mb", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
