@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import queue
 import stat
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,10 +27,11 @@ from vime.errors import BadInput, VimeError
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync import segment
+from vime.sync.buffers import entry_views
 from vime.sync.digest import digest, trainer_digests
 from vime.sync.plan import SLOTS, Schedule, make_schedule, receivers_of
 from vime.sync.segment import Segment, SegmentError, segment_name
-from vime.sync.source import WeightSource, entry_views
+from vime.sync.source import WeightSource
 
 FP8 = tiny_hf.with_fp8(tiny_hf.DEEPSEEK, (16, 16))
 CROSSING = tiny_hf.with_fp8(tiny_hf.DEEPSEEK, (40, 24))
@@ -83,7 +86,7 @@ def check_published(
     """Compare everything that this rank published; how many tensors."""
     schedule, count = source.schedule, 0
     for number, info in infos.items():
-        data = source._buffers[int(number), bucket % SLOTS].data
+        data = source._buffers.of(bucket, int(number)).data
         if info["segment"] is not None:
             data = torch.frombuffer(Segment.open(info["segment"]).memory, dtype=torch.uint8)
         places, size = schedule.places(bucket, int(number))
@@ -317,20 +320,36 @@ def test_segments_are_private_and_go_when_the_sync_ends(tmp_path: Path) -> None:
 def test_buffers_for_another_node_have_no_name_and_stay_from_sync_to_sync(tmp_path: Path) -> None:
     """Making their pages takes longer than filling them."""
     source = one_rank(FP8, str(tmp_path), engine_node=1)
+
+    def addresses() -> list[int]:
+        return [source._buffers.of(slot, 0).data.data_ptr() for slot in range(SLOTS)]
+
     source.prepare(1)
-    first = [buffer.data.data_ptr() for buffer in source._buffers.values()]
-    assert len(first) == SLOTS
-    assert not [path for path in segment.DIRECTORY.iterdir() if path.name == segment_name(str(tmp_path), 0, 0, 0)]
+    first = [source._buffers.of(slot, 0) for slot in range(SLOTS)]
+    before = addresses()
+    assert not (segment.DIRECTORY / segment_name(str(tmp_path), 0, 0, 0)).exists()
     source.finish()
     source.prepare(2)
-    assert [buffer.data.data_ptr() for buffer in source._buffers.values()] == first
+    assert addresses() == before
+    # A message that nobody took may still be read from them.
     stuck: Future[None] = Future()
     source._sending[0] = [stuck]
     source.finish()
-    assert not source._kept, "a message that nobody took may still be read from them"
     source.prepare(3)
-    assert len(source._buffers) == SLOTS
+    assert not set(addresses()) & {buffer.data.data_ptr() for buffer in first}
     source.finish()
+
+
+def test_a_threads_priority_is_lowered_from_whatever_it_is() -> None:
+    """Without rights a process cannot raise it, which a fixed value would be for one that is low already."""
+    code = (
+        "import os\nfrom concurrent.futures import ThreadPoolExecutor\nfrom vime.sync.source import _give_way\n"
+        "os.nice(15)\nif os.geteuid() == 0: os.setuid(65534)\n"
+        "with ThreadPoolExecutor(1, initializer=_give_way) as pool:\n"
+        "    print(pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, 0)).result())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout.strip()) == (0, "19"), found.stderr
 
 
 def test_files_of_others_are_no_segments(tmp_path: Path) -> None:

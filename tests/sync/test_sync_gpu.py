@@ -67,7 +67,7 @@ def streams(source: WeightSource, version: int) -> list[tuple[dict[str, Any], to
     found = []
     for bucket in range(source.prepare(version)):
         info = source.publish(bucket)["0"]
-        found.append((info, source._buffers[0, bucket % 2].data[: info["size"]].cpu().clone()))
+        found.append((info, source._buffers.of(bucket, 0).data[: info["size"]].cpu().clone()))
         source.release(bucket)
     source.finish()
     return found
@@ -106,7 +106,7 @@ def test_another_process_maps_what_was_published(tmp_path: Path) -> None:
             info = source.publish(bucket)["0"]
             reader.stdin.write(json.dumps(info) + "\n")
             reader.stdin.flush()
-            data = source._buffers[0, bucket % 2].data[: info["size"]].cpu()
+            data = source._buffers.of(bucket, 0).data[: info["size"]].cpu()
             assert reader.stdout.readline().strip() == hashlib.sha256(data.numpy().data).hexdigest()
             source.release(bucket)
         reader.stdin.close()
@@ -155,7 +155,7 @@ def test_another_gpu_gets_through_nccl_what_was_published(tmp_path: Path, monkey
             info = source.publish(bucket)["0"]
             receiver.stdin.write(f"{info['size']}\n")
             receiver.stdin.flush()
-            data = source._buffers[0, bucket % 2].data[: info["size"]].cpu()
+            data = source._buffers.of(bucket, 0).data[: info["size"]].cpu()
             assert receiver.stdout.readline().strip() == hashlib.sha256(data.numpy().data).hexdigest()
             source.release(bucket)
         source.finish()

@@ -1,5 +1,8 @@
 """Weight sync into real vLLM engines on GPUs, in block fp8 as DeepSeek's checkpoint has it: afterwards an engine is
-what a fresh one is that loads the quantised folder."""
+what a fresh one is that loads the quantised folder.
+
+The GPUs should be free: vLLM checks what is left of their memory when an engine goes to sleep.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,6 @@ FP8_DEEPSEEK = {
 }  # fmt: skip
 HALF_QWEN3 = {**QWEN3, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "268435456", "--enable-sleep-mode")
-Answers = list[list[tuple[list[int], list[float]]]]
 
 
 @pytest.fixture(autouse=True)

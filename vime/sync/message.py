@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vime.checkpoint.fp8_format import scale_shape
-from vime.sync.plan import ALIGNMENT, Entry, Move
+from vime.sync.plan import Entry, Move, padded
 
 Block = tuple[int, int]
 
@@ -60,8 +60,4 @@ def _sizes(move: Move, block: Block) -> tuple[int, int]:
     size, scales = math.prod(move.piece.size) * _sent_as(move).itemsize, 0
     if move.entry.quantised and move.on_shard:
         scales = 4 * math.prod(scale_shape(move.piece.size, block))
-    return _aligned(size), _aligned(scales)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return padded(size), padded(scales)

@@ -428,7 +428,7 @@ def _fill(
     group: list[Entry] = []
     filled = [0] * len(receivers)
     for entry in entries:
-        size = _padded(entry.bytes) + (_padded(_scale_bytes(entry, block)) if entry.quantised else 0)
+        size = padded(entry.bytes) + (padded(_scale_bytes(entry, block)) if entry.quantised else 0)
         after = [used + size * receiver.needs(entry) for used, receiver in zip(filled, receivers, strict=True)]
         if group and max(after, default=0) > limit:
             yield group
@@ -445,10 +445,10 @@ def _places(entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, in
         if not receiver.needs(entry):
             continue
         start, scale = offset, None
-        offset += _padded(entry.bytes)
+        offset += padded(entry.bytes)
         if entry.quantised:
             scale = offset
-            offset += _padded(_scale_bytes(entry, block))
+            offset += padded(_scale_bytes(entry, block))
         places.append(Place(entry, start, scale))
     return tuple(places), offset
 
@@ -457,7 +457,8 @@ def _scale_bytes(entry: Entry, block: tuple[int, int]) -> int:
     return math.prod(scale_shape(entry.shape, block)) * 4
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes up to where the next tensor may begin."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -9,10 +9,9 @@ the memory of their publisher's: a worker that shares its GPU reads them there, 
 
 from __future__ import annotations
 
-import math
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,36 +27,11 @@ from vime.megatron.naming import local_tensors
 from vime.models.config import ModelConfig
 from vime.planning.types import Plan
 from vime.recipe.parallel import Coordinates, ParallelLayout
-from vime.sync import cuda_memory
+from vime.sync.buffers import Buffers, Views, barrier, entry_views
 from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
-from vime.sync.message import message_bytes, message_parts, scale_box, torch_type
+from vime.sync.message import message_bytes, message_parts, scale_box
 from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
-from vime.sync.segment import Segment, segment_name
-
-
-@dataclass
-class Buffer:
-    """A bucket's place for one receiver."""
-
-    data: Tensor
-    """uint8 [capacity]."""
-    segment: Segment | None
-    """The shared memory that it is; None on a GPU."""
-    owned: bool
-    """Whether there is a name that this rank has to remove."""
-    handle: list[Any] | None = None
-    """What another process needs to map it, on a GPU."""
-
-    def unlink(self) -> None:
-        """Nobody finds the memory by its name any more."""
-        if self.segment is not None and self.owned:
-            self.segment.unlink()
-            self.owned = False
-
-
-Views = dict[int, dict[str, tuple[Tensor, Tensor | None]]]
-"""By receiver and HF name: the tensor in the receiver's buffer, and its scales."""
 
 
 @dataclass
@@ -148,7 +122,7 @@ class WeightSource:
         checkpoint: HFCheckpoint | None,
     ) -> None:
         self.schedule, self.rank = schedule, rank
-        self._tensors, self._run, self._checkpoint = tensors, run, checkpoint
+        self._tensors, self._checkpoint = tensors, checkpoint
         self._device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         # The order of moves is the same on every rank; each keeps those that it sends or publishes.
         self._moves = [
@@ -159,12 +133,7 @@ class WeightSource:
             ]
             for bucket in schedule.buckets
         ]
-        self._buffers: dict[tuple[int, int], Buffer] = {}
-        self._kept: dict[tuple[int, int], Buffer] = {}
-        """Buffers of far receivers in the memory of the host, from one sync to the next: they have no names any more,
-        and pages cost more to make than to fill."""
-        self._kept_since = 0
-        """The version for which they were made."""
+        self._buffers = Buffers(schedule, rank, run, self._device)
         self._pending: set[int] = set()
         self._listeners: dict[tuple[int, int], tuple[Listener, int]] = {}
         self._channels: dict[tuple[int, int], Channel] = {}
@@ -203,13 +172,7 @@ class WeightSource:
         """Make room for the buckets; their number, the same on every rank."""
         self.finish()
         self.version, self.bytes_sent = version, 0
-        far = {number for number in range(len(self.schedule.receivers)) if self._is_kept(number)}
-        if far and self._all_kept():
-            self._buffers |= self._kept
-        else:
-            self._make_all(far)
-            self._kept, self._kept_since = dict(self._buffers), version
-        self._make_all(set(range(len(self.schedule.receivers))) - far)
+        self._buffers.prepare()
         return len(self.schedule.buckets)
 
     def publish(self, bucket: int) -> dict[str, Any]:
@@ -228,7 +191,7 @@ class WeightSource:
         else:
             self._fill(bucket)
         if far:
-            _barrier()
+            barrier()
             self._send_far(bucket)
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -243,7 +206,7 @@ class WeightSource:
         """This rank's part of the bucket, in the receivers' buffers."""
         moves = self._moves[bucket]
         views: Views = {
-            number: self._views(bucket, number)
+            number: self._buffers.views(bucket, number)
             for number in {move.receiver for move in moves if self._reaches(move, bucket)}
         }
         with torch.no_grad():
@@ -263,15 +226,14 @@ class WeightSource:
         self._pending.discard(bucket)
 
     def finish(self) -> None:
-        """Give all memory back that has a name; also after a sync that failed."""
-        for buffer in self._buffers.values():
-            buffer.unlink()
-        self._buffers.clear()
+        """Give the buffers back; also after a sync that failed."""
+        self._buffers.finish()
         self._pending.clear()
+        self._launched, self._failure = [], None
         if any(not sending.done() for mine in self._sending.values() for sending in mine):
             # A failed sync left a message that nobody takes: it ends at the group's own deadline, out of the way.
             self._channels.clear()
-            self._kept, self._kept_since = {}, 0
+            self._buffers.forget()
             self._sender.shutdown(wait=False, cancel_futures=True)
             self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._sending.clear()
@@ -279,71 +241,6 @@ class WeightSource:
     def digests(self) -> dict[str, str]:
         """By HF name: what engines should have received of the tensors that fall to this rank, to check a sync."""
         return trainer_digests(self.schedule, self.rank, self._tensors, self._checkpoint)
-
-    # Memory
-
-    def _segment_name(self, number: int, slot: int) -> str:
-        return segment_name(self._run, self.schedule.home(number), number, slot)
-
-    def _is_kept(self, number: int) -> bool:
-        receiver = self.schedule.receivers[number]
-        return not receiver.local and not receiver.on_gpu
-
-    def _all_kept(self) -> bool:
-        """Whether every rank still has what was made at the same time; one that saw a sync fail has not."""
-        times = torch.tensor([self._kept_since, -self._kept_since], device=self._device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(times, dist.ReduceOp.MIN)
-        first, last = times.tolist()
-        return first == -last > 0
-
-    def _make_all(self, numbers: Collection[int]) -> None:
-        """Make the buffers of some receivers and map those that other ranks of the node have made."""
-        if not numbers:
-            return
-        for number in numbers:
-            self._make_buffers(number)
-        _barrier()
-        for number in numbers:
-            self._open_segments(number)
-        if any(self._is_kept(number) for number in numbers):
-            _barrier()
-            for buffer in self._buffers.values():
-                buffer.unlink()
-
-    def _make_buffers(self, number: int) -> None:
-        """A receiver's buffers that this rank makes: the publisher's on GPUs; else the node's ranks share the work,
-        most of which is the kernel's, clearing pages."""
-        receiver = self.schedule.receivers[number]
-        home = self.schedule.home(number)
-        makers = [rank for rank, node in enumerate(self.schedule.nodes) if node == home]
-        for slot in range(min(SLOTS, len(self.schedule.buckets))):
-            maker = receiver.publishers[0] if receiver.on_gpu else makers[slot % len(makers)]
-            if self.rank == maker:
-                self._buffers[number, slot] = self._new_buffer(number, slot)
-
-    def _new_buffer(self, number: int, slot: int) -> Buffer:
-        size, receiver = self.schedule.capacity(number, slot), self.schedule.receivers[number]
-        if receiver.on_gpu:
-            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-            handle = cuda_memory.share(memory) if memory.is_cuda and receiver.local else None
-            return Buffer(memory, None, owned=True, handle=handle)
-        segment = Segment.create(self._segment_name(number, slot), size)
-        return Buffer(_bytes(segment), segment, owned=True)
-
-    def _open_segments(self, number: int) -> None:
-        if self.schedule.nodes[self.rank] != self.schedule.home(number) or self.schedule.receivers[number].on_gpu:
-            return
-        for slot in range(min(SLOTS, len(self.schedule.buckets))):
-            if (number, slot) not in self._buffers:
-                segment = Segment.open(self._segment_name(number, slot), write=True)
-                self._buffers[number, slot] = Buffer(_bytes(segment), segment, owned=False)
-
-    def _views(self, bucket: int, number: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """By name: the tensor and its scales in the receiver's buffer."""
-        places, _ = self.schedule.places(bucket, number)
-        data = self._buffers[number, bucket % SLOTS].data
-        return {place.entry.name: entry_views(data, place, self.schedule.block) for place in places}
 
     # Moving
 
@@ -481,7 +378,7 @@ class WeightSource:
             if receiver.publisher(bucket) != self.rank:
                 continue
             places, _ = self.schedule.places(bucket, number)
-            data = self._buffers[number, bucket % SLOTS].data
+            data = self._buffers.of(bucket, number).data
             for place in places:
                 if place.entry.frozen:
                     self._copy_stored(place, entry_views(data, place, self.schedule.block))
@@ -503,12 +400,12 @@ class WeightSource:
         """Start sending the bucket to far nodes; `release` waits for the end, which needs the engines' update call."""
         for (number, _), channel in self._channels.items():
             if self.schedule.receivers[number].publisher(bucket) == self.rank:
-                data = self._buffers[number, bucket % SLOTS].data[: self.schedule.places(bucket, number)[1]]
+                data = self._buffers.of(bucket, number).data[: self.schedule.places(bucket, number)[1]]
                 self._sending.setdefault(bucket, []).append(self._sender.submit(channel.move, data))
 
     def _update_info(self, bucket: int, number: int) -> dict[str, Any]:
         places, size = self.schedule.places(bucket, number)
-        buffer = self._buffers[number, bucket % SLOTS]
+        buffer = self._buffers.of(bucket, number)
         local = buffer.segment is not None and self.schedule.receivers[number].local
         return {
             "segment": buffer.segment.name if buffer.segment and local else None,
@@ -543,27 +440,7 @@ def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> Iterator[tup
         yield table.wrong, [one.entry.name for one in mine]
 
 
-def entry_views(data: Tensor, place: Place, block: fp8.Block) -> tuple[Tensor, Tensor | None]:
-    """A tensor and its scales as views of a buffer (uint8)."""
-    entry = place.entry
-    raw = data[place.offset : place.offset + entry.bytes]
-    tensor = raw.view(torch_type(entry)).view(entry.shape)
-    if place.scale_offset is None:
-        return tensor, None
-    shape = fp8.scale_shape(entry.shape, block)
-    scales = data[place.scale_offset : place.scale_offset + 4 * math.prod(shape)]
-    return tensor, scales.view(torch.float32).view(shape)
-
-
 def _give_way() -> None:
     """Lower the priority of the calling thread, and so of those that it starts."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def _bytes(segment: Segment) -> Tensor:
-    return torch.frombuffer(segment.memory, dtype=torch.uint8)
-
-
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)

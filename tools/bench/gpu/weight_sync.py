@@ -35,8 +35,9 @@ from vime.models.shards import holds
 from vime.models.transform import split
 from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
-from vime.sync.plan import SLOTS, Schedule, make_schedule, receivers_of
-from vime.sync.source import WeightSource, entry_views
+from vime.sync.buffers import entry_views
+from vime.sync.plan import Schedule, make_schedule, receivers_of
+from vime.sync.source import WeightSource
 
 BLOCK = (128, 128)
 
@@ -102,7 +103,7 @@ def compare(source: WeightSource, bucket: int, device: torch.device) -> None:
     for number, receiver in enumerate(schedule.receivers):
         if source.rank not in receiver.publishers:
             continue
-        data = source._buffers[number, bucket % SLOTS].data
+        data = source._buffers.of(bucket, number).data
         for place in schedule.places(bucket, number)[0]:
             entry = place.entry
             got, scales = entry_views(data, place, schedule.block)
