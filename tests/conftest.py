@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["fake_checkpoint"]
+pytest_plugins = ["tests.support.fake_checkpoint"]
 CLUSTER_MODULES = ("test_slurm_", "test_docs_commands", "test_engine_nodes")
 
 
@@ -47,3 +47,16 @@ def environment_of_modules() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def environment_of_tests() -> Iterator[None]:
     yield from restored_environment()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run folder with everything in its path that breaks careless quoting."""
+    return tmp_path / 'it\'s a "run" & größe $HOME'
+
+
+@pytest.fixture(autouse=True)
+def reward_plugins_are_importable(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Worker processes of the rollout's and the rewards' tests find `reward_plugins`."""
+    if Path(request.fspath).parent.name in ("rewards", "rollout"):
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"))

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from docs_commands import KINDS, PAGES, ROOT, Block, blocks, person, run, with_dry_run
-from synthetic import synthetic_run
 
 import vime
+from tests.support.docs_commands import KINDS, PAGES, ROOT, Block, blocks, person, run, with_dry_run
+from tests.support.synthetic import synthetic_run
 from vime.errors import Cause
 from vime.observe.outcome import ADVICE
-from vime.planning.registry import record_run
+from vime.run.registry import record_run
 
 DOCS = {path.name for path in (ROOT / "docs").glob("*.md")}
 

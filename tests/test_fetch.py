@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, serve
 
+from tests.support.hub_server import Hub, serve
 from vime import fetch
 from vime.checkpoint import download
 from vime.checkpoint.download import Listing, RemoteFile, Source

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from vime.command import command
+from vime.cli import command
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 
 TALKER = """
 import sys
-from vime.command import command
+from vime.cli import command
 @command
 def main(argv):
     print("x" * 1_000_000)

@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_package_of_the_tree_is_listed():
     listed = configparser.ConfigParser()
     listed.read(ROOT / "setup.cfg")
-    names = {line for line in listed["options"]["packages"].split() if not line.startswith("vime.slurm")}
+    names = {line for line in listed["options"]["packages"].split() if not line.startswith("vime.slurm_")}
     tree = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vime").rglob("__init__.py")}
     configs = {"vime.configs", *(f"vime.configs.{path.name}" for path in (ROOT / "configs").iterdir() if path.is_dir())}
     assert names == tree | configs

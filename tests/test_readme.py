@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs_commands import blocks
+
+from tests.support.docs_commands import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vime import submit
-from vime.planning.io import read_plan
-from vime.planning.registry import last_run
+from vime.run.folder import read_plan
+from vime.run.registry import last_run
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "numpy", "megatron")
 

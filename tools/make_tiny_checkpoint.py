@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vime.checkpoint import fp8
 from vime.errors import BadInput, VimeError
+from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 from vime.models.namemap import HFTensor, Param, Where

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vime.command import command
+from vime.cli import Parser, command, split_flags
 from vime.errors import BadInput
-from vime.launch.runner_slurm import attach_argv
-from vime.launch.slurm import expand_hosts, query_job
-from vime.launch.state import run_state
-from vime.planning.io import BINDING, read_binding, read_plan
-from vime.planning.registry import find_run, last_run
-from vime.submit import Parser, split_flags
+from vime.launch.srun import attach_argv
+from vime.run.folder import BINDING, read_binding, read_plan
+from vime.run.registry import find_run, last_run
+from vime.run.state import run_state
+from vime.slurm.queue import expand_hosts, query_job
 
 SHELL = ("bash", "-i")
 

@@ -10,14 +10,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vime.command import command
+from vime.cli import command
 from vime.errors import BadInput, DeadlineExceeded
-from vime.launch import slurm
-from vime.launch.events import last_start, read_events
-from vime.launch.jobs import read_jobs
-from vime.launch.state import controller_is_here, run_state
-from vime.launch.supervise import start_ticks
-from vime.planning.registry import find_run, last_run
+from vime.run.jobs import read_jobs
+from vime.run.journal import last_start, read_events
+from vime.run.registry import find_run, last_run
+from vime.run.state import controller_is_here, run_state
+from vime.slurm import queue as slurm
+from vime.system.processes import start_ticks
 
 _PATIENCE_S = 60.0
 

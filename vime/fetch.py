@@ -10,12 +10,12 @@ from pathlib import Path
 
 from vime.checkpoint import download
 from vime.checkpoint.download import Listing, RemoteFile, Source
-from vime.checkpoint.durable import require_space
 from vime.checkpoint.progress import Progress
-from vime.command import command
+from vime.cli import command
 from vime.errors import BadInput
 from vime.planning.cluster import load_cluster
 from vime.recipe.load import absolute_path, load_recipe
+from vime.system.files import require_space
 
 _NAMED = 20
 

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vime.command import command
+from vime.cli import command
 from vime.errors import BadInput
-from vime.launch.events import Event, read_events
-from vime.launch.logfiles import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks, tail_offset
-from vime.launch.state import run_state
-from vime.planning.io import read_plan
-from vime.planning.registry import find_run, last_run
+from vime.run.folder import read_plan
+from vime.run.journal import Event, read_events
+from vime.run.logs import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks, tail_offset
+from vime.run.registry import find_run, last_run
+from vime.run.state import run_state
 
 _POLL_SECONDS = 0.5
 _STATE_SECONDS = 5.0

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vime.command import command
+from vime.cli import build_parser, command, split_flags
 from vime.errors import BadInput
-from vime.planning.io import read_plan
 from vime.planning.needs import as_json, needs_of, render_needs
-from vime.planning.registry import find_run
+from vime.planning.request import plan_from
 from vime.planning.show import render, render_placement
 from vime.planning.svg import placement_svg
-from vime.planning.types import Plan
-from vime.submit import build_parser, plan_from, split_flags
+from vime.run.folder import read_plan
+from vime.run.plan import Plan
+from vime.run.registry import find_run
 
 
 @command

@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vime.command import command
+from vime.cli import command
 from vime.errors import BadInput
-from vime.launch.prune import Old, old_checkpoints, remove
-from vime.launch.state import RunState, run_state
-from vime.planning.io import read_plan
-from vime.planning.registry import Run, find_run, runs
 from vime.planning.show import size, table
-from vime.planning.types import Plan
+from vime.run.folder import read_plan
+from vime.run.plan import Plan
+from vime.run.prune import Old, old_checkpoints, remove
+from vime.run.registry import Run, find_run, runs
+from vime.run.state import RunState, run_state
 
 
 def known(names: Sequence[str]) -> list[Run]:

@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vime.command import command
-from vime.launch.state import RunState, run_state
-from vime.planning.registry import find_run, last_run
+from vime.cli import command
+from vime.run.registry import find_run, last_run
+from vime.run.state import RunState, run_state
 
 _WATCH_SECONDS = 2.0
 _CLEAR = "\x1b[H\x1b[2J"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support import tiny_hf
 from vime.checkpoint import cast, convert
 from vime.checkpoint.ranks import Ranks
 

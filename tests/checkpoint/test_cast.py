@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_hf import DEEPSEEK, random_tensors, stored_tensors, with_fp8, write_checkpoint, write_folder
+from tests.support.tiny_hf import DEEPSEEK, random_tensors, stored_tensors, with_fp8, write_checkpoint, write_folder
 from vime.checkpoint import cast as cast_module
 from vime.checkpoint.cast import cast_to_bf16, verify_cast
-from vime.checkpoint.fp8 import dequantise, scale_name
 from vime.errors import BadInput, DeadlineExceeded
+from vime.fp8.quantise import dequantise, scale_name
 
 TOOL = Path(__file__).parents[2] / "tools" / "fp8_cast_bf16.py"
 ATTENTION = "model.layers.0.self_attn.o_proj.weight"

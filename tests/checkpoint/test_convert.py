@@ -11,12 +11,12 @@ import weakref
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import tiny_hf
 from vime.checkpoint import convert as tool
 from vime.checkpoint import dist_save
 from vime.checkpoint.convert import deal_out
@@ -25,12 +25,13 @@ from vime.checkpoint.export import export
 from vime.checkpoint.export import main as export_main
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.ranks import Ranks, process_group
-from vime.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader
+from vime.checkpoint.torch_dist import TorchDistReader
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.disk import disk_place
 from vime.models.families import params_of
 from vime.recipe.parallel import ParallelLayout
+from vime.run.checkpoints import RELEASE, TRACKER
 
 MODELS = {
     "deepseek": tiny_hf.DEEPSEEK,

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vime.checkpoint.fp8 import dequantise, quantise
+from tests.support import tiny_hf
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.hf_writer import HFWriter
 from vime.checkpoint.safetensors_file import Spec
 from vime.errors import BadInput
+from vime.fp8.quantise import dequantise, quantise
 from vime.models.families import params_of
 
 FP8 = tiny_hf.with_fp8(tiny_hf.DEEPSEEK)

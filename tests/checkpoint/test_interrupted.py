@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 
+from tests.support import tiny_hf
 from vime.checkpoint.cast import output_shards
 from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
 
 pytestmark = pytest.mark.e2e
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 POINTS = 8
 
 

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from test_convert import TOOL, torchrun
 
+from tests.support import tiny_hf
 from vime.checkpoint.convert import main as convert
 from vime.checkpoint.export import export
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 pytestmark = pytest.mark.e2e
 
 YARN = tiny_hf.DEEPSEEK

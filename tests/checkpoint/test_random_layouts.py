@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_hf
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support import tiny_hf
 from vime.checkpoint.convert import TIMEOUT, convert, verify
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.load import read_shard

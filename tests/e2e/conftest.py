@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from main_job import BaseFolder
-from slurm_cluster import DevCluster, bring_up, running_nodes
+
+from tests.support.main_job import BaseFolder
+from tests.support.slurm_cluster import DevCluster, bring_up, running_nodes
 
 
 @pytest.fixture(scope="session")

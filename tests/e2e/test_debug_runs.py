@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.small_base import start_run, write_qwen3
-from vime.observe.metrics import read_metrics
+from tests.support.small_base import start_run, write_qwen3
 from vime.observe.samples import read_rollout
+from vime.run.metrics import read_metrics
 
 pytestmark = pytest.mark.e2e
 

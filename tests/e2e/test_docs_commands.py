@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from docs_commands import ROOT, blocks, person
-from main_job import BaseFolder
-from slurm_cluster import DevCluster
+
+from tests.support.docs_commands import ROOT, blocks, person
+from tests.support.main_job import BaseFolder
+from tests.support.slurm_cluster import DevCluster
 
 pytestmark = pytest.mark.e2e
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import wait_until
 
-from tests.small_base import start_run, write_qwen3
-from vime.observe.metrics import read_metrics
+from tests.support.slurm_cluster import wait_until
+from tests.support.small_base import start_run, write_qwen3
 from vime.observe.timeline import read_timeline
+from vime.run.metrics import read_metrics
 
 pytestmark = pytest.mark.e2e
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from reference_log_probs import reference_log_probs
-from slurm_cluster import DevCluster
 
-from tests.small_base import write_qwen3
+from tests.support.reference_log_probs import reference_log_probs
+from tests.support.slurm_cluster import DevCluster
+from tests.support.small_base import write_qwen3
 from vime.planning.build import Checks, make_plan
 from vime.planning.cluster import load_cluster
-from vime.planning.io import write_binding, write_plan
-from vime.planning.types import Binding, BoundNode
 from vime.recipe.load import load_recipe
 from vime.rollout.client import EngineClient, SamplingSettings
+from vime.run.folder import write_binding, write_plan
+from vime.run.plan import Binding, BoundNode
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,7 @@ PROMPTS = [[6, 7, 8, 16, 9, 20], [3, 4, 5], [9, 9, 9, 9]]
 KEY = "a-key-of-this-run"
 NODE = """
 import sys
-from vime.planning.io import read_binding, read_plan
+from vime.run.folder import read_binding, read_plan
 from vime.rollout.engine import EngineServer
 run, position = sys.argv[1], int(sys.argv[2])
 server = EngineServer(read_plan(run), read_binding(run), 0, position, "a-key-of-this-run")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from main_job import PeakMemory
 
-from vime.launch.events import last_start, read_events
-from vime.observe.metrics import read_metrics, series
+from tests.support.main_job import PeakMemory
 from vime.observe.timeline import read_timeline
-from vime.planning.io import read_plan
-from vime.planning.resume import resume_command
+from vime.run.folder import read_plan
+from vime.run.journal import last_start, read_events
+from vime.run.metrics import read_metrics, series
+from vime.run.resume import resume_command
 
 pytestmark = pytest.mark.e2e
 

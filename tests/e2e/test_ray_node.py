@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, ray_stages
 
+from tests.support.launch_stub import make_plan, ray_stages
 from vime.launch.failure import telling_line
-from vime.launch.reports import REPORT_FD
-from vime.launch.rundir import make_secrets
-from vime.launch.supervise import descendants, kill_tree
-from vime.planning.io import write_binding
-from vime.planning.types import Binding, BoundNode
+from vime.run.folder import make_secrets, write_binding
+from vime.run.messages import REPORT_FD
+from vime.run.plan import Binding, BoundNode
+from vime.system.processes import descendants, kill_tree
 
 pytestmark = pytest.mark.e2e
 # An address and ports for each test, away from those of runs that may be under way on this machine.
@@ -94,7 +93,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
     scratch = Path(f"/tmp/vime-test-{os.getpid()}")
     scratch.mkdir(mode=0o700)
     env = {**os.environ, "VIME_NODE": "0", "RANK": "0", "TMPDIR": str(scratch), REPORT_FD: str(theirs)}
-    argv = [sys.executable, "-m", "vime.launch.ray_node", "--run", str(run_dir), "--head"]
+    argv = [sys.executable, "-m", "vime.node.ray_node", "--run", str(run_dir), "--head"]
     process = subprocess.Popen(argv, env=env, pass_fds=[theirs], stdout=log.open("wb"), stderr=subprocess.STDOUT)
     os.close(theirs)
     try:

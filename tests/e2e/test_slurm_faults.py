@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch_stub import READY, make_plan, preflight, ray_stages, service, stub
-from slurm_cluster import STATE, DevCluster, bring_up, wait_for_end, wait_for_event, wait_until
-from slurm_scene import HANG, Scene, node_name, scene
 
-from vime.launch import slurm
-from vime.launch.events import Journal, read_events
-from vime.launch.submit import submit
+from tests.support.launch_stub import READY, make_plan, preflight, ray_stages, service, stub
+from tests.support.slurm_cluster import STATE, DevCluster, bring_up, wait_for_end, wait_for_event, wait_until
+from tests.support.slurm_scene import HANG, Scene, node_name, scene
+from vime.launch.submission import submit
 from vime.planning import ports
-from vime.planning.io import read_binding, read_plan
-from vime.planning.types import Stage
+from vime.run.folder import read_binding, read_plan
+from vime.run.journal import Journal, read_events
+from vime.run.plan import Stage
+from vime.slurm import queue as slurm
 
 pytestmark = pytest.mark.e2e
 
@@ -109,7 +109,7 @@ def test_a_node_that_is_lost_for_the_second_time_is_left_out(run: Scene) -> None
     run.goes_on(left_out=lost)
     assert host not in [node.host for node in read_binding(run.run_dir).nodes]
     # What the lost node left goes when the next run's preflight comes there.
-    run.cluster.on_node(lost, sys.executable, "-c", "from vime.launch.nodetmp import remove_dead; remove_dead()")
+    run.cluster.on_node(lost, sys.executable, "-c", "from vime.node.scratch import remove_dead; remove_dead()")
     run.nothing_is_left()
 
 
@@ -148,7 +148,7 @@ def test_the_driver_raises(run: Scene) -> None:
 @pytest.mark.parametrize("stage", ["ray-workers", "train"])
 def test_a_step_exits_0_too_early(run: Scene, stage: str) -> None:
     """A service that is needed, or training that has not said that it is done."""
-    up = "from vime.launch.reports import report; import os, time; report('ready'); "
+    up = "from vime.run.messages import report; import os, time; report('ready'); "
     up += "time.sleep(2 if os.environ['RANK'] == '1' else 600)"
     workers = service("ray-workers", up if stage == "ray-workers" else READY, nodes=range(1, run.nodes))
     run.start(service("ray-head"), workers, run.training("raise SystemExit" if stage == "train" else HANG))
@@ -174,7 +174,7 @@ def test_a_stage_hangs(run: Scene) -> None:
 
 
 SAVES_WHEN_ASKED = """
-from vime.train.control import answer_checkpoint, checkpoint_requested
+from vime.run.folder import answer_checkpoint, checkpoint_requested
 while not checkpoint_requested({run!r}):
     time.sleep(0.1)
 answer_checkpoint({run!r}, 1, "iter_1")
@@ -306,7 +306,7 @@ def test_a_node_has_too_little_memory_and_a_spare_takes_its_place(run: Scene, tm
 
 
 def ring(run: Scene) -> Stage:
-    command = ("-m", "vime.launch.ring", "--run", str(run.run_dir))
+    command = ("-m", "vime.node.ring", "--run", str(run.run_dir))
     return Stage(name="ring", nodes=tuple(range(run.nodes)), command=command, tells_end=True, deadline_s=150)
 
 

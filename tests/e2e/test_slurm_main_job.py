@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from main_job import BaseFolder
-from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
-from vime.launch.events import read_events
-from vime.launch.jobs import read_jobs
-from vime.observe.metrics import read_metrics, series
+from tests.support.main_job import BaseFolder
+from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime.observe.timeline import read_timeline
-from vime.planning.io import read_plan
+from vime.run.folder import read_plan
+from vime.run.jobs import read_jobs
+from vime.run.journal import read_events
+from vime.run.metrics import read_metrics, series
 
 pytestmark = pytest.mark.e2e
 

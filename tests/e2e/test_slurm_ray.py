@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, preflight, ray_stages, stub
-from slurm_cluster import DevCluster, wait_for_end, wait_for_event
 
-from vime.launch.events import read_events
-from vime.launch.submit import submit
+from tests.support.launch_stub import make_plan, preflight, ray_stages, stub
+from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event
+from vime.launch.submission import submit
+from vime.run.journal import read_events
 
 pytestmark = pytest.mark.e2e
 
 DRIVER = """
 import json, os, sys
-from vime.launch.ray_process import pin_resource
-from vime.planning.io import read_binding, read_plan
+from vime.node.ray_process import pin_resource
+from vime.run.folder import read_binding, read_plan
 from vime.train.__main__ import connect
 from vime.train.placement import PIN, verify_here
 run = os.environ["VIME_RUN"]
@@ -44,8 +44,8 @@ print("everything is where the plan says", flush=True)
 
 WITHOUT_TOKEN = """
 import os, pathlib, subprocess, sys
-from vime.launch.ray_process import gcs_address
-from vime.planning.io import read_binding, read_plan
+from vime.node.ray_process import gcs_address
+from vime.run.folder import read_binding, read_plan
 run = os.environ["VIME_RUN"]
 code = "import ray, sys; ray.init(address=sys.argv[1]); print('let in')"
 env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}

@@ -9,16 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, preflight, ray_stages, service, stub
-from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
+from tests.support.launch_stub import make_plan, preflight, ray_stages, service, stub
+from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import cancel, logs, status
-from vime.launch import slurm
-from vime.launch.events import read_events
-from vime.launch.submit import check_accepted, sbatch_text, submit
-from vime.planning.io import read_binding
-from vime.planning.registry import record_run
-from vime.planning.types import Stage
+from vime.launch.submission import check_accepted, sbatch_text, submit
+from vime.run.folder import read_binding
+from vime.run.journal import read_events
+from vime.run.plan import Stage
+from vime.run.registry import record_run
+from vime.slurm import queue as slurm
 
 pytestmark = pytest.mark.e2e
 
@@ -84,7 +84,7 @@ def test_the_exit_code_tells_the_cause(four_nodes: DevCluster, run_dir: Path) ->
 SAVING = """
 import time
 from pathlib import Path
-from vime.train.control import answer_checkpoint, checkpoint_requested
+from vime.run.folder import answer_checkpoint, checkpoint_requested
 run = Path({run!r})
 if (run / "saved").exists():
     print("goes on", flush=True)

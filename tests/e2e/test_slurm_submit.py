@@ -11,17 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, preflight, service, stub
-from slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 
+from tests.support.launch_stub import make_plan, preflight, service, stub
+from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import attach, cancel, logs, status
-from vime.launch import slurm
-from vime.launch.events import read_events
-from vime.launch.jobs import Job, read_jobs
-from vime.launch.submit import check_accepted, check_free, scripts, submit_jobs, write_scripts
-from vime.planning.io import read_plan
-from vime.planning.registry import record_run
-from vime.planning.types import Plan, Stage
+from vime.launch.submission import check_accepted, check_free, scripts, submit_jobs, write_scripts
+from vime.run.folder import read_plan
+from vime.run.jobs import Job, read_jobs
+from vime.run.journal import read_events
+from vime.run.plan import Plan, Stage
+from vime.run.registry import record_run
+from vime.slurm import queue as slurm
 
 pytestmark = pytest.mark.e2e
 
@@ -179,10 +179,10 @@ def tree_of(folder: Path) -> Path:
 SUBMIT_HELD = """
 import sys
 from pathlib import Path
-from launch_stub import make_plan, preflight, stub
-from vime.launch import snapshot
-from vime.launch.submit import submit
-from vime.submit import start
+from tests.support.launch_stub import make_plan, preflight, stub
+from vime.run import code as snapshot
+from vime.launch.submission import submit
+from vime.launch.prepare import start
 run_dir = Path(sys.argv[1])
 code = "import vime.version_of_test as v, my_plugin; print(v.VALUE, my_plugin.VALUE, flush=True)"
 plan = make_plan(run_dir, [preflight(run_dir, 2), stub("train", code, nodes=(0, 1))], nodes=2, kind="slurm",
@@ -199,7 +199,7 @@ def test_edits_after_the_submission_do_not_change_a_queued_run(four_nodes: DevCl
     tree, run_dir = tree_of(tmp_path / "a tree"), tmp_path / "run folder"
     (tree / "vime" / "version_of_test.py").write_text("VALUE = 'as submitted'\n")
     (tree / "my_plugin.py").write_text("VALUE = 'own reward'\n")
-    env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT / 'tests'}"}
+    env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
     done = subprocess.run(
         [sys.executable, "-c", SUBMIT_HELD, str(run_dir)], env=env, cwd=tree, capture_output=True, text=True, timeout=60
     )
@@ -207,7 +207,7 @@ def test_edits_after_the_submission_do_not_change_a_queued_run(four_nodes: DevCl
     job = done.stdout.split()[-1]
     (tree / "vime" / "version_of_test.py").write_text("VALUE = 'edited'\n")
     (tree / "vime" / "launch" / "controller.py").write_text("raise SystemExit('edited')\n")
-    (tree / "vime" / "launch" / "task.py").write_text("raise SystemExit('edited')\n")
+    (tree / "vime" / "node" / "task.py").write_text("raise SystemExit('edited')\n")
     (tree / "my_plugin.py").write_text("VALUE = 'edited'\n")
     slurm.call("scontrol", "release", job)
     assert wait_for_end(job, 120) == "COMPLETED", read_events(run_dir)[-1:]
@@ -272,7 +272,7 @@ def test_the_template_of_one_job_plans_in_the_allocation(
     plan = read_plan(run_dir)
     assert (len(plan.nodes), plan.cluster.time_limit_minutes, plan.recipe.optimizer.lr) == (2, 10, 2e-6), log
     assert plan.code is not None
-    assert Path(plan.code, "vime", "batch.py").is_file()
+    assert Path(plan.code, "vime", "launch", "__main__.py").is_file()
     events = read_events(run_dir)
     assert [event.kind for event in events if event.stage == "preflight"] == ["stage-start", "preflight", "stage-end"]
     assert (events[-1].kind, state) == ("run-end", "FAILED"), log

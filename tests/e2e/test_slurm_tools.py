@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
-from slurm_cluster import DevCluster
 
+from tests.support import tiny_hf
+from tests.support.slurm_cluster import DevCluster
 from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
 

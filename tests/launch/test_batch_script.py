@@ -1,4 +1,4 @@
-"""vime.batch in the environment of a Slurm job: what it takes from the job, and what it refuses."""
+"""vime.launch in the environment of a Slurm job: what it takes from the job, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, preflight, stub
 
-from vime import batch
-from vime.launch import slurm
-from vime.launch.jobs import Job, add_job, read_jobs, write_jobs
-from vime.planning.io import read_plan, write_plan
-from vime.planning.registry import last_run
+from tests.support.launch_stub import make_plan, preflight, stub
+from vime.launch import __main__ as batch
+from vime.run.folder import read_plan, write_plan
+from vime.run.jobs import Job, add_job, read_jobs, write_jobs
+from vime.run.registry import last_run
+from vime.slurm import queue as slurm
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_outside_a_job_it_says_how_to_submit(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert batch.main([]) == 2
-    assert "vime.batch runs inside a Slurm job" in capsys.readouterr().err
+    assert "vime.launch runs inside a Slurm job" in capsys.readouterr().err
 
 
 def test_a_plan_in_the_run_folder_is_taken_and_its_code_is_run(in_job, run_dir: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_plan_in_the_run_folder_is_taken_and_its_code_is_run(in_job, run_dir: 
     with pytest.raises(SystemExit):
         batch.main(["--run-dir", str(run_dir)])
     ((command, env),) = in_job
-    assert command == f"-u -m vime.batch --run-dir {run_dir}"
+    assert command == f"-u -m vime.launch --run-dir {run_dir}"
     assert (env["PYTHONPATH"], env["PYTHONSAFEPATH"]) == ("/shared/code/1:/home/me", "1")
 
 
@@ -87,7 +87,7 @@ def test_without_a_plan_the_job_says_how_large_the_run_is(
     assert (len(plan.nodes), plan.spares, plan.cluster.partition, plan.recipe.optimizer.lr) == (1, 1, "gpu", 3)
     assert plan.cluster.time_limit_minutes == 90
     assert plan.code is not None
-    assert Path(plan.code, "vime", "batch.py").is_file()
+    assert Path(plan.code, "vime", "launch", "__main__.py").is_file()
     assert last_run() == Path(plan.run_dir)
 
 

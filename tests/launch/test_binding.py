@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_stub import make_plan, preflight
-from preflight_findings import finding
 
+from tests.support.launch_stub import make_plan, preflight
+from tests.support.preflight_findings import finding
 from vime.errors import Cause
 from vime.launch import binding
 from vime.launch.binding import bind, by_switch, examine, free_offset, port_numbers, table
 from vime.launch.checks import Known
 from vime.launch.failure import RunFailed
-from vime.launch.reports import Report
 from vime.launch.steps import Place, Step
 from vime.planning import ports
-from vime.planning.types import Plan
+from vime.run.messages import Report
+from vime.run.plan import Plan
 
 
 class AllocationOf7:

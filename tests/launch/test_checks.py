@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_stub import make_plan, stub
-from preflight_findings import finding, gpu
 
+from tests.support.launch_stub import make_plan, stub
+from tests.support.preflight_findings import finding, gpu
 from vime.launch.checks import Known, problems
-from vime.planning.types import Artefact, Plan
+from vime.run.plan import Artefact, Plan
 
 OTHERS = "as on other nodes"
 

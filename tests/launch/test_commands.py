@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, service, stub
 
+from tests.support.launch_stub import make_plan, service, stub
 from vime import cancel, logs, status
-from vime.launch import slurm
-from vime.launch.events import Journal, last_start, read_events
-from vime.launch.jobs import Job, write_jobs
-from vime.launch.logfiles import tail_offset
-from vime.launch.state import current_job, run_state
-from vime.launch.supervise import descendants
-from vime.planning.registry import record_run
+from vime.run.jobs import Job, write_jobs
+from vime.run.journal import Journal, last_start, read_events
+from vime.run.logs import tail_offset
+from vime.run.registry import record_run
+from vime.run.state import current_job, run_state
+from vime.slurm import queue as slurm
+from vime.system.processes import descendants
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def running(run_dir: Path):
     train = stub("train", "print('rollout 1', flush=True); import time; time.sleep(600)")
     make_plan(run_dir, [service("ray-head"), train])
     record_run(run_dir)
-    code = "import sys; from vime.launch import local; from vime.planning.io import read_plan; "
+    code = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
     code += "sys.exit(local.run(read_plan(sys.argv[1])))"
     controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
     log, deadline = run_dir / "logs/train/node00.log", time.monotonic() + 30

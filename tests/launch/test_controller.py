@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launch_stub import folder, make_plan, preflight, service, stub, write_code
 
+from tests.support.launch_stub import folder, make_plan, preflight, service, stub, write_code
 from vime.errors import Cause
-from vime.launch import rundir
 from vime.launch.controller import Controller
-from vime.launch.events import Event, last_start, read_events
-from vime.launch.preflight import LOCAL_ADDRESS
 from vime.launch.runner_local import LocalRunner
-from vime.launch.supervise import descendants
-from vime.planning.io import read_binding
-from vime.planning.types import Plan, Stage
-from vime.train import control
+from vime.node.preflight import LOCAL_ADDRESS
+from vime.run import folder as rundir
+from vime.run.folder import read_binding
+from vime.run.journal import Event, last_start, read_events
+from vime.run.plan import Plan, Stage
+from vime.system.processes import descendants
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,7 @@ def last(run_dir: Path) -> Event:
 
 def test_a_run_goes_through_its_stages_in_order_and_keeps_services_up(run_dir: Path, tmp_path: Path) -> None:
     alive = tmp_path / "alive"
-    up = f"import pathlib, time; p = pathlib.Path({str(alive)!r}); p.touch(); from vime.launch.reports import report; "
+    up = f"import pathlib, time; p = pathlib.Path({str(alive)!r}); p.touch(); from vime.run.messages import report; "
     up += "report('ready'); time.sleep(600)"
     check = f"import pathlib, os; assert pathlib.Path({str(alive)!r}).exists(); print('rank', os.environ['RANK'])"
     both = stub("convert", check, nodes=(0, 1), tasks_per_node=2)
@@ -133,7 +132,7 @@ def test_a_stage_that_hangs_ends_at_its_deadline(run_dir: Path) -> None:
 
 
 def test_a_service_that_is_not_ready_says_what_is_missing(run_dir: Path) -> None:
-    code = "from vime.launch.reports import report; import time; report('waiting', missing=['node07']); time.sleep(60)"
+    code = "from vime.run.messages import report; import time; report('waiting', missing=['node07']); time.sleep(60)"
     plan = make_plan(run_dir, [service("ray-workers", code, deadline_s=5)])
     assert run(plan) is Cause.DEADLINE
     assert "missing: node07" in last(run_dir).text
@@ -141,14 +140,14 @@ def test_a_service_that_is_not_ready_says_what_is_missing(run_dir: Path) -> None
 
 @pytest.mark.parametrize(("code", "cause"), [(0, Cause.CODE_ERROR), (12, Cause.NODE_FAILURE)])
 def test_a_service_that_dies_ends_the_run_whatever_its_code(run_dir: Path, code: int, cause: Cause) -> None:
-    up = f"from vime.launch.reports import report; import sys, time; report('ready'); time.sleep(0.7); sys.exit({code})"
+    up = f"from vime.run.messages import report; import sys, time; report('ready'); time.sleep(0.7); sys.exit({code})"
     plan = make_plan(run_dir, [service("ray-head", up), stub("train", "import time; time.sleep(60)")])
     assert run(plan) is cause
     assert last(run_dir).stage == "ray-head"
 
 
 def test_a_failure_under_a_dying_service_is_blamed_on_the_service(run_dir: Path) -> None:
-    up = "from vime.launch.reports import report; import sys, time; report('ready'); time.sleep(1.2); sys.exit('lost')"
+    up = "from vime.run.messages import report; import sys, time; report('ready'); time.sleep(1.2); sys.exit('lost')"
     plan = make_plan(run_dir, [service("ray-head", up), stub("train", "import time; time.sleep(0.7); raise OSError")])
     run(plan)
     assert (last(run_dir).stage, ": lost" in last(run_dir).text) == ("ray-head", True)
@@ -230,7 +229,7 @@ def test_a_terminated_run_is_cancelled_and_leaves_nothing(run_dir: Path) -> None
 
 TRAINING = """
 import pathlib, time
-from vime.train.control import answer_checkpoint, checkpoint_requested
+from vime.run.folder import answer_checkpoint, checkpoint_requested
 run = {run!r}
 print("training", flush=True)
 while not checkpoint_requested(run):
@@ -280,14 +279,10 @@ def test_an_answer_of_an_earlier_start_does_not_count(run_dir: Path) -> None:
     assert run(plan) is Cause.SUCCESS
 
 
-def test_controller_and_training_mean_the_same_files() -> None:
-    assert (rundir.CHECKPOINT_REQUEST, rundir.CHECKPOINT_DONE) == (control.CHECKPOINT_REQUEST, control.CHECKPOINT_DONE)
-
-
 @pytest.mark.e2e
 def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
     make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on', flush=True); time.sleep(600)")])
-    code = "import sys; from vime.launch import local; from vime.planning.io import read_plan; "
+    code = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
     code += "local.run(read_plan(sys.argv[1]))"
     controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
     below: list[int] = []

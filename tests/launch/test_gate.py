@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch_stub import folder, stub
 
+from tests.support.launch_stub import folder, stub
 from vime.errors import BadInput
 from vime.launch import gate, marks
-from vime.planning.types import Stage
+from vime.run.plan import Stage
 
 SHARDS, SHARD_BYTES = 163, 4_300_000_000
 RUN = "/runs/one"

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_stub import make_plan, preflight, service, stub
 
+from tests.support.launch_stub import make_plan, preflight, service, stub
 from vime.errors import BadInput, Cause
-from vime.launch.jobs import Job, read_jobs
-from vime.launch.runner_slurm import attach_argv, cause_of_message, srun_argv, step_python
-from vime.launch.slurm import clean_environment, cpus_per_node, parse_job
-from vime.launch.submit import check_container, check_path, sbatch_text, scripts, submit_jobs, write_scripts
-from vime.planning.chain import Link, links
-from vime.planning.types import Plan
+from vime.launch.runner_slurm import cause_of_message
+from vime.launch.srun import attach_argv, srun_argv, step_python
+from vime.launch.submission import check_container, check_path, sbatch_text, scripts, submit_jobs, write_scripts
+from vime.run.chain import Link, links
+from vime.run.jobs import Job, read_jobs
+from vime.run.plan import Plan
+from vime.slurm.queue import clean_environment, cpus_per_node, parse_job
 
 GOLDEN = Path(__file__).parent / "golden"
 PYTHON = "/shared/envs/vime 2/bin/python"
@@ -93,7 +94,7 @@ def test_a_script_that_is_written_can_be_submitted_by_hand(tmp_path: Path) -> No
         assert head == script.text.splitlines()[: len(head)]
         words = shlex.split(command)
         assert words[:2] == ["exec", PYTHON]
-        assert words[2:] == ["-u", "-m", "vime.batch", "--run-dir", plan.run_dir, "--stage", script.link]
+        assert words[2:] == ["-u", "-m", "vime.launch", "--run-dir", plan.run_dir, "--stage", script.link]
 
 
 def test_a_submission_that_fails_in_the_middle_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +105,8 @@ def test_a_submission_that_fails_in_the_middle_leaves_no_job(tmp_path: Path, mon
             raise BadInput("sbatch refused the job: QOSMaxSubmitJobPerUserLimit")
         return Job(str(7 + link.index), link.name)
 
-    monkeypatch.setattr("vime.launch.submit._submit_one", submit_one)
-    monkeypatch.setattr("vime.launch.slurm.cancel", cancelled.append)
+    monkeypatch.setattr("vime.launch.submission._submit_one", submit_one)
+    monkeypatch.setattr("vime.slurm.queue.cancel", cancelled.append)
     with pytest.raises(BadInput, match="QOSMaxSubmit"):
         submit_jobs(plan)
     assert cancelled == ["7", "8"]
@@ -135,7 +136,7 @@ def test_the_batch_process_becomes_python_and_gets_the_signal_itself(tmp_path: P
 def test_no_slurm_and_no_torch_are_needed_for_the_text(tmp_path: Path) -> None:
     plan_of(tmp_path)
     code = (
-        "import sys; from vime.launch.submit import sbatch_text; from vime.planning.io import read_plan;"
+        "import sys; from vime.launch.submission import sbatch_text; from vime.run.folder import read_plan;"
         "print(sbatch_text(read_plan(sys.argv[1]))); heavy = {'torch', 'ray', 'numpy', 'vllm'} & set(sys.modules);"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

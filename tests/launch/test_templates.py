@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vime.launch.submit import scripts
+from vime.launch.submission import scripts
 from vime.planning.build import Checks, make_plan
-from vime.planning.types import Cluster, Plan
 from vime.recipe.files import data_folder
 from vime.recipe.load import load_recipe
+from vime.run.plan import Cluster, Plan
 
 OWN = ("job-name", "output")
 """Options that a script submitted by hand has of its own."""
@@ -64,7 +64,7 @@ def test_the_template_of_one_job_asks_for_what_submit_asks_for(planned) -> None:
     text = (data_folder("slurm") / "deepseek-r1.sbatch").read_text()
     (script,) = scripts(planned("allocation"))
     check_same(options(text.splitlines()), options(script.text.splitlines()))
-    assert text.splitlines()[-1] == 'exec python3 -u -m vime.batch --recipe deepseek-r1 "$@"'
+    assert text.splitlines()[-1] == 'exec python3 -u -m vime.launch --recipe deepseek-r1 "$@"'
 
 
 def test_the_template_of_a_chain_asks_for_what_submit_asks_for(planned, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_template_runs_vime_batch_with_its_arguments_as_they_are(name: str, tm
         ["bash", data_folder("slurm") / name, *job, *more], env=env, capture_output=True, text=True, timeout=30
     )
     got = done.stdout.splitlines()
-    assert got[:5] == ["-u", "-m", "vime.batch", "--recipe", "deepseek-r1"]
+    assert got[:5] == ["-u", "-m", "vime.launch", "--recipe", "deepseek-r1"]
     assert got[-2:] == more
     assert (got[5:-2] == ["--shape", "chain", "--stage", "train", "--run-name", "a run"]) == ("chain" in name)
     assert shlex.split(" ".join(map(shlex.quote, got))) == got

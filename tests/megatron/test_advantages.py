@@ -9,9 +9,9 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron.advantages import advantage_column, loss_mask
-from vime.megatron.batch import Tokens
+from vime.megatron.microbatch import Tokens
 from vime.recipe.schema import AlgorithmOptions
-from vime.rollout.types import Group, Rollout, Sample
+from vime.samples import Group, Rollout, Sample
 
 REWARDS = [[1.0, 0.0, 0.0], [0.5, 0.5], [2.0]]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vime.checkpoint.torch_dist import TRACKER
 from vime.errors import BadInput
 from vime.megatron import checkpoint_folders as folders
-from vime.megatron.checkpoint_folders import STATE_FILE, State, damage, iterations, newest_whole
+from vime.megatron.checkpoint_folders import STATE_FILE, State, damage, newest_whole
+from vime.run.checkpoints import TRACKER, iterations
 
 LARGE = 17 << 20
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from single import one_process
 
+from tests.support.single import one_process
 from vime.megatron.clock import Clock
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_hf
 import torch
-from single import MODELS, fill_from, one_process
-from worker_cases import Case, Result, run_cases
 
+from tests.support import tiny_hf
+from tests.support.single import MODELS, fill_from, one_process
+from tests.support.worker_cases import Case, Result, run_cases
 from vime.megatron.model import build_model
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_hf
 import torch
-from layout_table import FULL, TABLE
-from single import MODELS
-from worker_cases import Case, Result, run_cases
 
+from tests.support import tiny_hf
+from tests.support.layout_table import FULL, TABLE
+from tests.support.single import MODELS
+from tests.support.worker_cases import Case, Result, run_cases
 from vime.checkpoint.torch_dist import TorchDistReader
 from vime.models.config import ModelConfig
 from vime.models.families import params_of

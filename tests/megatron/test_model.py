@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import tiny_hf
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from single import MODELS, built, one_process
 
+from tests.support import tiny_hf
+from tests.support.single import MODELS, built, one_process
 from vime.errors import BadInput
 from vime.megatron import backend
 from vime.megatron.model import ModelOptions, build_model, megatron_config
-from vime.megatron.naming import local_tensors
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
+from vime.models.local import local_tensors
 from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
 

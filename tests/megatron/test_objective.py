@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.megatron import losses
-from vime.megatron.batch import Padding, Tokens, make_batch
+from vime.megatron.microbatch import Padding, Tokens, make_batch
 from vime.megatron.objective import METRICS, Objective
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import AlgorithmOptions

@@ -4,10 +4,10 @@ import gc
 import os
 
 import pytest
-import tiny_hf
 import torch
-from single import built, one_process
 
+from tests.support import tiny_hf
+from tests.support.single import built, one_process
 from vime.megatron.optimizer import Optimizer
 from vime.megatron.residence import PARTS, Residence, free_bytes
 from vime.recipe.schema import ModelOptions, OptimizerOptions, Recipe

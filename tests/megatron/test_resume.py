@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_hf
-from single import MODELS
-from worker_cases import Case, Result, run_cases
 
+from tests.support import tiny_hf
+from tests.support.single import MODELS
+from tests.support.worker_cases import Case, Result, run_cases
 from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
-from vime.checkpoint.torch_dist import TRACKER
 from vime.megatron.checkpoint_folders import STATE_FILE
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
+from vime.run.checkpoints import TRACKER
 
 pytestmark = pytest.mark.e2e
 

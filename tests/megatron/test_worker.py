@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import tiny_hf
 import torch
-from single import MODELS, free_port
-from worker_cases import Case, plan_of, rollout_of
 
+from tests.support import tiny_hf
+from tests.support.single import MODELS, free_port
+from tests.support.worker_cases import Case, plan_of, rollout_of
 from vime.errors import DataError
 from vime.megatron.optimizer import NotFinite
 from vime.megatron.worker import TrainWorker
-from vime.rollout.types import Rollout
+from vime.samples import Rollout
 
 QUIET: dict[str, Any] = {"weight_decay": 0.0}
 

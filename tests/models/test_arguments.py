@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hf_configs
 import pytest
 
+from tests.support import hf_configs
 from vime.errors import BadInput
 from vime.models.arguments import check_model_args, expected_args, read_layer_frequency
 from vime.models.config import ModelConfig

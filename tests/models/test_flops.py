@@ -1,8 +1,8 @@
 """Operations of training against hand-made sums, and utilisation only where the device's peak is known."""
 
 import pytest
-from hf_configs import DEEPSEEK_R1, QWEN3_4B, QWEN3_30B_A3B
 
+from tests.support.hf_configs import DEEPSEEK_R1, QWEN3_4B, QWEN3_30B_A3B
 from vime.models.config import ModelConfig
 from vime.models.flops import active_parameters, peak_flops, training_flops, utilisation
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import hf_configs as examples
 import pytest
 
+from tests.support import hf_configs as examples
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.families import count, megatron_config, params_of, stage_of

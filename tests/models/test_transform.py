@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hf_configs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import hf_configs
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.families import params_of

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic import HOSTILE, synthetic_run
 
 import vime
+from tests.support.synthetic import HOSTILE, synthetic_run
 from vime.observe.page import CHARTS, STYLE
 from vime.report import main, write_report
 

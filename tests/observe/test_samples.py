@@ -4,7 +4,7 @@ import pytest
 
 from vime.errors import BadInput
 from vime.observe.samples import read_rollout, write_samples
-from vime.rollout.types import Group, Rollout, Sample, Status
+from vime.samples import Group, Rollout, Sample, Status
 
 
 def rollout():

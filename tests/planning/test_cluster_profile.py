@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch_stub import make_plan, stub
 
+from tests.support.launch_stub import make_plan, stub
 from vime.errors import BadInput
-from vime.launch.submit import sbatch_text
+from vime.launch.submission import sbatch_text
 from vime.planning.cluster import load_cluster
-from vime.planning.types import Cluster
 from vime.recipe.files import data_folder
+from vime.run.plan import Cluster
 
 EVERYTHING = """
 kind: slurm

@@ -12,8 +12,8 @@ import pytest
 from vime.errors import BadInput
 from vime.planning.build import make_plan
 from vime.planning.cluster import load_cluster
-from vime.planning.types import Cluster, Plan
 from vime.recipe.load import load_recipe
+from vime.run.plan import Cluster, Plan
 
 GPUS = Cluster(name="gpus", kind="slurm", gpus_per_node=8)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_configs import DEEPSEEK_R1, MOONLIGHT, QWEN3_4B, QWEN3_30B_A3B
 
+from tests.support.hf_configs import DEEPSEEK_R1, MOONLIGHT, QWEN3_4B, QWEN3_30B_A3B
 from vime.models.config import ModelConfig
 from vime.planning.counts import Kind, stage_parts, summed
 from vime.recipe.parallel import ParallelLayout
@@ -52,7 +52,7 @@ def built() -> dict[str, dict[str, dict[str, int]]]:
         {"hf": hf, "layout": dataclasses.asdict(sizes), "mtp": mtp, "ranks": ranks_of(hf, sizes, mtp)}
         for hf, sizes, mtp in CASES.values()
     ]
-    script = Path(__file__).with_name("meta_model.py")
+    script = Path(__file__).parents[1] / "support" / "meta_model.py"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script], input=json.dumps(cases), capture_output=True, text=True, timeout=600
     )

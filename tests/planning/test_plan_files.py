@@ -10,10 +10,10 @@ import pytest
 from vime.errors import BadInput
 from vime.planning.build import make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
-from vime.planning.io import read_binding, read_plan, write_binding, write_plan
-from vime.planning.registry import find_run, last_run, record_run, registry_path, runs
-from vime.planning.types import Binding, BoundNode, Plan
 from vime.recipe.load import load_recipe
+from vime.run.folder import read_binding, read_plan, write_binding, write_plan
+from vime.run.plan import Binding, BoundNode, Plan
+from vime.run.registry import find_run, last_run, record_run, registry_path, runs
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from vime.planning.fit import least_nodes, shortages
 from vime.planning.needs import as_json, needs_of, render_needs
 from vime.planning.svg import placement_svg
 from vime.planning.traffic import free_space
-from vime.planning.types import Cluster, Plan
 from vime.recipe.load import load_recipe
+from vime.run.plan import Cluster, Plan
 
 TB = 10**12
 CHECKS = Checks(inputs=False, run_folder=False)

@@ -12,9 +12,9 @@ import pytest
 from vime.models.config import ModelConfig
 from vime.planning.counts import model_counts
 from vime.planning.memory import Weights, node_memory
-from vime.planning.types import TrainerRank
 from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
+from vime.run.plan import TrainerRank
 
 pytestmark = pytest.mark.e2e
 
@@ -36,7 +36,7 @@ def test_a_rank_grows_by_what_the_plan_says(tmp_path: Path, flags: tuple[str, ..
     planned = {item.name: item.bytes for item in account.items if item.name in MODEL_ITEMS}
     assert ("reference_copy" in planned) == ("--use-kl-loss" in flags)
     (tmp_path / "config.json").write_text(json.dumps(HALF_A_BILLION))
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("measured_growth.py"))]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parents[1] / "support" / "measured_growth.py")]
     done = subprocess.run(
         [*command, str(tmp_path / "config.json"), *flags], capture_output=True, text=True, timeout=600
     )

@@ -13,10 +13,10 @@ from vime.planning.advice import DOCUMENT_TOTAL, against_document, fullest, leve
 from vime.planning.build import Checks, make_plan
 from vime.planning.counts import Counts, model_counts, stage_counts
 from vime.planning.memory import pinned_bytes
-from vime.planning.types import Cluster, Plan
 from vime.recipe import files
 from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
+from vime.run.plan import Cluster, Plan
 
 GPUS = Cluster(name="gpus", kind="slurm", gpus_per_node=8)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from vime.planning.build import Checks, make_plan
 from vime.planning.ports import AUX_PORTS, blocks, moved, offset_of_job, offsets
-from vime.planning.types import Cluster, Plan
 from vime.recipe.load import load_recipe
+from vime.run.plan import Cluster, Plan
 
 NO_CHECKS = Checks(inputs=False, run_folder=False)
 

@@ -1,16 +1,10 @@
 """What the tests of the rollout share."""
 
 import json
-from pathlib import Path
 
 import pytest
-from rollout_plans import plan_of
 
-
-@pytest.fixture(autouse=True)
-def plugins(monkeypatch):
-    """Worker processes find the plug-ins of this folder."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+from tests.support.rollout_plans import plan_of
 
 
 @pytest.fixture

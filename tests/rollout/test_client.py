@@ -4,8 +4,8 @@ import asyncio
 import json
 
 import pytest
-from stub_engine import KEY, StubEngine, answer_of, choice, encode
 
+from tests.support.stub_engine import KEY, StubEngine, answer_of, choice, encode
 from vime.rollout.client import (
     UNVERSIONED,
     Deadlines,
@@ -17,7 +17,7 @@ from vime.rollout.client import (
     SamplingSettings,
     parse_answer,
 )
-from vime.rollout.types import Sample, Status
+from vime.samples import Sample, Status
 
 SETTINGS = SamplingSettings(max_tokens=8)
 

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_plans import bound, plan_of
 
+from tests.support.rollout_plans import bound, plan_of
 from vime.errors import BadInput
 from vime.rollout.command import engine_command, model_path, thread_binding
 

@@ -5,10 +5,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stub_engine import CharacterTokenizer
 
+from tests.support.stub_engine import CharacterTokenizer
 from vime.errors import BadInput, DataError
-from vime.rollout.data import Columns, Prompt, PromptSet, PromptStream, load_prompts, load_tokenizer
+from vime.rollout.data import Columns, PromptSet, PromptStream, load_prompts, load_tokenizer
+from vime.samples import Prompt
 
 
 def write(path, *rows):

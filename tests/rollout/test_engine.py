@@ -15,16 +15,16 @@ from statistics import fmean
 
 import aiohttp
 import pytest
-from reference_log_probs import reference_log_probs
-from rollout_plans import plan_of
 
+from tests.support.reference_log_probs import reference_log_probs
+from tests.support.rollout_plans import plan_of
 from vime.errors import DeadlineExceeded
-from vime.planning.io import write_binding, write_plan
-from vime.planning.types import Binding, BoundNode
 from vime.rollout.client import UNVERSIONED, EngineClient, SamplingSettings
 from vime.rollout.engine import EngineFailed, EngineServer
 from vime.rollout.sampler import Sampler
-from vime.rollout.types import Status
+from vime.run.folder import write_binding, write_plan
+from vime.run.plan import Binding, BoundNode
+from vime.samples import Status
 
 pytestmark = pytest.mark.e2e
 
@@ -47,8 +47,9 @@ def tool():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder as `$BASE_DIR` after the cast stage: bf16 weights, tokenizer, data. The weights are random."""
-    import tiny_hf
     import torch
+
+    from tests.support import tiny_hf
 
     base = tmp_path_factory.mktemp("base")
     make = tool()
@@ -276,7 +277,7 @@ def test_an_engine_that_is_not_ready_in_time_says_so_and_stops(base, tmp_path):
 
 OWNER = """
 import sys, time
-from vime.planning.io import read_binding, read_plan
+from vime.run.folder import read_binding, read_plan
 from vime.rollout.engine import EngineServer
 server = EngineServer(read_plan(sys.argv[1]), read_binding(sys.argv[1]), 0, 0, "key")
 server.start()

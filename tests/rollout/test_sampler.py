@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 
 import pytest
-from stub_engine import END, KEY, CharacterTokenizer, StubEngine, answer_of, encode
 
+from tests.support.stub_engine import END, KEY, CharacterTokenizer, StubEngine, answer_of, encode
 from vime.errors import BadInput, DataError, VimeError
 from vime.rollout.client import Deadlines, EngineClient, EngineStatus
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
-from vime.rollout.types import Status
+from vime.samples import Status
 
 IMPATIENT = Patience(recovery=20.0, stall=0.3, watch=0.1, abort=20.0)
 PATIENT = Patience(recovery=20.0, abort=20.0)

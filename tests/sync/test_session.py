@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.sync.test_plan import engine
-from tests.tiny_hf import DEEPSEEK, with_fp8
+from tests.support.tiny_hf import DEEPSEEK, with_fp8
+from tests.sync.test_schedule import engine
 from vime.errors import Cause, DeadlineExceeded
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 from vime.models.namemap import Where
-from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineStatus
-from vime.sync.plan import make_schedule, receivers_of
+from vime.run.plan import EnginePlan
+from vime.sync.receivers import receivers_of
+from vime.sync.schedule import make_schedule
 from vime.sync.session import Deadlines, Session, SyncFailed, worker_infos
 
 CONFIG = ModelConfig.from_hf(with_fp8(DEEPSEEK))

@@ -18,18 +18,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import tiny_hf
-from tests.sync.small_models import Tensors, shards, trained
-from tests.sync.test_plan import engine
-from vime.checkpoint import fp8
+from tests.support import tiny_hf
+from tests.support.small_models import Tensors, shards, trained
+from tests.sync.test_schedule import engine
 from vime.checkpoint.hf import HFCheckpoint
 from vime.errors import BadInput, VimeError
+from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync import segment
 from vime.sync.buffers import entry_views
 from vime.sync.digest import digest, trainer_digests
-from vime.sync.plan import SLOTS, Schedule, make_schedule, receivers_of
+from vime.sync.parts import SLOTS
+from vime.sync.receivers import receivers_of
+from vime.sync.schedule import Schedule, make_schedule
 from vime.sync.segment import Segment, SegmentError, segment_name
 from vime.sync.source import WeightSource
 
@@ -172,7 +174,7 @@ def _rank(rank: int, world: int, store: str, work: Callable[..., None], argument
 def on_ranks(world: int, folder: Path, work: Callable[..., None], arguments: list[Any]) -> None:
     """Run `work(rank, *argument)` for every argument on `world` processes; the first failure is raised here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vime.sync.source", "vime.checkpoint.fp8_cpu", "tests.sync.small_models"])
+    context.set_forkserver_preload(["vime.sync.source", "vime.fp8.cpu_kernels", "tests.support.small_models"])
     results = context.Queue()
     store = str(folder / "store")
     ranks = [

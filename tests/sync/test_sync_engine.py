@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.layout_table import DEEPSEEK as DEEPSEEK_LAYOUTS
-from tests.layout_table import QWEN3 as QWEN3_LAYOUTS
-from tests.sync.engines import engine, log_probs
-from tests.sync.fresh_engine import PROMPTS, SPECULATION, fresh
-from tests.sync.small_models import DEEPSEEK, QWEN3, trained, write_folder
-from tests.sync.test_plan import engine as engine_plan
-from tests.sync.trainer import Held, Trainer
+from tests.support.engines import engine, log_probs
+from tests.support.fresh_engine import PROMPTS, SPECULATION, fresh
+from tests.support.layout_table import DEEPSEEK as DEEPSEEK_LAYOUTS
+from tests.support.layout_table import QWEN3 as QWEN3_LAYOUTS
+from tests.support.small_models import DEEPSEEK, QWEN3, trained, write_folder
+from tests.support.trainer import Held, Trainer
+from tests.sync.test_schedule import engine as engine_plan
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
 from vime.rollout.command import MODEL_NAME

@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny_hf
-from tests.sync.small_models import Tensors, shards, trained
-from tests.sync.test_plan import engine
-from vime.checkpoint import fp8
+from tests.support import tiny_hf
+from tests.support.small_models import Tensors, shards, trained
+from tests.sync.test_schedule import engine
 from vime.errors import VimeError
+from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync.digest import trainer_digests
-from vime.sync.plan import far_groups, make_schedule, receivers_of
+from vime.sync.receivers import receivers_of
+from vime.sync.schedule import far_groups, make_schedule
 from vime.sync.source import WeightSource
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

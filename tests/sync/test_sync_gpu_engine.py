@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sync.engines import engine, log_probs
-from tests.sync.fresh_engine import PROMPTS, SPECULATION
-from tests.sync.small_models import DEEPSEEK, QWEN3, trained, write_folder
-from tests.sync.test_plan import engine as engine_plan
+from tests.support.engines import engine, log_probs
+from tests.support.fresh_engine import PROMPTS, SPECULATION
+from tests.support.small_models import DEEPSEEK, QWEN3, trained, write_folder
+from tests.support.trainer import Held, Trainer
+from tests.sync.test_schedule import engine as engine_plan
 from tests.sync.test_sync_engine import FAR_NODE, MIDDLE, NEW, OLD, Synced
-from tests.sync.trainer import Held, Trainer
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sync.fresh_engine import ENVIRONMENT
-from tests.sync.small_models import DEEPSEEK, trained, write_folder
+from tests.support.fresh_engine import ENVIRONMENT
+from tests.support.small_models import DEEPSEEK, trained, write_folder
 from vime.sync.vllm_plugin import BACKENDS, register
 
 
@@ -37,7 +37,7 @@ def test_an_update_keeps_experts_packed_which_vllm_alone_does_not(tmp_path: Path
     """Reloading the very weights that an engine has must change nothing; without the mend the experts are garbage."""
     folder = write_folder(tmp_path / "model", DEEPSEEK, trained(DEEPSEEK, 1))
     output = tmp_path / "answers.json"
-    command = [sys.executable, "-m", "tests.sync.reload_in_place", str(folder), str(output)]
+    command = [sys.executable, "-m", "tests.support.reload_in_place", str(folder), str(output)]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": ""}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)

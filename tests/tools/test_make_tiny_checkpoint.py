@@ -16,7 +16,7 @@ TOOL = ROOT / "tools" / "make_tiny_checkpoint.py"
 sys.path.insert(0, str(TOOL.parent))
 import make_tiny_checkpoint as tiny  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from vime.checkpoint import fp8  # noqa: E402
+from vime.fp8 import quantise as fp8  # noqa: E402
 from vime.models.config import ModelConfig  # noqa: E402
 from vime.models.families import params_of  # noqa: E402
 

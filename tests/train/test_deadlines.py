@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch_stub import make_plan, stub
-
-from vime.planning.types import Artefact
-from vime.train.loop import Deadlines
+from tests.support.launch_stub import make_plan, stub
+from vime.run.plan import Artefact
+from vime.train.deadlines import Deadlines
 
 
 def test_loading_and_saving_have_the_time_their_bytes_take_on_a_slow_file_system(tmp_path: Path) -> None:

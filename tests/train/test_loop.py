@@ -7,9 +7,9 @@ import json
 import pytest
 
 from tests.train.test_trust import plan_of
-from vime.observe.metrics import read_metrics
-from vime.planning.types import Binding, BoundNode
-from vime.rollout.types import Group, Rollout, Sample, Status
+from vime.run.metrics import read_metrics
+from vime.run.plan import Binding, BoundNode
+from vime.samples import Group, Rollout, Sample, Status
 from vime.train.loop import Loop
 
 APART = ("--no-colocate", "--rollout-num-gpus", "1")

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from vime.errors import VimeError
-from vime.planning.types import Binding, BoundNode
 from vime.recipe.parallel import ParallelLayout
+from vime.run.plan import Binding, BoundNode
 from vime.train.actors import threads_per_rank
 from vime.train.placement import Slot, WrongPlace, bundles, slots, verify_gpu, verify_here
 

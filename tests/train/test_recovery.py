@@ -9,9 +9,9 @@ import json
 
 import pytest
 
-from tests.rollout.stub_engine import KEY, CharacterTokenizer, StubEngine
+from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine
 from tests.sync import test_session
-from tests.sync.test_plan import engine as planned_engine
+from tests.sync.test_schedule import engine as planned_engine
 from tests.train.test_trust import plan_of
 from vime.rollout.client import Deadlines as ClientDeadlines
 from vime.rollout.client import EngineClient, Generated

@@ -22,9 +22,9 @@ import torch
 from checkpoint_io import PIECE, PeakMemory, drop_pages, generate, weight_bytes
 
 from vime.checkpoint.cast import cast_to_bf16
-from vime.checkpoint.fp8 import dequantise
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.safetensors_file import same_bytes
+from vime.fp8.quantise import dequantise
 
 MIN_BANDWIDTH, MIN_SPEEDUP, MAX_TENSORS = 0.5, 5.0, 2.0
 # Matrices whose upcast is timed: enough to leave every cache.

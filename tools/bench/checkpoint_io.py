@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from vime.checkpoint import fp8
-from vime.checkpoint.fp8 import is_quantised, scale_name, scale_shape
 from vime.checkpoint.hf_writer import HFWriter
 from vime.checkpoint.safetensors_file import Spec
+from vime.fp8 import quantise as fp8
+from vime.fp8.quantise import is_quantised, scale_name, scale_shape
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 from vime.recipe import files

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from vime.launch import gate
-from vime.planning.types import Artefact, Stage
+from vime.run.plan import Artefact, Stage
 
 SHARDS, SHARD_BYTES, TENSORS = 163, 4_300_000_000, 560
 MAX_SECONDS, MAX_SHARE = 1.0, 0.001

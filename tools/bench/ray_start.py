@@ -25,13 +25,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vime.launch import slurm
-from vime.launch.ray_node import ray_environment
-from vime.launch.submit import submit
-from vime.planning.io import write_plan
-from vime.planning.types import Cluster, Memory, NodePlan, Plan, Ports, Stage, TrainerRank
+from vime.launch.submission import submit
+from vime.node.ray_node import ray_environment
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import ClusterOptions, Recipe
+from vime.run.folder import write_plan
+from vime.run.plan import Cluster, Memory, NodePlan, Plan, Ports, Stage, TrainerRank
+from vime.slurm import queue as slurm
 
 WANTED = 2.0
 PATIENCE_S = 420.0
@@ -71,14 +71,14 @@ OWN = (
     # Ray reads how it authenticates when it is imported.
     """
 import os
-from vime.launch.ray_node import ray_environment
+from vime.node.ray_node import ray_environment
 os.environ.update(ray_environment(os.environ["VIME_RUN"]))
 """
     + VERIFY
     + """
-from vime.launch.ray_process import pin_resource
-from vime.launch.reports import report
-from vime.planning.io import read_binding, read_plan
+from vime.node.ray_process import pin_resource
+from vime.run.messages import report
+from vime.run.folder import read_binding, read_plan
 from vime.train.__main__ import connect
 
 run = os.environ["VIME_RUN"]
@@ -105,11 +105,11 @@ class Figure:
 def own_plan(folder: Path, nodes: int) -> Plan:
     """Preflight, Ray and the driver, with nothing to train."""
     run = str(folder / "vime")
-    ray = ("-m", "vime.launch.ray_node", "--run", run)
+    ray = ("-m", "vime.node.ray_node", "--run", run)
     every = tuple(range(nodes))
     stages = (
         Stage(
-            name="preflight", nodes=every, command=("-m", "vime.launch.preflight", "--run", run), deadline_s=PATIENCE_S
+            name="preflight", nodes=every, command=("-m", "vime.node.preflight", "--run", run), deadline_s=PATIENCE_S
         ),
         Stage(name="ray-head", nodes=(0,), command=(*ray, "--head"), service=True, deadline_s=PATIENCE_S),
         Stage(name="ray-workers", nodes=every[1:], command=(*ray, "--worker"), service=True, deadline_s=PATIENCE_S),

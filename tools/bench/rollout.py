@@ -28,12 +28,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.rollout.rollout_plans import plan_of  # noqa: E402
-from tests.rollout.stub_engine import KEY, CharacterTokenizer, StubEngine, encode  # noqa: E402
+from tests.support.rollout_plans import plan_of  # noqa: E402
+from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine, encode  # noqa: E402
 from vime.rollout.client import EngineClient  # noqa: E402
 from vime.rollout.dispatch import Patience  # noqa: E402
 from vime.rollout.sampler import Sampler  # noqa: E402
-from vime.rollout.types import Rollout  # noqa: E402
+from vime.samples import Rollout  # noqa: E402
 
 TOKENS = 64
 ROWS = 2000

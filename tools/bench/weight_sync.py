@@ -31,15 +31,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vime.checkpoint import fp8
+from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 from vime.models.namemap import Param
 from vime.models.shards import holds, local_shape, tensor_split
-from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
+from vime.run.plan import EnginePlan
 from vime.sync.channel import Channel, Listener
-from vime.sync.plan import SLOTS, FarGroup, Schedule, make_schedule, receivers_of
+from vime.sync.parts import SLOTS, FarGroup
+from vime.sync.receivers import receivers_of
+from vime.sync.schedule import Schedule, make_schedule
 from vime.sync.segment import Segment, segment_name
 from vime.sync.source import WeightSource
 

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vime.checkpoint.durable import publish_folder, read_json, require_space, write_at, write_json
-from vime.checkpoint.fp8 import SCALE_SUFFIX, dequantise, scale_name
 from vime.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
 from vime.checkpoint.hf_writer import copy_small_files, require_empty
 from vime.checkpoint.progress import Progress
 from vime.checkpoint.ranks import rank_and_size
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes, same_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
+from vime.fp8.quantise import SCALE_SUFFIX, dequantise, scale_name
 from vime.models.families import params_of
+from vime.system.files import publish_folder, read_json, require_space, write_at, write_json
 
 if TYPE_CHECKING:
     from vime.checkpoint.cast_gpu import GpuCaster

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from vime.checkpoint.fp8_triton import BlockTable, block_table, launch_dequantise
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.safetensors_file import TensorInfo, raw_bytes
 from vime.errors import BadInput
+from vime.fp8.gpu_kernels import BlockTable, block_table, launch_dequantise
 
 PIECE_BYTES = 32 * 2**20
 """Output of a piece: one routed expert's matrix of DeepSeek-V3 fits."""

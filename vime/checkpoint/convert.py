@@ -27,7 +27,7 @@ from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.progress import Progress
 from vime.checkpoint.ranks import from_environment, process_group
 from vime.checkpoint.safetensors_file import same_bytes
-from vime.checkpoint.torch_dist import RELEASE, TorchDistReader, object_name
+from vime.checkpoint.torch_dist import TorchDistReader, object_name
 from vime.errors import BadInput, VimeError
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
@@ -38,6 +38,7 @@ from vime.models.shards import Piece, check_layout, local_shape, pieces
 from vime.recipe.flags import flag, parse_flags
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.tables import MEGATRON_MODEL_FLAGS
+from vime.run.checkpoints import RELEASE
 
 # More writers than this do not make a file system faster.
 MAX_THREADS = 8

@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from vime.checkpoint.dist_writer import FILE_BYTES, PartWriter
-from vime.checkpoint.durable import publish_folder, read_json, require_space, write_file, write_json
-from vime.checkpoint.torch_dist import RELEASE, TRACKER, write_tracker
+from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput, VimeError
+from vime.run.checkpoints import RELEASE, TRACKER
+from vime.system.files import publish_folder, read_json, require_space, write_file, write_json
 
 PARTIAL = f".{RELEASE}.partial"
 STAMP = ".vime_convert.json"

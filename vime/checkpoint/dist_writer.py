@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from vime.checkpoint.durable import read_json, write_at, write_json
+from vime.system.files import read_json, write_at, write_json
 
 FILE_BYTES = 2**30
 """What an interruption costs a thread at most."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vime.checkpoint.durable import read_json, write_json
 from vime.checkpoint.progress import Progress
 from vime.errors import BadInput, VimeError
+from vime.system.files import read_json, write_json
 
 NOTES = ".vime-fetch.json"
 WORKERS = 8

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from vime.checkpoint.fp8 import is_quantised, quantise, scale_name, scale_shape
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.hf_writer import MAX_SHARD_BYTES, HFWriter
 from vime.checkpoint.progress import Progress
 from vime.checkpoint.safetensors_file import Spec
 from vime.checkpoint.torch_dist import TorchDistReader
 from vime.errors import BadInput, VimeError
+from vime.fp8.quantise import is_quantised, quantise, scale_name, scale_shape
 from vime.models.config import ModelConfig, Quantisation
 from vime.models.families import params_of
 from vime.models.namemap import HFTensor, Param, Where

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from vime.checkpoint.fp8 import dequantise, scale_name, scale_shape
 from vime.checkpoint.safetensors_file import Mapped, TensorInfo, read_header
 from vime.errors import BadInput
+from vime.fp8.quantise import dequantise, scale_name, scale_shape
 from vime.models.config import ModelConfig
 from vime.models.namemap import HFTensor, Param
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from vime.checkpoint.durable import publish_folder, require_space, write_at, write_json
 from vime.checkpoint.hf import INDEX, SINGLE
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput
+from vime.system.files import publish_folder, require_space, write_at, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Not copied from a source folder: weights in any format, and what a download leaves behind.

@@ -52,7 +52,7 @@ def load_hf_into(
     checkpoint that does not fit the model.
     """
     # A loader of HF files needs no Megatron until there is a model to fill.
-    from vime.megatron.naming import fill, local_tensors
+    from vime.models.local import fill, local_tensors
 
     checkpoint.check(params_of(config))
     fill(local_tensors(chunks, config, layout, coords), lambda param: read_shard(checkpoint, param, layout, coords))

@@ -24,14 +24,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from vime.checkpoint.durable import write_file
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.disk import canonical_key, disk_place
 from vime.models.namemap import Param
+from vime.run.checkpoints import RELEASE, TRACKER, tracked, tracked_folder
+from vime.system.files import write_file
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 PARTIAL = f".{RELEASE}.partial"
 STAMP = ".vime_convert.json"
 MADE_FROM = "vime_made_from"
@@ -69,10 +68,9 @@ def checkpoint_folder(path: str | Path) -> Path:
     if (path / ".metadata").exists():
         return path
     try:
-        name = (path / TRACKER).read_text().strip()
+        name, folder = tracked(path), tracked_folder(path)
     except OSError as error:
         raise BadInput(f"{path} has neither .metadata nor {TRACKER}: give a torch_dist folder") from error
-    folder = path / (f"iter_{int(name):07d}" if name.isdigit() else name)
     if not (folder / ".metadata").exists():
         raise BadInput(f"{path / TRACKER} names {name}, but {folder} is no complete torch_dist folder: convert again")
     return folder

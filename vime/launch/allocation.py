@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from vime.launch import history
 from vime.launch.binding import Examined, bind, examine, require_enough, table, write_report
-from vime.launch.canary import hosts_unseen, release_canary
-from vime.launch.checks import Known
-from vime.launch.events import read_events
-from vime.launch.ring import RING, slow_nodes
+from vime.launch.checks import Known, slow_nodes
 from vime.launch.steps import Place, Runner, Step
-from vime.planning.io import write_binding
+from vime.node.ring import RING
 from vime.planning.show import table as columns
-from vime.planning.types import Binding, Plan, Stage
+from vime.run import history
+from vime.run.canary import hosts_unseen, release_canary
+from vime.run.folder import write_binding
+from vime.run.journal import read_events
+from vime.run.plan import Binding, Plan, Stage
 
 PREFLIGHT = "preflight"
 

@@ -15,7 +15,7 @@ from vime.launch.checks import Findings, Known, Problem, gb, problems
 from vime.launch.failure import Failure, RunFailed
 from vime.launch.steps import Runner, Step
 from vime.planning import ports
-from vime.planning.types import Binding, BoundNode, Plan, Ports
+from vime.run.plan import Binding, BoundNode, Plan, Ports
 
 PREFLIGHT = "preflight.json"
 

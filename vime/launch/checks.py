@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vime.errors import Cause
-from vime.planning.types import Plan
+from vime.run.messages import Report
+from vime.run.plan import Plan
 
 Findings = Mapping[int, Mapping[str, Any]]
-"""What vime.launch.preflight reported, by place in the allocation."""
+"""What vime.node.preflight reported, by place in the allocation."""
 
 CLOCK_SKEW_S = 2.0
 """Times of logs, of files and of tokens are compared between nodes."""
@@ -218,3 +219,19 @@ def _odd_ones(check: str, have: Mapping[int, str], findings: Findings) -> Iterat
 
 def gb(number: int) -> str:
     return f"{number / 1e9:.1f} GB"
+
+
+def slow_nodes(reports: Sequence[Report], places: Sequence[int], floor_gbit: float) -> Iterator[Problem]:
+    """Nodes below the floor: those whose links to both neighbours are slow, else the sender of a slow link.
+
+    A slow node slows its neighbours' links too, so one slow link alone does not tell which end it is.
+    """
+    ring = sorted(reports, key=lambda told: told.rank)
+    incoming = [told.data["received"] * 8 / 1e9 for told in ring]
+    outgoing = [incoming[(i + 1) % len(ring)] for i in range(len(ring))]
+    both = {i for i in range(len(ring)) if max(incoming[i], outgoing[i]) < floor_gbit}
+    senders = {i for i in range(len(ring)) if outgoing[i] < floor_gbit and not {i, (i + 1) % len(ring)} & both}
+    for i in sorted(both | senders):
+        value = max(incoming[i], outgoing[i]) if i in both else outgoing[i]
+        told, need = ring[i], f"{floor_gbit:.3g} Gbit/s"
+        yield Problem(places[told.rank], told.data["host"], "network bandwidth", f"{value:.3g} Gbit/s", need)

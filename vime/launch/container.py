@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vime.errors import BadInput
-from vime.planning.types import Container, Plan, Stage
+from vime.run.plan import Container, Plan, Stage
 
 NODE_TMP = "/tmp"
 

@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from vime.errors import Cause, VimeError, is_storage_error
-from vime.launch import gate, history
+from vime.launch import gate
 from vime.launch.allocation import Allocation
-from vime.launch.events import Event, Journal, read_events
 from vime.launch.failure import Failure, RunFailed, diagnose, ended_early, late, was_refused
 from vime.launch.lead import TimeLeft
-from vime.launch.rundir import CHECKPOINT_DONE, CHECKPOINT_REQUEST, log_folder, make_secrets, task_log
 from vime.launch.signals import Signals
 from vime.launch.steps import Place, Runner, Step
-from vime.launch.supervise import start_ticks
-from vime.launch.sweep import SWEEP_S, sweep_stage
 from vime.launch.witness import running_stage, witnessed
-from vime.planning.chain import Link, find_link, part
-from vime.planning.io import BINDING, read_plan
-from vime.planning.types import Plan, Stage
+from vime.node.sweep import SWEEP_S, sweep_stage
+from vime.run import history
+from vime.run.chain import Link, find_link, part
+from vime.run.folder import BINDING, CHECKPOINT_DONE, CHECKPOINT_REQUEST, log_folder, make_secrets, read_plan, task_log
+from vime.run.journal import Event, Journal, read_events
+from vime.run.plan import Plan, Stage
+from vime.system.processes import start_ticks
 
 POLL_S = 0.25
 COMMENT_CHARACTERS = 200

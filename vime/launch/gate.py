@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.launch.marks import MANIFEST, Marks, mark_artefact
-from vime.planning.types import Artefact, Stage
+from vime.run.plan import Artefact, Stage
 
 VERSION = 2
 _NAMED = 3

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from vime.observe.metrics import read_metrics
-from vime.planning.types import Plan
+from vime.run.metrics import read_metrics
+from vime.run.plan import Plan
 
 RECENT_STEPS = 20
 MARGIN_S = 60.0

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from vime.launch.controller import Controller, tell
-from vime.launch.logfiles import Follower, find_logs
 from vime.launch.runner_local import LocalRunner
 from vime.launch.witness import witnessed
-from vime.planning.types import Plan
+from vime.run.logs import Follower, find_logs
+from vime.run.plan import Plan
 
 # Lines of training that a person at the terminal wants to see; everything is in the log.
 _TOLD = re.compile(r"^(rollout|eval|weights from|checkpoint|error:)")

@@ -12,7 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vime.planning.types import Artefact
+from vime.run.plan import Artefact
 
 MANIFEST = ".vime-artefact.json"
 NOT_CONTENT = (MANIFEST, ".vime-fetch.json", ".cache")

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from vime.errors import Cause
-from vime.launch import supervise
-from vime.launch.rundir import launcher_log
 from vime.launch.steps import Place, Step, launch, log_size, places_text, signal_process
-from vime.launch.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
-from vime.planning.types import Plan, Stage
+from vime.node.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
+from vime.run.folder import launcher_log
+from vime.run.plan import Plan, Stage
+from vime.system import processes
 
 
 class LocalRunner:
@@ -30,7 +30,7 @@ class LocalRunner:
     def start(self, stage: Stage, places: tuple[Place, ...]) -> Step:
         log = launcher_log(self._plan.run_dir, stage.name)
         offset = log_size(log)
-        command = (sys.executable, "-m", "vime.launch.task", "--run", self._plan.run_dir, "--stage", stage.name)
+        command = (sys.executable, "-m", "vime.node.task", "--run", self._plan.run_dir, "--stage", stage.name)
         processes = []
         for place in range(len(places)):
             for rank in range(stage.tasks_per_node):
@@ -44,7 +44,7 @@ class LocalRunner:
             signal_process(process, signal.SIGTERM)
         if not step.wait(grace_s):
             for process in step.processes:
-                supervise.kill_tree(process.pid, signal.SIGKILL)
+                processes.kill_tree(process.pid, signal.SIGKILL)
                 signal_process(process, signal.SIGKILL)
             step.wait(10.0)
         step.close()

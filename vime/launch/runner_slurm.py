@@ -7,83 +7,18 @@ import os
 import re
 import signal
 import stat
-import sys
 from collections.abc import Sequence
 
 from vime.errors import Cause
-from vime.launch import container, slurm
-from vime.launch.rundir import launcher_log
+from vime.launch.srun import srun_argv, step_name, step_python
 from vime.launch.steps import Place, Step, launch, log_size, places_text, signal_process
-from vime.launch.task import JOB, PLACES
-from vime.planning.types import Cluster, Plan, Stage
+from vime.node.task import JOB, PLACES
+from vime.run.folder import launcher_log
+from vime.run.plan import Plan, Stage
+from vime.slurm import queue as slurm
 
 TAKEN = ("COMPLETING", *slurm.WAITING)
 """States of a job that waits for its next start, or whose last one is just ending."""
-
-
-def step_name(stage: str) -> str:
-    return f"vime-{stage}"
-
-
-def step_python(cluster: Cluster) -> str:
-    """The interpreter of the tasks: the container's, the profile's, or the one that runs this."""
-    return cluster.container.python if cluster.container else cluster.interpreter or sys.executable
-
-
-def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cpus_per_node: int | None) -> list[str]:
-    """The srun call of a stage on these nodes.
-
-    Since Slurm 22.05 srun takes no CPUs over from sbatch, so a step states them; steps share the job's nodes with the
-    services and with each other, hence `--overlap`.
-    """
-    cpus = stage.cpus_per_task or max(1, (cpus_per_node or 1) // stage.tasks_per_node)
-    if cpus_per_node is not None:
-        cpus = max(1, min(cpus, cpus_per_node // stage.tasks_per_node))
-    argv = [
-        "srun",
-        f"--job-name={step_name(stage.name)}",
-        f"--nodes={len(names)}",
-        f"--nodelist={','.join(names)}",
-        f"--ntasks={len(names) * stage.tasks_per_node}",
-        f"--ntasks-per-node={stage.tasks_per_node}",
-        f"--cpus-per-task={cpus}",
-        "--cpu-bind=none",
-        "--overlap",
-        "--kill-on-bad-exit=1",
-        "--mpi=none",
-        "--input=none",
-        "--export=ALL",
-    ]
-    argv.extend(f"--{name}={value}" for name, value in gpu_options(plan.cluster, stage.gpus_per_node).items())
-    argv.extend(container.srun_options(plan))
-    task = [python, "-m", "vime.launch.task", "--run", plan.run_dir, "--stage", stage.name]
-    return [*argv, *container.wrap(plan, stage, task)]
-
-
-def gpu_options(cluster: Cluster, count: int) -> dict[str, str]:
-    """How this cluster wants to be asked for GPUs of a node, for sbatch and srun alike."""
-    if not count or cluster.gpu_request == "none":
-        return {}
-    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
-    return {"gres": f"gpu:{kind}{count}"} if cluster.gpu_request == "gres" else {"gpus-per-node": f"{kind}{count}"}
-
-
-def attach_argv(job: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool) -> list[str]:
-    """The srun call that runs a command beside what runs on a node of the job, for a person who looks."""
-    argv = [
-        "srun",
-        f"--jobid={job}",
-        "--job-name=vime-attach",
-        "--nodes=1",
-        f"--nodelist={host}",
-        "--ntasks=1",
-        "--cpus-per-task=1",
-        "--cpu-bind=none",
-        "--overlap",
-        "--mpi=none",
-        f"--chdir={run_dir}",
-    ]
-    return [*argv, *(["--pty"] if terminal else []), *command]
 
 
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from vime.errors import Cause
-from vime.launch.reports import Assembler, Report
-from vime.launch.rundir import launcher_log
-from vime.planning.types import Stage
+from vime.run.folder import launcher_log
+from vime.run.messages import Assembler, Report
+from vime.run.plan import Stage
 
 
 @dataclass(frozen=True)

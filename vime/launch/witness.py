@@ -9,8 +9,8 @@ import socket
 from collections.abc import Iterator
 
 from vime.errors import Cause
-from vime.launch.events import Event, Journal, last_start, read_events
-from vime.launch.history import ENDS
+from vime.run.history import ENDS
+from vime.run.journal import Event, Journal, last_start, read_events
 
 _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

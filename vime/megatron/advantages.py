@@ -9,9 +9,9 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron import losses
-from vime.megatron.batch import Tokens
+from vime.megatron.microbatch import Tokens
 from vime.recipe.schema import AlgorithmOptions
-from vime.rollout.types import Rollout, Sample
+from vime.samples import Rollout, Sample
 
 
 def loss_mask(sample: Sample) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vime.checkpoint.durable import publish_folder
-from vime.checkpoint.torch_dist import TRACKER, write_tracker
+from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput
+from vime.run.checkpoints import TRACKER, folder_of, iterations, partial_of, tracked
+from vime.system.files import publish_folder
 
 STATE_FILE = "vime.json"
-_ITERATION = re.compile(r"^iter_(\d+)$")
 _READ_WHOLE = 16 << 20
 _BLOCKS, _BLOCK_BYTES = 16, 64 << 10
 # A shared file system answers many small reads at a time as fast as one.
@@ -39,22 +38,6 @@ class State:
     extra: dict[str, Any]
     """The driver's; JSON."""
     with_optimizer: bool = True
-
-
-def folder_of(root: str | Path, rollout_id: int) -> Path:
-    """`<root>/iter_0000012`."""
-    return Path(root) / f"iter_{rollout_id:07d}"
-
-
-def has_tracker(root: str | Path | None) -> bool:
-    """Whether the folder says that it holds a checkpoint."""
-    return root is not None and (Path(root) / TRACKER).exists()
-
-
-def iterations(root: Path) -> list[int]:
-    """Numbers of the published checkpoints, newest first."""
-    names = (path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
-    return sorted((int(match[1]) for name in names if (match := _ITERATION.match(name))), reverse=True)
 
 
 def fingerprint(path: Path) -> str:
@@ -104,7 +87,7 @@ def damage(folder: Path) -> str | None:
 
 def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path:
     """The newest checkpoint that is whole; says what is wrong with newer ones. Raises BadInput if there is none."""
-    content = (root / TRACKER).read_text().strip()
+    content = tracked(root)
     if not content.isdigit():
         return root / content
     for number in iterations(root):
@@ -141,11 +124,6 @@ def fresh_partial(root: Path, rollout_id: int) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write checkpoints below {root} ({error.strerror}): give another --save") from error
     return partial
-
-
-def partial_of(root: Path, rollout_id: int) -> Path:
-    """Where a checkpoint is written."""
-    return root / f".{folder_of(root, rollout_id).name}.partial"
 
 
 def publish(root: Path, state: State, *, keep: int, layout: dict[str, int]) -> Path:

@@ -12,9 +12,9 @@ from vime.checkpoint.torch_dist import TorchDistReader, use_disk_keys
 from vime.errors import BadInput
 from vime.megatron import checkpoint_folders as folders
 from vime.megatron.checkpoint_folders import State
-from vime.megatron.naming import fill, local_tensors
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig
+from vime.models.local import fill, local_tensors
 from vime.models.transform import shard
 from vime.recipe.parallel import Coordinates, ParallelLayout
 

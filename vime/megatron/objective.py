@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime.megatron import losses
-from vime.megatron.batch import PackedBatch
 from vime.megatron.logprobs import token_log_probs
+from vime.megatron.microbatch import PackedBatch
 from vime.recipe.schema import AlgorithmOptions
 
 METRICS = (

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vime.megatron import backend
-from vime.megatron.batch import PackedBatch, Padding, Tokens, make_batch
+from vime.megatron.microbatch import PackedBatch, Padding, Tokens, make_batch
 from vime.megatron.objective import METRICS, Columns, Objective
 from vime.megatron.packing import fixed_micro_batches, micro_batches
 from vime.recipe.parallel import Coordinates, ParallelLayout

@@ -14,16 +14,14 @@ import torch.distributed as dist
 
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.load import load_hf_into
-from vime.checkpoint.torch_dist import TRACKER
 from vime.errors import BadInput, DataError
 from vime.megatron import backend, losses, optimizer
 from vime.megatron.advantages import advantage_column, loss_mask
-from vime.megatron.batch import Tokens, optimizer_steps
-from vime.megatron.checkpoint_folders import State, has_tracker
+from vime.megatron.checkpoint_folders import State
 from vime.megatron.checkpointing import Checkpointer
 from vime.megatron.clock import Clock
+from vime.megatron.microbatch import Tokens, optimizer_steps
 from vime.megatron.model import ModelOptions, build_model
-from vime.megatron.naming import global_name
 from vime.megatron.objective import METRICS, Objective
 from vime.megatron.parallel import destroy_parallel, init_parallel
 from vime.megatron.reference import HostWeights
@@ -31,8 +29,10 @@ from vime.megatron.residence import Residence
 from vime.megatron.runner import Packer, Runner
 from vime.models.config import ModelConfig
 from vime.models.flops import utilisation
-from vime.planning.types import Plan
-from vime.rollout.types import Rollout
+from vime.models.local import global_name
+from vime.run.checkpoints import has_tracker, tracks_iteration
+from vime.run.plan import Plan
+from vime.samples import Rollout
 
 if TYPE_CHECKING:
     from vime.sync.source import WeightSource
@@ -117,7 +117,7 @@ class TrainWorker:
     def _load(self) -> StartState:
         """Reference weights first, if a KL needs them, then what training starts from."""
         load = self.recipe.checkpoint.load
-        resumes = has_tracker(load) and (Path(str(load)) / TRACKER).read_text().strip().isdigit()
+        resumes = tracks_iteration(load)
         self._reference: HostWeights | None = None
         if self._needs_reference or not resumes:
             start = self._load_start()
@@ -150,7 +150,7 @@ class TrainWorker:
     def _holds_weights(root: Path) -> bool:
         if (root / ".metadata").exists():
             return True
-        return has_tracker(root) and not (root / TRACKER).read_text().strip().isdigit()
+        return has_tracker(root) and not tracks_iteration(root)
 
     @property
     def _needs_reference(self) -> bool:

@@ -13,13 +13,13 @@ import yaml
 from vime.observe import phases
 from vime.observe.charts import Series, line_chart
 from vime.observe.markup import cards, details, escape, facts, pre, shortened, table
-from vime.observe.metrics import series
 from vime.observe.outcome import Outcome, outcome
 from vime.observe.summary import RunSummary
-from vime.planning.resume import resume_command
 from vime.planning.show import size
 from vime.planning.svg import STYLE as MAP_STYLE
 from vime.planning.svg import placement_svg
+from vime.run.metrics import series
+from vime.run.resume import resume_command
 
 STYLE = files("vime.observe").joinpath("report.css").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
-from vime.rollout.types import Group, Rollout, Sample, Status
+from vime.samples import Group, Rollout, Sample, Status
 
 SHOWN_PER_ROLLOUT = 4
 SHOWN_CHARACTERS = 4000

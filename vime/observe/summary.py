@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
-from vime.observe.metrics import read_metrics, series
 from vime.observe.samples import read_samples
 from vime.observe.timeline import Span, read_timeline
-from vime.planning.io import read_binding, read_plan
-from vime.planning.types import Binding, Plan
+from vime.run.checkpoints import iteration_of
+from vime.run.folder import read_binding, read_plan
+from vime.run.metrics import read_metrics, series
+from vime.run.plan import Binding, Plan
 
 REWARD = "rollout/raw_reward"
 ENDS = 5
@@ -122,10 +122,10 @@ def _binding(folder: Path) -> Binding | None:
 def _checkpoints(root: Path) -> list[Checkpoint]:
     found = []
     for path in sorted(root.glob("iter_*")) if root.is_dir() else []:
-        number = re.fullmatch(r"iter_(\d+)", path.name)
+        number = iteration_of(path.name)
         if number is not None:
             sizes = [entry.stat().st_size for entry in os.scandir(path) if entry.is_file()]
-            found.append(Checkpoint(str(path), int(number[1]), sum(sizes), path.stat().st_mtime))
+            found.append(Checkpoint(str(path), number, sum(sizes), path.stat().st_mtime))
     return found
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vime.planning.types import Plan
-from vime.rollout.types import Rollout
+from vime.run.plan import Plan
+from vime.samples import Rollout
 
 
 def tokens_per_gpu(plan: Plan, rollout: Rollout, seconds: float) -> dict[str, float]:

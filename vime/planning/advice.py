@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 
 from vime.planning.memory import ALLOCATOR_SETTINGS
-from vime.planning.types import Memory, NodePlan, Plan
+from vime.run.plan import Memory, NodePlan, Plan
 
 GB = 10**9
 DOCUMENT_TOTAL = (1400 * GB, 1500 * GB)

@@ -13,15 +13,15 @@ from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
 from vime.planning import derive, gpu_memory, layout, memory, ports, stages
-from vime.planning.checkpoint import check_shards, read_json
 from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
-from vime.planning.types import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
+from vime.planning.inputs import check_shards, read_json
 from vime.recipe import files
 from vime.recipe.load import absolute_path, change, uses_base_dir, with_absolute_paths
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 from vime.recipe.vllm_arguments import check_installed
+from vime.run.plan import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
 
 SAVE_BYTES_PER_S = 500 * 10**6
 """What a node writes to a shared file system while it saves, for the lead of the signal before the time limit."""

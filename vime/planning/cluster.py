@@ -8,8 +8,9 @@ import re
 from pydantic import ValidationError
 
 from vime.errors import BadInput
-from vime.planning.types import Cluster
 from vime.recipe import files
+from vime.run.plan import Cluster
+from vime.slurm.partitions import Partition
 
 OWN_OPTIONS = {
     "output": "", "error": "", "open-mode": "", "signal": "", "requeue": "", "no-requeue": "", "job-name": "",
@@ -60,3 +61,58 @@ def parse_minutes(text: str) -> int:
     if not total:
         raise BadInput(f"--time is {text!r}: give at least a minute")
     return total
+
+
+def resolve(cluster: Cluster, nodes: int, partitions: list[Partition], *, needs_gpus: int) -> tuple[Cluster, list[str]]:
+    """The cluster with what its profile leaves open taken from a partition, and what was chosen, as notes.
+
+    Without a partition in the profile it is the default one when that fits, else the one with the most nodes that does.
+    Raises BadInput for a partition that does not exist or has too few nodes.
+    """
+    partition = _choose(cluster, nodes, partitions, needs_gpus)
+    if nodes > partition.nodes:
+        raise BadInput(
+            f"--nodes: the run needs {nodes} nodes, but partition {partition.name} has {partition.nodes}: "
+            "give fewer nodes or another partition"
+        )
+    update: dict[str, object] = {"partition": partition.name}
+    if cluster.cpus_per_node is None:
+        update["cpus_per_node"] = partition.cpus
+    if cluster.memory_per_node_bytes is None and partition.memory_bytes:
+        update["memory_per_node_bytes"] = partition.memory_bytes
+    if not cluster.gpus_per_node and cluster.gpu_request != "none":
+        if partition.gpus < needs_gpus:
+            raise BadInput(
+                f"sinfo shows {partition.gpus} GPUs a node in partition {partition.name}, but the recipe takes "
+                f"{needs_gpus}: give another --partition, or gpus-per-node in a --cluster profile"
+            )
+        update["gpus_per_node"] = partition.gpus
+    limit, notes = partition.time_limit_minutes, []
+    if limit is not None and cluster.time_limit_minutes > limit:
+        update["time_limit_minutes"] = limit
+        notes.append(f"time limit {limit} min, the longest that partition {partition.name} gives")
+    if cluster.partition is None:
+        notes.append(
+            f"partition {partition.name} chosen: {partition.nodes} nodes of {partition.cpus} CPUs, "
+            f"{partition.gpus} GPUs and {partition.memory_bytes / 1e9:.0f} GB"
+        )
+    return cluster.model_copy(update=update), notes
+
+
+def _choose(cluster: Cluster, nodes: int, partitions: list[Partition], gpus: int) -> Partition:
+    open_ones = [partition for partition in partitions if partition.up]
+    if cluster.partition is not None:
+        for partition in partitions:
+            if partition.name == cluster.partition:
+                return partition
+        known = ", ".join(partition.name for partition in partitions) or "none"
+        raise BadInput(f"there is no partition {cluster.partition}: give one of {known}")
+    if not open_ones:
+        raise BadInput("sinfo shows no partition that is up: give --cluster with a profile, or ask the administrators")
+    wants_gpus = any(partition.gpus >= gpus for partition in open_ones) and cluster.gpu_request != "none"
+
+    def preference(partition: Partition) -> tuple[bool, bool, int]:
+        fits = partition.nodes >= nodes and (partition.gpus >= gpus or not wants_gpus)
+        return fits, partition.default, partition.nodes
+
+    return max(open_ones, key=preference)

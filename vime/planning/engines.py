@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vime.errors import BadInput
-from vime.planning.types import EnginePlan
+from vime.run.plan import EnginePlan
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 

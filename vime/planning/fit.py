@@ -11,10 +11,10 @@ from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
 from vime.planning import derive, gpu_memory, layout, memory
-from vime.planning.types import Cluster, Plan, TrainerRank
 from vime.recipe.flags import flag
 from vime.recipe.load import change
 from vime.recipe.schema import Recipe
+from vime.run.plan import Cluster, Plan, TrainerRank
 
 MOST_NODES = 256
 MOST_CHANGES = 2

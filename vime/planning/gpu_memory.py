@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from vime.models.config import ModelConfig
 from vime.planning.counts import model_counts
 from vime.planning.memory import GB, Weights
-from vime.planning.types import GpuMemory, Item, Memory
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.run.plan import GpuMemory, Item, Memory
 
 DEFAULT_GPU_BYTES = 80 * GB
 """Of a GPU whose memory the cluster profile does not name: an H100."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vime.errors import BadInput
-from vime.planning.types import TrainerRank
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.run.plan import TrainerRank
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Protocol
 
 from vime.models.config import ModelConfig
 from vime.planning.counts import Counts, Tensors, model_counts, stage_counts, stage_tensors
-from vime.planning.types import Item, Memory, TrainerRank
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.run.plan import Item, Memory, TrainerRank
 
 GB = 10**9
 GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB

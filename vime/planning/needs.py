@@ -10,8 +10,8 @@ from vime.models.config import ModelConfig
 from vime.planning import advice, fit, traffic
 from vime.planning.counts import Kind, stage_parts
 from vime.planning.show import duration, ranges, size, table
-from vime.planning.types import GpuMemory, Plan
 from vime.recipe.schema import Recipe
+from vime.run.plan import GpuMemory, Plan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vime.errors import BadInput
 from vime.planning.layout import EngineSeat
-from vime.planning.types import EnginePlan, Plan, Ports
+from vime.run.plan import EnginePlan, Plan, Ports
 
 FIRST, LAST = 2000, 8999
 AUX_PORTS = 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from vime.planning.types import EnginePlan, NodePlan, Plan, Stage, TrainerRank
+from vime.run.plan import EnginePlan, NodePlan, Plan, Stage, TrainerRank
 
 
 def render(plan: Plan) -> str:

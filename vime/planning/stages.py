@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vime.models.config import ModelConfig
-from vime.planning.types import Artefact, Cluster, Stage
 from vime.recipe.flags import flag
 from vime.recipe.load import bf16_folder
 from vime.recipe.schema import Recipe
+from vime.run.plan import Artefact, Cluster, Stage
 
 DISK_BYTES_PER_S = 100 * 10**6
 """What a node reads or writes at the very least; deadlines are for finding what hangs, not what is slow."""
@@ -92,7 +92,7 @@ def _preflight(job: Job) -> Stage:
     return Stage(
         name="preflight",
         nodes=tuple(range(job.nodes)),
-        command=("-m", "vime.launch.preflight", "--run", job.run_dir),
+        command=("-m", "vime.node.preflight", "--run", job.run_dir),
         env=job.recipe.misc.env,
         deadline_s=120.0 + 5.0 * job.nodes,
     )
@@ -102,7 +102,7 @@ def _ring(job: Job) -> Stage:
     return Stage(
         name="ring",
         nodes=tuple(range(job.nodes)),
-        command=("-m", "vime.launch.ring", "--run", job.run_dir),
+        command=("-m", "vime.node.ring", "--run", job.run_dir),
         env=job.recipe.misc.env,
         tells_end=True,
         deadline_s=START_S,
@@ -178,7 +178,7 @@ def _ray(job: Job, name: str, nodes: tuple[int, ...]) -> Stage:
         gpus_per_node=_gpus(job),
         command=(
             "-m",
-            "vime.launch.ray_node",
+            "vime.node.ray_node",
             "--run",
             job.run_dir,
             "--head" if name == "ray-head" else "--worker",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from vime.planning.show import engine_cells
-from vime.planning.types import NodePlan, Plan, TrainerRank
+from vime.run.plan import NodePlan, Plan, TrainerRank
 
 CELL, ROW, LEFT, TOP, GAP = 118, 62, 92, 26, 6
 HUES = (212, 28, 145, 275, 340, 185, 50, 5, 95, 240, 310, 165, 70, 15, 225, 125)

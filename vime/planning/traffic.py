@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vime.models.config import ModelConfig
 from vime.planning import memory
-from vime.planning.types import Plan
+from vime.run.plan import Plan
 
 GB = 10**9
 DISK = 2 * GB

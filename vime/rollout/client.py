@@ -13,7 +13,7 @@ import msgspec
 
 from vime.errors import VimeError
 from vime.rollout.command import MODEL_NAME
-from vime.rollout.types import Sample, Status
+from vime.samples import Sample, Status
 
 UNVERSIONED = -1
 """Weight version of tokens from weights that no sync has numbered (those an engine starts with)."""

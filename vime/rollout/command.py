@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.errors import BadInput
-from vime.planning.engines import check_engine
-from vime.planning.types import Binding, BoundNode, EnginePlan, Plan
 from vime.recipe.load import bf16_folder
+from vime.run.plan import Binding, BoundNode, EnginePlan, Plan
 
 MODEL_NAME = "policy"
 """The name under which every engine serves the trained model."""
@@ -70,7 +69,6 @@ def engine_command(
 
     Raises BadInput for a layout that vLLM computes wrong without saying so.
     """
-    check_engine(engine, plan.model_config_hf, on_gpu=on_gpu(plan))
     leader = binding.nodes[engine.nodes[0]]
     here = binding.nodes[engine.nodes[position]]
     serves = position == 0

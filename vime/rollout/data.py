@@ -10,19 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput, DataError
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One row of a prompt set."""
-
-    number: int
-    """Place in the file, from 0."""
-    prompt: Any
-    """As in the file: chat messages or text."""
-    token_ids: list[int]
-    label: Any
-    metadata: dict[str, Any]
+from vime.samples import Prompt
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vime import shared_memory
 from vime.errors import DeadlineExceeded, VimeError
-from vime.planning.types import Binding, Plan
 from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
-from vime.rollout.serve import PARENT_VARIABLE
+from vime.run.plan import Binding, Plan
+from vime.system import shared_memory
+from vime.system.processes import PARENT_VARIABLE
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 15.0

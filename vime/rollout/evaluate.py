@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from vime.errors import DataError
 from vime.recipe.schema import Recipe
 from vime.rollout.client import SamplingSettings
-from vime.rollout.data import Prompt, PromptSet
+from vime.rollout.data import PromptSet
 from vime.rollout.generation import Generator, all_of
 from vime.rollout.measures import length_metrics
-from vime.rollout.types import Group, Sample
+from vime.samples import Group, new_group
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,6 @@ def eval_settings(recipe: Recipe) -> SamplingSettings:
         top_k=rollout.rollout_top_k if top_k is None else top_k,
         stop=tuple(rollout.rollout_stop),
         stop_token_ids=tuple(rollout.rollout_stop_token_ids),
-    )
-
-
-def new_group(index: int, prompt: Prompt, samples: int) -> Group:
-    """A group without answers; its samples are numbered through the run."""
-    return Group(
-        index,
-        [
-            Sample(
-                index=index * samples + place,
-                group_index=index,
-                prompt=prompt.prompt,
-                prompt_ids=list(prompt.token_ids),
-                label=prompt.label,
-                metadata=dict(prompt.metadata),
-            )
-            for place in range(samples)
-        ],
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vime.rewards.scorer import Scorer
 from vime.rollout.client import SamplingSettings
 from vime.rollout.dispatch import Dispatcher, Seat, Stopped
-from vime.rollout.rewards.scorer import Scorer
-from vime.rollout.types import Group, Sample, Status
+from vime.samples import Group, Sample, Status
 
 _LONG = 512
 """Tokens from which on a text is made beside the event loop."""

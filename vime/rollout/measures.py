@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from vime.rollout.types import Group, Sample, Status
+from vime.samples import Group, Sample, Status
 
 
 def finished_metrics(finished: Sequence[Group]) -> dict[str, float]:

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vime.errors import BadInput, DataError
-from vime.planning.types import Plan
+from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
+from vime.rewards.filters import check_filter_path
+from vime.rewards.scorer import Scorer
 from vime.rollout.client import UNVERSIONED, EngineClient, EngineError, SamplingSettings
 from vime.rollout.counters import EngineCounters
-from vime.rollout.data import Columns, Prompt, PromptSet, PromptStream, load_prompts, load_tokenizer
+from vime.rollout.data import Columns, PromptSet, PromptStream, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
-from vime.rollout.evaluate import EvalSet, eval_settings, evaluate, new_group
-from vime.rollout.filters import BUILT_IN as BUILT_IN_FILTERS
-from vime.rollout.filters import check_filter_path
+from vime.rollout.evaluate import EvalSet, eval_settings, evaluate
 from vime.rollout.generation import Generator
 from vime.rollout.measures import finished_metrics, training_metrics
-from vime.rollout.rewards.scorer import Scorer
-from vime.rollout.types import Group, Rollout, Sample, Status
+from vime.run.plan import Plan
+from vime.samples import Group, Prompt, Rollout, Sample, Status, new_group
 
 TRIES_OF_A_PROMPT = 2
 """Times that every prompt of the set is tried before a round counts as one that can never fill."""

@@ -6,22 +6,10 @@ remains knows no headless followers. So this takes the subcommand itself.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 
-PARENT_VARIABLE = "VIME_PARENT_PID"
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM when the parent ends, and end at once if it already has. Linux only."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        raise SystemExit(f"the process {parent} that started this server has ended")
+from vime.system.processes import PARENT_VARIABLE, end_with_parent
 
 
 def main(argv: list[str]) -> None:

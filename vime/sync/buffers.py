@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vime.checkpoint.fp8_format import scale_shape
+from vime.fp8.format import scale_shape
 from vime.sync import cuda_memory
-from vime.sync.message import Block, torch_type
-from vime.sync.plan import SLOTS, Place, Schedule
+from vime.sync.parts import SLOTS, Place
+from vime.sync.schedule import Schedule
 from vime.sync.segment import Segment, segment_name
+from vime.sync.wire import Block, torch_type
 
 Views = dict[int, dict[str, tuple[Tensor, Tensor | None]]]
 """By receiver and HF name: the tensor in the receiver's buffer, and its scales."""

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vime.checkpoint import fp8
 from vime.checkpoint.hf import HFCheckpoint
 from vime.errors import VimeError
+from vime.fp8 import quantise as fp8
 from vime.models.namemap import Param
 from vime.models.transform import split, unshard
-from vime.sync.plan import Entry, Schedule
+from vime.sync.parts import Entry
+from vime.sync.schedule import Schedule
 
 
 def digest(tensor: Tensor, scales: Tensor | None = None) -> str:

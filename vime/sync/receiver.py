@@ -24,8 +24,8 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from vime.checkpoint import fp8
 from vime.errors import VimeError
+from vime.fp8 import quantise as fp8
 from vime.sync.channel import Channel
 from vime.sync.cuda_memory import map_shared
 from vime.sync.digest import digest

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from vime.errors import Cause, DeadlineExceeded, VimeError
-from vime.planning.types import Binding, EnginePlan, Plan
-from vime.sync.plan import RECEIVED, Schedule, Target, far_groups, schedule_of
+from vime.run.plan import Binding, EnginePlan, Plan
+from vime.sync.parts import RECEIVED, Target
+from vime.sync.schedule import Schedule, far_groups, schedule_of
 
 T = TypeVar("T")
 Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]

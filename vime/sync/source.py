@@ -20,18 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vime.checkpoint import fp8
 from vime.checkpoint.hf import HFCheckpoint
 from vime.errors import VimeError
-from vime.megatron.naming import local_tensors
+from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
-from vime.planning.types import Plan
+from vime.models.local import local_tensors
 from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.run.plan import Plan
 from vime.sync.buffers import Buffers, Views, barrier, entry_views
 from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
-from vime.sync.message import message_bytes, message_parts, scale_box
-from vime.sync.plan import SLOTS, Entry, FarGroup, Move, Place, Schedule, schedule_of
+from vime.sync.parts import SLOTS, Entry, FarGroup, Move, Place
+from vime.sync.schedule import Schedule, schedule_of
+from vime.sync.wire import message_bytes, message_parts, scale_box
 
 
 @dataclass
@@ -423,7 +424,7 @@ class WeightSource:
 def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> Iterator[tuple[Tensor, list[str]]]:
     """On a GPU: one launch for all boxes of a type. Yields what the kernel says of each box, 1 for NaN or infinity in
     it, and their names."""
-    from vime.checkpoint.fp8_triton import block_table, launch_quantise
+    from vime.fp8.gpu_kernels import block_table, launch_quantise
 
     for dtype in {one.box.dtype for one in waiting}:
         mine = [one for one in waiting if one.box.dtype == dtype]

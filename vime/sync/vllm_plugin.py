@@ -9,7 +9,7 @@ import hashlib
 from importlib.metadata import version
 from typing import Any
 
-from vime.sync.plan import RECEIVED
+from vime.sync.parts import RECEIVED
 
 BACKENDS = ("vime", "vime-shm", "vime-gloo")
 """All are one receiver: workers get buckets from GPU memory, shared memory or a group, as the driver says."""

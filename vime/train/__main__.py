@@ -10,10 +10,9 @@ import sys
 import traceback
 
 from vime.errors import Cause, VimeError, is_storage_error
-from vime.launch.reports import report
-from vime.launch.rundir import read_secret
-from vime.planning.io import read_binding, read_plan
-from vime.planning.types import Binding, Plan
+from vime.run.folder import read_binding, read_plan, read_secret
+from vime.run.messages import report
+from vime.run.plan import Binding, Plan
 
 
 def connect(plan: Plan, binding: Binding) -> None:

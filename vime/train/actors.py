@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vime.errors import DeadlineExceeded
-from vime.launch.rundir import read_secret
-from vime.planning.io import read_binding, read_plan
-from vime.planning.types import Binding, Plan
-from vime.rollout.types import Rollout
+from vime.run.folder import read_binding, read_plan, read_secret
+from vime.run.plan import Binding, Plan
+from vime.samples import Rollout
 from vime.train.placement import Slot, pinned, verify_gpu, verify_here
 
 

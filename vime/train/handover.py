@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vime.errors import Cause, VimeError
-from vime.planning.types import Plan
+from vime.run.plan import Plan
 
 Free = tuple[int, int | None, int]
 """Logical node, free bytes of one GPU there (None without GPUs), available bytes of its host."""

@@ -5,59 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
-from vime.observe.metrics import MetricsWriter
 from vime.observe.samples import read_rollout, write_samples
 from vime.observe.throughput import tokens_per_gpu
 from vime.observe.timeline import Span, Timeline
-from vime.planning.stages import DISK_BYTES_PER_S
-from vime.planning.types import Binding, Plan
+from vime.recipe.schema import Recipe
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
-from vime.rollout.types import Rollout
+from vime.run.folder import answer_checkpoint, checkpoint_requested
+from vime.run.metrics import MetricsWriter
+from vime.run.plan import Binding, Plan
+from vime.samples import Rollout
 from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
-from vime.train.control import answer_checkpoint, checkpoint_requested
+from vime.train.deadlines import Deadlines
 from vime.train.handover import Handover
 from vime.train.placement import reserve
-from vime.train.schedule import evaluates_before, saves_after
 from vime.train.supervisor import Deadlines as EngineDeadlines
 from vime.train.supervisor import EngineSupervisor
 from vime.train.trust import PROBES
 
 SAVE_POLL_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    """Seconds after which a phase has failed."""
-
-    placement: float = 120.0
-    setup: float = 1800.0
-    engine_start: float = 1800.0
-    train: float = 7200.0
-    save: float = 1800.0
-    sync: float = 1800.0
-
-    @classmethod
-    def of(cls, plan: Plan) -> Deadlines:
-        """Phases that read or write a whole checkpoint also have the time that its bytes take on a slow file system."""
-        train = next(stage for stage in plan.stages if stage.name == "train")
-        size = {artefact.kind: artefact.bytes or 0 for artefact in (*train.inputs, *train.outputs)}
-        trained = max(size.get("torch_dist", 0), size.get("hf", 0))
-        served = min((len(engine.nodes) for engine in plan.engines), default=1)
-        return cls(
-            setup=cls.setup + _disk_seconds(trained, len(plan.nodes)),
-            engine_start=cls.engine_start + _disk_seconds(size.get("hf", 0), served),
-            save=cls.save + _disk_seconds(size.get("run", 0), len(plan.nodes)),
-        )
-
-
-def _disk_seconds(size: int, nodes: int) -> float:
-    return size / (nodes * DISK_BYTES_PER_S)
 
 
 class Loop:
@@ -321,3 +291,18 @@ class Loop:
             if (key := f"perf/{phase}_time") in values
         )  # fmt: skip
         print(f"rollout {rollout_id}/{self.recipe.rollout.num_rollout}: {text}; {times}", flush=True)
+
+
+def saves_after(recipe: Recipe, rollout_id: int) -> bool:
+    """Every `--save-interval` rollouts, and after the last one."""
+    last = rollout_id == recipe.rollout.num_rollout - 1
+    interval = recipe.checkpoint.save_interval
+    return last or (interval is not None and (rollout_id + 1) % interval == 0)
+
+
+def evaluates_before(recipe: Recipe, rollout_id: int) -> bool:
+    """Before the first rollout and every `--eval-interval` rollouts; `num_rollout` stands for the end of the run."""
+    interval = recipe.eval.eval_interval
+    if interval is None or not recipe.eval.eval_prompt_data:
+        return False
+    return rollout_id % interval == 0 or rollout_id == recipe.rollout.num_rollout

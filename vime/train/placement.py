@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.errors import DeadlineExceeded, VimeError
-from vime.planning.types import Binding, Plan
+from vime.run.plan import Binding, Plan
 
 # A pinned bundle takes this much of its node's `slurm_rank_<i>` resource, which every node offers once.
 PIN = 0.001

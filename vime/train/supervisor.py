@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vime.errors import Cause, DeadlineExceeded, VimeError
-from vime.planning.types import Plan
 from vime.rollout.client import EngineClient, EngineError, EngineTimeout, EngineUnreachable
+from vime.run.plan import Plan
 from vime.sync.session import SyncFailed
 from vime.train.handover import EngineStuck, Handover
 from vime.train.trust import EngineDistrusted, check_trust, differences, probe_settings

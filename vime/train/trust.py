@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from vime.errors import VimeError
-from vime.planning.types import EnginePlan, Plan
 from vime.rollout.client import Generated, SamplingSettings
+from vime.run.plan import EnginePlan, Plan
 
 PROBES = 8
 """Prompts that every data-parallel rank of every engine answers."""

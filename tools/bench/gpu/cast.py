@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint_io import generate
 
 from vime.checkpoint.cast import cast_to_bf16
-from vime.checkpoint.fp8 import dequantise
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.safetensors_file import raw_bytes
+from vime.fp8.quantise import dequantise
 
 FLOOR, MOST_GPU_BYTES = 0.8, 4 * 2**30
 

@@ -24,9 +24,9 @@ from vime.megatron import backend, model, parallel
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig
 from vime.planning.memory import Weights, node_memory
-from vime.planning.types import Item, TrainerRank
 from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
+from vime.run.plan import Item, TrainerRank
 
 FLAGS = ("--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer")
 ITEMS = ("cpu_adam", "pinned_rounding")

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from vime.checkpoint.fp8 import dequantise, quantise
-from vime.checkpoint.fp8_triton import block_table, dequantise_many, launch_dequantise, launch_quantise, quantise_many
+from vime.fp8.gpu_kernels import block_table, dequantise_many, launch_dequantise, launch_quantise, quantise_many
+from vime.fp8.quantise import dequantise, quantise
 
 FLOOR = 0.85
 SHAPES = ((2 * 2048, 7168), (7168, 2048))

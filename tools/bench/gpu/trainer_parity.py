@@ -106,7 +106,7 @@ def weights(config: Any, jitter: float, draw: int) -> Tensors:
 def problem() -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Sequences, every response token's weight in the loss, and its advantage."""
     from vime.megatron import losses
-    from vime.megatron.batch import Tokens
+    from vime.megatron.microbatch import Tokens
 
     draw = random.Random(5)
 
@@ -154,11 +154,12 @@ class Activations:
 
 def measure(model: str, dtype: str, variant: str, jitter: float, draw: int, file: str) -> None:
     """Build, fill, and write what the model computes before and over two steps."""
-    from vime.megatron import backend, naming, parallel
+    from vime.megatron import backend, parallel
     from vime.megatron.model import build_model
     from vime.megatron.objective import Objective
     from vime.megatron.optimizer import Optimizer
     from vime.megatron.runner import Packer, Runner
+    from vime.models import local as naming
     from vime.models.config import ModelConfig
     from vime.models.transform import shard_parts
     from vime.recipe.parallel import ParallelLayout

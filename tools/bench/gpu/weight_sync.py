@@ -27,16 +27,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vime.checkpoint import fp8
+from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 from vime.models.namemap import Param
 from vime.models.shards import holds
 from vime.models.transform import split
-from vime.planning.types import EnginePlan
 from vime.recipe.parallel import ParallelLayout
+from vime.run.plan import EnginePlan
 from vime.sync.buffers import entry_views
-from vime.sync.plan import Schedule, make_schedule, receivers_of
+from vime.sync.receivers import receivers_of
+from vime.sync.schedule import Schedule, make_schedule
 from vime.sync.source import WeightSource
 
 BLOCK = (128, 128)

@@ -1,0 +1,65 @@
+"""What a node tells about itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch_stub import folder, make_plan, preflight, stub
+from tests.support.preflight_findings import finding
+from vime.node.network import rdma_ports
+from vime.node.preflight import group_limits, limits, look
+from vime.run import canary
+
+
+def test_this_machine_tells_everything_that_is_asked(tmp_path: Path) -> None:
+    output = folder("out", tmp_path / "deep" / "out")
+    plan = make_plan(tmp_path, [preflight(tmp_path, 1), stub("cast", "pass", outputs=(output,))])
+    (tmp_path / "control").mkdir()
+    word = canary.release_canary(tmp_path)
+    facts = look(plan)
+    assert set(facts) == set(finding(1))
+    assert (facts["run_folder"], facts["canary"]) == (None, word)
+    assert facts["memory_available"] > 10**8
+    assert facts["versions"]["python"].startswith("3.")
+    assert facts["space"][output.path]["free"] > 0
+    assert facts["space"][output.path]["device"] == os.stat(tmp_path).st_dev
+    assert limits()["open_files"] != 0
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """Without its `control` folder nothing can be written there."""
+    assert "cannot be written: No such file" in look(make_plan(tmp_path, [preflight(tmp_path, 1)]))["run_folder"]
+
+
+def test_the_controller_sees_the_canaries_of_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "control").mkdir()
+    monkeypatch.setattr(canary, "SEEN_DEADLINE_S", 0.2)
+    first = canary.release_canary(tmp_path)
+    canary.answer_canary(tmp_path)
+    here = socket.gethostname()
+    assert canary.hosts_unseen(tmp_path, {here, "elsewhere"}) == {"elsewhere"}
+    assert canary.release_canary(tmp_path) != first
+    assert canary.hosts_unseen(tmp_path, {here}) == {here}, "an answer to an earlier start does not count"
+
+
+def test_every_memory_limit_on_the_way_to_the_root_is_told(tmp_path: Path) -> None:
+    groups = tmp_path / "groups"
+    for name, limit, used in (("job", "1000", "100"), ("job/step", "max", "50"), ("job/step/task", "800", "50")):
+        (groups / name).mkdir(parents=True, exist_ok=True)
+        (groups / name / "memory.max").write_text(limit)
+        (groups / name / "memory.current").write_text(used)
+    process = tmp_path / "cgroup"
+    process.write_text("0::/job/step/task\n")
+    assert sorted(group_limits(process, groups)) == [750, 900]
+
+
+def test_rdma_ports_are_told_with_their_state(tmp_path: Path) -> None:
+    for device, port, state in (("mlx5_0", "1", "4: ACTIVE"), ("mlx5_1", "1", "1: DOWN")):
+        (tmp_path / device / "ports" / port).mkdir(parents=True)
+        (tmp_path / device / "ports" / port / "state").write_text(state + "\n")
+    assert rdma_ports(tmp_path) == {"mlx5_0:1": "ACTIVE", "mlx5_1:1": "DOWN"}
+    assert rdma_ports(tmp_path / "nothing") == {}

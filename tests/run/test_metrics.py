@@ -1,0 +1,149 @@
+"""Metrics and timelines read back what was written, whatever stopped the writer."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vime.errors import BadInput
+from vime.observe.throughput import tokens_per_gpu
+from vime.observe.timeline import Span, Timeline, chrome_trace, read_timeline, waits
+from vime.planning.build import make_plan
+from vime.planning.cluster import load_cluster
+from vime.recipe.load import load_recipe
+from vime.run.metrics import MetricsWriter, read_metrics, series
+from vime.samples import Group, Rollout, Sample
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
+    for values in ({0: 0.1, 1: 0.2, 2: 0.3}, {2: 0.9, 3: 1.0}):
+        writer = MetricsWriter(tmp_path, run_name="r")
+        for step, reward in values.items():
+            writer.write(step, {"rollout/raw_reward": reward})
+        writer.close()
+    steps = read_metrics(tmp_path)
+    assert series(steps, "rollout/raw_reward") == [(0, 0.1), (1, 0.2), (2, 0.9), (3, 1.0)]
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    writer = MetricsWriter(tmp_path, run_name="r")
+    writer.write(0, {"a": 1.0})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "a": 2')
+    assert list(read_metrics(tmp_path)) == [0]
+
+
+def test_values_that_are_not_finite_are_null_and_valid_json(tmp_path):
+    writer = MetricsWriter(tmp_path, run_name="r")
+    writer.write(0, {"train/loss": float("nan"), "train/lr": 1.0})
+    writer.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["train/loss"] is None
+    assert "train/loss" not in read_metrics(tmp_path)[0]
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, run_name="r")
+    writer.write(3, {"train/loss": 0.5})
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["tensors"] == ["train/loss"]
+
+
+def test_a_phase_is_recorded_even_when_it_fails(tmp_path):
+    timeline = Timeline(tmp_path)
+    with pytest.raises(RuntimeError), timeline.phase("generate", 4):
+        raise RuntimeError
+    assert set(timeline.take_metrics()) == {"perf/generate_time"}
+    timeline.close()
+    assert [(span.name, span.rollout_id) for span in read_timeline(tmp_path)] == [("generate", 4)]
+
+
+def test_the_perfetto_trace_has_a_thread_a_track_and_times_from_its_start():
+    spans = [Span("train", 0, "rank 0", 10.0, 11.5), Span("train", 0, "rank 1", 10.5, 11.0)]
+    events = chrome_trace(spans)["traceEvents"]
+    assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 0", "rank 1"]
+    assert [(e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(0, 0, 1500000), (1, 500000, 500000)]
+
+
+def test_spans_of_ranks_come_back_with_their_tracks_and_only_the_newest_when_asked(tmp_path):
+    timeline = Timeline(tmp_path)
+    for rollout_id in range(3):
+        with timeline.phase("train", rollout_id):
+            pass
+        timeline.add_ranks(rollout_id, [[("train", 10.0, 14.0), ("wait", 13.0, 14.0)], [("train", 10.0, 14.0)]])
+    timeline.close()
+    spans = read_timeline(tmp_path)
+    assert [span.track for span in spans[:4]] == ["driver", "rank 0", "rank 0", "rank 1"]
+    newest = [span for span in read_timeline(tmp_path, rank_rollouts=1) if span.track != "driver"]
+    assert {span.rollout_id for span in newest} == {2}
+    assert waits(spans) == {"rank 0": 0.25, "rank 1": 0.0}
+
+
+def test_throughput_counts_shared_gpus_once(base_dir):
+    plan = make_plan(
+        load_recipe("tiny-deepseek-r1"), cluster=load_cluster("local"), base_dir=base_dir, nodes=2, run_name="x"
+    )
+    group = Group(0, [Sample(0, 0, "", [1] * 10, response_ids=[2] * 30)])
+    assert tokens_per_gpu(plan, Rollout(0, [group], {}), 4.0) == {"perf/tokens_per_gpu_per_s": 40 / 4 / 2}
+    assert tokens_per_gpu(plan, Rollout(0, [group], {}), 0.0) == {}
+
+
+WANDB_WRITER = """
+import sys
+from vime.run.metrics import MetricsWriter
+for step in (3, 4):
+    writer = MetricsWriter(sys.argv[1], run_name="r", wandb_project="p", config={"lr": 1})
+    writer.write(step, {"train/loss": 1 / step, "train/kl_loss": float("nan")})
+    writer.close()
+"""
+
+
+def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
+    """Its library is real, but not its service: the library keeps what it would send. A run goes on on its page."""
+    env = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (list(wandb_records(path)) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")))
+    for records, step in ((first, 3), (second, 4)):
+        (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+        assert (run.project, run.display_name, run.run_id) == ("p", "r", "r")
+        assert ("lr", "1") in [(item.key, item.value_json) for item in run.config.update]
+        (history,) = (record.history for record in records if record.WhichOneof("record_type") == "history")
+        values = {item.nested_key[0]: json.loads(item.value_json) for item in history.item}
+        assert values["_step"] == step
+        assert {name: value for name, value in values.items() if not name.startswith("_")} == {"train/loss": 1 / step}
+
+
+def wandb_records(path: Path):
+    """The records of a run's file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
+
+    data, at, record, block = path.read_bytes(), 7, b"", 2**15
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_without_its_library_the_flag_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="--use-wandb: wandb is not installed"):
+        MetricsWriter(tmp_path, run_name="r", wandb_project="p")
+    assert list(tmp_path.iterdir()) == []

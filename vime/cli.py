@@ -1,0 +1,119 @@
+"""How every command ends."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal, NoReturn
+
+from vime.errors import BadInput, VimeError
+from vime.recipe import files
+from vime.recipe.flags import recipe_options
+
+
+def command(run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """Makes a command's `main` of what it does with its arguments, by default the process's.
+
+    A VimeError becomes one line on stderr and its exit code. A reader that has seen enough, as `| head` has, is no
+    error.
+    """
+
+    @functools.wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            code = run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+        except VimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return int(error.cause)
+        except BrokenPipeError:
+            # Python would complain once more when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return code
+
+    return main
+
+
+DEFAULT_RECIPE = "deepseek-r1"
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line, as every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        named = re.search(r"--([\w-]+)", message)
+        name = named[1].replace("-", "_") if named else ""
+        of_recipe = name in recipe_options() or name.startswith("vllm_")
+        raise BadInput(
+            message + (": options of the recipe stand after --" if of_recipe else f": see {self.prog} --help")
+        )
+
+
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of a plan, common to vime.submit and vime.plan."""
+    epilog = "Options of the recipe stand after --, as in: -- --lr 2e-6 --colocate"
+    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    add = parser.add_argument
+    add("--recipe", default=DEFAULT_RECIPE, help=f"name or YAML file; there are {', '.join(files.names('recipes'))}")
+    add(
+        "--nodes",
+        type=_number_or_auto,
+        help="nodes in all, without spares; auto: the fewest that fit; default: the recipe's",
+    )
+    add(
+        "--node-memory",
+        type=_gigabytes,
+        metavar="GB",
+        help="host memory of a node; default: the profile's, then sinfo's",
+    )
+    add("--cluster", help=f"name or YAML file of a profile ({', '.join(files.names('clusters'))}); default: ask sinfo")
+    add("--base-dir", help="the shared folder of models, data and checkpoints; default: $BASE_DIR, then the profile's")
+    add("--run-name", help="by default the recipe's name and the time")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--run-dir", help="folder of this run; one that holds a run goes on where it was saved")
+    place.add_argument("--runs-dir", help="folder in which the run's folder is made; default: $BASE_DIR/runs")
+    add("--shape", choices=("allocation", "chain"), default="allocation", help="one job, or a job a stage")
+    add("--spares", type=int, default=0, help="nodes more, which replace those that preflight refuses")
+    add("--time", help="time limit: minutes, H:M:S or D-H; default: the profile's")
+    add("--partition", help="Slurm partition; default: the profile's, else Slurm's default")
+    add("--no-snapshot", action="store_true", help="run the code that is there when the job starts, not that of now")
+    add(
+        "--verify",
+        choices=("quick", "deep"),
+        default="quick",
+        help="before a stage's outputs are taken over: look at sizes, times and samples, or read and compare all bytes",
+    )
+    add("--list-options", action="store_true", help="print every option of the recipe and its value, and end")
+    add("flags", nargs="*", metavar="-- FLAGS", help=argparse.SUPPRESS)
+    return parser
+
+
+def _number_or_auto(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return int(text)
+
+
+def _gigabytes(text: str) -> int:
+    """Bytes of a number of GB (10^9)."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 < found < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GB above 0")
+    return int(found * 1e9)
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments and those after `--`."""
+    words = list(argv)
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]

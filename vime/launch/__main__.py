@@ -1,0 +1,92 @@
+"""`python -m vime.launch`: what a batch script of `slurm/` runs: plans in the allocation, then becomes its controller.
+
+For people who submit with sbatch themselves. A run folder that holds a plan is taken as it is: so does a requeued job,
+the next job of a chain, and a plan that `vime.submit --dry-run --run-dir DIR` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import vime
+from vime.cli import build_parser, command, split_flags
+from vime.errors import BadInput
+from vime.launch.prepare import start
+from vime.planning.request import plan_from
+from vime.run.chain import Link, find_link, part
+from vime.run.folder import PLAN, read_plan
+from vime.run.jobs import Job, add_job
+from vime.run.plan import Plan
+from vime.slurm import queue as slurm
+
+
+def in_allocation(args: argparse.Namespace, job: slurm.JobState) -> None:
+    """Fills in what this job tells: nodes, partition and time, and a run name that a requeue finds again."""
+    name = f"{Path(args.recipe).stem}-{job.job_id}"
+    if args.shape == "allocation":
+        args.nodes = args.nodes or int(os.environ["SLURM_JOB_NUM_NODES"]) - args.spares
+        args.time = args.time or (str(job.time_limit_minutes) if job.time_limit_minutes else None)
+    args.partition = args.partition or os.environ.get("SLURM_JOB_PARTITION")
+    if args.run_dir is None:
+        args.run_name = args.run_name or name
+
+
+def planned(args: argparse.Namespace, flags: Sequence[str]) -> Plan:
+    """The plan of the run folder, made and written when there is none."""
+    if args.run_dir is not None and (Path(args.run_dir) / PLAN).is_file():
+        return read_plan(args.run_dir)
+    plan = plan_from(args, flags, required=True, run_folder=True)
+    if (Path(plan.run_dir) / PLAN).is_file():
+        return read_plan(plan.run_dir)
+    start(plan)
+    return plan
+
+
+def check_size(plan: Plan, link: Link | None) -> None:
+    """Raises BadInput where the allocation has fewer nodes than the plan's part."""
+    need = len(part(plan, link).nodes) + plan.spares
+    have = int(os.environ["SLURM_JOB_NUM_NODES"])
+    if have < need:
+        raise BadInput(f"the job has {have} nodes, but the plan takes {need}: submit with --nodes {need}")
+
+
+def become(plan: Plan, link: Link | None) -> None:
+    """Replaces this process by one that imports the run's own code."""
+    assert plan.code is not None
+    path = [plan.code, os.environ.get("SLURM_SUBMIT_DIR", ""), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
+    stage = ["--stage", link.name] if link else []
+    argv = [sys.executable, "-u", "-m", "vime.launch", "--run-dir", plan.run_dir, *stage]
+    os.execve(argv[0], argv, env)
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    own, flags = split_flags(argv)
+    parser = build_parser("python -m vime.launch", "Run a plan in the allocation of this job.")
+    parser.add_argument("--stage", help="of a chain: the stage that this job is for")
+    args = parser.parse_args(own)
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id is None:
+        raise BadInput("vime.launch runs inside a Slurm job: submit with python -m vime.submit, or sbatch a script")
+    if args.cluster == "local":
+        raise BadInput("--cluster local has no meaning in a Slurm job: leave it out, or use python -m vime.submit")
+    in_allocation(args, slurm.job_state(job_id) or slurm.JobState(job_id, "RUNNING"))
+    plan = planned(args, flags)
+    link = find_link(plan, args.stage)
+    check_size(plan, link)
+    if plan.code is not None and not Path(vime.__file__).is_relative_to(plan.code):
+        become(plan, link)
+    add_job(plan.run_dir, Job(job_id, link.name if link else None))
+    from vime.launch.controller import control
+    from vime.launch.runner_slurm import SlurmRunner
+
+    return int(control(plan.run_dir, SlurmRunner, link=link.name if link else None))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Writes what a run needs before it is queued or started: code, plan, and its entry in the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vime.errors import BadInput
+from vime.run import code as snapshot
+from vime.run.folder import PLAN, read_plan, write_plan
+from vime.run.plan import Plan
+from vime.run.registry import record_run
+
+
+def check_same_run(plan: Plan) -> None:
+    """A run folder may be submitted again, to go on; not with another recipe or model."""
+    if not (Path(plan.run_dir) / PLAN).exists():
+        return
+    before = read_plan(plan.run_dir)
+    if (before.recipe.name, before.model_config_hf) != (plan.recipe.name, plan.model_config_hf):
+        raise BadInput(
+            f"run folder {plan.run_dir} holds a run of the recipe {before.recipe.name} or another model: "
+            "give another folder with --run-dir"
+        )
+
+
+def write_code(plan: Plan) -> None:
+    """Takes the snapshot that the plan names."""
+    if plan.code is not None and (found := snapshot.look(plan.recipe)) is not None:
+        snapshot.write(found, plan.code)
+
+
+def start(plan: Plan) -> None:
+    """Writes code and plan and records the run, so that vime.status and its siblings find it from here on."""
+    check_same_run(plan)
+    write_code(plan)
+    write_plan(plan)
+    record_run(plan.run_dir)
+    print(f"run {plan.run_name}: {plan.run_dir}")
+    for note in plan.notes:
+        print(f"note: {note}")

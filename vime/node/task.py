@@ -1,0 +1,167 @@
+"""`python -m vime.node.task --run DIR --stage NAME`: one task of a stage on its node, started by a runner.
+
+It finds its logical node and rank, sets the command's environment and supervises it; nothing of it stays behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vime.errors import BadInput, Cause, VimeError, is_storage_error
+from vime.node.leftovers import OWNER
+from vime.node.scratch import NodeFolder, base_folder
+from vime.node.supervise import Supervisor
+from vime.node.sweep import SWEEP, sweep_stage
+from vime.run.folder import BINDING, read_binding, read_plan, task_log
+from vime.run.messages import REPORT_FD, Report, encode
+from vime.run.plan import Binding, Plan, Stage
+
+PLACES, JOB = "VIME_PLACES", "VIME_JOB"
+LOCAL_PLACE, LOCAL_RANK = "VIME_LOCAL_PLACE", "VIME_LOCAL_RANK"
+_FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "VIME_")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a task stands in its stage."""
+
+    node: int
+    """Logical node (before the binding exists: place in the allocation)."""
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    """Place of the node among the stage's nodes."""
+
+
+def find_seat(stage: Stage, environ: Mapping[str, str]) -> Seat:
+    """From `VIME_PLACES` (`0=node01,1=node03`: the stage's nodes in order) and the name of this node.
+
+    Slurm's own numbers of nodes and tasks count inside the step, so they say nothing about the plan.
+    """
+    try:
+        places = [entry.split("=", 1) for entry in environ[PLACES].split(",")]
+        if LOCAL_PLACE in environ:
+            place, local_rank = int(environ[LOCAL_PLACE]), int(environ[LOCAL_RANK])
+        else:
+            place = [name for _, name in places].index(environ["SLURMD_NODENAME"])
+            local_rank = int(environ["SLURM_LOCALID"])
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"this task does not know its place ({error}): only the controller starts tasks") from error
+    per_node = stage.tasks_per_node
+    return Seat(
+        node=int(places[place][0]),
+        rank=place * per_node + local_rank,
+        world_size=len(places) * per_node,
+        local_rank=local_rank,
+        local_world_size=per_node,
+        node_rank=place,
+    )
+
+
+def task_env(
+    plan: Plan, stage: Stage, seat: Seat, binding: Binding | None, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """The command's environment: this one without Slurm's and MPI's variables; the profile's, the stage's, the ranks.
+
+    Whatever starts inside would take Slurm's variables for its own: Ray's workers inherit them from the raylet.
+    """
+    env = {name: value for name, value in environ.items() if not name.startswith(_FOREIGN)}
+    env.update(plan.cluster.env)
+    env.update(stage.env)
+    job = environ.get(JOB, "local")
+    env.update(
+        RANK=str(seat.rank),
+        WORLD_SIZE=str(seat.world_size),
+        LOCAL_RANK=str(seat.local_rank),
+        LOCAL_WORLD_SIZE=str(seat.local_world_size),
+        NODE_RANK=str(seat.node_rank),
+        VIME_RUN=plan.run_dir,
+        VIME_NODE=str(seat.node),
+        **{name: environ[name] for name in (PLACES, JOB) if name in environ},
+        TMPDIR=str(base_folder() / job),
+        **{OWNER: job},
+        PYTHONUNBUFFERED="1",
+        PYTHONFAULTHANDLER="1",
+    )
+    if binding is not None:
+        here, first = binding.nodes[seat.node], binding.nodes[stage.nodes[0]]
+        env.update(
+            MASTER_ADDR=first.address,
+            MASTER_PORT=str(plan.ports.stage_master + binding.port_offset),
+            VLLM_HOST_IP=here.address,
+        )
+        if here.interface:
+            env.setdefault("GLOO_SOCKET_IFNAME", here.interface)
+            # NCCL takes a bare name for a prefix.
+            env.setdefault("NCCL_SOCKET_IFNAME", f"={here.interface}")
+        if here.rdma:
+            env.setdefault("NCCL_IB_HCA", "=" + ",".join(here.rdma))
+    return env
+
+
+def stage_of(plan: Plan, name: str) -> Stage:
+    """The plan's stage of this name, or the sweep."""
+    for stage in plan.stages:
+        if stage.name == name:
+            return stage
+    if name == SWEEP:
+        return sweep_stage(tuple(node.index for node in plan.nodes))
+    raise BadInput(f"the plan has no stage {name!r}: it has {', '.join(stage.name for stage in plan.stages)}")
+
+
+def run_task(run_dir: str, stage_name: str) -> int:
+    """Runs the task to its end; the command's exit code."""
+    plan = read_plan(run_dir)
+    stage = stage_of(plan, stage_name)
+    seat = find_seat(stage, os.environ)
+    binding = read_binding(run_dir) if (Path(run_dir) / BINDING).exists() else None
+    env = task_env(plan, stage, seat, binding, os.environ)
+    folder = NodeFolder(Path(env["TMPDIR"]).name)
+    log = task_log(run_dir, stage_name, seat.node, seat.rank, stage.tasks_per_node)
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def send(report: Report) -> None:
+        os.write(1, encode(report))
+
+    def pass_on(line: bytes) -> None:
+        kind, data = json.loads(line)
+        send(Report(seat.rank, kind, data))
+
+    step = os.environ.get("SLURM_STEP_ID")
+    host = socket.gethostname()
+    send(Report(seat.rank, "start", {"node": seat.node, "host": host, "pid": os.getpid(), "step": step}))
+    supervisor = Supervisor((sys.executable, *stage.command), env, log, on_report=pass_on, report_variable=REPORT_FD)
+    end = supervisor.run()
+    folder.leave()
+    data = {"node": seat.node, "host": host, "code": end.code, "signal": end.signal, "stopped": end.stopped}
+    send(Report(seat.rank, "exit", {**data, "meaning": end.meaning, "tail": end.tail}))
+    return end.code
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vime.node.task", description="One task of a stage.")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--stage", required=True)
+    args = parser.parse_args(argv)
+    try:
+        return run_task(args.run, args.stage)
+    except VimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.cause)
+    except OSError as error:
+        # To stdout, which srun brings to the controller; stderr lands on the file system that may be what failed.
+        print(f"error: {socket.gethostname()}: {error}", flush=True)
+        return int(Cause.STORAGE if is_storage_error(error) else Cause.CODE_ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

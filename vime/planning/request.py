@@ -1,0 +1,122 @@
+"""The plan that a command line asks for: recipe, cluster profile, answers of sinfo, checks before a submission."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from vime.errors import BadInput
+from vime.planning.build import Checks, fewest_nodes, make_plan
+from vime.planning.cluster import load_cluster, machine_memory, parse_minutes, resolve
+from vime.planning.fit import shortages
+from vime.recipe.load import load_recipe
+from vime.recipe.schema import Recipe
+from vime.run import code as snapshot
+from vime.run.plan import Cluster, Plan
+from vime.slurm.partitions import has_slurm, query_partitions
+
+DRY_RUN_PATIENCE_S = 0.4
+"""A dry run does not wait for a Slurm controller that is away."""
+
+
+def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
+    """The plan that the options ask for. `required`: what it names must be there, checkpoint and Slurm alike."""
+    recipe = load_recipe(args.recipe, flags)
+    auto = args.nodes == "auto"
+    nodes = 1 if auto else _nodes(args, recipe, flags)
+    if args.spares < 0:
+        raise BadInput(f"--spares is {args.spares}: give 0 or more")
+    base_dir = args.base_dir or os.environ.get("BASE_DIR") or None
+    cluster, found = _cluster(args, recipe, nodes, required=required)
+    if auto:
+        fit = fewest_nodes(recipe, cluster, base_dir, required=required)
+        recipe, nodes = fit.recipe, fit.nodes
+        cluster, found = _cluster(args, recipe, nodes, required=required)
+        found = [*found, " ".join((f"--nodes auto: {nodes} nodes", *(("with", *fit.flags) if fit.flags else ())))]
+    plan = make_plan(
+        recipe,
+        cluster=cluster,
+        nodes=nodes,
+        base_dir=base_dir,
+        run_dir=args.run_dir,
+        runs_dir=args.runs_dir,
+        run_name=args.run_name,
+        shape=args.shape,
+        spares=args.spares,
+        verify_deep=args.verify == "deep",
+        checks=Checks(inputs=required, run_folder=run_folder),
+    )
+    code = None
+    if cluster.kind == "slurm" and not args.no_snapshot and (taken := snapshot.look(plan.recipe)) is not None:
+        code = snapshot.folder_of(plan.run_dir, taken)
+    return plan.model_copy(update={"notes": (*found, *plan.notes), "code": code})
+
+
+def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> int | None:
+    if args.nodes is None:
+        return None
+    if args.nodes < 1:
+        raise BadInput(f"--nodes is {args.nodes}: give at least 1")
+    trainer = recipe.cluster.actor_num_nodes
+    if "--actor-num-nodes" in flags and recipe.cluster.colocate and trainer != args.nodes:
+        raise BadInput(f"--nodes {args.nodes} and --actor-num-nodes {trainer} differ: with --colocate give one of them")
+    return args.nodes
+
+
+def _cluster(
+    args: argparse.Namespace, recipe: Recipe, nodes: int | None, *, required: bool
+) -> tuple[Cluster, list[str]]:
+    """The profile, completed by what sinfo says of the partition."""
+    gpus = recipe.cluster.actor_num_gpus_per_node if recipe.cluster.device == "gpu" else 0
+    cluster = load_cluster(args.cluster) if args.cluster else Cluster(name="slurm", kind="slurm")
+    update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
+    if args.partition:
+        update["partition"] = args.partition
+    if args.node_memory:
+        update["memory_per_node_bytes"] = args.node_memory
+    cluster = cluster.model_copy(update=update)
+    if cluster.kind == "local":
+        if args.partition or args.spares or args.shape != "allocation":
+            raise BadInput("--partition, --spares and --shape have no meaning with --cluster local: leave them out")
+        memory = cluster.memory_per_node_bytes or machine_memory()
+        return cluster.model_copy(update={"memory_per_node_bytes": memory}), []
+    if has_slurm():
+        wanted = (nodes or _default_nodes(recipe)) + args.spares
+        try:
+            partitions = query_partitions() if required else query_partitions(timeout_s=DRY_RUN_PATIENCE_S)
+            resolved, found = resolve(cluster, wanted, partitions, needs_gpus=gpus)
+        except BadInput as error:
+            if required:
+                raise
+            return _assumed(cluster, gpus), [f"a submission would be refused: {error}"]
+        if args.time and resolved.time_limit_minutes < cluster.time_limit_minutes:
+            raise BadInput(f"--time is {args.time}, but {found[0].removeprefix('time limit ')}: give at most that")
+        return resolved, found
+    if required:
+        raise BadInput(
+            "there is no Slurm on this machine: submit from a login node, or run here with --cluster local "
+            "(docs/clusters.md)"
+        )
+    return _assumed(cluster, gpus), ["planned without Slurm: there is none on this machine"]
+
+
+def _assumed(cluster: Cluster, gpus: int) -> Cluster:
+    """Where Slurm cannot be asked, nodes hold what the recipe takes."""
+    if cluster.gpus_per_node or cluster.gpu_request == "none":
+        return cluster
+    return cluster.model_copy(update={"gpus_per_node": gpus})
+
+
+def _default_nodes(recipe: Recipe) -> int:
+    options = recipe.cluster
+    apart = 0 if options.colocate else -(-(options.rollout_num_gpus or 0) // options.actor_num_gpus_per_node)
+    return options.actor_num_nodes + apart
+
+
+def check_fits(plan: Plan) -> None:
+    """Refuses a run whose nodes are known to lack host memory; what a GPU lacks is an estimate, so a note."""
+    for lack in shortages(plan):
+        if lack.what == "host memory":
+            raise BadInput(f"{lack}: python -m vime.plan shows what fits, and --nodes auto takes it (docs/plan.md)")
+        print(f"note: {lack}")

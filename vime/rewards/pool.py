@@ -1,0 +1,197 @@
+"""Worker processes for reward functions and filters; a call has a time limit that a hanging function cannot escape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pickle
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vime.errors import BadInput, DeadlineExceeded, VimeError
+from vime.rewards.worker import LENGTH
+
+START_SECONDS = 120.0
+KILL_AFTER_SECONDS = 1.0
+"""Beyond a call's limit, for the worker's own alarm to end the call first, which keeps the worker."""
+
+
+class CallTimeout(VimeError):
+    """The function did not return within its limit."""
+
+
+class CallFailed(VimeError):
+    """The function raised, or its process died."""
+
+
+def default_size() -> int:
+    """Workers for this machine: a quarter of its cores, since the engines and the trainer need the others."""
+    return min(16, max(2, len(os.sched_getaffinity(0)) // 4))
+
+
+@dataclass
+class _Line:
+    """The calls of one group: those that run have a seat."""
+
+    seats: asyncio.Semaphore
+    users: int = 0
+
+
+class ProcessPool:
+    """`size` worker processes that have imported `targets`. An async context manager; of one event loop."""
+
+    def __init__(self, targets: Sequence[str], size: int | None = None) -> None:
+        self._targets = tuple(dict.fromkeys(targets))
+        self._size = size or default_size()
+        self._idle: asyncio.Queue[_Worker | BaseException] = asyncio.Queue()
+        self._workers: set[_Worker] = set()
+        self._successions: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._lines: dict[int, _Line] = {}
+        self.replaced = 0
+        """Workers that were killed or died and got a successor."""
+
+    async def __aenter__(self) -> Self:
+        try:
+            for worker in await asyncio.gather(*(self._start() for _ in range(self._size))):
+                self._idle.put_nowait(worker)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def call(self, target: str, argument: Any, *, limit_s: float, group: int | None = None) -> Any:
+        """What the function returned for the argument: a number, a truth value, or a list of them.
+
+        Calls of one `group` take at most half of the workers, so that slow ones keep no other group waiting. The limit
+        counts from when a worker has the call. Raises CallTimeout or CallFailed. A cancelled call runs on
+        in its worker, which then takes the next one.
+        """
+        run = asyncio.create_task(self._call(target, argument, limit_s, group))
+        self._running.add(run)
+        run.add_done_callback(self._ended)
+        return await asyncio.shield(run)
+
+    def _ended(self, run: asyncio.Task[Any]) -> None:
+        self._running.discard(run)
+        if not run.cancelled():
+            run.exception()  # looked at here, since a cancelled caller does not
+
+    @contextlib.asynccontextmanager
+    async def _place(self, group: int | None) -> AsyncIterator[None]:
+        """A place among the calls of a group."""
+        if group is None:
+            yield
+            return
+        line = self._lines.setdefault(group, _Line(asyncio.Semaphore(max(1, self._size // 2))))
+        line.users += 1
+        try:
+            async with line.seats:
+                yield
+        finally:
+            line.users -= 1
+            if not line.users:
+                del self._lines[group]
+
+    async def _call(self, target: str, argument: Any, limit_s: float, group: int | None) -> Any:
+        async with self._place(group):
+            return await self._ask(target, argument, limit_s)
+
+    async def _ask(self, target: str, argument: Any, limit_s: float) -> Any:
+        worker = await self._idle.get()
+        if isinstance(worker, BaseException):
+            self._idle.put_nowait(worker)
+            raise CallFailed(f"a reward worker died and no other could be started: {worker}")
+        try:
+            reply = await worker.ask((target, argument, limit_s), limit_s + KILL_AFTER_SECONDS)
+        except BaseException as error:
+            # Whatever the reason, a worker with half a call in it is of no use.
+            if not self._closed:
+                succession = asyncio.create_task(self._replace(worker))
+                self._successions.add(succession)
+                succession.add_done_callback(self._successions.discard)
+            if isinstance(error, TimeoutError):
+                raise CallTimeout(f"{target} did not return within {limit_s:g} s and was killed") from None
+            if isinstance(error, (ConnectionError, asyncio.IncompleteReadError)):
+                raise CallFailed(f"{target}: the process that ran it died") from None
+            raise
+        self._idle.put_nowait(worker)
+        if "timeout" in reply:
+            raise CallTimeout(f"{target} did not return within {limit_s:g} s")
+        if "error" in reply:
+            raise CallFailed(f"{target} raised {reply['error']}")
+        return reply["value"]
+
+    async def close(self) -> None:
+        """End all workers."""
+        self._closed = True
+        tasks = (*self._running, *self._successions)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.kill() for worker in self._workers))
+        self._workers.clear()
+
+    async def _start(self) -> _Worker:
+        worker = _Worker()
+        self._workers.add(worker)
+        await worker.start(self._targets)
+        return worker
+
+    async def _replace(self, worker: _Worker) -> None:
+        self._workers.discard(worker)
+        await worker.kill()
+        self.replaced += 1
+        try:
+            self._idle.put_nowait(await self._start())
+        except VimeError as error:
+            # The next call says it: nobody waits for this task.
+            self._idle.put_nowait(error)
+
+
+class _Worker:
+    _process: asyncio.subprocess.Process
+
+    async def start(self, targets: Sequence[str]) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vime.rewards.worker", str(os.getpid()), *targets),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            reply = await asyncio.wait_for(self._read(), START_SECONDS)
+        except TimeoutError:
+            raise DeadlineExceeded(f"a reward worker was not ready within {START_SECONDS:.0f} s") from None
+        except asyncio.IncompleteReadError:
+            code = await self._process.wait()
+            raise VimeError(f"a reward worker exited with {code} at its start; its last words are above") from None
+        if "bad_input" in reply:
+            raise BadInput(reply["bad_input"])
+
+    async def ask(self, request: Any, limit_s: float) -> dict[str, Any]:
+        body = pickle.dumps(request)
+        assert self._process.stdin is not None
+        self._process.stdin.write(LENGTH.pack(len(body)) + body)
+        async with asyncio.timeout(limit_s):
+            await self._process.stdin.drain()
+            return await self._read()
+
+    async def kill(self) -> None:
+        if not hasattr(self, "_process"):
+            return
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+    async def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        head = await self._process.stdout.readexactly(LENGTH.size)
+        return json.loads(await self._process.stdout.readexactly(LENGTH.unpack(head)[0]))

@@ -1,0 +1,65 @@
+"""Names in a folder of checkpoints. Standard library only: login nodes read them too.
+
+<save>/iter_0000012/                        a published checkpoint
+<save>/.iter_0000012.partial/               one that is being written, or whose writer was killed
+<save>/release/                             weights without a rollout number, made by the conversion
+<save>/latest_checkpointed_iteration.txt    the tracker: names the newest complete one, written last
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+_ITERATION = re.compile(r"iter_(\d+)")
+_PARTIAL = re.compile(r"\.iter_\d+\.partial")
+
+
+def folder_of(root: str | Path, rollout_id: int) -> Path:
+    """`<root>/iter_0000012`."""
+    return Path(root) / f"iter_{rollout_id:07d}"
+
+
+def partial_of(root: str | Path, rollout_id: int) -> Path:
+    """Folder into which a checkpoint is written before it is published."""
+    return Path(root) / f".{folder_of(root, rollout_id).name}.partial"
+
+
+def iteration_of(name: str) -> int | None:
+    """Rollout number of a published checkpoint's folder name; None for any other name."""
+    match = _ITERATION.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_partial(name: str) -> bool:
+    """Whether a folder's name is that of a checkpoint which was never published."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def iterations(root: Path) -> list[int]:
+    """Numbers of the published checkpoints, newest first."""
+    names = (path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
+    return sorted((number for name in names if (number := iteration_of(name)) is not None), reverse=True)
+
+
+def has_tracker(root: str | Path | None) -> bool:
+    """Whether the folder says that it holds a checkpoint."""
+    return root is not None and (Path(root) / TRACKER).exists()
+
+
+def tracked(root: str | Path) -> str:
+    """Content of the tracker: an iteration's number or `release`. Raises OSError where there is no tracker."""
+    return (Path(root) / TRACKER).read_text().strip()
+
+
+def tracked_folder(root: str | Path) -> Path:
+    """The folder that the tracker names. Raises OSError where there is no tracker."""
+    name = tracked(root)
+    return folder_of(root, int(name)) if name.isdigit() else Path(root) / name
+
+
+def tracks_iteration(root: str | Path | None) -> bool:
+    """Whether the tracker names a rollout, so that a run resumes there; False for `release` and without a tracker."""
+    return root is not None and has_tracker(root) and tracked(root).isdigit()

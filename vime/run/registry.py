@@ -1,0 +1,82 @@
+"""A person's runs, newest last, in `$XDG_STATE_HOME/vime/runs.jsonl`, so that commands find the last one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vime.errors import BadInput
+from vime.run.folder import PLAN
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the registry."""
+
+    run_name: str
+    run_dir: Path
+    time: float
+    """Unix seconds of its submission."""
+
+
+def registry_path() -> Path:
+    """The registry's file; it need not exist."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "vime" / "runs.jsonl"
+
+
+def record_run(run_dir: str | os.PathLike[str]) -> None:
+    """Appends a run; a line is one write, so that submissions at the same time do not mix."""
+    path, folder = registry_path(), Path(run_dir).absolute()
+    line = json.dumps({"run_name": folder.name, "run_dir": str(folder), "time": time.time()}) + "\n"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}: set XDG_STATE_HOME to a folder of your own") from error
+
+
+def runs() -> list[Run]:
+    """Every run whose folder still holds a plan, oldest first; a run submitted twice counts at its last time."""
+    known = {run.run_dir: run for run in _lines()}
+    return sorted((run for run in known.values() if (run.run_dir / PLAN).is_file()), key=lambda run: run.time)
+
+
+def last_run() -> Path:
+    """Folder of the newest run. Raises BadInput when there is none."""
+    if found := runs():
+        return found[-1].run_dir
+    raise BadInput(f"no run is recorded in {registry_path()}: give the run's folder")
+
+
+def find_run(name: str) -> Path:
+    """Folder of the run of this name, or at this path; of several with one name the newest."""
+    for candidate in (Path(name).expanduser(), *(run.run_dir for run in reversed(runs()) if run.run_name == name)):
+        if (candidate / PLAN).is_file():
+            return candidate.absolute()
+    known = ", ".join(run.run_name for run in runs()[-5:]) or "none"
+    raise BadInput(f"no run {name!r}: give its folder or a recorded name (the last ones: {known})")
+
+
+def _lines() -> Iterator[Run]:
+    """The entries in order of writing. A line that a crash or a full disk cut is skipped: its run has its path."""
+    try:
+        text = registry_path().read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadInput(f"cannot read {registry_path()}: {error.strerror}") from error
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            yield Run(entry["run_name"], Path(entry["run_dir"]), float(entry["time"]))
+        except (ValueError, KeyError, TypeError):
+            continue

@@ -1,0 +1,249 @@
+"""The schedule of a weight sync: which tensors in which bucket, from which rank to which node. Pure, without torch.
+
+Every rank and the driver compute the same schedule from the same plan, so no two can wait for each other in a different
+order. A *receiver* is a node with engine workers, or with GPUs that trainer and engines share a single worker; it gets
+what its workers need: every dense tensor, and of the routed experts only its workers' own where the engine is expert
+parallel. A *bucket* is a run of tensors that fits `--update-weight-buffer-size` at every receiver. Their order is the
+model's, but layers of different pipeline stages and experts of different ranks go by turns, so that all ranks have
+something to quantise and to send at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vime.errors import BadInput
+from vime.models.config import ModelConfig
+from vime.models.namemap import Param, Where
+from vime.models.shards import Piece, holds, pieces
+from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.run.plan import EnginePlan, Plan
+from vime.sync.order import _draft, _expert_turns, _fill, _layer_turns, _policy
+from vime.sync.parts import (
+    SLOTS,
+    Bucket,
+    Entry,
+    FarGroup,
+    Move,
+    Place,
+    Receiver,
+    Target,
+    _scale_bytes,
+    padded,
+)
+from vime.sync.receivers import receivers_of
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All buckets of a sync, and what each rank sends and receives for them."""
+
+    config: ModelConfig
+    layout: ParallelLayout
+    nodes: tuple[int, ...]
+    """Node of every trainer rank."""
+    receivers: tuple[Receiver, ...]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Block size of quantised entries."""
+        return self.config.quantisation.block if self.config.quantisation else (128, 128)
+
+    def home(self, receiver: int) -> int:
+        """The node on which a receiver's buffer lies: its own, or the publisher's if it is far."""
+        return self.nodes[self.receivers[receiver].publishers[0]]
+
+    def places(self, bucket: int, receiver: int) -> tuple[tuple[Place, ...], int]:
+        """Layout of a receiver's buffer for a bucket, and its bytes."""
+        key = (bucket, receiver)
+        if key not in self._places:
+            self._places[key] = _places(self.buckets[bucket].entries, self.receivers[receiver], self.block)
+        return self._places[key]
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[int, int], tuple[tuple[Place, ...], int]]:
+        """What `places` has answered."""
+        return {}
+
+    def capacity(self, receiver: int, slot: int) -> int:
+        """Bytes of the largest bucket at a receiver among those that use one of the SLOTS slots."""
+        return max((self.places(bucket.index, receiver)[1] for bucket in self.buckets[slot::SLOTS]), default=0)
+
+    def moves(self, bucket: int) -> Iterator[Move]:
+        """Every move of a bucket, in the order that both ends follow; frozen tensors do not move."""
+        for number, receiver in enumerate(self.receivers):
+            for entry in self.buckets[bucket].entries:
+                if entry.frozen or not receiver.needs(entry):
+                    continue
+                boxes = self._boxes(entry)
+                on_shard = not entry.quantised or all(aligned(box, entry.shape, self.block) for _, box in boxes)
+                for shard, box in boxes:
+                    yield Move(number, entry, box, self._source(entry.param, shard, number), on_shard)
+
+    def holders(self, param: Param) -> list[int]:
+        """The first rank that holds each of a parameter's shards, in their order."""
+        shards = 1 if param.tp_dim is None else self.layout.etp if param.expert is not None else self.layout.tp
+        return [_holders(self.config, self.layout, _kind(param), shard)[0] for shard in range(shards)]
+
+    def _boxes(self, entry: Entry) -> list[tuple[int, Piece]]:
+        """(shard, box) of an entry; boxes of one shard that touch are one."""
+        param = entry.param
+        shards = 1 if param.tp_dim is None else self.layout.etp if param.expert is not None else self.layout.tp
+        found: list[tuple[int, Piece]] = []
+        for shard in range(shards):
+            mine = [piece for piece in pieces(param, shard, shards) if piece.part == entry.part]
+            found += [(shard, piece) for piece in _merged(mine)]
+        return found
+
+    def _source(self, param: Param, shard: int, receiver: int) -> int:
+        """A rank that has the shard: on the node of the buffer if there is one; equal ones take turns."""
+        ranks = _holders(self.config, self.layout, _kind(param), shard)
+        near = [rank for rank in ranks if self.nodes[rank] == self.home(receiver)]
+        if self.receivers[receiver].on_gpu:
+            near = [rank for rank in near if rank in self.receivers[receiver].publishers] or near
+        turn = (param.expert or 0) + (param.layer or 0) + (0 if near else receiver)
+        ranks = near or list(ranks)
+        return ranks[turn % len(ranks)]
+
+
+def schedule_of(plan: Plan) -> Schedule:
+    """The schedule of a run. Raises BadInput for engines on a trainer's node that do not share its ranks' GPUs."""
+    config = ModelConfig.from_hf(plan.model_config_hf)
+    nodes = tuple(rank.node for rank in plan.trainer_ranks)
+    options = plan.recipe.engine.vllm
+    real = plan.cluster.gpu_request != "none" and plan.cluster.gpus_per_node > 0
+    shared = [rank.gpu for rank in plan.trainer_ranks] if real else None
+    spread = bool(options.get("enable_eplb")) or options.get("expert_placement_strategy", "linear") != "linear"
+    return make_schedule(
+        config,
+        plan.layout,
+        nodes,
+        receivers_of(config, nodes, plan.engines, experts_anywhere=spread, gpus=shared),
+        plan.recipe.engine.update_weight_buffer_size,
+        draft=has_draft(plan),
+        mtp_trained=plan.recipe.model.mtp_num_layers > 0,
+    )
+
+
+def has_draft(plan: Plan) -> bool:
+    """Whether the engines speculate with the model's own MTP layers, so hold them as a draft model."""
+    speculative: Mapping[str, Any] = plan.recipe.engine.vllm.get("speculative_config") or {}
+    return "mtp" in str(speculative.get("method", ""))
+
+
+def far_groups(schedule: Schedule, engine: EnginePlan, addresses: Sequence[str]) -> list[FarGroup]:
+    """The groups through which an engine's far nodes are reached; `addresses` are those of the logical nodes."""
+    groups, first = [], 0
+    for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
+        number = next(i for i, receiver in enumerate(schedule.receivers) if receiver.node == node)
+        receiver = schedule.receivers[number]
+        if not receiver.local:
+            address = addresses[schedule.nodes[receiver.publishers[0]]]
+            groups.append(FarGroup(number, engine.index, address, first, len(gpus)))
+        first += len(gpus)
+    return groups
+
+
+def make_schedule(
+    config: ModelConfig,
+    layout: ParallelLayout,
+    nodes: Sequence[int],
+    receivers: Sequence[Receiver],
+    buffer_bytes: int,
+    *,
+    draft: bool = False,
+    mtp_trained: bool = False,
+) -> Schedule:
+    """Fill buckets of at most `buffer_bytes`; the draft's tensors have buckets of their own.
+
+    vLLM loads whole tensors, so one that is larger than the buffer (a large vocabulary's) is a bucket alone.
+    """
+    if buffer_bytes < 1:
+        raise BadInput(f"--update-weight-buffer-size {buffer_bytes}: give a number of bytes")
+    buckets: list[Bucket] = []
+    targets: tuple[Target, ...] = ("policy", "draft") if draft else ("policy",)
+    for target in targets:
+        if target == "draft":
+            entries = _draft(config, mtp_trained)
+        else:
+            entries = _policy(
+                config, _expert_turns(config, layout, receivers), _layer_turns(config, layout, receivers, buffer_bytes)
+            )
+        for group in _fill(entries, receivers, buffer_bytes, config.quantisation):
+            buckets.append(Bucket(len(buckets), target, tuple(group)))
+    return Schedule(config, layout, tuple(nodes), tuple(receivers), tuple(buckets))
+
+
+def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
+    """Whether a box of a matrix is made of whole blocks."""
+    return all(
+        start % size == 0 and ((start + length) % size == 0 or start + length == whole)
+        for start, length, whole, size in zip(box.start, box.size, shape, block, strict=True)
+    )
+
+
+def _places(entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, int]) -> tuple[tuple[Place, ...], int]:
+    places, offset = [], 0
+    for entry in entries:
+        if not receiver.needs(entry):
+            continue
+        start, scale = offset, None
+        offset += padded(entry.bytes)
+        if entry.quantised:
+            scale = offset
+            offset += padded(_scale_bytes(entry, block))
+        places.append(Place(entry, start, scale))
+    return tuple(places), offset
+
+
+def _merged(boxes: list[Piece]) -> Iterator[Piece]:
+    """Boxes of rows that follow each other in the HF tensor and in the shard, as one."""
+    current: Piece | None = None
+    for box in boxes:
+        if (
+            current is not None
+            and current.start[0] + current.size[0] == box.start[0]
+            and current.at[0] + current.size[0] == box.at[0]
+            and (current.start[1:], current.size[1:], current.at[1:]) == (box.start[1:], box.size[1:], box.at[1:])
+        ):
+            size = (current.size[0] + box.size[0], *current.size[1:])
+            current = Piece(current.part, current.start, size, current.at)
+            continue
+        if current is not None:
+            yield current
+        current = box
+    if current is not None:
+        yield current
+
+
+def _kind(param: Param) -> Param:
+    """A parameter with the same holders, the same object for all of a layer's and an expert's."""
+    return _kind_of(param.where, param.layer, param.expert, param.tp_dim is None)
+
+
+@functools.lru_cache(maxsize=65536)
+def _kind_of(where: Where, layer: int | None, expert: int | None, replicated: bool) -> Param:
+    return Param("", (), (), where=where, layer=layer, expert=expert, tp_dim=None if replicated else 0)
+
+
+@functools.lru_cache(maxsize=65536)
+def _holders(config: ModelConfig, layout: ParallelLayout, kind: Param, shard: int) -> tuple[int, ...]:
+    """Ranks that hold a shard of the parameter; of a tied embedding those of the first stage."""
+    found = []
+    for rank in range(layout.world_size):
+        at = _coordinates(layout, rank)
+        own = at.etp if kind.expert is not None else at.tp
+        if kind.where == Where.EMBEDDING and at.pp != 0:
+            continue
+        if (kind.tp_dim is None or own == shard) and holds(kind, config, layout, at):
+            found.append(rank)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _coordinates(layout: ParallelLayout, rank: int) -> Coordinates:
+    return layout.coordinates(rank)

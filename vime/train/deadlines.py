@@ -1,0 +1,37 @@
+"""Deadlines of the phases of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vime.planning.stages import DISK_BYTES_PER_S
+from vime.run.plan import Plan
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds after which a phase has failed."""
+
+    placement: float = 120.0
+    setup: float = 1800.0
+    engine_start: float = 1800.0
+    train: float = 7200.0
+    save: float = 1800.0
+    sync: float = 1800.0
+
+    @classmethod
+    def of(cls, plan: Plan) -> Deadlines:
+        """Phases that read or write a whole checkpoint also have the time that its bytes take on a slow file system."""
+        train = next(stage for stage in plan.stages if stage.name == "train")
+        size = {artefact.kind: artefact.bytes or 0 for artefact in (*train.inputs, *train.outputs)}
+        trained = max(size.get("torch_dist", 0), size.get("hf", 0))
+        served = min((len(engine.nodes) for engine in plan.engines), default=1)
+        return cls(
+            setup=cls.setup + _disk_seconds(trained, len(plan.nodes)),
+            engine_start=cls.engine_start + _disk_seconds(size.get("hf", 0), served),
+            save=cls.save + _disk_seconds(size.get("run", 0), len(plan.nodes)),
+        )
+
+
+def _disk_seconds(size: int, nodes: int) -> float:
+    return size / (nodes * DISK_BYTES_PER_S)
