@@ -90,7 +90,7 @@ def test_a_zero_block_has_the_smallest_scale_and_keeps_the_sign_of_zero() -> Non
 def test_what_is_not_finite_is_named(value: float, dtype: torch.dtype) -> None:
     weight = torch.zeros(130, 300, dtype=dtype)
     weight[129, 260] = value
-    with pytest.raises(fp8.NotFinite, match=r"layers\.3\.w holds NaN or infinity in its block \(1, 2\)"):
+    with pytest.raises(fp8.WeightNotFinite, match=r"layers\.3\.w holds NaN or infinity in its block \(1, 2\)"):
         fp8.quantise(weight, name="layers.3.w")
 
 

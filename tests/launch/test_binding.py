@@ -15,7 +15,7 @@ from vime.launch import binding
 from vime.launch.binding import bind, by_switch, examine, free_offset, port_numbers, table
 from vime.launch.checks import Known
 from vime.launch.failure import RunFailed
-from vime.launch.steps import Place, Step
+from vime.launch.steps import AllocatedNode, Step
 from vime.planning import ports
 from vime.run.messages import Report
 from vime.run.plan import Plan
@@ -30,7 +30,7 @@ class AllocationOf7:
 def examined(
     plan: Plan, findings: list[dict[str, Any]], known: Known | None = None, switches: dict[int, str] | None = None
 ) -> binding.Examined:
-    places = tuple(Place(i, facts["host"]) for i, facts in enumerate(findings))
+    places = tuple(AllocatedNode(i, facts["host"]) for i, facts in enumerate(findings))
     step = Step(plan.stages[0], places, [], Path("launcher.log"))
     step.reports = [Report(i, "result", facts) for i, facts in enumerate(findings)]
     return examine(plan, step, known or Known(canary="word"), switches or {})
@@ -115,7 +115,7 @@ def test_what_was_found_is_kept_as_json(tmp_path: Path) -> None:
 
 def test_a_node_without_a_result_is_named(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 2)
-    step = Step(plan.stages[0], (Place(0, "node01"), Place(1, "node02")), [], Path("launcher.log"))
+    step = Step(plan.stages[0], (AllocatedNode(0, "node01"), AllocatedNode(1, "node02")), [], Path("launcher.log"))
     step.reports = [Report(0, "result", finding(1))]
     with pytest.raises(RunFailed, match="node02"):
         examine(plan, step, Known(canary="word"), {})

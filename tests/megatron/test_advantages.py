@@ -9,14 +9,14 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron.advantages import advantage_column, loss_mask
-from vime.megatron.microbatch import Tokens
+from vime.megatron.microbatch import RolloutTokens
 from vime.recipe.schema import AlgorithmOptions
 from vime.samples import Group, Rollout, Sample
 
 REWARDS = [[1.0, 0.0, 0.0], [0.5, 0.5], [2.0]]
 
 
-def rollout_of(rewards: list[list[float]], lengths: list[int]) -> tuple[Rollout, Tokens]:
+def rollout_of(rewards: list[list[float]], lengths: list[int]) -> tuple[Rollout, RolloutTokens]:
     groups, number = [], 0
     for index, values in enumerate(rewards):
         samples = []
@@ -26,7 +26,7 @@ def rollout_of(rewards: list[list[float]], lengths: list[int]) -> tuple[Rollout,
             number += 1
         groups.append(Group(index, samples))
     rollout = Rollout(0, groups)
-    return rollout, Tokens.of([(s.prompt_ids, s.response_ids) for s in rollout.samples])
+    return rollout, RolloutTokens.of([(s.prompt_ids, s.response_ids) for s in rollout.samples])
 
 
 def test_every_token_of_a_sample_has_the_samples_advantage_and_empty_responses_have_none() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vime.errors import DataError
 from vime.megatron.attention_layout import build_groups, local_positions
-from vime.megatron.microbatch import Padding, Tokens, make_batch, optimizer_steps
+from vime.megatron.microbatch import Padding, RolloutTokens, make_batch, optimizer_steps
 from vime.recipe.parallel import ParallelLayout
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(
 ) -> None:
     tp, cp = sizes
     layout = ParallelLayout(world_size=tp * cp, tp=tp, cp=cp, sequence_parallel=tp > 1)
-    data = Tokens.of(pairs)
+    data = RolloutTokens.of(pairs)
     found: dict[int, tuple[int, int, int]] = {}
     for rank in range(cp):
         batch = make_batch(
@@ -60,7 +60,7 @@ def test_context_parallel_ranks_hold_equal_parts_and_the_whole_together(
 ) -> None:
     tp, cp = sizes
     padding = Padding.of(ParallelLayout(world_size=tp * cp, tp=tp, cp=cp))
-    data = Tokens.of(pairs)
+    data = RolloutTokens.of(pairs)
     batches = [make_batch(data, range(len(pairs)), padding, cp_rank=r, cp_size=cp, device=CPU) for r in range(cp)]
     assert len({batch.tokens.shape[1] for batch in batches}) == 1
     assert sum(batch.tokens.shape[1] for batch in batches) == int(batches[0].bounds[-1])
@@ -71,7 +71,7 @@ def test_context_parallel_ranks_hold_equal_parts_and_the_whole_together(
 def test_attention_sees_the_sequence_up_to_the_query_and_no_other(
     pairs: list[tuple[list[int], list[int]]], cp: int
 ) -> None:
-    data, padding = Tokens.of(pairs), Padding.of(ParallelLayout(world_size=cp, cp=cp))
+    data, padding = RolloutTokens.of(pairs), Padding.of(ParallelLayout(world_size=cp, cp=cp))
     bounds = make_batch(data, range(len(pairs)), padding, cp_rank=0, cp_size=cp, device=CPU).bounds
     lengths = bounds.diff().tolist()
     local = sum(lengths) // cp
@@ -102,13 +102,13 @@ def test_attention_sees_the_sequence_up_to_the_query_and_no_other(
 
 def test_a_micro_batch_without_samples_predicts_nothing() -> None:
     padding = Padding.of(ParallelLayout(world_size=4, tp=2, cp=2))
-    batch = make_batch(Tokens.of([([1], [2])]), [], padding, cp_rank=1, cp_size=2, device=CPU)
+    batch = make_batch(RolloutTokens.of([([1], [2])]), [], padding, cp_rank=1, cp_size=2, device=CPU)
     assert batch.slots.max() == -1
     assert batch.tokens.shape[1] > 0
 
 
 def test_columns_are_picked_at_the_targets_and_zero_elsewhere() -> None:
-    data = Tokens.of([([7, 8], [1, 2, 3]), ([9], []), ([5], [4])])
+    data = RolloutTokens.of([([7, 8], [1, 2, 3]), ([9], []), ([5], [4])])
     batch = make_batch(data, [2, 0], Padding(), cp_rank=0, cp_size=1, device=CPU)
     column = torch.tensor([10.0, 20.0, 30.0, 40.0])
     assert batch.column(column).tolist() == [40.0, 0.0, 0.0, 10.0, 20.0, 30.0, 0.0]
@@ -117,9 +117,9 @@ def test_columns_are_picked_at_the_targets_and_zero_elsewhere() -> None:
 
 def test_an_empty_prompt_and_a_sequence_beyond_the_position_limit_are_named() -> None:
     with pytest.raises(DataError, match="sample 1 has an empty prompt"):
-        Tokens.of([([1], [2]), ([], [3])])
+        RolloutTokens.of([([1], [2]), ([], [3])])
     with pytest.raises(DataError, match="sample 0 has 4 tokens, more than the model's 3 positions"):
-        Tokens.of([([1, 2], [3, 4])], longest=3)
+        RolloutTokens.of([([1, 2], [3, 4])], longest=3)
 
 
 @given(st.integers(1, 500), st.integers(1, 20))

@@ -10,7 +10,7 @@ from tests.support import tiny_hf
 from tests.support.single import MODELS, built, one_process
 from vime.errors import BadInput
 from vime.megatron import backend
-from vime.megatron.model import ModelOptions, build_model, megatron_config
+from vime.megatron.model import BuildOptions, build_model, megatron_config
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
 from vime.models.local import local_tensors
@@ -116,7 +116,7 @@ def test_a_vocabulary_that_tensor_parallelism_would_fill_up_is_refused() -> None
 
 
 def test_a_dispatcher_that_cannot_take_packed_micro_batches_through_a_pipeline_is_refused() -> None:
-    options = ModelOptions(moe_token_dispatcher_type="allgather")
+    options = BuildOptions(moe_token_dispatcher_type="allgather")
     layout = ParallelLayout(world_size=2, pp=2)
     with pytest.raises(BadInput, match=r"allgather cannot take packed micro-batches .* through PP2: use alltoall"):
         megatron_config(ModelConfig.from_hf(MODELS["deepseek"]), layout, bf16=True, mtp=False, options=options)
@@ -125,7 +125,7 @@ def test_a_dispatcher_that_cannot_take_packed_micro_batches_through_a_pipeline_i
 def test_every_option_of_the_full_recipe_reaches_megatron_on_a_gpu_and_is_spoken_of_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ModelOptions.from_recipe(load_recipe("deepseek-r1", []))
+    options = BuildOptions.from_recipe(load_recipe("deepseek-r1", []))
     config, layout = ModelConfig.from_hf(MODELS["deepseek"]), ParallelLayout()
     said = " ".join(options.without_effect(cpu=True))
     assert "--moe-enable-deepep" in said

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.megatron import losses
-from vime.megatron.microbatch import Padding, Tokens, make_batch
+from vime.megatron.microbatch import Padding, RolloutTokens, make_batch
 from vime.megatron.objective import METRICS, Objective
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import AlgorithmOptions
@@ -37,7 +37,7 @@ class Problem:
         ]
         self.masks = [torch.tensor([float(draw.random() < 0.8) for _ in response]) for _, response in self.pairs]
         self.masks[3].zero_()
-        self.data = Tokens.of(self.pairs)
+        self.data = RolloutTokens.of(self.pairs)
         torch.manual_seed(seed)
         self.logits = [torch.randn(len(p) + len(r), VOCABULARY, dtype=torch.float64) for p, r in self.pairs]
         self.columns = {name: torch.randn(self.data.slots) * 0.3 - 2 for name in ("old", "reference", "rollout")}

@@ -14,7 +14,7 @@ from tests.support import tiny_hf
 from tests.support.single import MODELS, free_port
 from tests.support.worker_cases import Case, plan_of, rollout_of
 from vime.errors import DataError
-from vime.megatron.optimizer import NotFinite
+from vime.megatron.optimizer import GradientsNotFinite
 from vime.megatron.worker import TrainWorker
 from vime.samples import Rollout
 
@@ -99,7 +99,7 @@ def test_gradients_that_are_not_finite_skip_the_step_are_named_and_end_the_run(
         assert metrics["train/skipped_steps"] == 2
         assert scores_of(worker, ordinary()) == before
         with pytest.raises(
-            NotFinite, match=r"not finite in 3 steps in a row.* first at decoder\.final_layernorm\.weight"
+            GradientsNotFinite, match=r"not finite in 3 steps in a row.* first at decoder\.final_layernorm\.weight"
         ):
             worker.train(poisoned)
         assert scores_of(worker, ordinary()) == before

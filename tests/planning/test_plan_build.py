@@ -117,12 +117,12 @@ def test_the_conversion_of_r1_is_the_seed_documents():
 
 def test_derived_values_are_filled_in(base_dir: Path):
     recipe = build(base_dir, nodes=2).recipe
-    assert recipe.cluster.actor_num_nodes == recipe.cluster.rollout_num_gpus == 2
+    assert recipe.resources.actor_num_nodes == recipe.resources.rollout_num_gpus == 2
     assert recipe.rollout.global_batch_size == 64
     assert recipe.checkpoint.save == recipe.checkpoint.load == str(base_dir / "runs" / "first" / "checkpoints")
     assert recipe.perf.log_probs_max_tokens_per_gpu == recipe.perf.max_tokens_per_gpu
     assert recipe.eval.eval_temperature == recipe.rollout.rollout_temperature
-    same = build(base_dir, "--no-colocate", "--rollout-num-gpus", "1", nodes=3).recipe.cluster
+    same = build(base_dir, "--no-colocate", "--rollout-num-gpus", "1", nodes=3).recipe.resources
     assert (same.actor_num_nodes, same.rollout_num_gpus) == (2, 1)
 
 

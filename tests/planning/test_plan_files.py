@@ -53,7 +53,7 @@ def test_a_missing_broken_or_foreign_plan_is_named(plan: Plan, tmp_path: Path):
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(BadInput, match=r"plan\.json is not one of this version of vime"):
         read_plan(tmp_path)
-    (tmp_path / "plan.json").write_text(plan.model_dump_json().replace('"version":1', '"version":2'))
+    (tmp_path / "plan.json").write_text(plan.model_dump_json().replace('"version":2', '"version":3'))
     with pytest.raises(BadInput, match=r"not one of this version of vime: version"):
         read_plan(tmp_path)
     with pytest.raises(BadInput, match=r"look at vime\.status"):

@@ -32,7 +32,7 @@ def test_deepseek_r1_holds_the_documents_values():
     assert (checkpoint.convert_num_nodes, checkpoint.convert_ranks_per_node) == (4, 8)
     assert checkpoint.convert_decoder_first_pipeline_num_layers == 7
     assert checkpoint.convert_decoder_last_pipeline_num_layers == 6
-    assert recipe.cluster.colocate
+    assert recipe.resources.colocate
 
 
 def test_names_in_yaml_may_have_dashes_or_underscores(tmp_path: Path):

@@ -8,12 +8,12 @@ import pytest
 from tests.support.stub_engine import KEY, StubEngine, answer_of, choice, encode
 from vime.rollout.client import (
     UNVERSIONED,
-    Deadlines,
     EngineAnswer,
     EngineClient,
     EngineStatus,
     EngineTimeout,
     EngineUnreachable,
+    RequestDeadlines,
     SamplingSettings,
     parse_answer,
 )
@@ -82,7 +82,7 @@ async def test_an_engine_that_is_not_there_is_unreachable_and_a_wrong_key_is_ref
             with pytest.raises(EngineStatus, match="401"):
                 await client.weight_info()
         await engine.die()
-        async with EngineClient(engine.url, KEY, deadlines=Deadlines(control=2)) as client:
+        async with EngineClient(engine.url, KEY, deadlines=RequestDeadlines(control=2)) as client:
             with pytest.raises(EngineUnreachable):
                 await client.pause()
 

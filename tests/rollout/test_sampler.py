@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.stub_engine import END, KEY, CharacterTokenizer, StubEngine, answer_of, encode
 from vime.errors import BadInput, DataError, VimeError
-from vime.rollout.client import Deadlines, EngineClient, EngineStatus
+from vime.rollout.client import EngineClient, EngineStatus, RequestDeadlines
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
 from vime.samples import Status
@@ -26,7 +26,7 @@ async def sampler_of(plan, *engines, patience=PATIENT, concurrency=64, recover=N
     async with contextlib.AsyncExitStack() as stack:
         clients = []
         for engine in engines:
-            client = EngineClient(engine.url, KEY, concurrency=concurrency, deadlines=Deadlines(control=2))
+            client = EngineClient(engine.url, KEY, concurrency=concurrency, deadlines=RequestDeadlines(control=2))
             clients.append(await stack.enter_async_context(client))
         sampler = Sampler(plan, clients, recover=recover, patience=patience, tokenizer=CharacterTokenizer())
         yield await stack.enter_async_context(sampler)

@@ -125,13 +125,3 @@ def test_a_run_that_cannot_be_read_is_noted_and_left_out(tmp_path: Path, capsys:
     said = capsys.readouterr()
     assert "good" in said.out
     assert "is not one of this version of vime" in said.err
-
-
-def test_names_are_those_that_training_gives() -> None:
-    from vime.checkpoint import torch_dist
-    from vime.run import prune
-    from vime.run.checkpoints import folder_of
-
-    assert prune.TRACKER == torch_dist.TRACKER
-    assert prune._ITERATION.fullmatch(folder_of("/save", 12).name)
-    assert prune._PARTIAL.fullmatch(f".{folder_of('/save', 12).name}.partial")

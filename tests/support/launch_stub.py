@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vime.recipe.parallel import ParallelLayout
-from vime.recipe.schema import ClusterOptions, Recipe
+from vime.recipe.schema import Recipe, ResourceOptions
 from vime.run.folder import write_plan
 from vime.run.plan import Artefact, Cluster, Memory, NodePlan, Plan, Ports, Stage, TrainerRank
 
@@ -75,7 +75,7 @@ def make_plan(
         run_name=run_dir.name,
         run_dir=str(run_dir),
         base_dir=None,
-        recipe=Recipe(name="stub", cluster=ClusterOptions(actor_num_nodes=nodes, actor_num_gpus_per_node=1)),
+        recipe=Recipe(name="stub", resources=ResourceOptions(actor_num_nodes=nodes, actor_num_gpus_per_node=1)),
         model_config_hf={},
         cluster=Cluster(name=kind, kind=kind, **settings),
         layout=ParallelLayout(world_size=nodes),

@@ -19,7 +19,7 @@ from vime.rollout.client import EngineStatus
 from vime.run.plan import EnginePlan
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import make_schedule
-from vime.sync.session import Deadlines, Session, SyncFailed, worker_infos
+from vime.sync.session import Session, SyncDeadlines, SyncFailed, worker_infos
 
 CONFIG = ModelConfig.from_hf(with_fp8(DEEPSEEK))
 NAMES = [part.name for param in params_of(CONFIG) if param.where != Where.MTP for part in param.parts]
@@ -82,7 +82,7 @@ def session(
     schedule = make_schedule(CONFIG, ParallelLayout(2), [0, 1], receivers, 100_000, draft=draft)
     trainer = FakeTrainer(journal, len(schedule.buckets), len(receivers))
     fakes = [FakeEngine(journal, number) for number in range(len(engines))]
-    deadlines = Deadlines(engine=deadline)
+    deadlines = SyncDeadlines(engine=deadline)
     clients: list[Any] = list(fakes)
     return Session(schedule, engines, trainer, clients, "keep", deadlines), trainer, fakes, journal
 

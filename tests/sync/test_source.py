@@ -259,7 +259,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     held[name][45, 3] = float("nan")
     source = one_rank(FP8, str(tmp_path), tensors=held)
     buckets = source.prepare(1)
-    with pytest.raises(fp8.NotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
+    with pytest.raises(fp8.WeightNotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
         [(source.publish(bucket), source.release(bucket)) for bucket in range(buckets)]
     source.finish()
     # The next sync starts anew.
@@ -282,7 +282,7 @@ def a_rank_with_a_weight_that_is_not_finite(rank: int, run: str) -> None:
     source = WeightSource.of_tensors(held, schedule, rank, run)
     source.prepare(1)
     if rank == 3:
-        with pytest.raises(fp8.NotFinite, match=r"mlp\.experts\."):
+        with pytest.raises(fp8.WeightNotFinite, match=r"mlp\.experts\."):
             source.publish(0)
     else:
         source.publish(0)

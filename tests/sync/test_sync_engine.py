@@ -21,7 +21,7 @@ from tests.sync.test_schedule import engine as engine_plan
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
 from vime.rollout.command import MODEL_NAME
-from vime.sync.session import Deadlines, Session
+from vime.sync.session import Session, SyncDeadlines
 
 pytestmark = pytest.mark.e2e
 OLD, MIDDLE, NEW = 1, 2, 3
@@ -41,7 +41,7 @@ class Synced:
         self.held = replace(self.held, **changes)
         schedule = await self.trainer.hold(self.held)
         addresses = ["127.0.0.1"] * (FAR_NODE + 1)
-        session = Session(schedule, self.held.engines, self.trainer, self.clients, "keep", Deadlines(), addresses)
+        session = Session(schedule, self.held.engines, self.trainer, self.clients, "keep", SyncDeadlines(), addresses)
         self.version += 1
         return await session.run(self.version, check=check)
 

@@ -182,6 +182,6 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     held["decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"][45, 3] = float("nan")
     source = source_of(str(tmp_path), held)
     buckets = source.prepare(1)
-    with pytest.raises(fp8.NotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
+    with pytest.raises(fp8.WeightNotFinite, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN"):
         [(source.publish(bucket), source.release(bucket)) for bucket in range(buckets)]
     source.finish()

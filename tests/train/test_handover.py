@@ -7,7 +7,7 @@ import pytest
 from tests.train.test_trust import plan_of
 from vime.errors import Cause
 from vime.rollout.client import EngineStatus
-from vime.train.handover import Deadlines, EngineStuck, Handover, described, moved, over_plan
+from vime.train.handover import EngineStuck, Handover, HandoverDeadlines, described, moved, over_plan
 
 GB = 10**9
 TRAINER = {"weights": 10 * GB, "gradients": 20 * GB}
@@ -24,7 +24,7 @@ class World:
         self.host_free = 900 * GB
         self.fails_in, self.hangs = None, False
         self.handover = Handover(
-            self.plan, self.call, [self, self], deadlines or Deadlines(), asleep=asleep, say=self.said.append
+            self.plan, self.call, [self, self], deadlines or HandoverDeadlines(), asleep=asleep, say=self.said.append
         )
 
     def free(self):
@@ -124,7 +124,7 @@ async def test_an_engine_that_cannot_wake_says_what_was_free():
 
 
 async def test_a_step_that_hangs_ends_at_its_deadline():
-    world = World(asleep=False, deadlines=Deadlines(engines=0.05))
+    world = World(asleep=False, deadlines=HandoverDeadlines(engines=0.05))
     world.hangs, world.trainer = True, set()
     with pytest.raises(EngineStuck, match=r"engine 0 did not sleep or wake within 0 s") as caught:
         await world.handover.to_trainer()

@@ -13,12 +13,12 @@ from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine
 from tests.sync import test_session
 from tests.sync.test_schedule import engine as planned_engine
 from tests.train.test_trust import plan_of
-from vime.rollout.client import Deadlines as ClientDeadlines
 from vime.rollout.client import EngineClient, Generated
+from vime.rollout.client import RequestDeadlines as ClientDeadlines
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
 from vime.train.handover import Handover
-from vime.train.supervisor import Deadlines, EngineLost, EngineSupervisor
+from vime.train.supervisor import EngineLost, EngineSupervisor, RecoveryDeadlines
 
 VERSION = 3
 
@@ -32,7 +32,7 @@ class World:
         handover = Handover(plan, self.call, clients)
         self.sampler = Sampler(plan, clients, recover=self.recover, patience=patience, tokenizer=CharacterTokenizer())
         self.supervisor = EngineSupervisor(
-            plan, self, clients, self, self.call, handover, [[ord(c) for c in "1+1="]], Deadlines(probe=1.0)
+            plan, self, clients, self, self.call, handover, [[ord(c) for c in "1+1="]], RecoveryDeadlines(probe=1.0)
         )
         self.supervisor.version = VERSION
 

@@ -10,7 +10,7 @@ from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.rollout.client import EngineAnswer, EngineTimeout, EngineUnreachable
 from vime.sync.session import SyncFailed
 from vime.train.handover import EngineStuck
-from vime.train.supervisor import Deadlines, EngineLost, EngineSupervisor
+from vime.train.supervisor import EngineLost, EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import EngineDistrusted
 
 
@@ -29,7 +29,7 @@ class World:
         for number, engine in enumerate(self.engines):
             engine.generate = self._answer(number, engine.generate)
         self.supervisor = EngineSupervisor(
-            self.plan, self, self.engines, self, self.call, self, [[1, 2]], Deadlines(probe=1), self.said.append
+            self.plan, self, self.engines, self, self.call, self, [[1, 2]], RecoveryDeadlines(probe=1), self.said.append
         )
 
     def _answer(self, number, generate):

@@ -28,7 +28,7 @@ from pathlib import Path
 from vime.launch.submission import submit
 from vime.node.ray_node import ray_environment
 from vime.recipe.parallel import ParallelLayout
-from vime.recipe.schema import ClusterOptions, Recipe
+from vime.recipe.schema import Recipe, ResourceOptions
 from vime.run.folder import write_plan
 from vime.run.plan import Cluster, Memory, NodePlan, Plan, Ports, Stage, TrainerRank
 from vime.slurm import queue as slurm
@@ -121,7 +121,7 @@ def own_plan(folder: Path, nodes: int) -> Plan:
         run_name="vime-ray-start",
         run_dir=run,
         base_dir=None,
-        recipe=Recipe(name="stub", cluster=ClusterOptions(actor_num_nodes=nodes, actor_num_gpus_per_node=1)),
+        recipe=Recipe(name="stub", resources=ResourceOptions(actor_num_nodes=nodes, actor_num_gpus_per_node=1)),
         model_config_hf={},
         cluster=Cluster(
             name="slurm",

@@ -24,7 +24,7 @@ from vime.fp8.format import SCALE_SUFFIX, Block, is_quantised, scale_name, scale
 __all__ = [
     "SCALE_SUFFIX",
     "Block",
-    "NotFinite",
+    "WeightNotFinite",
     "dequantise",
     "is_quantised",
     "quantise",
@@ -41,7 +41,7 @@ _THREAD_ELEMENTS = 1 << 20
 _NAN_CODE = 0x7F
 
 
-class NotFinite(VimeError):
+class WeightNotFinite(VimeError):
     """A weight that must be quantised holds NaN or infinity."""
 
 
@@ -56,7 +56,7 @@ def quantise(
     """Quantise a matrix [M, N] (bf16, fp16 or fp32) to e4m3 of the same shape and fp32 scales.
 
     Bit-equal with dividing every block in fp32 by its scale and rounding to nearest even. `out` takes the e4m3 matrix.
-    Raises NotFinite, with `name` in the text, for NaN or infinity.
+    Raises WeightNotFinite, with `name` in the text, for NaN or infinity.
     """
     _check_matrix(weight, block)
     q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device) if out is None else out
@@ -76,7 +76,9 @@ def quantise(
         )  # fmt: skip
         if down >= 0:
             at = (first // block[0] + down, across)
-            raise NotFinite(f"{name} holds NaN or infinity in its block {at} of {scale.shape[0]} x {scale.shape[1]}")
+            raise WeightNotFinite(
+                f"{name} holds NaN or infinity in its block {at} of {scale.shape[0]} x {scale.shape[1]}"
+            )
 
     _over_rows(part, weight.shape, block[0])
     if target is not q:
@@ -102,7 +104,7 @@ def _quantise_plain(weight: Tensor, q: Tensor, block: Block, scale_format: str, 
         q[part] = (values / scale[row].repeat_interleave(block[1])[: weight.shape[1]]).to(torch.float8_e4m3fn)
     if not bool(torch.isfinite(scale).all()):
         at = tuple((~torch.isfinite(scale)).nonzero()[0].tolist())
-        raise NotFinite(f"{name} holds NaN or infinity in its block {at} of {rows} x {columns}")
+        raise WeightNotFinite(f"{name} holds NaN or infinity in its block {at} of {rows} x {columns}")
     return scale
 
 

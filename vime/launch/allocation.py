@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vime.launch.binding import Examined, bind, examine, require_enough, table, write_report
 from vime.launch.checks import Known, slow_nodes
-from vime.launch.steps import Place, Runner, Step
+from vime.launch.steps import AllocatedNode, Runner, Step
 from vime.node.ring import RING
 from vime.planning.show import table as columns
 from vime.run import history
@@ -30,16 +30,16 @@ class Allocation:
         self._canary = ""
         self.binding: Binding | None = None
 
-    def places(self, stage: Stage) -> tuple[Place, ...]:
+    def places(self, stage: Stage) -> tuple[AllocatedNode, ...]:
         """The nodes of a stage."""
         names = self._runner.nodes()
         if self.binding is None:
             # Preflight looks at every node of the allocation, spares too.
-            return tuple(Place(i, name) for i, name in enumerate(names))
+            return tuple(AllocatedNode(i, name) for i, name in enumerate(names))
         if stage.name == RING:
-            return tuple(Place(node.index, names[node.slurm_index]) for node in self.binding.nodes)
+            return tuple(AllocatedNode(node.index, names[node.slurm_index]) for node in self.binding.nodes)
         bound = {node.index: names[node.slurm_index] for node in self.binding.nodes}
-        return tuple(Place(node, bound[node]) for node in stage.nodes)
+        return tuple(AllocatedNode(node, bound[node]) for node in stage.nodes)
 
     def prepare(self, stage: Stage) -> None:
         """Before a stage starts."""

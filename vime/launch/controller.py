@@ -21,7 +21,7 @@ from vime.launch.allocation import Allocation
 from vime.launch.failure import Failure, RunFailed, diagnose, ended_early, late, was_refused
 from vime.launch.lead import TimeLeft
 from vime.launch.signals import Signals
-from vime.launch.steps import Place, Runner, Step
+from vime.launch.steps import AllocatedNode, Runner, Step
 from vime.launch.witness import running_stage, witnessed
 from vime.node.sweep import SWEEP_S, sweep_stage
 from vime.run import history
@@ -374,7 +374,7 @@ class Controller:
         if silent and not self._hurried and self._runner.can_requeue:
             self._sweep(tuple(sorted(silent, key=lambda place: place.index)))
 
-    def _sweep(self, places: tuple[Place, ...]) -> None:
+    def _sweep(self, places: tuple[AllocatedNode, ...]) -> None:
         """Clears nodes whose supervisors were killed: any task does, when it ends as the job's last one on its node."""
         stage = sweep_stage(tuple(place.index for place in places))
         nodes = ", ".join(place.name for place in places)
@@ -401,7 +401,7 @@ class Controller:
             # Only what squeue shows is poorer.
             self._say(f"note: the job's comment was not set: {error}")
 
-    def _link_current_log(self, stage: Stage, places: tuple[Place, ...]) -> None:
+    def _link_current_log(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> None:
         """`logs/current.log` is always the log of the running stage's first task."""
         target = task_log(self._run, stage.name, places[0].index, 0, stage.tasks_per_node)
         link = self._run / "logs" / "current.log"

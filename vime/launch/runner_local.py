@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vime.errors import Cause
-from vime.launch.steps import Place, Step, launch, log_size, places_text, signal_process
+from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
 from vime.node.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
@@ -27,7 +27,7 @@ class LocalRunner:
     def nodes(self) -> tuple[str, ...]:
         return (socket.gethostname(),) * len(self._plan.nodes)
 
-    def start(self, stage: Stage, places: tuple[Place, ...]) -> Step:
+    def start(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> Step:
         log = launcher_log(self._plan.run_dir, stage.name)
         offset = log_size(log)
         command = (sys.executable, "-m", "vime.node.task", "--run", self._plan.run_dir, "--stage", stage.name)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vime.errors import Cause
 from vime.launch.srun import srun_argv, step_name, step_python
-from vime.launch.steps import Place, Step, launch, log_size, places_text, signal_process
+from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
 from vime.node.task import JOB, PLACES
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
@@ -61,7 +61,7 @@ class SlurmRunner:
     def nodes(self) -> tuple[str, ...]:
         return slurm.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
 
-    def start(self, stage: Stage, places: tuple[Place, ...]) -> Step:
+    def start(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> Step:
         argv = srun_argv(
             stage,
             [place.name for place in places],

@@ -18,7 +18,7 @@ from vime.run.plan import Stage
 
 
 @dataclass(frozen=True)
-class Place:
+class AllocatedNode:
     """A node of the allocation as a stage sees it."""
 
     index: int
@@ -32,7 +32,7 @@ class Step:
     """Processes of one stage. `pump` is called again and again; the rest is what it has seen."""
 
     stage: Stage
-    places: tuple[Place, ...]
+    places: tuple[AllocatedNode, ...]
     processes: list[subprocess.Popen[bytes]]
     launcher_log: Path
     log_offset: int = 0
@@ -82,7 +82,7 @@ class Step:
         return [report for report in self.reports if report.kind == kind]
 
     @property
-    def silent_places(self) -> set[Place]:
+    def silent_places(self) -> set[AllocatedNode]:
         """Nodes with a task that started and has not told its end: its supervisor was killed, or its node is lost."""
         ended = {report.rank for report in self.of_kind("exit")}
         return {self.places[rank // self.stage.tasks_per_node] for rank in set(self.host_of_rank) - ended}
@@ -136,7 +136,7 @@ class Runner(Protocol):
         """Names of the allocation's nodes in its order."""
         ...
 
-    def start(self, stage: Stage, places: tuple[Place, ...]) -> Step: ...
+    def start(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> Step: ...
 
     def stop(self, step: Step, grace_s: float) -> None:
         """Ends a step and waits for it: TERM to every task, KILL after the grace."""
@@ -179,7 +179,7 @@ class Runner(Protocol):
         ...
 
 
-def places_text(places: Sequence[Place]) -> str:
+def places_text(places: Sequence[AllocatedNode]) -> str:
     """The places as tasks read them: `0=node01,1=node03`."""
     return ",".join(f"{place.index}={place.name}" for place in places)
 

@@ -63,7 +63,7 @@ class Script:
 def cpus_needed(plan: Plan) -> int:
     """CPUs a node, where the job does not take whole nodes."""
     by_stage = [stage.tasks_per_node * (stage.cpus_per_task or 1) for stage in plan.stages]
-    per_slot = plan.recipe.cluster.num_cpus_per_rank or 1
+    per_slot = plan.recipe.resources.num_cpus_per_rank or 1
     return plan.cluster.cpus_per_node or max([*by_stage, *(node.gpus * per_slot for node in plan.nodes)])
 
 

@@ -9,7 +9,7 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron import losses
-from vime.megatron.microbatch import Tokens
+from vime.megatron.microbatch import RolloutTokens
 from vime.recipe.schema import AlgorithmOptions
 from vime.samples import Rollout, Sample
 
@@ -27,7 +27,7 @@ def loss_mask(sample: Sample) -> torch.Tensor:
 
 
 def advantage_column(
-    rollout: Rollout, data: Tokens, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions
+    rollout: Rollout, data: RolloutTokens, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions
 ) -> torch.Tensor:
     """The advantage of every response token, fp32 [slots]: its sample's, by the recipe's estimator.
 

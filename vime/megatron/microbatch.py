@@ -1,8 +1,8 @@
 """Samples as the tensors of packed micro-batches, and per-token columns that survive any way of packing them.
 
-Every response token of a rollout has a slot, a number from 0 to `Tokens.slots`: sample by sample, in order. Advantages,
-log-probs and weights are columns, fp32 [slots], the same on all ranks; a micro-batch only says which slot each of its
-positions predicts. So nothing depends on how samples are packed and dealt out.
+Every response token of a rollout has a slot, a number from 0 to `RolloutTokens.slots`: sample by sample, in order.
+Advantages, log-probs and weights are columns, fp32 [slots], the same on all ranks; a micro-batch only says
+which slot each of its positions predicts. So nothing depends on how samples are packed and dealt out.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from vime.recipe.parallel import ParallelLayout
 
 
 @dataclass(frozen=True)
-class Tokens:
+class RolloutTokens:
     """Prompts and responses of all samples of a rollout."""
 
     sequences: tuple[np.ndarray, ...]
     """int64 [length] each: the prompt's tokens, then the response's."""
     prompts: tuple[int, ...]
-    """Tokens of each prompt."""
+    """RolloutTokens of each prompt."""
     starts: tuple[int, ...]
     """Slot of each sample's first response token."""
     slots: int
     """Response tokens of all samples."""
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, longest: int | None = None) -> Tokens:
+    def of(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, longest: int | None = None) -> RolloutTokens:
         """From prompts and responses. Raises DataError for an empty prompt or a sequence beyond `longest` tokens."""
         for number, (prompt, response) in enumerate(pairs):
             if not len(prompt):
@@ -76,11 +76,11 @@ class Padding:
         return cls(sequence, math.lcm(sequence, layout.cp * layout.tp))
 
     def padded(self, length: int) -> int:
-        """Tokens that a sequence takes in a micro-batch."""
+        """RolloutTokens that a sequence takes in a micro-batch."""
         return -(-length // self.sequence) * self.sequence
 
     def capacity(self, layout: ParallelLayout, tokens_per_gpu: int) -> int:
-        """Tokens of a micro-batch: CP x tokens a GPU, less what the padding of the whole may add."""
+        """RolloutTokens of a micro-batch: CP x tokens a GPU, less what the padding of the whole may add."""
         return max(self.batch, layout.cp * tokens_per_gpu // self.batch * self.batch)
 
 
@@ -105,7 +105,7 @@ class PackedBatch:
     Padding stands at the end of each sequence, where causal attention hides it: it counts as part of it.
     """
     longest: int
-    """Tokens of the longest padded sequence."""
+    """RolloutTokens of the longest padded sequence."""
 
     def column(self, column: torch.Tensor) -> torch.Tensor:
         """A column at the targets of this micro-batch, fp32 [t]; 0 where there is none."""
@@ -114,7 +114,7 @@ class PackedBatch:
 
 
 def make_batch(
-    data: Tokens, members: Sequence[int], padding: Padding, *, cp_rank: int, cp_size: int, device: torch.device
+    data: RolloutTokens, members: Sequence[int], padding: Padding, *, cp_rank: int, cp_size: int, device: torch.device
 ) -> PackedBatch:
     """The micro-batch of these samples. Without any it is a single padding sequence that predicts nothing."""
     lengths = [padding.padded(len(data.sequences[i])) for i in members]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class BuildOptions:
     """The recipe's options that Megatron's model takes. Those of GPUs only have no effect on a CPU."""
 
     recompute_granularity: str | None = None
@@ -37,7 +37,7 @@ class ModelOptions:
     moe_token_dispatcher_type: str = "alltoall"
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> ModelOptions:
+    def from_recipe(cls, recipe: Recipe) -> BuildOptions:
         values = {**recipe.perf.model_dump(), **recipe.misc.model_dump()}
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
@@ -62,7 +62,7 @@ def build_model(
     *,
     bf16: bool,
     mtp: bool = False,
-    options: ModelOptions | None = None,
+    options: BuildOptions | None = None,
 ) -> list[GPTModel]:
     """This rank's model chunks (one), on the device, in bf16 or fp32, wrapped neither for mixed precision nor DDP.
 
@@ -76,7 +76,7 @@ def build_model(
     from vime.megatron.layers import PolicyModel, decoder_spec, mtp_spec
 
     mtp = mtp and config.mtp_layers > 0
-    megatron = megatron_config(config, layout, bf16=bf16, mtp=mtp, options=options or ModelOptions())
+    megatron = megatron_config(config, layout, bf16=bf16, mtp=mtp, options=options or BuildOptions())
     spec = decoder_spec(megatron, transformer_engine=device.transformer_engine)
     model = PolicyModel(
         config=megatron,
@@ -96,7 +96,7 @@ def build_model(
 
 
 def megatron_config(
-    config: ModelConfig, layout: ParallelLayout, *, bf16: bool, mtp: bool, options: ModelOptions
+    config: ModelConfig, layout: ParallelLayout, *, bf16: bool, mtp: bool, options: BuildOptions
 ) -> TransformerConfig:
     """Megatron's configuration of a model under a layout."""
     from megatron.core.transformer.enums import AttnBackend
@@ -151,7 +151,7 @@ def megatron_config(
     return (MLATransformerConfig if config.mla else TransformerConfig)(**values)
 
 
-def _moe_values(options: ModelOptions, layout: ParallelLayout, device: backend.Backend) -> dict[str, Any]:
+def _moe_values(options: BuildOptions, layout: ParallelLayout, device: backend.Backend) -> dict[str, Any]:
     dispatcher = options.moe_token_dispatcher_type
     if dispatcher == "allgather" and layout.pp > 1:
         raise BadInput(

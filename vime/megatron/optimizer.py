@@ -19,7 +19,7 @@ MAX_SKIPPED_STEPS = 3
 _NAMED_GRADIENTS = 3
 
 
-class NotFinite(VimeError):
+class GradientsNotFinite(VimeError):
     """Gradients were not finite several steps in a row."""
 
 
@@ -104,9 +104,9 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def step(self) -> StepResult:
-        """Clip and step. A gradient that is not finite skips the step; `MAX_SKIPPED_STEPS` in a row raise NotFinite.
+        """Clip and step. A gradient that is not finite skips the step.
 
-        The norm is global, so all ranks decide alike.
+        `MAX_SKIPPED_STEPS` skipped in a row raise GradientsNotFinite. The norm is global, so all ranks decide alike.
         """
         rate = learning_rate(self._options, self.steps, self._total_steps)
         for group in self.megatron.param_groups:
@@ -135,7 +135,7 @@ class Optimizer:
         if dist.get_rank() == 0:
             print(f"warning: optimizer step {self.steps} skipped: gradient norm is {norm}; {where}", flush=True)
         if self._skipped >= MAX_SKIPPED_STEPS:
-            raise NotFinite(
+            raise GradientsNotFinite(
                 f"the gradient was not finite in {self._skipped} steps in a row, last norm {norm}; {where}: "
                 "look at the rollout's rewards and log-probs, or resume from an older checkpoint at a lower --lr"
             )

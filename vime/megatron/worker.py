@@ -19,14 +19,14 @@ from vime.megatron import backend, losses, optimizer
 from vime.megatron.advantages import advantage_column, loss_mask
 from vime.megatron.checkpoint_folders import State
 from vime.megatron.checkpointing import Checkpointer
-from vime.megatron.clock import Clock
-from vime.megatron.microbatch import Tokens, optimizer_steps
-from vime.megatron.model import ModelOptions, build_model
+from vime.megatron.microbatch import RolloutTokens, optimizer_steps
+from vime.megatron.model import BuildOptions, build_model
 from vime.megatron.objective import METRICS, Objective
 from vime.megatron.parallel import destroy_parallel, init_parallel
+from vime.megatron.passes import ModelPasses, Packer
 from vime.megatron.reference import HostWeights
 from vime.megatron.residence import Residence
-from vime.megatron.runner import Packer, Runner
+from vime.megatron.spans import SpanRecorder
 from vime.models.config import ModelConfig
 from vime.models.flops import utilisation
 from vime.models.local import global_name
@@ -59,14 +59,14 @@ class TrainWorker:
         self._weights: WeightSource | None = None
         self._trained_since_save = True
         self._last_saved: Path | None = None
-        self._clock = Clock()
+        self._clock = SpanRecorder()
 
     # --- start
 
     def setup(self, master_address: str, master_port: int) -> StartState:
         """Join the other ranks, build model and optimizer, load weights and, when the run is resumed, its state."""
         recipe = self.recipe
-        options = ModelOptions.from_recipe(recipe)
+        options = BuildOptions.from_recipe(recipe)
         self._seed = recipe.misc.seed
         init_parallel(
             self.layout, rank=self.rank, master_address=master_address, master_port=master_port, seed=self._seed
@@ -100,13 +100,13 @@ class TrainWorker:
         self._make_source(chunks)
         return start
 
-    def _make_runner(self) -> Runner:
+    def _make_runner(self) -> ModelPasses:
         from megatron.core import parallel_state as ps
 
         tensor: Any = ps.get_tensor_model_parallel_group()
         context: Any = ps.get_context_parallel_group()
         objective = Objective(self.recipe.algorithm, self.recipe.rollout.rollout_temperature, tensor, context)
-        return Runner(self._optimizer.chunks, objective, Packer(self.recipe.perf, self.layout), self.coords)
+        return ModelPasses(self._optimizer.chunks, objective, Packer(self.recipe.perf, self.layout), self.coords)
 
     def _make_source(self, chunks: Sequence[Any]) -> None:
         if self.plan.engines:
@@ -167,7 +167,9 @@ class TrainWorker:
         if not samples:
             raise DataError(f"rollout {rollout.rollout_id} has no samples to train on")
         self._reseed(rollout.rollout_id)
-        data = Tokens.of([(s.prompt_ids, s.response_ids) for s in samples], longest=self.config.max_position_embeddings)
+        data = RolloutTokens.of(
+            [(s.prompt_ids, s.response_ids) for s in samples], longest=self.config.max_position_embeddings
+        )
         self._clock.take_spans()
         columns = self._columns(rollout, data)
         masks = [loss_mask(sample) for sample in samples]
@@ -191,7 +193,7 @@ class TrainWorker:
         """(name, start, end) in Unix seconds of what this rank did in the last `train`; waits lie inside its steps."""
         return self._clock.take_spans()
 
-    def _columns(self, rollout: Rollout, data: Tokens) -> dict[str, torch.Tensor]:
+    def _columns(self, rollout: Rollout, data: RolloutTokens) -> dict[str, torch.Tensor]:
         """Everything the loss needs a token, besides its weight."""
         algorithm, limit = self.recipe.algorithm, self._forward_limit
         columns: dict[str, torch.Tensor] = {}
@@ -213,7 +215,7 @@ class TrainWorker:
         return columns
 
     def _step(
-        self, data: Tokens, step: Sequence[int], masks: list[torch.Tensor], columns: dict[str, torch.Tensor]
+        self, data: RolloutTokens, step: Sequence[int], masks: list[torch.Tensor], columns: dict[str, torch.Tensor]
     ) -> dict[str, float]:
         """One optimizer step on these samples."""
         weights = torch.zeros(data.slots)
@@ -243,7 +245,7 @@ class TrainWorker:
 
     def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Log-probs of the responses, in nats, at the rollout temperature; the same on every rank."""
-        data = Tokens.of(sequences, longest=self.config.max_position_embeddings)
+        data = RolloutTokens.of(sequences, longest=self.config.max_position_embeddings)
         found = self._runner.log_probs(data, self._forward_limit)
         return [values.tolist() for values in data.split(found)]
 

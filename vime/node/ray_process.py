@@ -27,7 +27,7 @@ TAIL_LINES, TAIL_BYTES = 40, 16384
 STOPPED = 128 + signal.SIGTERM
 
 
-class Stopped(BaseException):
+class Terminated(BaseException):
     """This process was told to end. No `Exception`: Ray tries again after those."""
 
 
@@ -46,7 +46,7 @@ def logical_cpus(plan: Plan, node: int, present: int) -> int:
 
     They place actors and limit nothing, so a small machine may offer more than it has.
     """
-    per_slot = plan.recipe.cluster.num_cpus_per_rank or 1
+    per_slot = plan.recipe.resources.num_cpus_per_rank or 1
     return max(present, plan.nodes[node].gpus * per_slot + 1)
 
 
@@ -102,7 +102,7 @@ class RayProcesses:
         except VimeError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return int(error.cause)
-        except Stopped:
+        except Terminated:
             return STOPPED
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,4 +169,4 @@ class RayProcesses:
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Stopped
+    raise Terminated

@@ -29,7 +29,7 @@ _FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "PMI_", "PMI2_", "PMIX_", "
 
 
 @dataclass(frozen=True)
-class Seat:
+class TaskRank:
     """Where a task stands in its stage."""
 
     node: int
@@ -42,7 +42,7 @@ class Seat:
     """Place of the node among the stage's nodes."""
 
 
-def find_seat(stage: Stage, environ: Mapping[str, str]) -> Seat:
+def find_seat(stage: Stage, environ: Mapping[str, str]) -> TaskRank:
     """From `VIME_PLACES` (`0=node01,1=node03`: the stage's nodes in order) and the name of this node.
 
     Slurm's own numbers of nodes and tasks count inside the step, so they say nothing about the plan.
@@ -57,7 +57,7 @@ def find_seat(stage: Stage, environ: Mapping[str, str]) -> Seat:
     except (KeyError, ValueError) as error:
         raise BadInput(f"this task does not know its place ({error}): only the controller starts tasks") from error
     per_node = stage.tasks_per_node
-    return Seat(
+    return TaskRank(
         node=int(places[place][0]),
         rank=place * per_node + local_rank,
         world_size=len(places) * per_node,
@@ -68,7 +68,7 @@ def find_seat(stage: Stage, environ: Mapping[str, str]) -> Seat:
 
 
 def task_env(
-    plan: Plan, stage: Stage, seat: Seat, binding: Binding | None, environ: Mapping[str, str]
+    plan: Plan, stage: Stage, seat: TaskRank, binding: Binding | None, environ: Mapping[str, str]
 ) -> dict[str, str]:
     """The command's environment: this one without Slurm's and MPI's variables; the profile's, the stage's, the ranks.
 

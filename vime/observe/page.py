@@ -87,7 +87,7 @@ def page(run: RunSummary) -> str:
 def _subtitle(run: RunSummary) -> str:
     plan = run.plan
     gpus = sum(node.gpus for node in plan.nodes)
-    kind = "GPU" if plan.recipe.cluster.device == "gpu" else "CPU slot"
+    kind = "GPU" if plan.recipe.resources.device == "gpu" else "CPU slot"
     where = "this machine" if plan.cluster.kind == "local" else f"Slurm cluster {plan.cluster.name}"
     model = os.path.basename((plan.recipe.checkpoint.hf_checkpoint or "").rstrip("/"))
     return (

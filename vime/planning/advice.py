@@ -86,7 +86,7 @@ def levers(plan: Plan) -> tuple[Lever, ...]:
         if size := sum(items[name].bytes for name in names if name in items):
             found.append(Lever(size, what, how))
 
-    if recipe.cluster.device == "gpu":
+    if recipe.resources.device == "gpu":
         add(("engine_sleep_copy",), "put engines to sleep without their weights: the sync brings them", "not built")
         setting = {**recipe.misc.env, ALLOCATOR_SETTINGS[0]: "pinned_max_round_threshold_mb:1"}
         how = f"-- --env {shlex.quote(json.dumps(setting))}"

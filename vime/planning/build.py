@@ -90,7 +90,7 @@ def make_plan(
     weights = memory.Weights.of(recipe, config, trainer)
     gpus = _gpu_memory(recipe, config, cluster, weights)
     planned = tuple(_node(node, recipe, config, weights, slots, ranks, engines, gpus) for node in range(slots.nodes))
-    job = stages.Job(
+    job = stages.StageInputs(
         recipe=recipe,
         config=config,
         cluster=cluster,
@@ -218,20 +218,20 @@ def _check_data(recipe: Recipe) -> None:
 
 def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
     """The cluster as the recipe's device uses it: no GPUs for `cpu`; on this machine, those that `gpu` takes."""
-    if recipe.cluster.device == "cpu":
+    if recipe.resources.device == "cpu":
         return cluster.model_copy(update={"gpus_per_node": 0, "gpu_request": "none"})
     if cluster.min_network_gbit is None and cluster.kind == "slurm":
         cluster = cluster.model_copy(update={"min_network_gbit": MIN_NETWORK_GBIT})
     if cluster.kind == "local" and not cluster.gpus_per_node:
-        wanted = recipe.cluster.actor_num_gpus_per_node
+        wanted = recipe.resources.actor_num_gpus_per_node
         return cluster.model_copy(update={"gpus_per_node": wanted, "gpu_request": "gpus-per-node"})
     return cluster
 
 
 def _gpus_per_node(recipe: Recipe, cluster: Cluster) -> int:
     """GPU slots of a node that engines of their own may take, after checking that the trainer's fit it."""
-    wanted, present = recipe.cluster.actor_num_gpus_per_node, cluster.gpus_per_node
-    if wanted < 1 or recipe.cluster.actor_num_nodes < 1:
+    wanted, present = recipe.resources.actor_num_gpus_per_node, cluster.gpus_per_node
+    if wanted < 1 or recipe.resources.actor_num_nodes < 1:
         raise BadInput("--actor-num-nodes and --actor-num-gpus-per-node are at least 1")
     if cluster.gpu_request == "none" or not present:
         return wanted
@@ -293,7 +293,7 @@ def _gpu_memory(
     recipe: Recipe, config: ModelConfig, cluster: Cluster, weights: memory.Weights
 ) -> tuple[GpuMemory, ...]:
     """The estimate for each pipeline stage; empty without GPUs."""
-    if recipe.cluster.device != "gpu":
+    if recipe.resources.device != "gpu":
         return ()
     of_gpu = cluster.gpu_memory_bytes or gpu_memory.DEFAULT_GPU_BYTES
     return tuple(gpu_memory.stage_memory(recipe, config, weights, stage, of_gpu) for stage in range(weights.layout.pp))

@@ -13,29 +13,29 @@ from vime.recipe.schema import Recipe
 
 def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
     """The recipe on this number of nodes in all (None: as it says); the trainer has those that engines leave."""
-    cluster = recipe.cluster
-    apart = 0 if cluster.colocate else -(-(cluster.rollout_num_gpus or 0) // gpus_per_node)
+    resources = recipe.resources
+    apart = 0 if resources.colocate else -(-(resources.rollout_num_gpus or 0) // gpus_per_node)
     if nodes is None:
         return recipe
     if nodes - apart < 1:
         raise BadInput(
             f"--nodes is {nodes}: engines on GPUs of their own take {apart} nodes, give at least {apart + 1}"
         )
-    return change(recipe, cluster={"actor_num_nodes": nodes - apart})
+    return change(recipe, resources={"actor_num_nodes": nodes - apart})
 
 
 def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir: str, cpus: int | None) -> Recipe:
     """The recipe with every value that has a default by rule filled in. Raises BadInput for contradictions."""
     rollout, evaluation, perf, checkpoint = recipe.rollout, recipe.eval, recipe.perf, recipe.checkpoint
-    cluster: dict[str, Any] = {}
-    if recipe.cluster.colocate:
-        cluster["rollout_num_gpus"] = layout.world_size
-    if recipe.cluster.num_cpus_per_rank is None and cpus:
-        cluster["num_cpus_per_rank"] = max(1, cpus // recipe.cluster.actor_num_gpus_per_node)
+    resources: dict[str, Any] = {}
+    if recipe.resources.colocate:
+        resources["rollout_num_gpus"] = layout.world_size
+    if recipe.resources.num_cpus_per_rank is None and cpus:
+        resources["num_cpus_per_rank"] = max(1, cpus // recipe.resources.actor_num_gpus_per_node)
     save = checkpoint.save or f"{run_dir}/checkpoints"
     return change(
         recipe,
-        cluster=cluster,
+        resources=resources,
         checkpoint={"save": save, "load": checkpoint.load or save},
         perf={"log_probs_max_tokens_per_gpu": perf.log_probs_max_tokens_per_gpu or perf.max_tokens_per_gpu},
         rollout={

@@ -108,14 +108,14 @@ def least_nodes(recipe: Recipe, config: ModelConfig, cluster: Cluster, *, most: 
 def _lower_bound(recipe: Recipe, config: ModelConfig, nodes: int) -> float:
     """Bytes a node that no layout goes below: each parameter's optimizer state once."""
     counts = memory.model_counts(config).total
-    if recipe.cluster.device == "gpu" and not recipe.optimizer.optimizer_cpu_offload:
+    if recipe.resources.device == "gpu" and not recipe.optimizer.optimizer_cpu_offload:
         return 0
-    return (16 if recipe.cluster.device == "gpu" else 8) * (counts * 0.9) / nodes
+    return (16 if recipe.resources.device == "gpu" else 8) * (counts * 0.9) / nodes
 
 
 def _variants(recipe: Recipe, config: ModelConfig, nodes: int, changes: int) -> Iterator[Recipe]:
     """The recipe on this number of nodes with exactly so many parallel sizes changed."""
-    per_node = recipe.cluster.actor_num_gpus_per_node
+    per_node = recipe.resources.actor_num_gpus_per_node
     powers = [1, 2, 4, 8, 16, 32, 64, 128, 256]
     choices = {
         "tensor_model_parallel_size": [size for size in powers if per_node % size == 0],
@@ -149,7 +149,7 @@ def _pure_node(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int
 
     Quick, to sort out most layouts before ranks are placed. A node that several stages share counts as nothing.
     """
-    per_node = recipe.cluster.actor_num_gpus_per_node
+    per_node = recipe.resources.actor_num_gpus_per_node
     try:
         recipe = derive.with_nodes(recipe, nodes, cluster.gpus_per_node or per_node)
         trainer = layout.trainer_layout(recipe)
@@ -157,7 +157,7 @@ def _pure_node(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int
     except BadInput:
         return None
     weights = memory.Weights.of(recipe, config, trainer)
-    if recipe.cluster.device == "gpu":
+    if recipe.resources.device == "gpu":
         of_gpu = cluster.gpu_memory_bytes or gpu_memory.DEFAULT_GPU_BYTES
         if any(gpu_memory.training_bytes(recipe, config, weights, stage) > of_gpu for stage in range(trainer.pp)):
             return None
@@ -172,9 +172,9 @@ def _pure_node(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int
 
 def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> Fit | None:
     """The recipe on these nodes, its engines made to divide them; None where it does not fit."""
-    per_node = cluster.gpus_per_node or recipe.cluster.actor_num_gpus_per_node
-    if recipe.cluster.colocate:
-        recipe = change(recipe, cluster={"rollout_num_gpus": None})
+    per_node = cluster.gpus_per_node or recipe.resources.actor_num_gpus_per_node
+    if recipe.resources.colocate:
+        recipe = change(recipe, resources={"rollout_num_gpus": None})
     try:
         recipe = _with_engines(derive.with_nodes(recipe, nodes, per_node), config)
         trainer = layout.trainer_layout(recipe)
@@ -189,7 +189,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
         return None
     weights = memory.Weights.of(recipe, config, trainer)
     gpu_bytes = 0
-    if recipe.cluster.device == "gpu":
+    if recipe.resources.device == "gpu":
         of_gpu = cluster.gpu_memory_bytes or gpu_memory.DEFAULT_GPU_BYTES
         stages = [gpu_memory.stage_memory(recipe, config, weights, stage, of_gpu) for stage in range(trainer.pp)]
         if any(True for _ in _gpu_shortages(enumerate(stages))) or not all(stage.kv_cache_tokens for stage in stages):
@@ -208,7 +208,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
 def _with_engines(recipe: Recipe, config: ModelConfig) -> Recipe:
     """Engines of the recipe's size, or of the largest smaller one that divides the GPUs; tensor parallelism is kept."""
     size, (tensor, data) = recipe.engine.rollout_num_gpus_per_engine, gpu_memory.engine_sizes(recipe)
-    cluster = recipe.cluster
+    cluster = recipe.resources
     total = (
         cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
         if cluster.colocate

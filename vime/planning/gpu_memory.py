@@ -25,11 +25,11 @@ TRAINER_RESERVE = 6 * GB
 ENGINE_RESERVE = 5 * GB
 """CUDA context and graphs, NCCL's buffers and vLLM's own activations."""
 LOGITS_CHUNK = 1024
-"""Tokens whose logits the loss holds in fp32 at a time (vime.megatron.logprobs)."""
+"""MicroBatchTokens whose logits the loss holds in fp32 at a time (vime.megatron.logprobs)."""
 
 
 @dataclass(frozen=True)
-class Tokens:
+class MicroBatchTokens:
     """Tokens of the largest micro-batch on one rank."""
 
     a_rank: int
@@ -66,17 +66,19 @@ def _item(name: str, size: float, why: str) -> Item:
     return Item(name=name, bytes=math.ceil(size), why=why)
 
 
-def micro_batch_tokens(recipe: Recipe, layout: ParallelLayout) -> Tokens:
+def micro_batch_tokens(recipe: Recipe, layout: ParallelLayout) -> MicroBatchTokens:
     """Tokens of the largest micro-batch on a context-parallel rank; a sample that is longer than the limit is alone."""
     rollout, perf = recipe.rollout, recipe.perf
     longest = rollout.rollout_max_response_len + (rollout.rollout_max_prompt_len or 1024)
     alone = -(-longest // layout.cp)
     if perf.use_dynamic_batch_size and perf.max_tokens_per_gpu:
         if perf.max_tokens_per_gpu >= alone:
-            return Tokens(perf.max_tokens_per_gpu, f"{perf.max_tokens_per_gpu:,} tokens (--max-tokens-per-gpu)")
-        return Tokens(alone, f"{alone:,} tokens (a sample of {longest:,} over CP{layout.cp})")
+            return MicroBatchTokens(
+                perf.max_tokens_per_gpu, f"{perf.max_tokens_per_gpu:,} tokens (--max-tokens-per-gpu)"
+            )
+        return MicroBatchTokens(alone, f"{alone:,} tokens (a sample of {longest:,} over CP{layout.cp})")
     tokens = perf.micro_batch_size * alone
-    return Tokens(
+    return MicroBatchTokens(
         tokens, f"{tokens:,} tokens (--micro-batch-size {perf.micro_batch_size} of {longest:,} over CP{layout.cp})"
     )
 
@@ -101,7 +103,7 @@ def _training(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int)
 
 
 def _activations(
-    recipe: Recipe, config: ModelConfig, layout: ParallelLayout, stage: int, tokens: Tokens
+    recipe: Recipe, config: ModelConfig, layout: ParallelLayout, stage: int, tokens: MicroBatchTokens
 ) -> Iterator[Item]:
     layers = layout.stage_layers(config.num_layers)[stage]
     in_flight = layout.pp - stage  # 1F1B: as many micro-batches as stages from here on
@@ -146,7 +148,7 @@ def layer_bytes(config: ModelConfig, layout: ParallelLayout, layer: int, tokens:
     moe = config.moe
     if moe is None or not config.is_moe_layer(layer):
         return math.ceil(2 * tokens * (along + attention + 3 * config.ffn_hidden_size / tp))
-    # Tokens are divided over tensor-parallel ranks before they go to their experts.
+    # MicroBatchTokens are divided over tensor-parallel ranks before they go to their experts.
     routed = moe.top_k * (2 * hidden + 3 * moe.ffn_hidden_size) / tp
     shared = 3 * (moe.shared_ffn_hidden_size or 0) / tp
     return math.ceil(2 * tokens * (along + attention + routed + shared))

@@ -11,7 +11,7 @@ from vime.run.plan import TrainerRank
 
 
 @dataclass(frozen=True)
-class EngineSeat:
+class EnginePlacement:
     """GPUs of one engine, node by node, and its parallel sizes."""
 
     nodes: tuple[int, ...]
@@ -32,7 +32,7 @@ class Slots:
 
 def trainer_layout(recipe: Recipe) -> ParallelLayout:
     """The trainer's parallel layout; its world size is all GPUs of the actor."""
-    perf, cluster = recipe.perf, recipe.cluster
+    perf, cluster = recipe.perf, recipe.resources
     return ParallelLayout(
         world_size=cluster.actor_num_nodes * cluster.actor_num_gpus_per_node,
         tp=perf.tensor_model_parallel_size,
@@ -66,7 +66,7 @@ def divide_slots(recipe: Recipe, gpus_per_node: int) -> Slots:
     With `--colocate` they are the same. Without, the engines have nodes of their own after the trainer's, and
     `gpus_per_node` slots on each.
     """
-    options = recipe.cluster
+    options = recipe.resources
     actor = tuple(
         (node, gpu) for node in range(options.actor_num_nodes) for gpu in range(options.actor_num_gpus_per_node)
     )
@@ -105,7 +105,7 @@ def place_trainer(layout: ParallelLayout, slots: Slots) -> tuple[TrainerRank, ..
     return tuple(ranks)
 
 
-def place_engines(recipe: Recipe, slots: Slots) -> tuple[EngineSeat, ...]:
+def place_engines(recipe: Recipe, slots: Slots) -> tuple[EnginePlacement, ...]:
     """Engines over the rollout slots in order: each on contiguous nodes, its tensor-parallel groups inside a node."""
     size = recipe.engine.rollout_num_gpus_per_engine
     data_parallel = recipe.engine.vllm.get("data_parallel_size", 1)
@@ -130,5 +130,5 @@ def place_engines(recipe: Recipe, slots: Slots) -> tuple[EngineSeat, ...]:
         mine = slots.rollout[first : first + size]
         nodes = tuple(sorted({node for node, _ in mine}))
         gpus = tuple(tuple(gpu for node, gpu in mine if node == each) for each in nodes)
-        seats.append(EngineSeat(nodes, gpus, tensor_parallel, data_parallel))
+        seats.append(EnginePlacement(nodes, gpus, tensor_parallel, data_parallel))
     return tuple(seats)

@@ -27,7 +27,7 @@ RAY_NODE = 400 * 10**6
 """Raylet, agents and idle workers of a node."""
 
 
-class Seat(Protocol):
+class EngineGpus(Protocol):
     """Where an engine sits: GPUs node by node."""
 
     @property
@@ -115,14 +115,14 @@ def node_memory(
     config: ModelConfig,
     weights: Weights,
     ranks: Sequence[TrainerRank],
-    engines: Sequence[Seat],
+    engines: Sequence[EngineGpus],
     node: int,
 ) -> Memory:
     """The account of one node with these trainer ranks and these engines on it."""
     on_node = _held(weights, ranks, exact_pinned_above(recipe))
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
-    if recipe.cluster.device == "gpu":
+    if recipe.resources.device == "gpu":
         items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, config, weights, share, slots)]
     else:
         items = [*_cpu_trainer(recipe, on_node), *_cpu_engines(recipe, weights, share, slots)]
@@ -170,7 +170,7 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
         # Its fp32 weights are not pinned: Megatron converts the pinned bf16 copies.
         rounding += on_node.rounding_4
         pinned.append("CPU Adam's gradients")
-    if recipe.cluster.colocate:
+    if recipe.resources.colocate:
         while_away = "parameters, while the engine holds the GPU"
         yield _item("weights_backup", size * on_node.held, f"{size} bytes for each of {held} {while_away}")
         why = "the same in pinned buffers of powers of two, one of dense and one of expert parameters a rank"
@@ -192,7 +192,7 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
 
 
 def _gpu_engines(recipe: Recipe, config: ModelConfig, weights: Weights, share: float, slots: int) -> Iterator[Item]:
-    if recipe.cluster.colocate:
+    if recipe.resources.colocate:
         size = weight_bytes(config, weights, quantised=True) * share
         why = "the engines' weights on this node, asleep (level 1) while the trainer holds the GPU"
         yield _item("engine_sleep_copy", size, why)

@@ -7,7 +7,7 @@ Linux systems and at 9000 on some that run containers; blocks that hold the port
 from __future__ import annotations
 
 from vime.errors import BadInput
-from vime.planning.layout import EngineSeat
+from vime.planning.layout import EnginePlacement
 from vime.run.plan import EnginePlan, Plan, Ports
 
 FIRST, LAST = 2000, 8999
@@ -55,7 +55,7 @@ def plan_ports(gpus_per_node: int, engines: int) -> Ports:
 
 
 def plan_engines(
-    seats: tuple[EngineSeat, ...], ports: Ports, *, expert_parallel: bool, shared: bool
+    seats: tuple[EnginePlacement, ...], ports: Ports, *, expert_parallel: bool, shared: bool
 ) -> tuple[EnginePlan, ...]:
     """The engines with their ports: by place on the node, or by number in the run where logical nodes share a host."""
     engines: list[EnginePlan] = []
@@ -77,7 +77,7 @@ def plan_engines(
     return tuple(engines)
 
 
-def engines_of_a_host(seats: tuple[EngineSeat, ...], *, shared: bool) -> int:
+def engines_of_a_host(seats: tuple[EnginePlacement, ...], *, shared: bool) -> int:
     """Most engines whose ports one host must hold."""
     if shared:
         return len(seats)

@@ -58,8 +58,8 @@ def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> in
         return None
     if args.nodes < 1:
         raise BadInput(f"--nodes is {args.nodes}: give at least 1")
-    trainer = recipe.cluster.actor_num_nodes
-    if "--actor-num-nodes" in flags and recipe.cluster.colocate and trainer != args.nodes:
+    trainer = recipe.resources.actor_num_nodes
+    if "--actor-num-nodes" in flags and recipe.resources.colocate and trainer != args.nodes:
         raise BadInput(f"--nodes {args.nodes} and --actor-num-nodes {trainer} differ: with --colocate give one of them")
     return args.nodes
 
@@ -68,7 +68,7 @@ def _cluster(
     args: argparse.Namespace, recipe: Recipe, nodes: int | None, *, required: bool
 ) -> tuple[Cluster, list[str]]:
     """The profile, completed by what sinfo says of the partition."""
-    gpus = recipe.cluster.actor_num_gpus_per_node if recipe.cluster.device == "gpu" else 0
+    gpus = recipe.resources.actor_num_gpus_per_node if recipe.resources.device == "gpu" else 0
     cluster = load_cluster(args.cluster) if args.cluster else Cluster(name="slurm", kind="slurm")
     update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
     if args.partition:
@@ -109,7 +109,7 @@ def _assumed(cluster: Cluster, gpus: int) -> Cluster:
 
 
 def _default_nodes(recipe: Recipe) -> int:
-    options = recipe.cluster
+    options = recipe.resources
     apart = 0 if options.colocate else -(-(options.rollout_num_gpus or 0) // options.actor_num_gpus_per_node)
     return options.actor_num_nodes + apart
 

@@ -95,7 +95,7 @@ def _cluster(plan: Plan) -> str:
 def _engines(plan: Plan) -> str:
     first: EnginePlan = plan.engines[0]
     experts = ", expert parallel" if first.expert_parallel else ""
-    shared = " (the trainer's)" if plan.recipe.cluster.colocate else ""
+    shared = " (the trainer's)" if plan.recipe.resources.colocate else ""
     return (
         f"{len(plan.engines)} of {sum(map(len, first.gpus))} GPUs on {len(first.nodes)} nodes each{shared}, "
         f"DP{first.data_parallel_size} x TP{first.tensor_parallel_size}{experts}"

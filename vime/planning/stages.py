@@ -18,7 +18,7 @@ START_S = 300.0
 
 
 @dataclass(frozen=True)
-class Job:
+class StageInputs:
     """What the stages are made of."""
 
     recipe: Recipe
@@ -36,17 +36,17 @@ class Job:
     """What cast and conversion made, now or in an earlier run, is read whole and compared with what they make."""
 
 
-def has_cast(job: Job) -> bool:
+def has_cast(job: StageInputs) -> bool:
     """Whether the bf16 copy is made as a stage."""
     return job.recipe.checkpoint.conversion == "two-stage" and job.config.quantisation is not None
 
 
-def has_conversion(job: Job) -> bool:
+def has_conversion(job: StageInputs) -> bool:
     """Whether `--ref-load` is made as a stage."""
     return job.recipe.checkpoint.conversion != "direct" and job.recipe.checkpoint.ref_load is not None
 
 
-def make_stages(job: Job) -> tuple[Stage, ...]:
+def make_stages(job: StageInputs) -> tuple[Stage, ...]:
     """Stages in order. `ray-workers` is missing with one node, cast and convert where the recipe does not need them."""
     stages = [_preflight(job)]
     if job.nodes > 1 and job.cluster.min_network_gbit:
@@ -64,7 +64,7 @@ def make_stages(job: Job) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _checkpoint(job: Job) -> Artefact:
+def _checkpoint(job: StageInputs) -> Artefact:
     quantised = job.config.quantisation is not None
     return Artefact(
         name="hf-checkpoint",
@@ -74,11 +74,11 @@ def _checkpoint(job: Job) -> Artefact:
     )
 
 
-def _bf16(job: Job) -> Artefact:
+def _bf16(job: StageInputs) -> Artefact:
     return Artefact(name="bf16-checkpoint", path=bf16_folder(job.recipe), kind="hf", bytes=job.bf16_bytes)
 
 
-def _torch_dist(job: Job) -> Artefact:
+def _torch_dist(job: StageInputs) -> Artefact:
     return Artefact(
         name="torch-dist", path=job.recipe.checkpoint.ref_load or "", kind="torch_dist", bytes=job.bf16_bytes
     )
@@ -88,7 +88,7 @@ def _disk_deadline(nodes: int, *artefacts: Artefact) -> float:
     return START_S + sum(artefact.bytes or 0 for artefact in artefacts) / (nodes * DISK_BYTES_PER_S)
 
 
-def _preflight(job: Job) -> Stage:
+def _preflight(job: StageInputs) -> Stage:
     return Stage(
         name="preflight",
         nodes=tuple(range(job.nodes)),
@@ -98,7 +98,7 @@ def _preflight(job: Job) -> Stage:
     )
 
 
-def _ring(job: Job) -> Stage:
+def _ring(job: StageInputs) -> Stage:
     return Stage(
         name="ring",
         nodes=tuple(range(job.nodes)),
@@ -109,7 +109,7 @@ def _ring(job: Job) -> Stage:
     )
 
 
-def _cast(job: Job) -> Stage:
+def _cast(job: StageInputs) -> Stage:
     source, output = _checkpoint(job), _bf16(job)
     # Ranks share the files; a small checkpoint is done before a second node has started.
     nodes = min(job.nodes, 1 + job.bf16_bytes // CAST_BYTES_A_NODE)
@@ -131,7 +131,7 @@ def _cast(job: Job) -> Stage:
     )
 
 
-def _convert(job: Job) -> Stage:
+def _convert(job: StageInputs) -> Stage:
     options = job.recipe.checkpoint
     source, output = _bf16(job) if has_cast(job) else _checkpoint(job), _torch_dist(job)
     layout = {
@@ -167,11 +167,11 @@ def _verify(stage: Stage) -> Stage:
     )
 
 
-def _gpus(job: Job) -> int:
+def _gpus(job: StageInputs) -> int:
     return job.slots_per_node if job.cluster.gpu_request != "none" else 0
 
 
-def _ray(job: Job, name: str, nodes: tuple[int, ...]) -> Stage:
+def _ray(job: StageInputs, name: str, nodes: tuple[int, ...]) -> Stage:
     return Stage(
         name=name,
         nodes=nodes,
@@ -190,7 +190,7 @@ def _ray(job: Job, name: str, nodes: tuple[int, ...]) -> Stage:
     )
 
 
-def _train(job: Job) -> Stage:
+def _train(job: StageInputs) -> Stage:
     options, inputs = job.recipe.checkpoint, [_checkpoint(job)]
     if has_conversion(job):
         inputs.append(_torch_dist(job))
@@ -212,7 +212,7 @@ def _train(job: Job) -> Stage:
     )
 
 
-def _report(job: Job) -> Stage:
+def _report(job: StageInputs) -> Stage:
     return Stage(
         name="report",
         nodes=(0,),

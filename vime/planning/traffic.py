@@ -77,20 +77,20 @@ def _rollout(plan: Plan) -> list[Flow]:
     size = memory.weight_bytes(config, weights, quantised=True)
     engines = max(1, len(plan.engines))
     gpus = sum(len(gpus) for engine in plan.engines for gpus in engine.gpus) or 1
-    rate = NETWORK if recipe.cluster.device == "gpu" else DISK
+    rate = NETWORK if recipe.resources.device == "gpu" else DISK
     kind = "block fp8" if config.quantisation else "bf16"
     what = f"{kind} weights to {engines} engine{'s' * (engines > 1)}"
     found = [Flow("weight sync", "each rollout", size * engines, size * engines / (gpus * rate), what)]
     kept = max(sum(_kept(plan, weights, rank) for rank in node.ranks) for node in plan.nodes)
     steps = f"{recipe.rollout.num_steps_per_rollout or 1} a rollout"
-    if recipe.optimizer.optimizer_cpu_offload and recipe.cluster.device == "gpu":
-        ranks = max(1, recipe.cluster.actor_num_gpus_per_node)
+    if recipe.optimizer.optimizer_cpu_offload and recipe.resources.device == "gpu":
+        ranks = max(1, recipe.resources.actor_num_gpus_per_node)
         moved = (4 + (2 if recipe.model.bf16 else 4)) * kept
         why = "gradients down, weights up, on the fullest node"
         found.append(Flow("optimizer, PCIe", steps, moved, moved / (ranks * PCIE), why))
     moved = ADAM_BYTES * kept
     why = f"{ADAM_BYTES} bytes for each of {kept / 1e9:.2f} B parameters in the fullest node's memory"
-    if recipe.optimizer.optimizer_cpu_offload or recipe.cluster.device == "cpu":
+    if recipe.optimizer.optimizer_cpu_offload or recipe.resources.device == "cpu":
         found.append(Flow("optimizer, host memory", steps, moved, moved / DRAM, why))
     return found
 

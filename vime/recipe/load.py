@@ -46,7 +46,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def change(recipe: Recipe, **groups: dict[str, Any]) -> Recipe:
-    """A copy with fields of its groups replaced: `change(recipe, cluster={"colocate": True})`."""
+    """A copy with fields of its groups replaced: `change(recipe, resources={"colocate": True})`."""
     return recipe.model_copy(
         update={group: getattr(recipe, group).model_copy(update=fields) for group, fields in groups.items()}
     )

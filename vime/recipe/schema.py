@@ -36,7 +36,7 @@ class ModelOptions(Options):
     """Train in bf16 with fp32 master weights; `--no-bf16` trains in fp32."""
 
 
-class ClusterOptions(Options):
+class ResourceOptions(Options):
     """How many nodes and accelerators ("GPU slots" on machines without any) the actors take."""
 
     actor_num_nodes: int = 1
@@ -271,7 +271,7 @@ class Recipe(BaseModel):
     name: str
     source: SourceOptions = SourceOptions()
     model: ModelOptions = ModelOptions()
-    cluster: ClusterOptions = ClusterOptions()
+    resources: ResourceOptions = ResourceOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     perf: PerfOptions = PerfOptions()
     rollout: RolloutOptions = RolloutOptions()

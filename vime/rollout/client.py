@@ -53,7 +53,7 @@ class EngineAnswer(EngineError):
 
 
 @dataclass(frozen=True)
-class Deadlines:
+class RequestDeadlines:
     """Seconds after which a call has failed."""
 
     control: float = 60.0
@@ -197,7 +197,7 @@ class EngineClient:
     api_key: str = field(repr=False)
     concurrency: int = 512
     """Generation requests under way at once; more wait here."""
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    deadlines: RequestDeadlines = field(default_factory=RequestDeadlines)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _slots: asyncio.Semaphore = field(init=False, repr=False)
 

@@ -122,7 +122,7 @@ def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
 
 def _device_arguments(plan: Plan) -> Iterator[str]:
     if on_gpu(plan):
-        if plan.recipe.cluster.colocate:
+        if plan.recipe.resources.colocate:
             yield "--enable-sleep-mode"
         return
     if not plan.recipe.engine.vllm.get("enforce_eager"):

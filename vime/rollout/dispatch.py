@@ -26,7 +26,7 @@ Recover = Callable[[int, EngineError], Awaitable[None]]
 _GENERATED_TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 
 
-class Stopped(Exception):
+class RoundFull(Exception):
     """The round is full: no request is sent any more."""
 
 
@@ -154,7 +154,7 @@ class Dispatcher:
         return self.expected_version if self.expected_version is not None else -1
 
     async def take_seat(self, samples: int) -> Seat:
-        """A seat for a group on the engine with the most room, once there is room. Raises Stopped."""
+        """A seat for a group on the engine with the most room, once there is room. Raises RoundFull."""
         seat = Seat(samples)
         await self._place(seat)
         return seat
@@ -171,7 +171,7 @@ class Dispatcher:
     ) -> Generated:
         """One answer, repeated on failures, elsewhere when the group's engine is down. Frees one place of the seat.
 
-        Raises Stopped, or EngineError when repeating cannot help.
+        Raises RoundFull, or EngineError when repeating cannot help.
         """
         try:
             for attempt in range(1, self.patience.attempts + 1):
@@ -191,12 +191,12 @@ class Dispatcher:
             self._free(seat)
 
     def stop(self) -> None:
-        """Send no more requests; those that wait for an engine end with Stopped."""
+        """Send no more requests; those that wait for an engine end with RoundFull."""
         self._stopping = True
         while self._waiting:
             _, ready = self._waiting.popleft()
             if not ready.done():
-                ready.set_exception(Stopped())
+                ready.set_exception(RoundFull())
 
     async def abort(self) -> None:
         """Stop, and end every request under way with the tokens it has. Raises DeadlineExceeded."""
@@ -291,7 +291,7 @@ class Dispatcher:
         """The group's engine, or a new one when that is down. Samples of a group move together."""
         async with seat.moving:
             if self._stopping:
-                raise Stopped
+                raise RoundFull
             if self._fatal:
                 raise self._fatal
             if seat.engine is None or not seat.engine.up:
@@ -302,7 +302,7 @@ class Dispatcher:
 
     async def _place(self, seat: Seat) -> None:
         if self._stopping:
-            raise Stopped
+            raise RoundFull
         if self._fatal:
             raise self._fatal
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -10,7 +10,7 @@ from typing import Any
 
 from vime.rewards.scorer import Scorer
 from vime.rollout.client import SamplingSettings
-from vime.rollout.dispatch import Dispatcher, Seat, Stopped
+from vime.rollout.dispatch import Dispatcher, RoundFull, Seat
 from vime.samples import Group, Sample, Status
 
 _LONG = 512
@@ -48,7 +48,7 @@ class Generator:
         missing = [sample for sample in group.samples if sample.status in (Status.PENDING, Status.ABORTED)]
         try:
             seat = await self.dispatcher.take_seat(len(missing)) if missing else None
-        except Stopped:
+        except RoundFull:
             return False
         try:
             await all_of(self._finish_sample(sample, seat, settings, deadline_s) for sample in group.samples)
@@ -68,7 +68,7 @@ class Generator:
             assert seat is not None
             try:
                 await self._generate(sample, seat, settings, deadline_s)
-            except Stopped:
+            except RoundFull:
                 return
         unscored = is_generated(sample) and sample.reward is None
         if unscored and not self.scorer.of_groups and not self.dispatcher.stopping:

@@ -8,13 +8,14 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from vime.errors import BadInput
-from vime.run.plan import Binding, Plan
+from vime.run.plan import Binding, Plan, upgraded
 
 # Names of files in `control/`, by which the controller and training (vime.run.folder) talk.
 CHECKPOINT_REQUEST, CHECKPOINT_DONE = "checkpoint-request", "checkpoint-done"
@@ -78,8 +79,8 @@ def write_plan(plan: Plan) -> Path:
 
 
 def read_plan(run_dir: str | os.PathLike[str]) -> Plan:
-    """The plan of a run. Raises BadInput where there is none or it is not of this version of vime."""
-    return _read(Path(run_dir) / PLAN, Plan, "give a run folder that vime.submit made")
+    """The plan of a run, also of one that an older vime made. Raises BadInput where there is none or it is damaged."""
+    return _read(Path(run_dir) / PLAN, Plan, "give a run folder that vime.submit made", _upgraded_plan)
 
 
 def write_binding(run_dir: str | os.PathLike[str], binding: Binding) -> Path:
@@ -112,7 +113,7 @@ def _write(path: Path, content: BaseModel) -> Path:
     return path
 
 
-def _read(path: Path, model: type[Model], advice: str) -> Model:
+def _read(path: Path, model: type[Model], advice: str, upgrade: Callable[[str], str] = str) -> Model:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -120,11 +121,20 @@ def _read(path: Path, model: type[Model], advice: str) -> Model:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
     try:
-        return model.model_validate_json(text)
+        return model.model_validate_json(upgrade(text))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise BadInput(f"{path} is not one of this version of vime: {place}: {problem['msg']}") from error
+
+
+def _upgraded_plan(text: str) -> str:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        # Validation says what is wrong with it.
+        return text
+    return json.dumps(upgraded(values)) if isinstance(values, dict) else text
 
 
 def checkpoint_requested(run_dir: str | Path) -> bool:

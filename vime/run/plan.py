@@ -209,10 +209,34 @@ class Cluster(Frozen):
         return self.python or (f"{self.venv}/bin/python" if self.venv else None)
 
 
+VERSION = 2
+_MODULES_OF_1 = {
+    "vime.launch.preflight": "vime.node.preflight",
+    "vime.launch.ring": "vime.node.ring",
+    "vime.launch.ray_node": "vime.node.ray_node",
+}
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Content of a `plan.json` of any version, as one of this version. Version 1: vime 0.1.
+
+    The result is not validated; content of an unknown version comes back as it is.
+    """
+    if values.get("version") != 1:
+        return values
+    recipe = dict(values.get("recipe", {}))
+    recipe["resources"] = recipe.pop("cluster", {})
+    stages = [
+        {**stage, "command": [_MODULES_OF_1.get(word, word) for word in stage.get("command", ())]}
+        for stage in values.get("stages", ())
+    ]
+    return {**values, "version": VERSION, "recipe": recipe, "stages": stages}
+
+
 class Plan(Frozen):
     """One run, complete. `binding.json` adds what only the allocation knows."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
     command: tuple[str, ...] = ()
     """The words after `python -m vime.submit` that the plan was made from."""
     run_name: str

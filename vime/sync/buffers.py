@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vime.fp8.format import scale_shape
 from vime.sync import cuda_memory
-from vime.sync.parts import SLOTS, Place
+from vime.sync.parts import SLOTS, EntrySlice
 from vime.sync.schedule import Schedule
 from vime.sync.segment import Segment, segment_name
 from vime.sync.wire import Block, torch_type
@@ -147,7 +147,7 @@ class Buffers:
         return segment_name(self._run, self._schedule.home(number), number, slot)
 
 
-def entry_views(data: Tensor, place: Place, block: Block) -> tuple[Tensor, Tensor | None]:
+def entry_views(data: Tensor, place: EntrySlice, block: Block) -> tuple[Tensor, Tensor | None]:
     """A tensor and its scales as views of a buffer (uint8)."""
     entry = place.entry
     raw = data[place.offset : place.offset + entry.bytes]

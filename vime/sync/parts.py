@@ -86,7 +86,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class EntrySlice:
     """Where an entry lies in a receiver's buffer, in bytes."""
 
     entry: Entry

@@ -26,9 +26,9 @@ from vime.sync.parts import (
     SLOTS,
     Bucket,
     Entry,
+    EntrySlice,
     FarGroup,
     Move,
-    Place,
     Receiver,
     Target,
     _scale_bytes,
@@ -57,7 +57,7 @@ class Schedule:
         """The node on which a receiver's buffer lies: its own, or the publisher's if it is far."""
         return self.nodes[self.receivers[receiver].publishers[0]]
 
-    def places(self, bucket: int, receiver: int) -> tuple[tuple[Place, ...], int]:
+    def places(self, bucket: int, receiver: int) -> tuple[tuple[EntrySlice, ...], int]:
         """Layout of a receiver's buffer for a bucket, and its bytes."""
         key = (bucket, receiver)
         if key not in self._places:
@@ -65,7 +65,7 @@ class Schedule:
         return self._places[key]
 
     @functools.cached_property
-    def _places(self) -> dict[tuple[int, int], tuple[tuple[Place, ...], int]]:
+    def _places(self) -> dict[tuple[int, int], tuple[tuple[EntrySlice, ...], int]]:
         """What `places` has answered."""
         return {}
 
@@ -186,7 +186,9 @@ def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
     )
 
 
-def _places(entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, int]) -> tuple[tuple[Place, ...], int]:
+def _places(
+    entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, int]
+) -> tuple[tuple[EntrySlice, ...], int]:
     places, offset = [], 0
     for entry in entries:
         if not receiver.needs(entry):
@@ -196,7 +198,7 @@ def _places(entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, in
         if entry.quantised:
             scale = offset
             offset += padded(_scale_bytes(entry, block))
-        places.append(Place(entry, start, scale))
+        places.append(EntrySlice(entry, start, scale))
     return tuple(places), offset
 
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-class Client(Protocol):
+class UpdateClient(Protocol):
     """What a sync asks of an engine (`vime.rollout.client.EngineClient`); every call has a deadline of its own."""
 
     async def pause(self, mode: Any = ...) -> None: ...
@@ -32,7 +32,7 @@ class Client(Protocol):
     async def reset_weights(self) -> None: ...
 
 
-class Call(Protocol):
+class TrainerCall(Protocol):
     """Calls a method on every trainer rank at the same time; results in rank order."""
 
     def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
@@ -50,7 +50,7 @@ class SyncFailed(VimeError):
 
 
 @dataclass(frozen=True)
-class Deadlines:
+class SyncDeadlines:
     """Seconds after which a step of the trainer or of an engine has failed."""
 
     prepare: float = 300.0
@@ -66,17 +66,17 @@ class WeightSync:
     def __init__(
         self,
         plan: Plan,
-        call: Call,
-        clients: Sequence[Client],
+        call: TrainerCall,
+        clients: Sequence[UpdateClient],
         *,
         binding: Binding | None = None,
         pause_mode: str = "keep",
-        deadlines: Deadlines | None = None,
+        deadlines: SyncDeadlines | None = None,
     ) -> None:
         addresses = [node.address for node in binding.nodes] if binding else []
         self._check_every = plan.recipe.engine.check_weight_sync
         self._session = Session(
-            schedule_of(plan), plan.engines, call, clients, pause_mode, deadlines or Deadlines(), addresses
+            schedule_of(plan), plan.engines, call, clients, pause_mode, deadlines or SyncDeadlines(), addresses
         )
 
     async def run(self, version: int) -> dict[str, float]:
@@ -86,7 +86,7 @@ class WeightSync:
         """
         return await self._session.run(version, check=self._check_every > 0 and version % self._check_every == 0)
 
-    def restarted(self, engine: int, client: Client) -> None:
+    def restarted(self, engine: int, client: UpdateClient) -> None:
         """An engine was started anew: the next `run` connects it again and gives it everything."""
         self._session.restarted(engine, client)
 
@@ -98,10 +98,10 @@ class Session:
         self,
         schedule: Schedule,
         engines: Sequence[EnginePlan],
-        call: Call,
-        clients: Sequence[Client],
+        call: TrainerCall,
+        clients: Sequence[UpdateClient],
         pause_mode: str,
-        deadlines: Deadlines,
+        deadlines: SyncDeadlines,
         addresses: Sequence[str] = (),
     ) -> None:
         self.schedule, self.engines, self.call, self.addresses = schedule, engines, call, addresses
@@ -111,7 +111,7 @@ class Session:
         self.stale: set[int] = set()
         """Engines that may hold a mixture of weights since a sync failed."""
 
-    def restarted(self, engine: int, client: Client) -> None:
+    def restarted(self, engine: int, client: UpdateClient) -> None:
         """An engine was started anew: it is connected again, and may be loaded."""
         self.clients[engine] = client
         self.connected.discard(engine)
@@ -288,7 +288,7 @@ class Session:
             )
         )
 
-    async def _each(self, bucket: int | None, what: str, call: Callable[[Client], Awaitable[None]]) -> None:
+    async def _each(self, bucket: int | None, what: str, call: Callable[[UpdateClient], Awaitable[None]]) -> None:
         """The same call to every engine at once."""
         await asyncio.gather(
             *(self._engine(engine, bucket, what, call(client)) for engine, client in enumerate(self.clients))

@@ -30,7 +30,7 @@ from vime.run.plan import Plan
 from vime.sync.buffers import Buffers, Views, barrier, entry_views
 from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
-from vime.sync.parts import SLOTS, Entry, FarGroup, Move, Place
+from vime.sync.parts import SLOTS, Entry, EntrySlice, FarGroup, Move
 from vime.sync.schedule import Schedule, schedule_of
 from vime.sync.wire import message_bytes, message_parts, scale_box
 
@@ -143,7 +143,7 @@ class WeightSource:
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         # Sending is many short turns of a processor; between long ones of quantising it would wait for each.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights-work", initializer=_give_way)
-        self._failure: fp8.NotFinite | None = None
+        self._failure: fp8.WeightNotFinite | None = None
         self._launched: list[tuple[Tensor, list[str]]] = []
         """Of this bucket's launches on a GPU: the kernels' word on each matrix, 1 for one that is wrong, and names."""
         self.bytes_sent = 0
@@ -290,7 +290,7 @@ class WeightSource:
             for one in waiting:
                 form = {"scale_format": config.scale_format, "name": one.entry.name}
                 one.scales.copy_(fp8.quantise(one.box, config.block, **form, out=one.q)[1])
-        except fp8.NotFinite as error:
+        except fp8.WeightNotFinite as error:
             self._failure = self._failure or error
 
     def _look_for_nan(self) -> None:
@@ -301,7 +301,7 @@ class WeightSource:
         names = [name for _, mine in launched for name in mine]
         wrong = torch.cat([flags for flags, _ in launched]).nonzero().flatten().tolist()
         if wrong and self._failure is None:
-            self._failure = fp8.NotFinite(f"{names[wrong[0]]} holds NaN or infinity")
+            self._failure = fp8.WeightNotFinite(f"{names[wrong[0]]} holds NaN or infinity")
 
     def _start_exchange(self, bucket: int, moves: list[Move]) -> Exchange:
         """Start sending one message between two ranks: all boxes that go from one to the other, in the order of the
@@ -384,7 +384,7 @@ class WeightSource:
                 if place.entry.frozen:
                     self._copy_stored(place, entry_views(data, place, self.schedule.block))
 
-    def _copy_stored(self, place: Place, views: tuple[Tensor, Tensor | None]) -> None:
+    def _copy_stored(self, place: EntrySlice, views: tuple[Tensor, Tensor | None]) -> None:
         if self._checkpoint is None:
             raise VimeError(f"{place.entry.name} is frozen, but there is no HF checkpoint to take it from")
         target, scales = views

@@ -19,7 +19,7 @@ def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
     """CPU threads of one trainer rank: the cores divided by the ranks on the node, or fewer if so planned."""
     ranks = sum(rank.node == node for rank in plan.trainer_ranks)
     fair = max(1, cores // max(1, ranks))
-    return min(plan.recipe.cluster.num_cpus_per_rank or fair, fair)
+    return min(plan.recipe.resources.num_cpus_per_rank or fair, fair)
 
 
 class RankActor:
@@ -39,7 +39,7 @@ class RankActor:
         import torch
 
         torch.set_num_threads(threads)
-        if plan.recipe.cluster.device == "gpu":
+        if plan.recipe.resources.device == "gpu":
             verify_gpu(torch.cuda.device_count(), place.gpu, f"trainer rank {rank}")
         from vime.megatron.worker import TrainWorker
 

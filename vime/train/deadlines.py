@@ -1,4 +1,4 @@
-"""Deadlines of the phases of training."""
+"""PhaseDeadlines of the phases of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vime.run.plan import Plan
 
 
 @dataclass(frozen=True)
-class Deadlines:
+class PhaseDeadlines:
     """Seconds after which a phase has failed."""
 
     placement: float = 120.0
@@ -20,7 +20,7 @@ class Deadlines:
     sync: float = 1800.0
 
     @classmethod
-    def of(cls, plan: Plan) -> Deadlines:
+    def of(cls, plan: Plan) -> PhaseDeadlines:
         """Phases that read or write a whole checkpoint also have the time that its bytes take on a slow file system."""
         train = next(stage for stage in plan.stages if stage.name == "train")
         size = {artefact.kind: artefact.bytes or 0 for artefact in (*train.inputs, *train.outputs)}

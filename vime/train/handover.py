@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from vime.errors import Cause, VimeError
 from vime.run.plan import Plan
+from vime.sync.session import TrainerCall
 
 Free = tuple[int, int | None, int]
 """Logical node, free bytes of one GPU there (None without GPUs), available bytes of its host."""
@@ -38,12 +39,6 @@ class Sleeper(Protocol):
     async def wake_up(self, tags: Sequence[str] = ()) -> None: ...
 
 
-class Call(Protocol):
-    """Calls a method of every trainer rank; results in rank order."""
-
-    def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
-
-
 class EngineStuck(VimeError):
     """An engine did not take or give the GPUs."""
 
@@ -53,7 +48,7 @@ class EngineStuck(VimeError):
 
 
 @dataclass(frozen=True)
-class Deadlines:
+class HandoverDeadlines:
     """Seconds after which a step has failed."""
 
     trainer: float = 300.0
@@ -66,16 +61,16 @@ class Handover:
     def __init__(
         self,
         plan: Plan,
-        trainer: Call,
+        trainer: TrainerCall,
         engines: Sequence[Sleeper],
-        deadlines: Deadlines | None = None,
+        deadlines: HandoverDeadlines | None = None,
         *,
         asleep: bool = False,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
     ) -> None:
         self._plan, self._trainer, self._engines = plan, trainer, list(engines)
-        self._deadlines, self._say = deadlines or Deadlines(), say
-        self.takes_turns = plan.recipe.cluster.colocate
+        self._deadlines, self._say = deadlines or HandoverDeadlines(), say
+        self.takes_turns = plan.recipe.resources.colocate
         self._asleep = {engine: {"weights", "kv_cache"} for engine in range(len(engines))} if asleep else {}
         """Parts of each engine that sleep; vLLM's tags."""
         self._away: set[str] = set()

@@ -20,11 +20,10 @@ from vime.run.plan import Binding, Plan
 from vime.samples import Rollout
 from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
-from vime.train.deadlines import Deadlines
+from vime.train.deadlines import PhaseDeadlines
 from vime.train.handover import Handover
 from vime.train.placement import reserve
-from vime.train.supervisor import Deadlines as EngineDeadlines
-from vime.train.supervisor import EngineSupervisor
+from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
 
 SAVE_POLL_SECONDS = 10.0
@@ -33,10 +32,10 @@ SAVE_POLL_SECONDS = 10.0
 class Loop:
     """One run's driver: owns the actors, the sampler and the writers of metrics and timeline."""
 
-    def __init__(self, plan: Plan, binding: Binding, api_key: str, deadlines: Deadlines | None = None) -> None:
+    def __init__(self, plan: Plan, binding: Binding, api_key: str, deadlines: PhaseDeadlines | None = None) -> None:
         self.plan, self.recipe, self.binding = plan, plan.recipe, binding
         self.api_key = api_key
-        self.deadlines = deadlines or Deadlines.of(plan)
+        self.deadlines = deadlines or PhaseDeadlines.of(plan)
         self.timeline = Timeline(plan.run_dir)
         self.metrics = MetricsWriter(
             plan.run_dir,
@@ -100,7 +99,7 @@ class Loop:
             return (await self.trainer.call("setup", *place, deadline_s=limits.setup))[0]
 
         engines_up = self.engines.start(deadline_s=limits.engine_start)
-        if self.recipe.cluster.colocate:
+        if self.recipe.resources.colocate:
             clients = await self._clients(stack, await engines_up)
             await asyncio.gather(*(client.sleep() for client in clients))
             start = await trainer_up()
@@ -127,9 +126,9 @@ class Loop:
             clients,
             WeightSync(self.plan, self.trainer.call, clients, binding=self.binding),
             self.trainer.call,
-            Handover(self.plan, self.trainer.call, clients, asleep=self.recipe.cluster.colocate),
+            Handover(self.plan, self.trainer.call, clients, asleep=self.recipe.resources.colocate),
             self.sampler.probes(PROBES),
-            EngineDeadlines(engine_start=limits.engine_start, sync=limits.sync),
+            RecoveryDeadlines(engine_start=limits.engine_start, sync=limits.sync),
         )
 
     async def _recover(self, engine: int, error: EngineError) -> None:
@@ -156,7 +155,7 @@ class Loop:
 
     @property
     def _runs_ahead(self) -> bool:
-        return not self.recipe.cluster.colocate and self.recipe.rollout.max_staleness > 0
+        return not self.recipe.resources.colocate and self.recipe.rollout.max_staleness > 0
 
     def _generation(self, rollout_id: int) -> asyncio.Task[Rollout]:
         """A rollout under way. A run that is resumed before it generates the same prompts again."""

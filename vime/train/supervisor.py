@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.rollout.client import EngineClient, EngineError, EngineTimeout, EngineUnreachable
 from vime.run.plan import Plan
-from vime.sync.session import SyncFailed
+from vime.sync.session import SyncFailed, TrainerCall
 from vime.train.handover import EngineStuck, Handover
 from vime.train.trust import EngineDistrusted, check_trust, differences, probe_settings
 
@@ -41,14 +41,8 @@ class Sync(Protocol):
     def restarted(self, engine: int, client: Any) -> None: ...
 
 
-class Call(Protocol):
-    """Calls a method of every trainer rank; results in rank order."""
-
-    def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
-
-
 @dataclass(frozen=True)
-class Deadlines:
+class RecoveryDeadlines:
     """Seconds after which a step has failed."""
 
     engine_start: float = 1800.0
@@ -69,16 +63,16 @@ class EngineSupervisor:
         servers: Servers,
         clients: Sequence[EngineClient],
         sync: Sync,
-        trainer: Call,
+        trainer: TrainerCall,
         handover: Handover,
         prompts: Sequence[list[int]],
-        deadlines: Deadlines | None = None,
+        deadlines: RecoveryDeadlines | None = None,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
     ) -> None:
         self._plan, self._servers, self._clients = plan, servers, list(clients)
         self._sync, self._trainer, self._prompts = sync, trainer, list(prompts)
         self._handover = handover
-        self._deadlines, self._say = deadlines or Deadlines(), say
+        self._deadlines, self._say = deadlines or RecoveryDeadlines(), say
         self.turn = asyncio.Lock()
         self._care = asyncio.Lock()
         self.version = 0

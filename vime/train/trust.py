@@ -23,7 +23,7 @@ LogProbs = Callable[[list[tuple[list[int], list[int]]]], Awaitable[list[list[flo
 """The trainer's log-probs, in nats, of (prompt, response) token ids."""
 
 
-class Client(Protocol):
+class ProbeClient(Protocol):
     async def generate(
         self,
         token_ids: Sequence[int],
@@ -62,7 +62,7 @@ def probe_settings(plan: Plan) -> SamplingSettings:
 
 
 async def differences(
-    clients: Sequence[Client],
+    clients: Sequence[ProbeClient],
     engines: Sequence[EnginePlan],
     prompts: Sequence[list[int]],
     settings: SamplingSettings,

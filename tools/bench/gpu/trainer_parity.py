@@ -106,7 +106,7 @@ def weights(config: Any, jitter: float, draw: int) -> Tensors:
 def problem() -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Sequences, every response token's weight in the loss, and its advantage."""
     from vime.megatron import losses
-    from vime.megatron.microbatch import Tokens
+    from vime.megatron.microbatch import RolloutTokens
 
     draw = random.Random(5)
 
@@ -117,7 +117,7 @@ def problem() -> tuple[Any, torch.Tensor, torch.Tensor]:
     masks = [torch.ones(len(response)) for _, response in pairs]
     column = torch.cat(losses.token_weights(masks, per_token=False))
     advantages = torch.cat([torch.full((len(response),), draw.gauss(0, 1)) for _, response in pairs])
-    return Tokens.of(pairs), column, advantages
+    return RolloutTokens.of(pairs), column, advantages
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def measure(model: str, dtype: str, variant: str, jitter: float, draw: int, file
     from vime.megatron.model import build_model
     from vime.megatron.objective import Objective
     from vime.megatron.optimizer import Optimizer
-    from vime.megatron.runner import Packer, Runner
+    from vime.megatron.passes import ModelPasses, Packer
     from vime.models import local as naming
     from vime.models.config import ModelConfig
     from vime.models.transform import shard_parts
@@ -192,7 +192,7 @@ def measure(model: str, dtype: str, variant: str, jitter: float, draw: int, file
     naming.fill(tensors, lambda param: shard_parts(param, source, layout, coords))
     optimizer.reload_master_weights()
     optimizer.check_master_weights()
-    runner = Runner(optimizer.chunks, Objective(recipe.algorithm, 1.0), Packer(recipe.perf, layout), coords)
+    runner = ModelPasses(optimizer.chunks, Objective(recipe.algorithm, 1.0), Packer(recipe.perf, layout), coords)
     data, column, advantages = problem()
     limit = recipe.perf.max_tokens_per_gpu
     result: dict[str, Any] = {"device": str(here.device), "transformer_engine": here.transformer_engine, "losses": []}

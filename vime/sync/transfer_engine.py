@@ -37,7 +37,7 @@ class IncompleteUpdate(VimeError):
 
 
 @dataclass
-class ReceiverInit(WeightTransferInitInfo):
+class TransferInit(WeightTransferInitInfo):
     """How buckets come: workers that are in one of the groups get them from it, all others from shared memory."""
 
     groups: list[dict[str, Any]]
@@ -59,13 +59,13 @@ class BucketInfo(WeightTransferUpdateInfo):
     last: bool = False
     """Whether no bucket of this sync follows."""
     digest: bool = False
-    """Whether to keep digests of the tensors in `Receiver.received`, for a check of the sync."""
+    """Whether to keep digests of the tensors in `TransferEngine.received`, for a check of the sync."""
 
 
-class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
+class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
     """vime's weight-transfer engine in each worker of an engine."""
 
-    init_info_cls = ReceiverInit
+    init_info_cls = TransferInit
     update_info_cls = BucketInfo
     _channel: Channel | None = None
 
@@ -75,7 +75,7 @@ class Receiver(WeightTransferEngine[ReceiverInit, BucketInfo]):
         """Digests by HF name, until they are shown with the checksums of the weights."""
         self._mapped: dict[str, torch.Tensor] = {}
 
-    def init_transfer_engine(self, init_info: ReceiverInit) -> None:
+    def init_transfer_engine(self, init_info: TransferInit) -> None:
         """Join the group of this worker's node, if its buckets come through one."""
         worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         self._channel = None

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vime.megatron import backend
-from vime.megatron.microbatch import PackedBatch, Padding, Tokens, make_batch
+from vime.megatron.microbatch import PackedBatch, Padding, RolloutTokens, make_batch
 from vime.megatron.objective import METRICS, Columns, Objective
 from vime.megatron.packing import fixed_micro_batches, micro_batches
 from vime.recipe.parallel import Coordinates, ParallelLayout
@@ -25,7 +25,7 @@ class Packer:
     perf: PerfOptions
     layout: ParallelLayout
 
-    def shares(self, data: Tokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[list[list[int]]]:
+    def shares(self, data: RolloutTokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[list[list[int]]]:
         """`[data-parallel rank][micro-batch][sample]` of these samples; the same on every rank."""
         padding = Padding.of(self.layout)
         trained = set(data.trained)
@@ -39,7 +39,7 @@ class Packer:
         return [[[chosen[i] for i in members] for members in share] for share in found]
 
 
-class Runner:
+class ModelPasses:
     """One rank's passes through the model. All ranks call the same method with the same arguments."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Runner:
         self._device = backend.setup().device
         self._padding = Padding.of(packer.layout)
 
-    def log_probs(self, data: Tokens, tokens_per_gpu: int | None) -> torch.Tensor:
+    def log_probs(self, data: RolloutTokens, tokens_per_gpu: int | None) -> torch.Tensor:
         """The model's log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank."""
         column = torch.zeros(data.slots, device=self._device)
         batches = self._batches(data, range(len(data.sequences)), tokens_per_gpu)
@@ -74,7 +74,7 @@ class Runner:
         return self._over_all_ranks(column).cpu()
 
     def gradients(
-        self, data: Tokens, samples: Sequence[int], columns: Columns, tokens_per_gpu: int | None
+        self, data: RolloutTokens, samples: Sequence[int], columns: Columns, tokens_per_gpu: int | None
     ) -> dict[str, float]:
         """Adds the gradients of one global batch to the chunks' buffers, reduced over ranks; returns the `METRICS`."""
         batches = self._batches(data, samples, tokens_per_gpu)
@@ -90,7 +90,7 @@ class Runner:
         self._run(batches, measure, columns, forward_only=False)
         return dict(zip(METRICS, self._over_all_ranks(sums).tolist(), strict=True))
 
-    def _batches(self, data: Tokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[PackedBatch]:
+    def _batches(self, data: RolloutTokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[PackedBatch]:
         share = self._packer.shares(data, samples, tokens_per_gpu)[self._coords.dp]
         return [
             make_batch(

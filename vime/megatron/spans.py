@@ -15,7 +15,7 @@ from vime.megatron import backend
 WAIT = "wait"
 
 
-class Clock:
+class SpanRecorder:
     """Records named spans of one rank, in Unix seconds, until they are taken."""
 
     def __init__(self) -> None:
