@@ -29,7 +29,7 @@ def test_the_backends_are_known_to_vllm_however_often_the_plugin_is_loaded() -> 
     register()
     for name in BACKENDS:
         loaded = WeightTransferEngineFactory._registry[name]()
-        assert loaded.__name__ == "Receiver"
+        assert loaded.__name__ == "TransferEngine"
 
 
 @pytest.mark.e2e

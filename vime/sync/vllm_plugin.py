@@ -22,7 +22,7 @@ def register() -> None:
 
     for name in BACKENDS:
         if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, "vime.sync.transfer_engine", "Receiver")
+            WeightTransferEngineFactory.register_engine(name, "vime.sync.transfer_engine", "TransferEngine")
     show_more_weights()
     if _on_cpu():
         mend_cpu_experts()
