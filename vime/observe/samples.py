@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
-from vime.samples import Group, Rollout, Sample, Status
+from vime.samples import Group, Rollout, Sample
 
 SHOWN_PER_ROLLOUT = 4
 SHOWN_CHARACTERS = 4000
-_TOKENS = ("prompt_ids", "response_ids", "log_probs", "weight_versions", "loss_mask")
 
 
 def notable(rollout: Rollout) -> list[dict[str, Any]]:
@@ -28,7 +27,7 @@ def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = F
     folder = Path(run_dir) / "rollouts"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{rollout.rollout_id:06d}.jsonl"
-    rows = [_whole(s) for s in rollout.samples] if everything else notable(rollout)
+    rows = [{**_shown(s), **s.values()} for s in rollout.samples] if everything else notable(rollout)
     partial = path.with_suffix(".partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -44,26 +43,25 @@ def read_rollout(folder: str | Path, rollout_id: int) -> Rollout:
     if not path.is_file():
         raise BadInput(f"there is no {path}: give a folder with this rollout, or fewer rollouts with --num-rollout")
     groups: dict[int, Group] = {}
-    for row in read_samples(path):
+    for row in _rows(path):
         if "response_ids" not in row:
             raise BadInput(f"{path} has only what a report shows: write rollouts with --save-debug-rollout-data")
-        group = groups.setdefault(row["group"], Group(row["group"], []))
-        group.samples.append(
-            Sample(
-                row["index"],
-                row["group"],
-                row["prompt"],
-                label=row["label"],
-                reward=row["reward"],
-                response=row["response"],
-                status=Status(row["status"]),
-                **{name: row[name] for name in _TOKENS},
-            )
-        )
+        try:
+            sample = Sample.from_values(row)
+        except KeyError as error:
+            raise BadInput(
+                f"{path} has no {error.args[0]!r}: an older version wrote it; write the rollouts again"
+            ) from error
+        groups.setdefault(sample.group_index, Group(sample.group_index, [])).samples.append(sample)
     return Rollout(rollout_id, list(groups.values()))
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a rollout's file for a person to read: prompts are text."""
+    return [{**row, "prompt": prompt_text(row["prompt"])} for row in _rows(Path(path))]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -78,14 +76,6 @@ def _shown(sample: Sample) -> dict[str, Any]:
         "reward": sample.reward,
         "tokens": len(sample.response_ids),
         "status": str(sample.status),
-    }
-
-
-def _whole(sample: Sample) -> dict[str, Any]:
-    return {
-        **_shown(sample),
-        "response": sample.response,
-        **{name: getattr(sample, name) for name in _TOKENS},
     }
 
 

@@ -1,4 +1,4 @@
-"""Which finished groups training gets: dynamic sampling."""
+"""Dynamic sampling: filters that choose the finished groups that training gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vime.samples import Group
 
 
 def check_reward_nonzero_std(group: Group) -> bool:
-    """Whether the rewards differ: equal ones have no advantage over each other, and nothing can be learned of them."""
+    """True where the rewards differ; equal rewards give zero advantages and nothing to learn from."""
     return len({sample.reward for sample in group.samples}) > 1
 
 

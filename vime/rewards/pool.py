@@ -17,7 +17,7 @@ from vime.rewards.worker import LENGTH
 
 START_SECONDS = 120.0
 KILL_AFTER_SECONDS = 1.0
-"""Beyond a call's limit, for the worker's own alarm to end the call first, which keeps the worker."""
+"""Grace beyond a call's limit, in which the worker's own alarm ends the call and the worker survives."""
 
 
 class CallTimeout(VimeError):
@@ -29,16 +29,17 @@ class CallFailed(VimeError):
 
 
 def default_size() -> int:
-    """Workers for this machine: a quarter of its cores, since the engines and the trainer need the others."""
+    """Workers for this machine: a quarter of its cores; engines and trainer need the others."""
     return min(16, max(2, len(os.sched_getaffinity(0)) // 4))
 
 
 @dataclass
-class _Line:
-    """The calls of one group: those that run have a seat."""
+class _GroupLimit:
+    """Limit on the calls of one group that run at once."""
 
-    seats: asyncio.Semaphore
+    running: asyncio.Semaphore
     users: int = 0
+    """Calls that run or wait."""
 
 
 class ProcessPool:
@@ -52,7 +53,7 @@ class ProcessPool:
         self._successions: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._closed = False
-        self._lines: dict[int, _Line] = {}
+        self._limits: dict[int, _GroupLimit] = {}
         self.replaced = 0
         """Workers that were killed or died and got a successor."""
 
@@ -69,7 +70,7 @@ class ProcessPool:
         await self.close()
 
     async def call(self, target: str, argument: Any, *, limit_s: float, group: int | None = None) -> Any:
-        """What the function returned for the argument: a number, a truth value, or a list of them.
+        """The function's result for the argument: a number, a boolean, or a list of them.
 
         Calls of one `group` take at most half of the workers, so that slow ones keep no other group waiting. The limit
         counts from when a worker has the call. Raises CallTimeout or CallFailed. A cancelled call runs on
@@ -86,23 +87,23 @@ class ProcessPool:
             run.exception()  # looked at here, since a cancelled caller does not
 
     @contextlib.asynccontextmanager
-    async def _place(self, group: int | None) -> AsyncIterator[None]:
-        """A place among the calls of a group."""
+    async def _limited(self, group: int | None) -> AsyncIterator[None]:
+        """Wait until the group's limit lets another call run."""
         if group is None:
             yield
             return
-        line = self._lines.setdefault(group, _Line(asyncio.Semaphore(max(1, self._size // 2))))
-        line.users += 1
+        limit = self._limits.setdefault(group, _GroupLimit(asyncio.Semaphore(max(1, self._size // 2))))
+        limit.users += 1
         try:
-            async with line.seats:
+            async with limit.running:
                 yield
         finally:
-            line.users -= 1
-            if not line.users:
-                del self._lines[group]
+            limit.users -= 1
+            if not limit.users:
+                del self._limits[group]
 
     async def _call(self, target: str, argument: Any, limit_s: float, group: int | None) -> Any:
-        async with self._place(group):
+        async with self._limited(group):
             return await self._ask(target, argument, limit_s)
 
     async def _ask(self, target: str, argument: Any, limit_s: float) -> Any:

@@ -1,8 +1,8 @@
-"""A process that runs reward functions and filters, so that one that hangs or crashes takes no run with it.
+"""Worker process for reward functions and filters: one that hangs or crashes does not take the run with it.
 
-It reads frames from its standard input and answers on its standard output, one call at a time; what the functions
-print goes to standard error. A frame is four bytes of length and a pickle (to here, from the parent that started
-this process) or JSON (back).
+Requests arrive as frames on standard input and are answered on standard output, one at a time; output that the
+functions print goes to standard error. A frame is a length of four bytes, then a pickle (from the parent that started
+this process) or JSON (the answer).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TimeUp(BaseException):
 def load(target: str) -> Callable[..., Any]:
     """The function that `package.module:function` names. Raises BadInput.
 
-    A function `prepare` of its module runs first: what it takes is in no call's time limit.
+    A function `prepare` of its module runs first, outside of any call's time limit.
     """
     module, separator, name = target.partition(":")
     if not separator or not module or not name:
@@ -52,7 +52,7 @@ def load(target: str) -> Callable[..., Any]:
 
 
 def answer(function: Callable[..., Any], argument: Any, limit_s: float) -> dict[str, Any]:
-    """What the call gave: `{"value": …}`, `{"timeout": …}` or `{"error": text}`."""
+    """Outcome of the call: `{"value": …}`, `{"timeout": …}` or `{"error": text}`."""
     try:
         signal.setitimer(signal.ITIMER_REAL, limit_s)
         try:
@@ -71,7 +71,7 @@ def answer(function: Callable[..., Any], argument: Any, limit_s: float) -> dict[
 
 
 def _plain(value: Any) -> Any:
-    """A number, a truth value or a list of them, out of numpy's, torch's and dictionaries' wrappings."""
+    """A number, a boolean or a list of them, unwrapped from numpy, torch and dictionaries."""
     if isinstance(value, dict):
         value = value["reward"] if "reward" in value else value["score"]
     if isinstance(value, (list, tuple)):

@@ -199,10 +199,11 @@ class EngineClient:
     """Generation requests under way at once; more wait here."""
     deadlines: RequestDeadlines = field(default_factory=RequestDeadlines)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
-    _slots: asyncio.Semaphore = field(init=False, repr=False)
+    _turns: asyncio.Semaphore = field(init=False, repr=False)
+    """One turn per generation request in flight."""
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(self.concurrency)
+        self._turns = asyncio.Semaphore(self.concurrency)
         self.in_flight = 0
         """Generation requests sent or waiting for their turn."""
 
@@ -253,7 +254,7 @@ class EngineClient:
         headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
         self.in_flight += 1
         try:
-            async with self._slots:
+            async with self._turns:
                 answer = await self._call("POST", "/inference/v1/generate", deadline_s, body=body, headers=headers)
         finally:
             self.in_flight -= 1

@@ -1,4 +1,4 @@
-"""What vLLM counts about itself: hits of its prefix cache and accepted draft tokens, as shares of a rollout."""
+"""vLLM's own counters as rates per rollout: prefix-cache hits and accepted draft tokens."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class EngineCounters:
     async def take_rates(self) -> dict[str, float]:
         """`perf/engine_cache_hit_rate` and `perf/draft_acceptance_rate` over all engines since the last call.
 
-        What an engine does not count (drafts without speculation) is missing, and so is an engine that gives no answer:
-        whether it is well is for those to say who need it.
+        A counter that no engine has (drafts without speculation) gives no rate. An engine that does not answer is left
+        out: its health is checked elsewhere.
         """
         pages = await asyncio.gather(*(client.metrics() for client in self._clients), return_exceptions=True)
         grown: dict[str, float] = {}
@@ -52,7 +52,7 @@ class EngineCounters:
 
 
 def parse(page: str) -> dict[str, float]:
-    """The counters of a Prometheus page, summed over its labels; one that is not on it is missing."""
+    """Counters of a Prometheus page, summed over labels; absent ones are left out."""
     found: dict[str, float] = {}
     for name, metric in _COUNTERS.items():
         lines = re.findall(rf"^{re.escape(metric)}(?:_total)?(?:\{{[^}}]*\}})? (\S+)$", page, flags=re.MULTILINE)
@@ -62,5 +62,5 @@ def parse(page: str) -> dict[str, float]:
 
 
 def increase(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """How far each counter went; one that went back belongs to a restarted engine and began at 0."""
+    """Growth of each counter; one that shrank belongs to a restarted engine and began at 0."""
     return {name: now - before.get(name, 0.0) if now >= before.get(name, 0.0) else now for name, now in after.items()}

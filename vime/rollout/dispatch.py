@@ -1,4 +1,4 @@
-"""Which engine answers which group: least loaded first, around engines that fail, hang or restart.
+"""Assignment of groups to engines: least loaded first, around engines that fail, hang or restart.
 
 A group takes a seat on one engine and one of its data-parallel ranks, where its samples share the prompt's cached keys
 and values. A group waits while every engine has as many requests as its server takes, so that a slow engine gets fewer.
@@ -32,20 +32,20 @@ class RoundFull(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long things may take, in seconds, and how often."""
+    """Limits of retries, and deadlines in seconds."""
 
     attempts: int = 6
     """Requests for one sample before its failure ends the run."""
     strikes: int = 3
-    """Wrong answers in a row after which an engine is left alone until it has recovered."""
+    """Consecutive wrong answers after which an engine is not used until it has recovered."""
     recovery: float = 900.0
-    """Until an engine that failed answers again."""
+    """Time for a failed engine to answer again."""
     stall: float = 300.0
-    """Without one new token, while requests are under way, after which an engine counts as hanging."""
+    """Time without a new token, with requests in flight, after which an engine counts as hung."""
     watch: float = 15.0
-    """Between two looks at the engines' progress."""
+    """Interval between two checks of the engines' progress."""
     abort: float = 60.0
-    """Until an engine has ended all requests that it was told to abort."""
+    """Time for an engine to end all requests after an abort."""
 
 
 @dataclass(eq=False)
@@ -59,11 +59,11 @@ class _Engine:
     calls: set[asyncio.Task[Generated]] = field(default_factory=set)
     failure: EngineError | None = None
     tokens: float | None = None
-    """Tokens that it had generated when it last made progress."""
+    """Generated tokens at the last progress."""
     progress_at: float = 0.0
     busy_from: float = 0.0
     busy: float = 0.0
-    """Seconds of the round in which it had a request."""
+    """Seconds of the round with a request in flight."""
 
     def call_ended(self, call: asyncio.Task[Generated]) -> None:
         self.calls.discard(call)
@@ -81,7 +81,7 @@ class _Engine:
 
 @dataclass(eq=False)
 class Seat:
-    """Where the samples of one group are generated. `left` counts those that have not ended."""
+    """Engine and data-parallel rank that generate the samples of one group; `left` counts the unfinished ones."""
 
     left: int
     engine: _Engine | None = None
@@ -114,7 +114,7 @@ class Dispatcher:
         self._began = time.monotonic()
         self.expected_version: int | None = None
         self.retries = 0
-        """Requests that were repeated since the count was last taken."""
+        """Requests repeated since the last `take_metrics`."""
 
     async def __aenter__(self) -> Self:
         self._spawn(self._watch())
@@ -127,17 +127,12 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
-    def capacity(self) -> int:
-        """Requests that all engines take at once."""
-        return sum(engine.client.concurrency for engine in self._engines)
-
-    @property
     def stopping(self) -> bool:
-        """Whether the round under way sends no more requests."""
+        """True once the current round sends no more requests."""
         return self._stopping
 
     async def begin(self) -> int:
-        """Start a round: every engine must hold the same weights; returns their version."""
+        """Start a round and return the weights' version, which must be the same in all engines."""
         self._stopping = False
         if self._fatal:
             raise self._fatal
@@ -212,11 +207,11 @@ class Dispatcher:
                 await asyncio.wait(calls, timeout=0.1)
 
     def failed(self, engine: int, error: EngineError) -> None:
-        """What somebody else found out about an engine: it is used no more until it has recovered."""
+        """Mark an engine as failed on outside evidence; it is not used until it has recovered."""
         self._put_down(self._engines[engine], error)
 
     async def settled(self) -> None:
-        """Wait until every engine that failed is back. Raises what an engine that did not come back failed of."""
+        """Wait until every failed engine has recovered. Raises the error that ended a recovery."""
         while self._recoveries:
             await asyncio.wait(tuple(self._recoveries))
         if self._fatal:
@@ -227,7 +222,7 @@ class Dispatcher:
         return [list(engine.loads) for engine in self._engines]
 
     def take_metrics(self) -> dict[str, float]:
-        """Counts since the last call, and the share of the round in which an engine had nothing to do."""
+        """Counts since the last call, and the share of the round that engines were idle."""
         elapsed = max(1e-9, time.monotonic() - self._began) * max(1, len(self._engines))
         metrics = {
             "perf/engine_idle_share": max(0.0, 1 - sum(engine.busy for engine in self._engines) / elapsed),
@@ -315,7 +310,7 @@ class Dispatcher:
             raise
 
     def _serve(self) -> None:
-        """Seat those who wait, in order, as long as an engine has room."""
+        """Assign waiting seats in order, while an engine has room."""
         while self._waiting:
             free = [engine for engine in self._engines if engine.has_room]
             if not free:
@@ -341,7 +336,7 @@ class Dispatcher:
             self._serve()
 
     def leave(self, seat: Seat) -> None:
-        """Give back the places of samples that were never asked for."""
+        """Free the seat; samples that were never requested count no longer."""
         self._unseat(seat)
         seat.left = 0
 
@@ -354,7 +349,7 @@ class Dispatcher:
             self._put_down(engine, error)
 
     def _put_down(self, engine: _Engine, error: EngineError) -> None:
-        """Use the engine no more until it has recovered; its requests fail, to be repeated elsewhere."""
+        """Stop using the engine until it has recovered; its requests fail and are repeated elsewhere."""
         if not engine.up:
             return
         log.warning("engine %d is down: %s", engine.index, error)
@@ -397,7 +392,7 @@ class Dispatcher:
             pause = min(10.0, 2 * pause)
 
     def _end(self, error: VimeError) -> None:
-        """No engine is asked any more; every request under way ends with the error."""
+        """Send nothing more; every request in flight or waiting ends with the error."""
         log.error("%s", error)
         self._fatal = self._fatal or error
         for engine in self._engines:
@@ -410,7 +405,7 @@ class Dispatcher:
                 ready.set_exception(error)
 
     async def _watch(self) -> None:
-        """Find engines that have requests and make no tokens: their connections stay open for hours."""
+        """Find engines that have requests but generate no tokens; their connections can stay open for hours."""
         while True:
             await asyncio.sleep(self.patience.watch)
             await asyncio.gather(*(self._look_at(e) for e in self._engines if e.up and e.calls))

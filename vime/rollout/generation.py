@@ -1,4 +1,4 @@
-"""From a group without answers to one that is finished: generated, turned into text and scored, sample by sample."""
+"""Generation, decoding and scoring of a group, sample by sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vime.rollout.dispatch import Dispatcher, RoundFull, Seat
 from vime.samples import Group, Sample, Status
 
 _LONG = 512
-"""Tokens from which on a text is made beside the event loop."""
+"""Longer responses are decoded in a thread, off the event loop."""
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -29,7 +29,7 @@ async def all_of(work: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 @dataclass
 class Generator:
-    """What training and evaluation share: engines, tokenizer and rewards."""
+    """Engines, tokenizer and rewards, as training and evaluation share them."""
 
     dispatcher: Dispatcher
     scorer: Scorer
@@ -37,14 +37,14 @@ class Generator:
     context_length: int
     """Tokens of prompt and response together that the engines take."""
     seed: int | None = None
-    """Of every draw together with the sample's number; None: the engines draw as they like."""
+    """Base seed, combined with the sample index; None: unseeded."""
     mask_old_tokens: bool = False
     """Leave the tokens that an aborted sample brings from an earlier rollout out of the loss."""
     tokens: int = field(default=0, init=False)
     """Tokens generated so far."""
 
     async def finish(self, group: Group, settings: SamplingSettings, deadline_s: float) -> bool:
-        """Generate what is missing of the group and score it; False if the round was stopped before all was there."""
+        """Generate the group's missing responses and score them; False if the round was stopped first."""
         missing = [sample for sample in group.samples if sample.status in (Status.PENDING, Status.ABORTED)]
         try:
             seat = await self.dispatcher.take_seat(len(missing)) if missing else None
@@ -100,11 +100,11 @@ class Generator:
 
 
 def request_seed(seed: int, sample: Sample) -> int:
-    """Seed of the next tokens of a sample: of 56 bits, the same whenever and wherever the request is sent."""
+    """Seed (56 bits) of a sample's next tokens, the same whenever and wherever the request is sent."""
     text = f"{seed}/{sample.index}/{len(sample.response_ids)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 def is_generated(sample: Sample) -> bool:
-    """Whether the sample's response is whole."""
+    """True once the sample's response is complete or failed."""
     return sample.status in (Status.COMPLETED, Status.TRUNCATED, Status.FAILED)

@@ -1,4 +1,4 @@
-"""What a rollout logs, from its groups: pure functions."""
+"""Metrics of a rollout, computed from its groups by pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vime.samples import Group, Sample, Status
 
 
 def finished_metrics(finished: Sequence[Group]) -> dict[str, float]:
-    """Over all finished groups, before any filter, so that what is dropped cannot flatter the reward."""
+    """Metrics over all finished groups, before the filter, so that dropping groups cannot raise the reported reward."""
     samples = [sample for group in finished for sample in group.samples]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     equal = [group for group in finished if len({sample.reward for sample in group.samples}) == 1]

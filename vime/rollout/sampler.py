@@ -1,4 +1,4 @@
-"""A rollout: prompts to finished groups, until as many as training wants have passed the filter."""
+"""Rollouts: prompts are generated and scored until as many groups as training wants have passed the filter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from vime.rollout.evaluate import EvalSet, eval_settings, evaluate
 from vime.rollout.generation import Generator
 from vime.rollout.measures import finished_metrics, training_metrics
 from vime.run.plan import Plan
-from vime.samples import Group, Prompt, Rollout, Sample, Status, new_group
+from vime.samples import Group, Prompt, Rollout, Status, new_group
 
 TRIES_OF_A_PROMPT = 2
-"""Times that every prompt of the set is tried before a round counts as one that can never fill."""
-_KEPT_FIELDS = ("response_ids", "log_probs", "weight_versions", "loss_mask", "response", "reward", "status")
+"""Tries of every prompt of the set after which a round counts as impossible to fill."""
 
 
 @dataclass
 class _Round:
-    """What one rollout has so far."""
+    """Groups of the rollout under way, by state."""
 
     wanted: int
     passed: list[Group] = field(default_factory=list)
@@ -42,7 +41,7 @@ class _Round:
 
     @property
     def open(self) -> int:
-        """Groups that are still missing, if every active one passes."""
+        """Groups still to be submitted if every active one passes."""
         return self.wanted - len(self.passed) - len(self.active)
 
     def counts(self) -> str:
@@ -112,7 +111,7 @@ class Sampler:
         self._next_group = 0
         self._kept: list[Group] = []
         self._rows: dict[int, int] = {}
-        """Row in the prompt set of every group that is not done with."""
+        """Row in the prompt set of every unfinished group."""
         self._stack = contextlib.AsyncExitStack()
 
     def _load(self, path: str | None, tokenizer: Any, context: int) -> PromptSet:
@@ -194,24 +193,24 @@ class Sampler:
             raise DataError(f"evaluation {rollout_id} did not end within --rollout-timeout {limit:g} s") from None
 
     def take_spans(self) -> list[tuple[str, float, float]]:
-        """(name, start, end) in Unix seconds of what went on beside the generation since the last call."""
+        """(name, start, end) in Unix seconds of work that ran during the generation since the last call."""
         return self._scorer.take_spans()
 
     def probes(self, count: int) -> list[list[int]]:
-        """Token ids of the shortest prompts of the set, for requests that only look whether an engine is right."""
+        """Token ids of the shortest prompts of the set, for requests that check an engine."""
         shortest = sorted(self._stream.data.prompts, key=lambda prompt: (len(prompt.token_ids), prompt.number))
         return [list(prompt.token_ids) for prompt in shortest[:count]]
 
     def engine_failed(self, engine: int, error: EngineError) -> None:
-        """Tell of an engine that is known to be gone; its requests are repeated, and `recover` is called."""
+        """Mark an engine as failed on outside evidence; its requests are repeated, and `recover` is called."""
         self._dispatcher.failed(engine, error)
 
     async def settled(self) -> None:
-        """Wait until every engine that failed has recovered. Raises what ended the recovery of one that has not."""
+        """Wait until every failed engine has recovered. Raises the error that ended a recovery."""
         await self._dispatcher.settled()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next rollout begins: data cursor, counters, and groups that wait for it. Plain values only."""
+        """Start of the next rollout as plain values: data cursor, counters and waiting groups."""
         return {
             "stream": self._stream.state_dict(),
             "next_group": self._next_group,
@@ -219,7 +218,7 @@ class Sampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume where `state_dict` was taken."""
         self._stream.load_state_dict(state["stream"])
         self._next_group = int(state["next_group"])
         rows = {prompt.number: prompt for prompt in self._stream.data.prompts}
@@ -245,7 +244,7 @@ class Sampler:
                     round_.passed.append(group)
 
     def _fresh_enough(self, group: Group, rollout_id: int) -> Group:
-        """The group; without its answers where training would get tokens that are too old."""
+        """The group, without its responses where their tokens would be too old for training."""
         old = rollout_id - _oldest(group, rollout_id) > self._recipe.rollout.max_staleness
         return _without_answers(group) if old else group
 
@@ -269,7 +268,7 @@ class Sampler:
             )
 
     def _submit(self, round_: _Round) -> None:
-        """Start the next prompts; those that wait from the last rollout come first."""
+        """Start the next prompts; groups left from the last rollout come first."""
         options = self._recipe.rollout
         count = options.over_sampling_batch_size or options.rollout_batch_size
         groups, self._kept = self._kept[:count], self._kept[count:]
@@ -283,7 +282,7 @@ class Sampler:
             task.add_done_callback(round_.ended.put_nowait)
 
     async def _work(self, group: Group) -> bool:
-        """Generate and score a group; whether training wants it. Meaningless once the round was stopped."""
+        """Generate and score a group; True if training wants it. Meaningless once the round was stopped."""
         if not await self._generator.finish(group, self._settings, self._recipe.rollout.rollout_timeout):
             return False
         if any(sample.status == Status.FAILED for sample in group.samples):
@@ -294,7 +293,7 @@ class Sampler:
         return path is None or BUILT_IN_FILTERS[path](group)
 
     async def _end(self, round_: _Round) -> None:
-        """Abort what is under way and keep it for the next rollout: whole with `--partial-rollout`, else its prompt."""
+        """Abort the active groups; keep them for the next rollout: whole with `--partial-rollout`, else as prompts."""
         try:
             await self._dispatcher.abort()
         finally:
@@ -308,7 +307,7 @@ class Sampler:
 
 
 def context_length(plan: Plan) -> int:
-    """Tokens of prompt and response that the engines take: `--vllm-max-model-len`, or what the model was made for."""
+    """Tokens of prompt and response that the engines take: `--vllm-max-model-len`, or the model's own limit."""
     given = plan.recipe.engine.vllm.get("max_model_len")
     if given is not None:
         try:
@@ -322,30 +321,23 @@ def context_length(plan: Plan) -> int:
 
 
 def _oldest(group: Group, default: int) -> int:
-    """Version of the oldest weights that a token of the group comes from."""
+    """Oldest weight version among the group's tokens."""
     return min((v for s in group.samples for v in s.weight_versions if v != UNVERSIONED), default=default)
 
 
 def _without_answers(group: Group) -> Group:
-    samples = [
-        Sample(s.index, s.group_index, s.prompt, s.prompt_ids, label=s.label, metadata=s.metadata)
-        for s in group.samples
-    ]
-    return Group(group.index, samples)
+    return Group(group.index, [sample.without_response() for sample in group.samples])
 
 
 def _packed(group: Group, row: int) -> dict[str, Any]:
     """A waiting group as plain values; its prompt stays in the data set."""
     fresh = all(sample.status == Status.PENDING for sample in group.samples)
-    samples = [] if fresh else [{name: getattr(sample, name) for name in _KEPT_FIELDS} for sample in group.samples]
-    for sample in samples:
-        sample["status"] = str(sample["status"])
+    samples = [] if fresh else [sample.response_values() for sample in group.samples]
     return {"index": group.index, "row": row, "samples": samples}
 
 
 def _unpacked(packed: Mapping[str, Any], prompt: Prompt, samples: int) -> Group:
     group = new_group(packed["index"], prompt, len(packed["samples"]) or samples)
     for sample, values in zip(group.samples, packed["samples"], strict=False):
-        for name in _KEPT_FIELDS:
-            setattr(sample, name, Status(values[name]) if name == "status" else values[name])
+        sample.set_response(values)
     return group
