@@ -10,21 +10,19 @@ from typing import NoReturn
 
 from vime.cli import Parser, command, split_flags
 from vime.errors import BadInput
-from vime.launch.srun import attach_argv
 from vime.run.folder import BINDING, read_binding, read_plan
 from vime.run.registry import find_run, last_run
+from vime.run.scheduler import find_scheduler
 from vime.run.state import run_state
-from vime.slurm.queue import expand_hosts, query_job
 
 SHELL = ("bash", "-i")
 
 
-def find_host(run_dir: Path, job_id: str, node: int) -> str:
-    """Slurm's name of a logical node; before the binding exists, of a place in the allocation. Raises BadInput."""
-    job = query_job(job_id)
-    if job is None or job.state != "RUNNING":
-        raise BadInput(f"job {job_id} is {job.state if job else 'gone'}: only a running job can be attached to")
-    names = expand_hosts(job.nodelist)
+def find_host(names: Sequence[str], run_dir: Path, job_id: str, node: int) -> str:
+    """The scheduler's name of a logical node, of the job's nodes `names` in the order of its allocation.
+
+    Before the binding exists `node` counts the allocation's nodes. Raises BadInput for a node that the run lacks.
+    """
     if (run_dir / BINDING).exists() and (binding := read_binding(run_dir)).job_id == job_id:
         names = tuple(names[bound.slurm_index] for bound in binding.nodes)
     if not 0 <= node < len(names):
@@ -32,15 +30,16 @@ def find_host(run_dir: Path, job_id: str, node: int) -> str:
     return names[node]
 
 
-def attach(run_dir: Path, node: int, command: Sequence[str], *, terminal: bool) -> list[str]:
-    """The srun call that runs the command in the run's allocation. Raises BadInput where no job of it runs."""
+def attach(run_dir: Path, node: int, command: Sequence[str], *, terminal: bool) -> tuple[list[str], dict[str, str]]:
+    """Program and environment that run the command in the run's allocation. Raises BadInput where no job of it runs."""
     plan, state = read_plan(run_dir), run_state(run_dir)
-    if plan.cluster.kind == "local":
-        raise BadInput(f"{state.run} runs on a machine without Slurm: open a shell there")
+    scheduler = find_scheduler(plan.cluster.kind)
+    if plan.cluster.one_machine:
+        raise BadInput(f"{state.run} runs on a machine without a scheduler: open a shell there")
     if state.job is None or state.ended:
         raise BadInput(f"{state.run} is {state.state}: only a running run can be attached to")
-    host = find_host(run_dir, state.job, node)
-    return attach_argv(state.job, host, command, run_dir=str(run_dir), terminal=terminal)
+    host = find_host(scheduler.hosts(state.job), run_dir, state.job, node)
+    return scheduler.attach(state.job, host, command, run_dir=str(run_dir), terminal=terminal)
 
 
 def _become(call: list[str], env: dict[str, str]) -> NoReturn:
@@ -59,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--node", type=int, default=0, help="logical node, as in vime.plan --placement; default: 0")
     args = parser.parse_args(own)
     folder = find_run(args.run) if args.run else last_run()
-    call = attach(folder, args.node, words or SHELL, terminal=not words)
-    _become(call, {**os.environ, "VIME_RUN": str(folder)})
+    call, env = attach(folder, args.node, words or SHELL, terminal=not words)
+    _become(call, {**env, "VIME_RUN": str(folder)})
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from vime.cli import command
 from vime.errors import BadInput, DeadlineExceeded
+from vime.run.folder import read_plan
 from vime.run.jobs import read_jobs
 from vime.run.journal import last_start, read_events
 from vime.run.registry import find_run, last_run
+from vime.run.scheduler import Scheduler, find_scheduler
 from vime.run.state import controller_is_here, run_state
-from vime.slurm import queue as slurm
 from vime.system.processes import start_ticks
 
 _PATIENCE_S = 60.0
@@ -28,7 +29,7 @@ def cancel(run_dir: Path) -> str:
     if state.state in ("succeeded", "failed", "planned"):
         return f"{state.run}: nothing to cancel, it is {state.state}"
     if jobs := read_jobs(run_dir):
-        ended = cancel_jobs([job.job_id for job in jobs])
+        ended = cancel_jobs(find_scheduler(read_plan(run_dir).cluster.kind), [job.job_id for job in jobs])
         return f"{state.run}: " + (
             f"job {', '.join(ended)} cancelled" if ended else "nothing to cancel, no job is left"
         )
@@ -41,19 +42,19 @@ def cancel(run_dir: Path) -> str:
     return f"{state.run}: cancelled"
 
 
-def cancel_jobs(jobs: Sequence[str]) -> list[str]:
-    """Ends those that have not ended, and waits until they have. Raises SlurmError, DeadlineExceeded."""
-    active = [job for job in jobs if not _is_over(job)]
+def cancel_jobs(scheduler: Scheduler, jobs: Sequence[str]) -> list[str]:
+    """End the jobs that have not ended, and wait until they have. Raises SchedulerError, DeadlineExceeded."""
+    active = [job for job in jobs if not _is_over(scheduler, job)]
     # The last one of a chain first, so that none starts because the one before it ends.
     for job in reversed(active):
-        slurm.cancel(job)
+        scheduler.cancel(job)
     for job in active:
-        _wait(f"job {job}", lambda job=job: _is_over(job))
+        _wait(f"job {job}", lambda job=job: _is_over(scheduler, job))
     return active
 
 
-def _is_over(job: str) -> bool:
-    state = slurm.query_job(job)
+def _is_over(scheduler: Scheduler, job: str) -> bool:
+    state = scheduler.job(job)
     return state is None or not state.active
 
 

@@ -49,6 +49,10 @@ class BadInput(VimeError):
     cause = Cause.BAD_INPUT
 
 
+class SchedulerError(VimeError):
+    """The scheduler is absent, did not answer in time, or a command of it failed."""
+
+
 class DeadlineExceeded(VimeError):
     """A wait ended without what it waited for; the text says what was missing."""
 

@@ -14,8 +14,8 @@ from vime.recipe.flags import flag, recipe_options
 from vime.recipe.load import load_recipe
 from vime.recipe.schema import Recipe
 from vime.run.folder import write_plan
-from vime.run.jobs import forget_jobs
 from vime.run.plan import Plan
+from vime.run.scheduler import find_scheduler
 
 
 def list_options(recipe: Recipe) -> str:
@@ -47,55 +47,24 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         return _dry_run(plan, write=args.run_dir is not None)
     check_fits(plan)
-    if plan.cluster.kind != "local":
-        return _submit(plan)
-    if len(plan.nodes) > 1:
-        raise BadInput(
-            f"--nodes is {len(plan.nodes)}, but with --cluster local this machine is the only node: give --nodes 1, or "
-            "try several nodes on one machine with slurm/devcluster (docs/clusters.md)"
-        )
-    return _local(plan)
+    scheduler = find_scheduler(plan.cluster.kind)
+    # Before anything is written: a run that would be refused leaves no folder behind.
+    scheduler.check(plan)
+    start(plan)
+    return scheduler.submit(plan)
 
 
 def _dry_run(plan: Plan, *, write: bool) -> int:
-    from vime.launch.submission import scripts, step_calls, write_scripts
-
+    scheduler = find_scheduler(plan.cluster.kind)
     print(render(plan))
-    slurm = plan.cluster.kind == "slurm"
-    for script in scripts(plan) if slurm else ():
-        print(f"Batch script{f' of {script.link}' if script.link else ''}\n")
-        print(script.text)
-    if slurm:
-        print("Job steps, started by the controller\n")
-        print("\n\n".join(step_calls(plan)))
+    for preview in scheduler.preview(plan):
+        print(f"{preview.title}\n\n{preview.text}")
     if write:
         check_same_run(plan)
         write_code(plan)
         print(f"plan written to {write_plan(plan)}")
-        for path in write_scripts(plan) if slurm else ():
+        for path in scheduler.write_scripts(plan):
             print(f"script written to {path}")
-    return 0
-
-
-def _local(plan: Plan) -> int:
-    from vime.launch import local
-
-    start(plan)
-    forget_jobs(plan.run_dir)
-    return local.run(plan)
-
-
-def _submit(plan: Plan) -> int:
-    from vime.launch.submission import check_accepted, check_container, check_free, check_path, scripts, submit_jobs
-
-    # Before anything is written: a run that Slurm would refuse leaves no folder behind.
-    check_path(plan.run_dir)
-    check_container(plan)
-    check_free(plan.run_dir)
-    check_accepted(scripts(plan))
-    start(plan)
-    jobs = ", ".join(f"{job.job_id} ({job.link})" if job.link else job.job_id for job in submit_jobs(plan))
-    print(f"job {jobs}: python -m vime.status shows it, python -m vime.logs -f follows it")
     return 0
 
 

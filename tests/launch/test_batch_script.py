@@ -40,7 +40,7 @@ def test_outside_a_job_it_says_how_to_submit(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert batch.main([]) == 2
-    assert "vime.launch runs inside a Slurm job" in capsys.readouterr().err
+    assert "vime.launch runs inside a job" in capsys.readouterr().err
 
 
 def test_a_plan_in_the_run_folder_is_taken_and_its_code_is_run(in_job, run_dir: Path) -> None:
@@ -63,7 +63,7 @@ def test_an_allocation_that_is_too_small_is_refused(in_job, run_dir: Path, capsy
     ("words", "message"),
     [
         (["--stage", "train"], "the run is one job"),
-        (["--cluster", "local"], "--cluster local has no meaning in a Slurm job"),
+        (["--cluster", "local"], "--cluster local has no meaning in a job"),
     ],
 )
 def test_options_without_sense_in_a_job_are_refused(

@@ -219,7 +219,13 @@ def test_a_run_that_is_submitted_again_waits_whatever_became_of_it_before(
         (CHAIN, "PENDING", CONVERTED + TRAINS, "requeued", "Dependency"),
         (CHAIN, "RUNNING", CONVERTED + TRAINS, "running", ""),
         (CHAIN, "NODE_FAIL", CONVERTED + TRAINS, "lost", "the job is NODE_FAIL and its controller left no last word"),
-        (CHAIN, None, CONVERTED + TRAINS, "lost", "Slurm does not know the job, and its controller left no last word"),
+        (
+            CHAIN,
+            None,
+            CONVERTED + TRAINS,
+            "lost",
+            "the scheduler does not know the job, and its controller left no last word",
+        ),
     ],
 )
 def test_the_queue_and_the_journal_together_tell_the_state(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe, ResourceOptions
@@ -64,7 +64,7 @@ def make_plan(
     stages: Sequence[Stage],
     *,
     nodes: int = 1,
-    kind: Literal["local", "slurm"] = "local",
+    kind: str = "local",
     host_bytes: int = 10**6,
     cluster: dict[str, Any] | None = None,
     **options: Any,

@@ -115,7 +115,7 @@ def _addresses(plan: Plan, findings: Findings) -> Iterator[Problem]:
     for place, found in sorted(findings.items()):
         if not found["address"]:
             yield Problem(place, found["host"], f"interface {wanted}", "without an address", "an IPv4 address")
-    if plan.cluster.kind == "local" or len(findings) == 1:
+    if plan.cluster.one_machine or len(findings) == 1:
         return
     count = Counter(found["address"] for found in findings.values() if found["address"])
     for place, found in sorted(findings.items()):

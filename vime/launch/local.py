@@ -3,16 +3,70 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from vime.launch.controller import Controller, tell
+from vime.errors import BadInput, Cause
+from vime.launch.controller import Controller, control, tell
 from vime.launch.runner_local import LocalRunner
 from vime.launch.witness import witnessed
+from vime.planning.cluster import machine_memory
+from vime.run.jobs import forget_jobs
 from vime.run.logs import Follower, find_logs
-from vime.run.plan import Plan
+from vime.run.plan import Cluster, Plan
+from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Preview, Wanted
 
 # Lines of training that a person at the terminal wants to see; everything is in the log.
 _TOLD = re.compile(r"^(rollout|eval|weights from|checkpoint|error:)")
+
+
+class Local:
+    """This machine as a scheduler without a queue. See vime.run.scheduler.Scheduler for the contract of each method."""
+
+    copies_code = False
+
+    def resolve(self, cluster: Cluster, wanted: Wanted, *, timeout_s: float) -> tuple[Cluster, list[str]]:
+        if wanted.partition or wanted.spares or wanted.shape != "allocation":
+            raise BadInput("--partition, --spares and --shape have no meaning with --cluster local: leave them out")
+        memory = cluster.memory_per_node_bytes or machine_memory()
+        return cluster.model_copy(update={"memory_per_node_bytes": memory}), []
+
+    def preview(self, plan: Plan) -> list[Preview]:
+        return []
+
+    def write_scripts(self, plan: Plan) -> list[Path]:
+        return []
+
+    def check(self, plan: Plan) -> None:
+        if len(plan.nodes) > 1:
+            raise BadInput(
+                f"--nodes is {len(plan.nodes)}, but with --cluster local this machine is the only node: give --nodes "
+                "1, or try several nodes on one machine with slurm/devcluster (docs/clusters.md)"
+            )
+
+    def submit(self, plan: Plan) -> int:
+        forget_jobs(plan.run_dir)
+        return run(plan)
+
+    def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
+        return None
+
+    def cancel(self, job_id: str) -> None:
+        """There is no queue."""
+
+    def hosts(self, job_id: str) -> tuple[str, ...]:
+        raise BadInput(f"job {job_id} is of no queue of this machine")
+
+    def attach(
+        self, job_id: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool
+    ) -> tuple[list[str], dict[str, str]]:
+        raise BadInput("a run on one machine has no allocation to attach to: open a shell there")
+
+    def own_job(self) -> OwnJob | None:
+        return None
+
+    def control(self, run_dir: str, *, link: str | None = None) -> Cause:
+        return control(run_dir, LocalRunner, link=link)
 
 
 def run(plan: Plan) -> int:

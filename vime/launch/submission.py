@@ -22,6 +22,7 @@ from vime.launch.srun import gpu_options, srun_argv, step_python
 from vime.run.chain import Link, links, part
 from vime.run.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
 from vime.run.plan import Plan
+from vime.run.scheduler import find_scheduler
 from vime.slurm import queue as slurm
 
 MAX_SIGNAL_LEAD_S = 65535
@@ -36,11 +37,8 @@ class ControllerJob:
         self.run_dir, self.link = run_dir, link
 
     def __call__(self) -> str:
-        from vime.launch.controller import control
-        from vime.launch.runner_slurm import SlurmRunner
-
         # The controller's handlers replace submitit's, which would act in the middle of anything.
-        cause = control(self.run_dir, SlurmRunner, link=self.link)
+        cause = find_scheduler("slurm").control(self.run_dir, link=self.link)
         if cause:
             sys.exit(int(cause))
         return cause.name

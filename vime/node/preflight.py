@@ -121,7 +121,7 @@ def _limit(number: int) -> int | None:
 
 def look(plan: Plan) -> dict[str, Any]:
     """Everything that this node tells about itself, as JSON."""
-    local = plan.cluster.kind == "local"
+    local = plan.cluster.one_machine
     here = socket.gethostname()
     names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]
     others = [name for name in names if name != os.environ.get("SLURMD_NODENAME", here)][:3]

@@ -88,7 +88,7 @@ def _subtitle(run: RunSummary) -> str:
     plan = run.plan
     gpus = sum(node.gpus for node in plan.nodes)
     kind = "GPU" if plan.recipe.resources.device == "gpu" else "CPU slot"
-    where = "this machine" if plan.cluster.kind == "local" else f"Slurm cluster {plan.cluster.name}"
+    where = "this machine" if plan.cluster.one_machine else f"cluster {plan.cluster.name}"
     model = os.path.basename((plan.recipe.checkpoint.hf_checkpoint or "").rstrip("/"))
     return (
         f'<p class="sub">{escape(model)} by recipe {escape(plan.recipe.name)} on {len(plan.nodes)} '

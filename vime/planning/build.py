@@ -220,9 +220,9 @@ def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
     """The cluster as the recipe's device uses it: no GPUs for `cpu`; on this machine, those that `gpu` takes."""
     if recipe.resources.device == "cpu":
         return cluster.model_copy(update={"gpus_per_node": 0, "gpu_request": "none"})
-    if cluster.min_network_gbit is None and cluster.kind == "slurm":
+    if cluster.min_network_gbit is None and not cluster.one_machine:
         cluster = cluster.model_copy(update={"min_network_gbit": MIN_NETWORK_GBIT})
-    if cluster.kind == "local" and not cluster.gpus_per_node:
+    if cluster.one_machine and not cluster.gpus_per_node:
         wanted = recipe.resources.actor_num_gpus_per_node
         return cluster.model_copy(update={"gpus_per_node": wanted, "gpu_request": "gpus-per-node"})
     return cluster
@@ -248,7 +248,7 @@ def _place(
 ) -> tuple[tuple[TrainerRank, ...], tuple[EnginePlan, ...], Any]:
     ranks = layout.place_trainer(trainer, slots)
     seats = layout.place_engines(recipe, slots)
-    shared = cluster.kind == "local"
+    shared = cluster.one_machine
     numbers = ports.plan_ports(slots.gpus_per_node, ports.engines_of_a_host(seats, shared=shared))
     expert_parallel = bool(recipe.engine.vllm.get("enable_expert_parallel", False))
     return ranks, ports.plan_engines(seats, numbers, expert_parallel=expert_parallel, shared=shared), numbers

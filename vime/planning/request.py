@@ -6,18 +6,18 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from vime.errors import BadInput
+from vime.errors import BadInput, SchedulerError
 from vime.planning.build import Checks, fewest_nodes, make_plan
-from vime.planning.cluster import load_cluster, machine_memory, parse_minutes, resolve
+from vime.planning.cluster import load_cluster, parse_minutes
 from vime.planning.fit import shortages
 from vime.recipe.load import load_recipe
 from vime.recipe.schema import Recipe
 from vime.run import code as snapshot
 from vime.run.plan import Cluster, Plan
-from vime.slurm.partitions import has_slurm, query_partitions
+from vime.run.scheduler import PATIENCE_S, Wanted, find_scheduler
 
 DRY_RUN_PATIENCE_S = 0.4
-"""A dry run does not wait for a Slurm controller that is away."""
+"""Deadline of a dry run's question, in seconds: it does not wait for a scheduler that is away."""
 
 
 def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
@@ -48,7 +48,11 @@ def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool,
         checks=Checks(inputs=required, run_folder=run_folder),
     )
     code = None
-    if cluster.kind == "slurm" and not args.no_snapshot and (taken := snapshot.look(plan.recipe)) is not None:
+    if (
+        find_scheduler(cluster.kind).copies_code
+        and not args.no_snapshot
+        and (taken := snapshot.look(plan.recipe)) is not None
+    ):
         code = snapshot.folder_of(plan.run_dir, taken)
     return plan.model_copy(update={"notes": (*found, *plan.notes), "code": code})
 
@@ -67,7 +71,7 @@ def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> in
 def _cluster(
     args: argparse.Namespace, recipe: Recipe, nodes: int | None, *, required: bool
 ) -> tuple[Cluster, list[str]]:
-    """The profile, completed by what sinfo says of the partition."""
+    """The profile, completed by what the scheduler knows of its nodes."""
     gpus = recipe.resources.actor_num_gpus_per_node if recipe.resources.device == "gpu" else 0
     cluster = load_cluster(args.cluster) if args.cluster else Cluster(name="slurm", kind="slurm")
     update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
@@ -76,33 +80,29 @@ def _cluster(
     if args.node_memory:
         update["memory_per_node_bytes"] = args.node_memory
     cluster = cluster.model_copy(update=update)
-    if cluster.kind == "local":
-        if args.partition or args.spares or args.shape != "allocation":
-            raise BadInput("--partition, --spares and --shape have no meaning with --cluster local: leave them out")
-        memory = cluster.memory_per_node_bytes or machine_memory()
-        return cluster.model_copy(update={"memory_per_node_bytes": memory}), []
-    if has_slurm():
-        wanted = (nodes or _default_nodes(recipe)) + args.spares
-        try:
-            partitions = query_partitions() if required else query_partitions(timeout_s=DRY_RUN_PATIENCE_S)
-            resolved, found = resolve(cluster, wanted, partitions, needs_gpus=gpus)
-        except BadInput as error:
-            if required:
-                raise
-            return _assumed(cluster, gpus), [f"a submission would be refused: {error}"]
-        if args.time and resolved.time_limit_minutes < cluster.time_limit_minutes:
-            raise BadInput(f"--time is {args.time}, but {found[0].removeprefix('time limit ')}: give at most that")
-        return resolved, found
-    if required:
-        raise BadInput(
-            "there is no Slurm on this machine: submit from a login node, or run here with --cluster local "
-            "(docs/clusters.md)"
+    wanted = Wanted(
+        nodes=(nodes or _default_nodes(recipe)) + args.spares,
+        gpus_per_node=gpus,
+        spares=args.spares,
+        partition=args.partition,
+        shape=args.shape,
+    )
+    try:
+        resolved, found = find_scheduler(cluster.kind).resolve(
+            cluster, wanted, timeout_s=PATIENCE_S if required else DRY_RUN_PATIENCE_S
         )
-    return _assumed(cluster, gpus), ["planned without Slurm: there is none on this machine"]
+    except (BadInput, SchedulerError) as error:
+        if required:
+            raise BadInput(str(error)) from error
+        what = "a submission would be refused" if isinstance(error, BadInput) else "planned without the scheduler"
+        return _assumed(cluster, gpus), [f"{what}: {error}"]
+    if args.time and resolved.time_limit_minutes < cluster.time_limit_minutes:
+        raise BadInput(f"--time is {args.time}, but {found[0].removeprefix('time limit ')}: give at most that")
+    return resolved, found
 
 
 def _assumed(cluster: Cluster, gpus: int) -> Cluster:
-    """Where Slurm cannot be asked, nodes hold what the recipe takes."""
+    """Where the scheduler cannot be asked, nodes hold what the recipe takes."""
     if cluster.gpus_per_node or cluster.gpu_request == "none":
         return cluster
     return cluster.model_copy(update={"gpus_per_node": gpus})

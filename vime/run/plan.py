@@ -165,7 +165,8 @@ class Cluster(Frozen):
     """The cluster profile as resolved for this run."""
 
     name: str
-    kind: Literal["slurm", "local"]
+    kind: str
+    """The scheduler: `slurm`, `local` (this machine alone), or `package.module:Class` (vime.run.scheduler)."""
     base_dir: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -202,6 +203,11 @@ class Cluster(Frozen):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @property
+    def one_machine(self) -> bool:
+        """Whether every logical node is this machine: nodes then share address, ports and memory."""
+        return self.kind == "local"
 
     @property
     def interpreter(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run is doing, from its folder and, where there is one, Slurm: what `vime.status` shows."""
+"""State of a run, from its folder and, where there is one, its scheduler: what `vime.status` shows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vime.errors import SchedulerError
 from vime.run.folder import BINDING, read_binding, read_plan
 from vime.run.jobs import Job, read_jobs
 from vime.run.journal import Event, last_start, read_events
 from vime.run.metrics import read_metrics
 from vime.run.plan import Plan
-from vime.slurm import queue as slurm
+from vime.run.scheduler import JobState, Scheduler, find_scheduler
 from vime.system.processes import start_ticks
 
 ENDED = ("succeeded", "failed", "lost")
 _PATIENCE_S = 10.0
-"""How long Slurm may take to tell of a job; the journal tells the rest."""
+"""Deadline of a question to the scheduler, in seconds; the journal tells the rest."""
 
 _AFTER = {"stage-start": "running", "stage-ready": "ready", "stage-skip": "skipped", "stage-end": "done"}
 
@@ -37,13 +38,13 @@ class StageState:
 
 @dataclass
 class JobOfRun:
-    """One Slurm job of the run."""
+    """One job of the run."""
 
     job_id: str
     link: str | None
     """The link of the chain; None where the run is one job."""
     state: str
-    """As Slurm calls it; empty where Slurm does not know it any more, or does not answer."""
+    """In the scheduler's words; empty where it does not know the job any more."""
     reason: str = ""
 
 
@@ -77,7 +78,7 @@ class RunState:
     next_checkpoint: int | None = None
     """Number of the rollout after which the next checkpoint is written."""
     expected_start: float | None = None
-    """Unix time at which Slurm expects a waiting job to start."""
+    """Unix time at which the scheduler expects a waiting job to start."""
 
     note: str = ""
     """What could not be found out, and why."""
@@ -91,7 +92,7 @@ class RunState:
 
 
 def run_state(run_dir: str | os.PathLike[str]) -> RunState:
-    """Reads the state of a run, from its folder alone where Slurm does not answer. BadInput where it holds no plan."""
+    """Read the state of a run, from its folder alone where the scheduler does not answer. BadInput without a plan."""
     plan = read_plan(run_dir)
     jobs = read_jobs(run_dir)
     events = of_jobs(last_start(read_events(run_dir)), jobs)
@@ -102,9 +103,10 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     job = None
     try:
         if now is not None and _last_word(events) is None:
-            job = slurm.query_job(now.job_id, seconds=_PATIENCE_S)
-            found.jobs = [_job_of_run(other, now, job) for other in jobs] if len(jobs) > 1 else []
-    except slurm.SlurmError as error:
+            scheduler = find_scheduler(plan.cluster.kind)
+            job = scheduler.job(now.job_id, timeout_s=_PATIENCE_S)
+            found.jobs = [_job_of_run(scheduler, other, now, job) for other in jobs] if len(jobs) > 1 else []
+    except SchedulerError as error:
         found.note = str(error)
     _judge(found, events, job)
     _read_metrics(found, plan)
@@ -137,9 +139,9 @@ def current_job(jobs: Sequence[Job], events: list[Event]) -> Job | None:
     return jobs[min(done, len(jobs) - 1)] if jobs else None
 
 
-def _job_of_run(job: Job, now: Job, state: slurm.JobState | None) -> JobOfRun:
+def _job_of_run(scheduler: Scheduler, job: Job, now: Job, state: JobState | None) -> JobOfRun:
     if job != now:
-        state = slurm.job_state(job.job_id, seconds=_PATIENCE_S)
+        state = scheduler.job(job.job_id, timeout_s=_PATIENCE_S)
     return JobOfRun(job.job_id, job.link, state.state if state else "", state.reason if state else "")
 
 
@@ -175,17 +177,17 @@ def _read_events(found: RunState, plan: Plan, events: list[Event]) -> None:
     found.stages = list(stages.values())
 
 
-def _judge(found: RunState, events: list[Event], job: slurm.JobState | None) -> None:
-    """The run's own last word counts; without one, what Slurm or the process table says of its controller."""
+def _judge(found: RunState, events: list[Event], job: JobState | None) -> None:
+    """The run's own last word counts; without one, the scheduler's or the process table's state of its controller."""
     end = _last_word(events)
     begun = bool(events) and events[-1].kind != "job-end"
     if end is not None:
         found.cause, found.reason = end.data.get("cause"), end.text
         found.state = "succeeded" if found.cause == "SUCCESS" else "failed"
-    elif job is not None and job.state in slurm.WAITING:
+    elif job is not None and job.phase == "waiting":
         found.state = "requeued" if begun else "pending"
         found.reason, found.expected_start = job.reason, job.start
-    elif job is not None and job.state in slurm.RUNNING:
+    elif job is not None and job.phase == "running":
         found.state, found.seconds_left = "running", _seconds_left(job.end)
     elif job is not None and not begun and job.state == "COMPLETED":
         # Of a chain that was submitted by hand, each job is known from its start on.
@@ -197,17 +199,17 @@ def _judge(found: RunState, events: list[Event], job: slurm.JobState | None) -> 
     elif found.note:
         _judge_by_journal(found, events)
     elif found.job is not None and events:
-        found.state, found.reason = "lost", "Slurm does not know the job, and its controller left no last word"
+        found.state, found.reason = "lost", "the scheduler does not know the job, and its controller left no last word"
     elif events:
         alive = controller_is_here(events)
         found.state = "running" if alive else "lost"
         found.reason = "" if alive else "the journal has no end, and the controller does not run on this machine"
     elif found.job is not None:
-        found.state, found.reason = "submitted", "Slurm does not know the job, and it has not started"
+        found.state, found.reason = "submitted", "the scheduler does not know the job, and it has not started"
 
 
 def _judge_by_journal(found: RunState, events: list[Event]) -> None:
-    """Where Slurm does not answer, the run does what it did when its journal was written last."""
+    """Where the scheduler does not answer, the run is taken to do what its journal said last."""
     if not events:
         found.state = "submitted"
         return

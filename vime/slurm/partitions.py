@@ -7,8 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from vime.errors import BadInput
-from vime.slurm.queue import parse_limit
+from vime.slurm.queue import SlurmError, parse_limit
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,16 @@ def has_slurm() -> bool:
 
 
 def query_partitions(timeout_s: float = 20.0) -> list[Partition]:
-    """All partitions. Raises BadInput where sinfo fails."""
+    """All partitions. Raises SlurmError where sinfo fails."""
     command = ["sinfo", "--noheader", "--format=%R|%P|%a|%D|%c|%m|%G|%l"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise BadInput(f"sinfo gave no answer in {timeout_s:g} s: is Slurm's controller up?") from error
+        raise SlurmError(f"sinfo gave no answer in {timeout_s:g} s: is Slurm's controller up?") from error
     except OSError as error:
-        raise BadInput(f"cannot run sinfo: {error.strerror}") from error
+        raise SlurmError(f"cannot run sinfo: {error.strerror}") from error
     if result.returncode:
-        raise BadInput(
+        raise SlurmError(
             f"sinfo fails ({(result.stderr.strip().splitlines() or ['no output'])[-1]}): is Slurm's controller up?"
         )
     return parse_partitions(result.stdout)

@@ -9,15 +9,16 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from vime.errors import VimeError
+from vime.errors import SchedulerError
 
 CALL_SECONDS = 30.0
 RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "SPECIAL_EXIT")
 
 
-class SlurmError(VimeError):
+class SlurmError(SchedulerError):
     """A Slurm command failed or did not answer."""
 
 
@@ -66,9 +67,16 @@ class JobState:
     """Node list that the job is kept off."""
 
     @property
+    def phase(self) -> Literal["waiting", "running", "ended"]:
+        """What the state means: whether the job has yet to start, runs, or has ended."""
+        if self.state in RUNNING:
+            return "running"
+        return "waiting" if self.state in WAITING else "ended"
+
+    @property
     def active(self) -> bool:
         """Whether the job has not ended."""
-        return self.state in (*RUNNING, *WAITING)
+        return self.phase != "ended"
 
 
 def parse_time(text: str) -> float | None:

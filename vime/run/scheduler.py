@@ -1,0 +1,163 @@
+"""What vime asks of the program that owns the machines: one protocol, one class for each scheduler.
+
+`slurm` and `local` (this machine alone) ship with vime. Another one is a class that a cluster profile names as
+`kind: package.module:Class`; nothing outside of such a class knows which scheduler runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vime.errors import BadInput, Cause
+from vime.run.plan import Cluster, Plan
+
+PATIENCE_S = 30.0
+"""Default deadline of one question, in seconds."""
+Phase = Literal["waiting", "running", "ended"]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as its scheduler reports it."""
+
+    job_id: str
+    state: str
+    """The scheduler's own word, for people: `PENDING`, `NODE_FAIL`, …"""
+    phase: Phase
+    """What vime acts on. `waiting`: not started, or to be started again. A phase that is unknown is not `ended`."""
+    reason: str = ""
+    """Why it waits; empty where the scheduler gives no reason."""
+    start: float | None = None
+    """Unix seconds; expected while the job waits."""
+    end: float | None = None
+    """Unix seconds at which the allocation ends; None: never, or not known."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the job can still run: cancelling it has a point."""
+        return self.phase != "ended"
+
+
+@dataclass(frozen=True)
+class OwnJob:
+    """The job that this process is part of."""
+
+    job_id: str
+    nodes: int
+    """Nodes of its allocation."""
+    partition: str | None = None
+    time_limit_minutes: int | None = None
+    """None: no limit, or not known."""
+    submit_dir: str = ""
+    """Folder in which it was submitted; plug-ins of the run may lie there."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks of the machines, before the profile is completed."""
+
+    nodes: int
+    """Spares included."""
+    gpus_per_node: int
+    """0: the recipe runs without GPUs."""
+    spares: int = 0
+    partition: str | None = None
+    shape: Literal["allocation", "chain"] = "allocation"
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One text of a dry run."""
+
+    title: str
+    text: str
+
+
+class Scheduler(Protocol):
+    """A scheduler, from the first look at its machines to the controller inside its job.
+
+    Made without arguments, on login nodes, batch hosts and compute nodes alike; keeps no state between calls, and its
+    module imports neither torch, ray nor vllm. Every call has a deadline. Raises BadInput for a request that cannot
+    be met as it stands (exit code 2), and SchedulerError where the scheduler is absent, silent or fails.
+    """
+
+    copies_code: bool
+    """Whether a run takes a copy of vime's code, since its jobs start later than their submission."""
+
+    def resolve(self, cluster: Cluster, wanted: Wanted, *, timeout_s: float) -> tuple[Cluster, list[str]]:
+        """Complete a profile with what the scheduler knows of its nodes.
+
+        Returns the profile with partition, sizes of a node and time limit filled in, values of the profile kept, and
+        a note for each choice. Raises BadInput where no nodes match, SchedulerError after `timeout_s` seconds.
+        """
+        ...
+
+    def preview(self, plan: Plan) -> list[Preview]:
+        """What a submission would hand over, for `--dry-run`. Asks the scheduler nothing and writes nothing."""
+        ...
+
+    def write_scripts(self, plan: Plan) -> list[Path]:
+        """Write scripts to the run folder that a person can submit without vime; their paths, in order."""
+        ...
+
+    def check(self, plan: Plan) -> None:
+        """Refuse what would be refused later. Called before anything of the run is written; queues nothing."""
+        ...
+
+    def submit(self, plan: Plan) -> int:
+        """Start the run whose folder is written, record its jobs (`vime.run.jobs`) and say so on stdout.
+
+        Returns the exit code of `vime.submit`: 0 for a run that is queued, the run's own cause for one that has ended
+        here. After an exception no job of the run is left in the queue.
+        """
+        ...
+
+    def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
+        """State of a job, running or ended; None where the scheduler does not know it any more."""
+        ...
+
+    def cancel(self, job_id: str) -> None:
+        """Ask for the end of a job and return at once. No error for one that has ended meanwhile."""
+        ...
+
+    def hosts(self, job_id: str) -> tuple[str, ...]:
+        """Names of a running job's nodes in the order of its allocation. Raises BadInput for any other job."""
+        ...
+
+    def attach(
+        self, job_id: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool
+    ) -> tuple[list[str], dict[str, str]]:
+        """Program and environment that run a command on a node of the job, next to what runs there.
+
+        `host` is one of `hosts`; `terminal`: the command is interactive. Raises BadInput where that is impossible.
+        """
+        ...
+
+    def own_job(self) -> OwnJob | None:
+        """The job that this process is part of; None outside of any."""
+        ...
+
+    def control(self, run_dir: str, *, link: str | None = None) -> Cause:
+        """Run the controller of a run folder, or of one link of a chain, in this process to its end.
+
+        `vime.launch.controller.control` does it with a Runner (`vime.launch.steps`) that starts job steps.
+        """
+        ...
+
+
+BUILT_IN: Mapping[str, str] = {"slurm": "vime.launch.slurm:Slurm", "local": "vime.launch.local:Local"}
+
+
+def find_scheduler(kind: str) -> Scheduler:
+    """The scheduler of a profile's `kind`. Raises BadInput for one that cannot be imported."""
+    module, colon, name = BUILT_IN.get(kind, kind).partition(":")
+    if not colon:
+        raise BadInput(f"kind is {kind!r}: give slurm, local, or package.module:Class of a scheduler")
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"kind is {kind!r}, which cannot be used: {error} (docs/clusters.md)") from error
