@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,20 +17,13 @@ def write_report(run_dir: str | Path) -> str:
     from vime.observe.summary import read_run
     from vime.observe.timeline import chrome_trace
     from vime.run.journal import read_events
+    from vime.system.files import PRIVATE, write_file
 
     folder = Path(run_dir)
     run = read_run(folder, [event.model_dump() for event in read_events(folder)])
-    _publish(folder / "trace.json", json.dumps(chrome_trace(run.spans)))
-    _publish(folder / "report.html", page(run))
+    write_file(folder / "trace.json", json.dumps(chrome_trace(run.spans)), mode=PRIVATE)
+    write_file(folder / "report.html", page(run), mode=PRIVATE)
     return run.last_line(folder / "report.html")
-
-
-def _publish(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(partial, path)
 
 
 @command

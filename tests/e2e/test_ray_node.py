@@ -18,9 +18,10 @@ import pytest
 
 from tests.support.launch_stub import make_plan, ray_stages
 from vime.launch.failure import telling_line
-from vime.run.folder import make_secrets, write_binding
+from vime.run.folder import write_binding
 from vime.run.messages import REPORT_FD
 from vime.run.plan import Binding, BoundNode
+from vime.run.tokens import make_tokens
 from vime.system.processes import descendants, kill_tree
 
 pytestmark = pytest.mark.e2e
@@ -86,7 +87,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
             nodes=(BoundNode(index=0, host="here", address=f"127.0.0.{9 + place}"),), port_offset=600 + 100 * place
         ),
     )
-    make_secrets(run_dir)
+    make_tokens(run_dir)
     log = tmp_path / "log"
     reports, theirs = os.pipe()
     # Ray's socket paths must stay short.

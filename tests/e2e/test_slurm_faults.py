@@ -174,7 +174,7 @@ def test_a_stage_hangs(run: Scene) -> None:
 
 
 SAVES_WHEN_ASKED = """
-from vime.run.folder import answer_checkpoint, checkpoint_requested
+from vime.run.control import answer_checkpoint, checkpoint_requested
 while not checkpoint_requested({run!r}):
     time.sleep(0.1)
 answer_checkpoint({run!r}, 1, "iter_1")

@@ -84,7 +84,7 @@ def test_the_exit_code_tells_the_cause(four_nodes: DevCluster, run_dir: Path) ->
 SAVING = """
 import time
 from pathlib import Path
-from vime.run.folder import answer_checkpoint, checkpoint_requested
+from vime.run.control import answer_checkpoint, checkpoint_requested
 run = Path({run!r})
 if (run / "saved").exists():
     print("goes on", flush=True)

@@ -19,7 +19,8 @@ from vime.errors import Cause
 from vime.launch.controller import Controller
 from vime.launch.runner_local import LocalRunner
 from vime.node.preflight import LOCAL_ADDRESS
-from vime.run import folder as rundir
+from vime.run import tokens as run_tokens
+from vime.run.control import answer_checkpoint, request_checkpoint
 from vime.run.folder import read_binding
 from vime.run.journal import Event, last_start, read_events
 from vime.run.plan import Plan, Stage
@@ -83,11 +84,11 @@ def test_private_files_are_private_and_new_at_every_start(run_dir: Path) -> None
     tokens = []
     for _ in range(2):
         assert run_stages(run_dir) is Cause.SUCCESS
-        tokens.append(rundir.read_secret(run_dir, "ray_token"))
+        tokens.append(run_tokens.read_token(run_dir, "ray_token"))
     assert tokens[0] != tokens[1]
     assert (run_dir / "secrets").stat().st_mode & 0o777 == 0o700
-    for name in rundir.SECRETS:
-        assert rundir.secret_path(run_dir, name).stat().st_mode & 0o777 == 0o600
+    for name in run_tokens.TOKENS:
+        assert run_tokens.token_path(run_dir, name).stat().st_mode & 0o777 == 0o600
     token = tokens[1]
     for path in run_dir.rglob("*"):
         if path.is_file() and path.parent.name != "secrets":
@@ -229,7 +230,7 @@ def test_a_terminated_run_is_cancelled_and_leaves_nothing(run_dir: Path) -> None
 
 TRAINING = """
 import pathlib, time
-from vime.run.folder import answer_checkpoint, checkpoint_requested
+from vime.run.control import answer_checkpoint, checkpoint_requested
 run = {run!r}
 print("training", flush=True)
 while not checkpoint_requested(run):
@@ -274,8 +275,8 @@ def test_an_answer_of_an_earlier_start_does_not_count(run_dir: Path) -> None:
     count = f"import pathlib, sys; sys.exit(len(list(pathlib.Path({str(run_dir)!r}, 'control').glob('checkpoint*'))))"
     plan = make_plan(run_dir, [stub("train", count)])
     (run_dir / "control").mkdir()
-    for name in (rundir.CHECKPOINT_REQUEST, rundir.CHECKPOINT_DONE):
-        (run_dir / "control" / name).touch()
+    request_checkpoint(run_dir)
+    answer_checkpoint(run_dir, 7, "iter_7")
     assert run(plan) is Cause.SUCCESS
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.launch_stub import folder, stub
 from vime.errors import BadInput
 from vime.launch import gate, marks
 from vime.run.plan import Stage
+from vime.system.fingerprint import fingerprint
 
 SHARDS, SHARD_BYTES = 163, 4_300_000_000
 RUN = "/runs/one"
@@ -122,12 +124,24 @@ def test_a_change_is_noticed_and_named(sealed: Stage, side: str, change: Callabl
 def test_a_file_that_was_filled_only_in_part_is_noticed_under_its_old_time(tmp_path: Path) -> None:
     """As a copy that was interrupted leaves it: the length is there, blocks in the middle are not."""
     path = tmp_path / "model.safetensors"
-    path.write_bytes(b"\xff" * 3_000_000)
-    before = marks.mark_file(path)
-    overwrite(path, 1_000_000, bytes(1_000_000))
-    after = marks.mark_file(path)
-    assert before[:3] == after[:3]
+    path.write_bytes(b"\xff" * 30_000_000)
+    before = fingerprint(path)
+    overwrite(path, 10_000_000, bytes(10_000_000))
+    after = fingerprint(path)
+    assert replace(before, digest=after.digest) == after
     assert before != after
+
+
+def test_a_manifest_with_digests_of_version_2_counts_by_size_time_and_inode(sealed: Stage) -> None:
+    manifest = Path(sealed.outputs[0].path, marks.MANIFEST)
+    content = json.loads(manifest.read_text())
+    for found in (content["files"], *content["inputs"].values()):
+        for mark in found.values():
+            mark[3] = "digest of an older vime"
+    manifest.write_text(json.dumps({**content, "version": 2}))
+    assert gate.difference(sealed, RUN) is None
+    touch(Path(sealed.outputs[0].path) / SHARD)
+    assert "another time" in (gate.difference(sealed, RUN) or "")
 
 
 def test_another_command_is_another_stage(sealed: Stage) -> None:

@@ -30,7 +30,16 @@ from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 from vime.fp8.quantise import SCALE_SUFFIX, dequantise, scale_name
 from vime.models.families import params_of
-from vime.system.files import publish_folder, read_json, require_space, write_at, write_json
+from vime.system.files import (
+    READABLE,
+    draft,
+    publish_folder,
+    read_json,
+    remove_drafts,
+    require_space,
+    write_at,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from vime.checkpoint.cast_gpu import GpuCaster
@@ -192,7 +201,7 @@ def _prepare(partial: Path, target: Path, stamp: dict[str, Any], shards: list[Sh
     missing = _missing(partial, shards)
     require_space(target.parent, sum(shard.bytes for shard in shards if shard.name in missing))
     partial.mkdir(exist_ok=True)
-    write_json(partial / STAMP, stamp)
+    write_json(partial / STAMP, stamp, mode=READABLE)
 
 
 def _caster(checkpoint: HFCheckpoint, device: str | None) -> CpuCaster | GpuCaster:
@@ -252,9 +261,8 @@ class CpuCaster:
 def _write_shard(
     caster: CpuCaster | GpuCaster, shard: Shard, partial: Path, pieces: Window, progress: Progress
 ) -> None:
-    draft = partial / f".{shard.name}"
-    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
+    remove_drafts(partial / shard.name)
+    with draft(partial / shard.name, mode=READABLE) as file:
         os.ftruncate(file, shard.bytes)
         write_at(file, memoryview(shard.header), 0)
         progress.add(len(shard.header))
@@ -263,10 +271,6 @@ def _write_shard(
             progress.add(_write_rows(caster, file, *work))
 
         pieces.run(piece, (work for info in shard.places.values() for work in _pieces(caster, info)))
-        os.fsync(file)
-    finally:
-        os.close(file)
-    os.replace(draft, partial / shard.name)
 
 
 def _pieces(caster: CpuCaster | GpuCaster, info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
@@ -314,12 +318,12 @@ def _publish(checkpoint: HFCheckpoint, shards: list[Shard], partial: Path, targe
     copy_small_files(checkpoint.path, partial)
     config = json.loads((checkpoint.path / "config.json").read_text())
     config.pop("quantization_config")
-    write_json(partial / "config.json", config)
+    write_json(partial / "config.json", config, mode=READABLE)
     if [shard.name for shard in shards] != [SINGLE]:
         weight_map = {name: shard.name for shard in shards for name in shard.places}
         total = sum(info.end - info.begin for shard in shards for info in shard.places.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(partial / INDEX, index)
+        write_json(partial / INDEX, index, mode=READABLE)
     for leftover in partial.glob(".*"):
         leftover.unlink()
     if target.exists():

@@ -32,7 +32,7 @@ from vime.checkpoint.dist_writer import FILE_BYTES, PartWriter
 from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput, VimeError
 from vime.run.checkpoints import RELEASE, TRACKER
-from vime.system.files import publish_folder, read_json, require_space, write_file, write_json
+from vime.system.files import READABLE, publish_folder, read_json, require_space, write_file, write_json
 
 PARTIAL = f".{RELEASE}.partial"
 STAMP = ".vime_convert.json"
@@ -133,9 +133,9 @@ def save(
             causes = [cause for cause, _ in error.failures.values() if isinstance(cause, (VimeError, OSError))]
             raise (causes or [error])[0] from error
     if first:
-        write_file(partial / "common.pt", _serialised({**common, MADE_FROM: dict(made_from)}))
+        write_file(partial / "common.pt", _serialised({**common, MADE_FROM: dict(made_from)}), mode=READABLE)
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
-        write_json(partial / "metadata.json", {**backend, "common_backend_version": 1})
+        write_json(partial / "metadata.json", {**backend, "common_backend_version": 1}, mode=READABLE)
         publish_folder(partial, save_dir / RELEASE)
         _finish(save_dir)
     dist.barrier()
@@ -167,7 +167,7 @@ def prepare(save_dir: Path, made_from: Mapping[str, Any], cut: Mapping[str, Any]
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
-        write_json(partial / STAMP, stamp)
+        write_json(partial / STAMP, stamp, mode=READABLE)
     # Written before an interruption, and again at the end.
     (partial / ".metadata").unlink(missing_ok=True)
     return True

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from vime.system.files import read_json, write_at, write_json
+from vime.system.files import READABLE, draft, read_json, remove_drafts, write_at, write_json
 
 FILE_BYTES = 2**30
 """What an interruption costs a thread at most."""
@@ -59,10 +59,10 @@ class PartWriter(dcp.FileSystemWriter):
         keys = [_key(item) for item in items]
         places = _recorded(self._folder, name, keys)
         if places is None:
-            places = _write(self._folder / f".{name}", items, planner)
-            os.replace(self._folder / f".{name}", self._folder / name)
+            places = _write(self._folder / name, items, planner)
             size = (self._folder / name).stat().st_size
-            write_json(record_of(self._folder, name), {"bytes": size, "keys": keys, "places": places})
+            record = {"bytes": size, "keys": keys, "places": places}
+            write_json(record_of(self._folder, name), record, mode=READABLE)
         else:
             self._skipped(sum(item_bytes(item) for item in items if item.tensor_data is not None))
         return [
@@ -114,10 +114,10 @@ def _key(item: WriteItem) -> str:
 
 
 def _write(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[list[int]]:
-    """Writes the items one behind the other, brings them to the disk; [offset, bytes] of each."""
+    """Writes a file of the items, one behind the other; [offset, bytes] of each."""
     places = []
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
+    remove_drafts(path)
+    with draft(path, mode=READABLE) as file:
         stream: Any = _Appender(file)
         for item in items:
             first = stream.position
@@ -132,8 +132,6 @@ def _write(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list
         os.fsync(file)
         # Nobody reads it soon; the source's pages are worth more.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
     return places
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from vime.checkpoint.progress import Progress
 from vime.errors import BadInput, VimeError
-from vime.system.files import read_json, write_json
+from vime.system.files import READABLE, publish_file, read_json, write_json
 
 NOTES = ".vime-fetch.json"
 WORKERS = 8
@@ -131,7 +131,7 @@ def note(listing: Listing, verified: dict[str, list[int]]) -> None:
     source.folder.mkdir(parents=True, exist_ok=True)
     content = {"repository": source.repository, "kind": source.kind, "revision": source.revision}
     content |= {"commit": listing.commit, "files": [[f.path, f.size, f.digest] for f in listing.files]}
-    write_json(source.folder / NOTES, {**content, "verified": verified})
+    write_json(source.folder / NOTES, {**content, "verified": verified}, mode=READABLE)
 
 
 def look(listing: Listing, *, deep: bool) -> tuple[list[tuple[RemoteFile, str]], dict[str, list[int]]]:
@@ -230,7 +230,7 @@ def _bring(listing: Listing, file: RemoteFile, progress: Progress) -> None:
             "what came was removed, fetch again"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(part, target)
+    publish_file(part, target)
 
 
 def _bar(add: Callable[[int], None]) -> Any:

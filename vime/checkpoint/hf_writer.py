@@ -13,7 +13,7 @@ import torch
 from vime.checkpoint.hf import INDEX, SINGLE
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes
 from vime.errors import BadInput
-from vime.system.files import publish_folder, require_space, write_at, write_json
+from vime.system.files import READABLE, publish_folder, require_space, write_at, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Not copied from a source folder: weights in any format, and what a download leaves behind.
@@ -79,11 +79,11 @@ class HFWriter:
         if len(self._headers) > 1:
             weight_map = {name: info.file.name for name, info in self.places.items()}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_json(self.partial / INDEX, index)
+            write_json(self.partial / INDEX, index, mode=READABLE)
         if copy_from is not None:
             copy_small_files(copy_from, self.partial)
         if config is not None:
-            write_json(self.partial / "config.json", config)
+            write_json(self.partial / "config.json", config, mode=READABLE)
         publish_folder(self.partial, self.path)
 
 

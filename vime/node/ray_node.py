@@ -18,9 +18,10 @@ from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.node.network import listening_ports
 from vime.node.ray_process import RayProcesses, gcs_address, ray_parameters
 from vime.planning import ports as planned_ports
-from vime.run.folder import read_binding, read_plan, read_secret, secret_path
+from vime.run.folder import read_binding, read_plan
 from vime.run.messages import report
 from vime.run.plan import Binding, Plan
+from vime.run.tokens import RAY_TOKEN, read_token, token_path
 
 POLL_S = 0.5
 MEMORY_THRESHOLD = "0.98"
@@ -36,7 +37,7 @@ def ray_environment(run_dir: str) -> dict[str, str]:
     """Variables of every Ray process; the token is named by its file, so it stands in no environment."""
     return {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(secret_path(run_dir, "ray_token")),
+        "RAY_AUTH_TOKEN_PATH": str(token_path(run_dir, RAY_TOKEN)),
         "RAY_memory_usage_threshold": MEMORY_THRESHOLD,
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         plan, binding = read_plan(args.run), read_binding(args.run)
-        read_secret(args.run, "ray_token")  # is it there, and private?
+        read_token(args.run, RAY_TOKEN)  # is it there, and private?
         node, rank = int(os.environ["VIME_NODE"]), int(os.environ["RANK"])
         check_ports(plan, binding, node)
         stage = next(stage for stage in plan.stages if stage.name == ("ray-head" if args.head else "ray-workers"))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vime.system.processes import PR_SET_PDEATHSIG, _prctl, adopt_orphans, descendants, kill_tree
+from vime.system.processes import adopt_orphans, descendants, kill_tree, signal_on_parent_end
 
 TAIL_LINES = 30
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -65,7 +65,7 @@ class Supervisor:
         watched = {*STOP_SIGNALS, signal.SIGCHLD}
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         parent = os.getppid()
-        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal_on_parent_end(signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
         output, reports = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
@@ -95,7 +95,7 @@ class Supervisor:
         if child:
             return child
         try:
-            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal_on_parent_end(signal.SIGKILL)
             os.setsid()
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vime.errors import BadInput
 from vime.samples import Group, Rollout, Sample
+from vime.system.files import PRIVATE, draft
 
 SHOWN_PER_ROLLOUT = 4
 SHOWN_CHARACTERS = 4000
@@ -28,12 +29,12 @@ def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = F
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{rollout.rollout_id:06d}.jsonl"
     rows = [{**_shown(s), **s.values()} for s in rollout.samples] if everything else notable(rollout)
-    partial = path.with_suffix(".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    with (
+        draft(path, mode=PRIVATE) as number,
+        os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as file,
+    ):
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
     return path
 
 

@@ -24,7 +24,7 @@ from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
 from vime.run.plan import Binding, Plan
 from vime.system import shared_memory
-from vime.system.processes import PARENT_VARIABLE
+from vime.system.processes import PARENT_VARIABLE, group_runs
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 15.0
@@ -186,20 +186,11 @@ def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
     """Whether the process and every member of its group end before the monotonic time `end`."""
     while True:
         process.poll()  # reaps it, so that the group can become empty
-        if not any(_runs_in_group(int(folder.name), process.pid) for folder in Path("/proc").glob("[0-9]*")):
+        if not group_runs(process.pid):
             return True
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)
-
-
-def _runs_in_group(pid: int, group: int) -> bool:
-    """Whether a process of the group still runs; a zombie waits for its new parent only."""
-    try:
-        state, _, its_group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
-    except OSError:
-        return False  # it has just ended
-    return int(its_group) == group and state not in "ZX"
 
 
 def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:

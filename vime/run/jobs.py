@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from vime.system.files import PRIVATE, write_json
 
 SUBMIT_FOLDER, JOB_FILE = "submit", "job.json"
 
@@ -35,10 +36,7 @@ def write_jobs(run_dir: str | os.PathLike[str], jobs: Sequence[Job]) -> None:
     """Replaces what was known."""
     folder = Path(run_dir) / SUBMIT_FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{JOB_FILE}.", dir=folder)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump({"jobs": [asdict(job) for job in jobs], "time": time.time()}, file)
-    os.replace(temporary, folder / JOB_FILE)
+    write_json(folder / JOB_FILE, {"jobs": [asdict(job) for job in jobs], "time": time.time()}, mode=PRIVATE)
 
 
 def forget_jobs(run_dir: str | os.PathLike[str]) -> None:

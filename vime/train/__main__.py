@@ -10,14 +10,15 @@ import sys
 import traceback
 
 from vime.errors import Cause, VimeError, is_storage_error
-from vime.run.folder import read_binding, read_plan, read_secret
+from vime.run.folder import read_binding, read_plan
 from vime.run.messages import report
 from vime.run.plan import Binding, Plan
+from vime.run.tokens import API_KEY, RAY_TOKEN, read_token
 
 
 def connect(plan: Plan, binding: Binding) -> None:
     """Join the run's Ray cluster as its driver; the job's token is read from its private file."""
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=read_secret(plan.run_dir, "ray_token"), RAY_DEDUP_LOGS="0")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=read_token(plan.run_dir, RAY_TOKEN), RAY_DEDUP_LOGS="0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from vime.train.loop import Loop
 
     try:
-        asyncio.run(Loop(plan, binding, read_secret(plan.run_dir, "api_key")).run())
+        asyncio.run(Loop(plan, binding, read_token(plan.run_dir, API_KEY)).run())
     except Exception as error:  # noqa: BLE001 -- the last stop: any failure becomes its cause's exit code, in full text
         traceback.print_exception(error)
         cause = cause_of(error)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vime.errors import DeadlineExceeded
-from vime.run.folder import read_binding, read_plan, read_secret
+from vime.run.folder import read_binding, read_plan
 from vime.run.plan import Binding, Plan
+from vime.run.tokens import API_KEY, read_token
 from vime.samples import Rollout
 from vime.train.placement import Slot, pinned, verify_gpu, verify_here
 
@@ -119,7 +120,7 @@ class EngineActor:
 
         plan, binding = read_plan(run_dir), read_binding(run_dir)
         verify_here(binding, plan.engines[engine].nodes[position], f"engine {engine}")
-        self._server = EngineServer(plan, binding, engine, position, read_secret(run_dir, "api_key"))
+        self._server = EngineServer(plan, binding, engine, position, read_token(run_dir, API_KEY))
 
     def start(self) -> None:
         self._server.start()

@@ -14,7 +14,7 @@ from vime.recipe.schema import Recipe
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
-from vime.run.folder import answer_checkpoint, checkpoint_requested
+from vime.run.control import answer_checkpoint, checkpoint_requested
 from vime.run.metrics import MetricsWriter
 from vime.run.plan import Binding, Plan
 from vime.samples import Rollout

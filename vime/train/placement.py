@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.errors import DeadlineExceeded, VimeError
+from vime.node.ray_process import pin_resource
 from vime.run.plan import Binding, Plan
 
-# A pinned bundle takes this much of its node's `slurm_rank_<i>` resource, which every node offers once.
+# Share that a pinned bundle takes of its node's own resource (`pin_resource`), which every node offers once.
 PIN = 0.001
 
 
@@ -37,7 +38,7 @@ def slots(plan: Plan) -> list[Slot]:
 
 def bundles(plan: Plan) -> list[dict[str, float]]:
     """Resources of every slot's bundle: its GPU, a CPU (threads are the plan's matter, not Ray's), its node's pin."""
-    return [{"GPU": 1.0, "CPU": 1.0, f"slurm_rank_{slot.node}": PIN} for slot in slots(plan)]
+    return [{"GPU": 1.0, "CPU": 1.0, pin_resource(slot.node): PIN} for slot in slots(plan)]
 
 
 async def reserve(plan: Plan, *, deadline_s: float) -> Any:
@@ -50,7 +51,7 @@ async def reserve(plan: Plan, *, deadline_s: float) -> Any:
         await asyncio.wait_for(group.ready(), deadline_s)
     except TimeoutError:
         offered = {node["NodeManagerHostname"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        wanted = sorted({key for bundle in bundles(plan) for key in bundle if key.startswith("slurm_rank_")})
+        wanted = sorted({pin_resource(slot.node) for slot in slots(plan)})
         missing = [key for key in wanted if not any(key in resources for resources in offered.values())]
         raise DeadlineExceeded(
             f"Ray did not place {len(bundles(plan))} GPU slots within {deadline_s:.0f} s: "

@@ -1,0 +1,41 @@
+"""Tokens of one start of a run, which Ray and the engines demand of callers: files 0600 in `<run>/secrets` (0700)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from vime.errors import BadInput
+from vime.system.files import PRIVATE, write_file
+
+RAY_TOKEN, API_KEY = "ray_token", "api_key"
+TOKENS = (RAY_TOKEN, API_KEY)
+
+
+def token_path(run_dir: str | os.PathLike[str], name: str) -> Path:
+    """File of a token."""
+    return Path(run_dir) / "secrets" / name
+
+
+def make_tokens(run_dir: str | os.PathLike[str]) -> None:
+    """Replaces the tokens by new ones, for this start of the run."""
+    folder = Path(run_dir) / "secrets"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    for name in TOKENS:
+        write_file(folder / name, secrets.token_hex(32) + "\n", mode=PRIVATE)
+
+
+def read_token(run_dir: str | os.PathLike[str], name: str) -> str:
+    """A token of the run. Raises BadInput where it is missing or others may read it."""
+    path = token_path(run_dir, name)
+    try:
+        with open(path, encoding="ascii") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            token = file.read().strip()
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}: the controller makes it when the run starts") from error
+    if mode & 0o077:
+        raise BadInput(f"{path} can be read by others (mode {mode & 0o777:o}): remove it and submit again")
+    return token
