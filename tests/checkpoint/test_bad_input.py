@@ -1,4 +1,4 @@
-"""What is wrong with a source, a layout or a target: exit code 2, tensor and file named, and nothing is written."""
+"""A bad source, layout or target gives exit code 2, names tensor and file, and nothing is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cast and conversion killed at any byte: nothing looks complete, and a second run goes on where the first one was."""
+"""Cast and conversion killed at any byte: nothing looks complete, and a second run resumes where the first one was."""
 
 from __future__ import annotations
 

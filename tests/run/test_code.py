@@ -1,4 +1,4 @@
-"""What a run's copy of the code holds, and how it is named and written."""
+"""The copy of the code in a run folder: its content, name and writing."""
 
 from __future__ import annotations
 

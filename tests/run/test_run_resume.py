@@ -1,4 +1,4 @@
-"""The command that goes on with a run is the one that started it, in the run's own folder."""
+"""The command that resumes a run is the one that started it, in the run's own folder."""
 
 from __future__ import annotations
 

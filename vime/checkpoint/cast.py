@@ -176,7 +176,7 @@ def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
 
 
 def _is_done(target: Path, stamp: dict[str, Any], shards: Sequence[Shard]) -> bool:
-    """Whether the target is what this cast makes; what is only begun lies elsewhere."""
+    """True where the target is a complete output of this very cast."""
     return read_json(target / STAMP) == stamp and not _missing(target, shards)
 
 
@@ -236,7 +236,7 @@ class Window:
 class CpuCaster:
     """Dequantises rows of mapped files into memory that each thread keeps.
 
-    To allocate it anew for every piece would leave the heaps of all threads large.
+    Allocating it for every piece would leave the heaps of all threads large.
     """
 
     piece_bytes = PIECE_BYTES
@@ -255,7 +255,7 @@ class CpuCaster:
         return dequantise(stored, scales, self.checkpoint.block, out=buffer[: stored.numel()].view(stored.shape))
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 def _write_shard(
@@ -301,7 +301,7 @@ def _cast_rows(caster: CpuCaster | GpuCaster, info: TensorInfo, first: int, last
 
 
 def _wait(missing: Callable[[], list[str]], stall_s: float) -> None:
-    """Until nothing is missing; the deadline starts anew whenever the list gets shorter."""
+    """Waits until nothing is missing; every time the list gets shorter the deadline is extended."""
     left, deadline = missing(), time.monotonic() + stall_s
     while left:
         if time.monotonic() > deadline:

@@ -78,7 +78,7 @@ def convert(
 ) -> bool:
     """Converts with all ranks of the default process group; False where it was done already. Collective.
 
-    An interrupted conversion of this source at this layout goes on where it was, file by file of `file_bytes`.
+    An interrupted conversion of this source at this layout is resumed, file by file of `file_bytes`.
 
     Raises BadInput, before anything is written, for a checkpoint that is not complete, a layout that the model does not
     allow, a target that holds a checkpoint, and a disk that is too small.
@@ -226,7 +226,7 @@ def _read(checkpoint: HFCheckpoint, param: Param, piece: Piece, dtype: torch.dty
 
 
 def _extra_states(param: Param, place: DiskPlace) -> Iterator[str]:
-    """Names of the empty states that Megatron's modules expect beside their weights."""
+    """Names of the empty states that Megatron's modules expect in addition to their weights."""
     module, _, leaf = place.key.rpartition(".")
     name = module.rpartition(".")[2]
     if leaf == "weight" and (name.startswith("linear_") or name == "eh_proj"):

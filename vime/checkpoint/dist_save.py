@@ -1,6 +1,6 @@
 """Saving Megatron's `torch_dist` by any number of ranks, lazily: one tensor of a thread at a time is in memory.
 
-A save that is interrupted at any byte leaves a hidden folder, and the next one goes on there.
+A save that is interrupted at any byte leaves a hidden folder, in which the next one resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chunk:
 
     key: str
     shape: tuple[int, ...]
-    """Of the whole key."""
+    """Shape of the whole key."""
     offset: tuple[int, ...]
     size: tuple[int, ...]
     dtype: torch.dtype
@@ -174,7 +174,7 @@ def prepare(save_dir: Path, made_from: Mapping[str, Any], cut: Mapping[str, Any]
 
 
 def _is_made_from(release: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether a complete folder holds what is asked for."""
+    """True where a complete folder was made from this source."""
     try:
         return torch.load(release / "common.pt", weights_only=True).get(MADE_FROM) == made_from
     except (OSError, RuntimeError, pickle.UnpicklingError):
@@ -182,7 +182,7 @@ def _is_made_from(release: Path, made_from: Mapping[str, Any]) -> bool:
 
 
 def _finish(save_dir: Path) -> None:
-    """What follows the rename of a complete folder; again after an interruption."""
+    """Writes the tracker and removes notes after the rename of a complete folder; repeated after an interruption."""
     if not (save_dir / TRACKER).exists():
         write_tracker(save_dir, RELEASE)
     for pattern in (".__*", STAMP):
@@ -201,7 +201,7 @@ def _sum_over_ranks(count: int) -> int:
 
 
 def _agree(decide: Callable[[], bool]) -> bool:
-    """What rank 0 decides, or its error, on every rank."""
+    """Decision of rank 0, or its error, on every rank."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

@@ -1,7 +1,7 @@
-"""Writing a rank's part of a torch_dist folder, file by file, so that a second run goes on where the first one ended.
+"""Writing a rank's part of a torch_dist folder, file by file, so that a second run resumes where the first one ended.
 
 A rank's items go, in their order, into files of about `file_bytes`. A file is written as a draft, brought to the disk,
-renamed, and then recorded beside it: what has no record is written again.
+renamed, and then recorded next to it: a file without a record is written again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.futures import Future
 from vime.system.files import READABLE, draft, read_json, remove_drafts, write_at, write_json
 
 FILE_BYTES = 2**30
-"""What an interruption costs a thread at most."""
+"""Bytes that an interruption costs a thread at most."""
 # Started early, so that the disk does not idle until the fsync.
 _FLUSH_BYTES = 32 * 2**20
 _OBJECT_BYTES = 1024
@@ -40,7 +40,7 @@ class PartWriter(dcp.FileSystemWriter):
         file_bytes: int = FILE_BYTES,
         skipped: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`skipped` is told the bytes of tensors in files that were there."""
+        """`skipped` is called with the bytes of tensors in files that were there."""
         super().__init__(path)
         self._folder, self._threads, self._file_bytes, self._skipped = path, threads, file_bytes, skipped
 
@@ -136,7 +136,7 @@ def _write(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list
 
 
 class _Appender(io.RawIOBase):
-    """What torch.save writes to: a file that goes to the disk while it grows."""
+    """File for torch.save, flushed to the disk while it grows."""
 
     def __init__(self, file: int) -> None:
         self._file = file

@@ -1,7 +1,7 @@
 """Bringing a repository of the Hub to a folder: byte by byte where it was interrupted, size and hash verified.
 
-What the repository holds is noted in `.vime-fetch.json` beside the files, so that a node without network can tell what
-is missing. Needs no torch; huggingface_hub is imported when something is listed or brought.
+The content of the repository is noted in `.vime-fetch.json` next to the files, so that a node without network can
+tell what is missing. Needs no torch; huggingface_hub is imported when something is listed or fetched.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def wanted(files: Sequence[RemoteFile]) -> Iterator[RemoteFile]:
 
 
 def noted(source: Source) -> Listing | None:
-    """What an earlier fetch noted of this repository in its folder; None without one."""
+    """Listing that an earlier fetch noted in the folder; None without one."""
     content = read_json(source.folder / NOTES)
     if not isinstance(content, dict) or content.get("repository") != source.repository:
         return None
@@ -171,7 +171,7 @@ def stamp_of(path: Path) -> list[int] | None:
 
 
 def has_digest(path: Path, file: RemoteFile) -> bool:
-    """Whether the file's bytes have the announced hash."""
+    """True where the file's bytes have the announced hash."""
     digest = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(f"blob {file.size}\0".encode())
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as stream:
@@ -181,7 +181,7 @@ def has_digest(path: Path, file: RemoteFile) -> bool:
 
 
 def part_of(folder: Path, file: RemoteFile) -> Path:
-    """Where a file grows until it is complete; named by its hash, so that another version never goes on in it."""
+    """Path of an incomplete file; named by its hash, so that another version never continues it."""
     return folder / ".cache" / "vime" / f"{file.digest}.part"
 
 

@@ -77,7 +77,7 @@ def _tensors(
 
 
 def tensor_specs(part: HFTensor, original: HFCheckpoint, scheme: Quantisation | None) -> Iterator[Spec]:
-    """What is written for a tensor: itself or fp8 and scale, and every copy that the original has."""
+    """Entries written for a tensor: itself or fp8 and scale, and every copy that the original has."""
     names = [part.name, *(alias for alias in part.aliases if alias in original)]
     if is_quantised(part.name, part.quantised, scheme):
         assert scheme is not None

@@ -20,7 +20,7 @@ from vime.models.namemap import HFTensor, Param
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FORMAT = 2
-"""Of what cast and conversion write; a higher number makes them do over what an older vime began."""
+"""Version of the output of cast and conversion; after an increase they redo work that an older vime began."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Buffers that some old checkpoints carry and every model computes itself.
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -64,7 +64,7 @@ class HFCheckpoint:
         return found
 
     def is_quantised(self, name: str) -> bool:
-        """Whether the tensor is stored in block fp8."""
+        """True for a tensor stored in block fp8."""
         return self.info(name).dtype == torch.float8_e4m3fn
 
     def stored(self, name: str) -> torch.Tensor:
@@ -122,7 +122,7 @@ class HFCheckpoint:
         return values[inner]
 
     def fingerprint(self) -> dict[str, Any]:
-        """As JSON, what tells this checkpoint from another: every tensor's place and type, its files, the config."""
+        """Identity of this checkpoint as JSON: place and type of every tensor, files, config."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.file.name} {info.dtype} {info.shape} {info.begin}\n".encode())

@@ -21,7 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".msg
 
 
 class HFWriter:
-    """Writes `specs` below a temporary folder beside `path`; `publish` renames it. Until then nothing looks complete.
+    """Writes `specs` below a temporary folder next to `path`; `publish` renames it. Until then nothing looks complete.
 
     The first rank calls `create()`, the others then write into the same files, in any order; every tensor is written
     by exactly one rank.

@@ -1,4 +1,4 @@
-"""Which rank this process is, as torchrun, Slurm or vime's own stages tell it."""
+"""Rank of this process, from the environment of torchrun, Slurm or vime's own stages."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _MAX_HEADER = 100 * 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `begin` and `end` are byte offsets in the file."""
+    """Place of a tensor: `begin` and `end` are byte offsets in the file."""
 
     name: str
     file: Path
@@ -156,6 +156,6 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two CPU tensors of one type hold the same bits (NaN is no exception)."""
+    """True where two CPU tensors of one type hold the same bits, NaN included."""
     flat = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
     return torch.equal(*flat)

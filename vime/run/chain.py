@@ -11,7 +11,7 @@ from vime.run.plan import Memory, NodePlan, Plan, Stage
 LOOKS = ("preflight", "ring")
 """Stages that look at a job's nodes: the second one at what connects them, where they work together."""
 _MARGIN_S = 300.0
-"""What a job's time limit has above the deadlines of its stages, so that these tell first what hangs."""
+"""Margin of a job's time limit over its stages' deadlines, which then fire first and name what hangs."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Link:
     """One job of a run. A run of the shape `allocation` is one job, and has no links."""
 
     name: str
-    """Of the stage that the job is for: `cast`, `convert`, `train`, `report`."""
+    """Name of the stage that the job runs: `cast`, `convert`, `train` or `report`."""
     index: int
     stages: tuple[Stage, ...]
     """Preflight on the job's nodes, the services that the stage needs, and the stage."""

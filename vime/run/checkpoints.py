@@ -34,7 +34,7 @@ def iteration_of(name: str) -> int | None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a folder's name is that of a checkpoint which was never published."""
+    """True for the folder name of a checkpoint that was never published."""
     return _PARTIAL.fullmatch(name) is not None
 
 
@@ -45,7 +45,7 @@ def iterations(root: Path) -> list[int]:
 
 
 def has_tracker(root: str | Path | None) -> bool:
-    """Whether the folder says that it holds a checkpoint."""
+    """True for a folder with a tracker."""
     return root is not None and (Path(root) / TRACKER).exists()
 
 
@@ -61,5 +61,5 @@ def tracked_folder(root: str | Path) -> Path:
 
 
 def tracks_iteration(root: str | Path | None) -> bool:
-    """Whether the tracker names a rollout, so that a run resumes there; False for `release` and without a tracker."""
+    """True where the tracker names a rollout, at which a run resumes; False for `release` and without a tracker."""
     return root is not None and has_tracker(root) and tracked(root).isdigit()

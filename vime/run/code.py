@@ -40,7 +40,7 @@ def checkout() -> Path | None:
 
 
 def look(recipe: Recipe) -> Snapshot | None:
-    """What a run of the recipe would take along: the working tree's code, and the modules of the recipe's plug-ins."""
+    """Files to copy for a run of the recipe: the working tree's code and the modules of the recipe's plug-ins."""
     root = checkout()
     if root is None:
         return None

@@ -1,4 +1,4 @@
-"""What the journal tells a new start of the run about those before it."""
+"""Facts about earlier starts of a run, read from its journal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unfinished_start(events: list[Event]) -> Event | None:
 
 
 def node_failures(events: list[Event]) -> Counter[str]:
-    """How often each host failed in this run."""
+    """Number of failures in this run, by host."""
     ends = (event for event in events if event.kind == "run-end" and event.node)
     return Counter(event.node for event in ends if event.node and event.data.get("cause") == Cause.NODE_FAILURE.name)
 

@@ -33,18 +33,18 @@ def read_jobs(run_dir: str | os.PathLike[str]) -> tuple[Job, ...]:
 
 
 def write_jobs(run_dir: str | os.PathLike[str], jobs: Sequence[Job]) -> None:
-    """Replaces what was known."""
+    """Replaces the recorded jobs."""
     folder = Path(run_dir) / SUBMIT_FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_json(folder / JOB_FILE, {"jobs": [asdict(job) for job in jobs], "time": time.time()}, mode=PRIVATE)
 
 
 def forget_jobs(run_dir: str | os.PathLike[str]) -> None:
-    """For a run that goes on without Slurm."""
+    """Removes the record of jobs, for a run that continues without Slurm."""
     (Path(run_dir) / SUBMIT_FOLDER / JOB_FILE).unlink(missing_ok=True)
 
 
 def add_job(run_dir: str | os.PathLike[str], job: Job) -> None:
-    """For a job that a person submitted: it tells of itself when it starts, again after a requeue."""
+    """Records a job that a person submitted by hand, when it starts and after each requeue."""
     known = [other for other in read_jobs(run_dir) if other.link is not None and other.link != job.link]
     write_jobs(run_dir, [*known, job])

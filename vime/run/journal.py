@@ -61,7 +61,7 @@ class Journal:
         self._reserve = Path(run_dir) / RESERVE_FILE
         self._waiting = b""
         self.error: OSError | None = None
-        """Why events wait in memory; None while they do not."""
+        """Error that keeps events in memory; None while there is none."""
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._end_torn_line()
         self._keep_reserve()
@@ -128,7 +128,7 @@ def parse_events(text: str) -> list[Event]:
         try:
             events.append(Event.model_validate_json(line))
         except ValidationError:
-            # Only a killed writer leaves such a line; the journal goes on after it.
+            # Only a killed writer leaves such a line; events follow it.
             continue
     return events
 

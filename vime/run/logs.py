@@ -1,4 +1,4 @@
-"""The logs of a run: finding them, following them, merging them by the time that stands before every line."""
+"""The logs of a run: finding, following and merging them by the time stamp of each line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} ")
 STAMP_LENGTH = 24
 _VLLM = re.compile(r"(?:\(\S+ pid=\d+\) )?(?:DEBUG|INFO|WARNING|ERROR) (\d\d-\d\d \d\d:\d\d:\d\d) ")
 _ACTOR = re.compile(r"\(rank (\d+) on node (\d+) pid=\d+(?:, ip=\S+)?\) ?")
-"""How Ray marks a line of vime.train.actors.RankActor."""
+"""Prefix that Ray gives to lines of vime.train.actors.RankActor."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LogFile:
     stage: str
     node: int
     rank: int | None
-    """Of an engine, its number in the run."""
+    """Rank of the task; of an engine, its index in the run."""
     path: Path
 
     @property
@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which lines are asked for; None: of any."""
+    """Selection of lines; None selects any value."""
 
     stage: str | None = None
     node: int | None = None
@@ -63,11 +63,11 @@ class Wanted:
         return all(wanted is None or wanted == has for wanted, has in asked)
 
     def takes_all(self, log: LogFile) -> bool:
-        """Whether every line of the file is asked for."""
+        """True where every line of the file is selected."""
         return self.takes(log) and not (log.stage == TRAIN and (self.node is not None or self.rank is not None))
 
     def may_hold(self, log: LogFile) -> bool:
-        """Whether a line that is asked for may stand in this file."""
+        """True where the file may hold a selected line."""
         return self.takes(log) or (log.stage == TRAIN and self.stage in (None, TRAIN))
 
 
@@ -97,7 +97,7 @@ def all_logs(run_dir: str | Path) -> list[LogFile]:
 
 
 def tail_offset(path: Path, lines: int) -> int:
-    """Where the last so many lines of a file begin: logs of days are not read whole for their end."""
+    """Offset in bytes of the last `lines` lines, found without reading the whole file."""
     block = 64 * 1024
     with open(path, "rb") as log:
         place = log.seek(0, os.SEEK_END)
@@ -152,7 +152,7 @@ class Follower:
 
 
 def _stamped(lines: list[Line]) -> list[Line]:
-    """What an engine says before its first time belongs to that time."""
+    """Gives lines before the first time stamp that stamp."""
     first = next((line.stamp for line in lines if line.stamp), "")
     return [line if line.stamp else replace(line, stamp=first) for line in lines]
 

@@ -1,4 +1,4 @@
-"""What a task tells the controller: JSON messages as framed lines on the task's standard output.
+"""Messages from a task to the controller: JSON, as framed lines on the task's standard output.
 
 srun brings that output to the controller at once and from every node, where a file on a shared file system may show up
 half a minute later. Slurm forwards output in pieces of up to 1 KiB that mix between tasks, so a message travels in
@@ -77,7 +77,7 @@ class Assembler:
 
 
 def report(kind: Kind, **data: Any) -> None:
-    """Called by a stage's command: tells its task, and so the controller. Without a task around it, does nothing."""
+    """Sends a message from a stage's command to its task, and so to the controller; does nothing without a task."""
     descriptor = os.environ.get(REPORT_FD)
     if descriptor is not None:
         os.write(int(descriptor), json.dumps([kind, data], separators=(",", ":")).encode("ascii") + b"\n")

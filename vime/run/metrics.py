@@ -60,7 +60,7 @@ class MetricsWriter:
 
 
 def _wandb_run(run_dir: str | Path, run_name: str, project: str, config: Any) -> Any:
-    """The run's page in Weights & Biases; a resumed run goes on with the one it had."""
+    """The run's page in Weights & Biases; a resumed run continues its own."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:

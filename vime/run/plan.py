@@ -37,7 +37,7 @@ class GpuMemory(Frozen):
     engine: Memory = Memory()
     """With the KV cache, which takes what weights and reserve leave of `--vllm-gpu-memory-utilization`."""
     gpu_bytes: int
-    """Of one GPU, from the cluster profile."""
+    """GPU memory, from the cluster profile."""
     kv_cache_tokens: int = 0
     """Tokens that the KV cache of one GPU holds."""
     missing: int = 0
@@ -115,8 +115,8 @@ class Stage(Frozen):
     env: dict[str, str] = Field(default_factory=dict)
     service: bool = False
     needs_services: bool = True
-    """Services that run are stopped before a stage that does not need them. (A slurmctld that was started anew may
-    create no step beside theirs: Slurm 22.05 forgets that they share the job's memory.)"""
+    """Services that run are stopped before a stage that does not need them. (A slurmctld that was restarted may
+    create no step next to theirs: Slurm 22.05 forgets that they share the job's memory.)"""
     tells_end: bool = False
     """The stage has ended well only when it has said so (a report `result`); exit code 0 alone says too little."""
     inputs: tuple[Artefact, ...] = ()
@@ -179,7 +179,7 @@ class Cluster(Frozen):
     cpus_per_node: int | None = None
     memory_per_node_bytes: int | None = None
     gpu_memory_bytes: int | None = None
-    """Of one GPU; 80 GB where it is not given."""
+    """Memory of one GPU; 80 GB where it is not given."""
     exclusive: bool = True
     mem: str | None = "0"
     time_limit_minutes: int = 24 * 60
@@ -206,7 +206,7 @@ class Cluster(Frozen):
 
     @property
     def one_machine(self) -> bool:
-        """Whether every logical node is this machine: nodes then share address, ports and memory."""
+        """True where every logical node is this machine: nodes then share address, ports and memory."""
         return self.kind == "local"
 
     @property
@@ -267,7 +267,7 @@ class Plan(Frozen):
     signal_lead_s: int = 300
     """Seconds before the time limit at which the batch script is signalled."""
     notes: tuple[str, ...] = ()
-    """What a person should know: flags without effect here, translated values, costs."""
+    """Notes for the user: flags without effect here, translated values, costs."""
 
 
 class BoundNode(Frozen):
@@ -284,7 +284,7 @@ class BoundNode(Frozen):
 
 
 class Binding(Frozen):
-    """What only the allocation knows; written by the controller after preflight, anew after a requeue."""
+    """Facts of the allocation. The controller writes it after preflight, and again after a requeue."""
 
     job_id: str | None = None
     restart: int = 0

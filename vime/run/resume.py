@@ -1,4 +1,4 @@
-"""The command that goes on with a run: the one that started it, in the same run folder."""
+"""The command that resumes a run: the one that started it, in the same run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _REPLACED = ("--run-dir", "--runs-dir", "--run-name", "--base-dir")
 
 
 def resume_command(plan: Plan) -> tuple[str, ...]:
-    """Words of the command. Training goes on after the newest checkpoint below `--load`, by default the run's own."""
+    """Words of the command. Training resumes from the newest checkpoint below `--load`, by default the run's own."""
     own, flags = _parts(plan)
     place = ["--run-name", plan.run_name, "--run-dir", plan.run_dir]
     place += ["--base-dir", plan.base_dir] if plan.base_dir else []

@@ -61,7 +61,7 @@ class RunState:
     jobs: list[JobOfRun] = field(default_factory=list)
     """Every job of a chain."""
     reason: str = ""
-    """Why the job waits, or how the run ended."""
+    """Reason for which the job waits, or the end of the run."""
     cause: str | None = None
     restart: int = 0
     stage: str | None = None
@@ -72,7 +72,7 @@ class RunState:
     num_rollout: int = 0
     reward: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last rollout."""
+    """Metrics of the last rollout, by name."""
     seconds_left: float | None = None
     """Until the allocation ends."""
     next_checkpoint: int | None = None
@@ -81,7 +81,7 @@ class RunState:
     """Unix time at which the scheduler expects a waiting job to start."""
 
     note: str = ""
-    """What could not be found out, and why."""
+    """Facts that could not be found out, each with the reason."""
 
     @property
     def ended(self) -> bool:
@@ -146,7 +146,7 @@ def _job_of_run(scheduler: Scheduler, job: Job, now: Job, state: JobState | None
 
 
 def _last_word(events: list[Event]) -> Event | None:
-    """The end of the run; None where it goes on, or was requeued."""
+    """The run's last event; None while it runs or after a requeue."""
     end = next((event for event in reversed(events) if event.kind == "run-end"), None)
     return None if end is None or end.data.get("requeued") else end
 
