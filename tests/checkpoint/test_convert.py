@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import tiny_hf
+from tests.support.torchrun import TOOL, torchrun
 from vime.checkpoint import convert as tool
 from vime.checkpoint import dist_save
 from vime.checkpoint.convert import deal_out
@@ -44,7 +45,6 @@ MODELS = {
     "qwen3-moe": tiny_hf.QWEN3_MOE,
     "llama": tiny_hf.LLAMA,
 }
-TOOL = Path(tool.__file__).parents[2] / "tools" / "convert_hf_to_torch_dist.py"
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +57,6 @@ def alone(monkeypatch):
 
 def convert(hf: Path, save: Path, *flags: str) -> int:
     return tool.main(["--hf-checkpoint", str(hf), "--save", str(save), *flags])
-
-
-def torchrun(processes: int, *command: str) -> None:
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*runner, *command], env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def same_tensors(one: Path, two: Path) -> None:

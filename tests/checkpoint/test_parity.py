@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import TOOL, torchrun
 
 from tests.support import tiny_hf
+from tests.support.torchrun import TOOL, torchrun
 from vime.checkpoint.convert import main as convert
 from vime.checkpoint.export import export
 

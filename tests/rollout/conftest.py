@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.rollout_plans import plan_of
+from tests.support.plans import plan_of
 
 
 @pytest.fixture
@@ -19,6 +19,6 @@ def sums(tmp_path):
         base += ("--over-sampling-batch-size", "8", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "8")
         base += ("--num-steps-per-rollout", "1", "--eval-prompt-data", "sums", str(path), "--rollout-timeout", "20")
         base += ("--dynamic-sampling-filter-path", "none", "--no-rollout-shuffle")
-        return plan_of("tiny-qwen3", nodes, *base, *flags, run_dir=tmp_path)
+        return plan_of("tiny-qwen3", *base, *flags, nodes=nodes, run_dir=tmp_path)
 
     return make

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.rollout_plans import bound, plan_of
+from tests.support.plans import bound, plan_of
 from vime.errors import BadInput
 from vime.rollout.command import engine_command, model_path, thread_binding
 
@@ -26,7 +26,7 @@ R1_FOLLOWER = """-m vime.rollout.serve /shared/models/DeepSeek-R1
 
 
 def test_the_r1_recipe_on_16_nodes_is_two_engines_of_one_leader_and_seven_headless_followers():
-    plan, binding = plan_of("deepseek-r1", 16, cluster="example"), bound(16, port_offset=100)
+    plan, binding = plan_of("deepseek-r1", nodes=16, cluster="example"), bound(16, port_offset=100)
     assert [engine.nodes for engine in plan.engines] == [tuple(range(8)), tuple(range(8, 16))]
     for engine, address, seed in zip(plan.engines, ("10.0.0.10", "10.0.0.18"), (42, 43), strict=True):
         for position in range(8):
@@ -41,7 +41,7 @@ def test_the_r1_recipe_on_16_nodes_is_two_engines_of_one_leader_and_seven_headle
 
 
 def test_the_environment_of_an_r1_node_names_its_gpus_address_interface_and_ports_and_no_secret():
-    plan, binding = plan_of("deepseek-r1", 16, cluster="example"), bound(16, interface="ib0")
+    plan, binding = plan_of("deepseek-r1", nodes=16, cluster="example"), bound(16, interface="ib0")
     engine = plan.engines[1]
     assert engine_command(plan, binding, engine, 3, range(96)).env == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -57,7 +57,7 @@ def test_the_environment_of_an_r1_node_names_its_gpus_address_interface_and_port
 
 
 def test_the_tiny_recipe_loads_the_bf16_copy_with_what_processors_need():
-    plan = plan_of("tiny-deepseek-r1", 2)
+    plan = plan_of("tiny-deepseek-r1", nodes=2)
     command = engine_command(plan, bound(2), plan.engines[1], 0, [0, 1])
     wanted = f"""-m vime.rollout.serve /shared/models/tiny-deepseek-r1-bf16 --tensor-parallel-size 1
         --host 10.0.0.11 --port {plan.engines[1].port} --api-server-count 1 --middleware vime.rollout.guard.RequireKey
@@ -73,7 +73,7 @@ def test_the_tiny_recipe_loads_the_bf16_copy_with_what_processors_need():
 
 def test_two_nodes_of_two_slots_as_data_parallel_two_times_tensor_parallel_two():
     flags = ("--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "4", "--vllm-data-parallel-size", "2")
-    plan = plan_of("tiny-qwen3", 2, *flags)
+    plan = plan_of("tiny-qwen3", *flags, nodes=2)
     leader, follower = (engine_command(plan, bound(2), plan.engines[0], p, [4, 5, 6, 7]) for p in (0, 1))
     assert " ".join(leader.argv).startswith(
         "-m vime.rollout.serve /shared/models/tiny-qwen3 --tensor-parallel-size 2 --data-parallel-size 2 "
@@ -91,7 +91,7 @@ def test_deepep_and_other_flags_of_vllm_pass_through_in_vllms_spelling():
         "--vllm-max-model-len",
         "40960",
     )
-    plan = plan_of("deepseek-r1", 16, *flags, cluster="example")
+    plan = plan_of("deepseek-r1", *flags, nodes=16, cluster="example")
     text = " ".join(engine_command(plan, bound(16), plan.engines[0], 0, [0]).argv)
     assert "--all2all-backend deepep_low_latency" in text
     assert "--no-enable-prefix-caching" in text
@@ -108,7 +108,7 @@ def test_deepep_and_other_flags_of_vllm_pass_through_in_vllms_spelling():
 def test_layouts_that_vllm_computes_wrong_on_processors_are_refused_when_the_run_is_planned(recipe, flags, reason):
     slots = ("--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2")
     with pytest.raises(BadInput, match=reason):
-        plan_of(recipe, 1, *slots, *flags)
+        plan_of(recipe, *slots, *flags, nodes=1)
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_layouts_that_vllm_computes_wrong_on_processors_are_refused_when_the_run
 )
 def test_flags_that_the_run_decides_are_refused_with_the_reason(flag, value):
     with pytest.raises(BadInput, match="cannot be given"):
-        plan_of("tiny-deepseek-r1", 1, flag, *([value] if value else []))
+        plan_of("tiny-deepseek-r1", flag, *([value] if value else []), nodes=1)
 
 
 def test_an_unquantised_checkpoint_is_loaded_as_it_is():
-    assert model_path(plan_of("tiny-qwen3", 1)) == "/shared/models/tiny-qwen3"
+    assert model_path(plan_of("tiny-qwen3", nodes=1)) == "/shared/models/tiny-qwen3"
 
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=64, unique=True), st.integers(1, 16))
@@ -149,8 +149,8 @@ def test_vllms_own_parser_takes_every_command_line():
     parser = FlexibleArgumentParser(prog="vllm")
     ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
     for plan, binding in (
-        (plan_of("deepseek-r1", 16, cluster="example"), bound(16)),
-        (plan_of("tiny-deepseek-r1", 1), bound(1)),
+        (plan_of("deepseek-r1", nodes=16, cluster="example"), bound(16)),
+        (plan_of("tiny-deepseek-r1", nodes=1), bound(1)),
     ):
         for position in (0, len(plan.engines[0].nodes) - 1):
             argv = engine_command(plan, binding, plan.engines[0], position, [0]).argv

@@ -16,8 +16,8 @@ from statistics import fmean
 import aiohttp
 import pytest
 
+from tests.support.plans import plan_of
 from tests.support.reference_log_probs import reference_log_probs
-from tests.support.rollout_plans import plan_of
 from vime.errors import DeadlineExceeded
 from vime.rollout.client import UNVERSIONED, EngineClient, SamplingSettings
 from vime.rollout.engine import EngineFailed, EngineServer
@@ -65,7 +65,9 @@ def base(tmp_path_factory):
 
 
 def plan_and_binding(base, run_dir, *flags, port_offset=0):
-    plan = plan_of("tiny-deepseek-r1", 1, "--dynamic-sampling-filter-path", "none", *flags, base=base, run_dir=run_dir)
+    plan = plan_of(
+        "tiny-deepseek-r1", "--dynamic-sampling-filter-path", "none", *flags, nodes=1, base=base, run_dir=run_dir
+    )
     node = BoundNode(index=0, host=socket.gethostname(), address="127.0.0.1")
     return plan, Binding(nodes=(node,), port_offset=port_offset)
 

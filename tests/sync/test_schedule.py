@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support.hf_configs import DEEPSEEK_R1
+from tests.support.plans import engine_plan
 from tests.support.tiny_hf import DEEPSEEK, QWEN3, QWEN3_MOE, with_fp8
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
@@ -20,28 +21,12 @@ from vime.models.families import params_of
 from vime.models.namemap import Param, Where
 from vime.models.shards import check_layout, holds, pieces, tensor_split
 from vime.recipe.parallel import ParallelLayout
-from vime.run.plan import EnginePlan
 from vime.sync.parts import SLOTS
 from vime.sync.receivers import experts_of, receivers_of
 from vime.sync.schedule import Schedule, aligned, far_groups, make_schedule
 
 ORDER = [Where.EMBEDDING, Where.DECODER, Where.HEAD]
 CONFIGS = [with_fp8(DEEPSEEK), with_fp8(DEEPSEEK, (24, 40)), DEEPSEEK, QWEN3, QWEN3_MOE]
-
-
-def engine(
-    index: int, gpus: dict[int, tuple[int, ...]], *, tensor: int = 1, data: int = 1, expert_parallel: bool = False
-) -> EnginePlan:
-    return EnginePlan(
-        index=index,
-        nodes=tuple(gpus),
-        gpus=tuple(gpus.values()),
-        tensor_parallel_size=tensor,
-        data_parallel_size=data,
-        expert_parallel=expert_parallel,
-        port=1,
-        aux_port=2,
-    )
 
 
 @st.composite
@@ -65,20 +50,20 @@ def schedules(draw: st.DrawFn) -> Schedule:
         # Engines on the trainer's own GPUs: all of them, or two that share them.
         gpus = [rank % per_node for rank in range(world)]
         places = {node: tuple(range(nodes.count(node))) for node in sorted(set(nodes))}
-        engines = [engine(0, places, data=world, expert_parallel=draw(st.booleans()))]
+        engines = [engine_plan(0, places, data=world, expert_parallel=draw(st.booleans()))]
         if draw(st.booleans()):
-            engines = [engine(i, {node: (gpu,)}) for i, (node, gpu) in enumerate(zip(nodes, gpus, strict=True))]
+            engines = [engine_plan(i, {node: (gpu,)}) for i, (node, gpu) in enumerate(zip(nodes, gpus, strict=True))]
         if draw(st.booleans()):
             # Engines on GPUs of their own, beside the others or alone.
-            apart = engine(
+            apart = engine_plan(
                 0, {nodes[-1] + 1: (0, 1), nodes[-1] + 2: (0, 1)}, data=4, expert_parallel=draw(st.booleans())
             )
             engines = [*engines, apart.model_copy(update={"index": len(engines)})] if draw(st.booleans()) else [apart]
     elif draw(st.booleans()):
-        engines = [engine(0, {0: (0, 1), 1: (0, 1)}, tensor=2, data=2, expert_parallel=draw(st.booleans()))]
-        engines.append(engine(1, {1: (2,), 2: (0,)}, data=2, expert_parallel=True))
+        engines = [engine_plan(0, {0: (0, 1), 1: (0, 1)}, tensor=2, data=2, expert_parallel=draw(st.booleans()))]
+        engines.append(engine_plan(1, {1: (2,), 2: (0,)}, data=2, expert_parallel=True))
     else:
-        engines = [engine(i, {node: (0,)}) for i, node in enumerate(draw(st.sets(st.integers(0, 3), min_size=1)))]
+        engines = [engine_plan(i, {node: (0,)}) for i, node in enumerate(draw(st.sets(st.integers(0, 3), min_size=1)))]
     limit = draw(st.sampled_from([20_000, 50_000, 10**9]))
     options = {"draft": draw(st.booleans()), "mtp_trained": draw(st.booleans())}
     return make_schedule(config, layout, nodes, receivers_of(config, nodes, engines, gpus=gpus), limit, **options)
@@ -111,7 +96,7 @@ def test_every_receiver_gets_every_box_once_from_a_rank_that_has_it(schedule: Sc
 
 def test_a_worker_on_a_gpu_gets_its_own_experts_from_the_rank_there_where_it_has_them() -> None:
     config, layout = ModelConfig.from_hf(with_fp8(DEEPSEEK)), ParallelLayout(4, ep=4)
-    shared = engine(0, {0: (0, 1), 1: (0, 1)}, data=4, expert_parallel=True)
+    shared = engine_plan(0, {0: (0, 1), 1: (0, 1)}, data=4, expert_parallel=True)
     receivers = receivers_of(config, [0, 0, 1, 1], [shared], gpus=[0, 1, 0, 1])
     assert [(receiver.node, receiver.gpu, receiver.publishers) for receiver in receivers] == [
         (0, 0, (0,)), (0, 1, (1,)), (1, 0, (2,)), (1, 1, (3,)),
@@ -125,7 +110,7 @@ def test_a_worker_on_a_gpu_gets_its_own_experts_from_the_rank_there_where_it_has
 
 def test_engines_on_gpus_of_their_own_get_buckets_out_of_a_ranks_gpu_through_a_group_a_node() -> None:
     config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
-    apart = engine(0, {1: (0, 1), 2: (0, 1)}, data=4, expert_parallel=True)
+    apart = engine_plan(0, {1: (0, 1), 2: (0, 1)}, data=4, expert_parallel=True)
     receivers = receivers_of(config, [0, 0], [apart], gpus=[0, 1])
     assert [(one.node, one.gpu, one.publishers, one.local, one.on_gpu) for one in receivers] == [
         (1, None, (0,), False, True), (2, None, (1,), False, True),
@@ -141,7 +126,7 @@ def test_engines_on_gpus_of_their_own_get_buckets_out_of_a_ranks_gpu_through_a_g
 def test_engines_on_gpus_beside_trainer_ranks_that_have_others_are_refused() -> None:
     config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
     with pytest.raises(BadInput, match="GPU 1 of node 0 has a worker of engine 0 and no trainer rank"):
-        receivers_of(config, [0], [engine(0, {0: (0, 1)}, tensor=2)], gpus=[0])
+        receivers_of(config, [0], [engine_plan(0, {0: (0, 1)}, tensor=2)], gpus=[0])
 
 
 def inside(piece, box) -> bool:
@@ -185,7 +170,7 @@ def test_places_do_not_overlap_and_fit_the_buffer(schedule: Schedule) -> None:
 
 def test_buckets_respect_the_buffer_but_for_a_tensor_that_is_larger_alone() -> None:
     config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
-    receivers = receivers_of(config, [0], [engine(0, {0: (0,)})])
+    receivers = receivers_of(config, [0], [engine_plan(0, {0: (0,)})])
     schedule = make_schedule(config, ParallelLayout(), [0], receivers, 20_000)
     assert len(schedule.buckets) > 3
     assert all(schedule.places(bucket.index, 0)[1] <= 20_000 for bucket in schedule.buckets)
@@ -216,7 +201,7 @@ def test_experts_of_a_bucket_come_from_all_sources_in_turn() -> None:
     config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
     assert config.moe is not None
     experts = config.moe.num_experts
-    receivers = receivers_of(config, [0, 0], [engine(0, {1: (0,)})])
+    receivers = receivers_of(config, [0, 0], [engine_plan(0, {1: (0,)})])
     schedule = make_schedule(config, ParallelLayout(2, ep=2), [0, 0], receivers, 10**9)
     params: dict[int | None, list[tuple[int, str]]] = {}
     for entry in schedule.buckets[0].entries:
@@ -244,7 +229,7 @@ def layers_open_at_once(schedule: Schedule, receiver: int) -> int:
 @pytest.mark.parametrize(("buffer", "open_at_once"), [(10**6, 4), (30_000, 2), (1000, 1)])
 def test_layers_of_all_stages_go_by_turns_as_far_as_the_engine_can_keep_them(buffer: int, open_at_once: int) -> None:
     config = ModelConfig.from_hf({**with_fp8(DEEPSEEK), "num_hidden_layers": 8})
-    receivers = receivers_of(config, [0] * 4, [engine(0, {1: (0,)})])
+    receivers = receivers_of(config, [0] * 4, [engine_plan(0, {1: (0,)})])
     schedule = make_schedule(config, ParallelLayout(4, pp=4), [0] * 4, receivers, buffer)
     assert layers_open_at_once(schedule, 0) == open_at_once
     for bucket in schedule.buckets if buffer == 10**6 else ():
@@ -258,7 +243,9 @@ def r1() -> Schedule:
     layout = ParallelLayout(128, tp=8, pp=4, cp=4, ep=32, last_stage_layers=13)
     nodes = [rank // 8 for rank in range(128)]
     gpus = tuple(range(8))
-    engines = [engine(i, {8 * i + n: gpus for n in range(8)}, tensor=8, data=8, expert_parallel=True) for i in range(2)]
+    engines = [
+        engine_plan(i, {8 * i + n: gpus for n in range(8)}, tensor=8, data=8, expert_parallel=True) for i in range(2)
+    ]
     return make_schedule(config, layout, nodes, receivers_of(config, nodes, engines), 512 * 2**20)
 
 
@@ -288,7 +275,9 @@ def test_the_recipes_workers_get_their_own_experts_only() -> None:
     nodes, slots = [rank // 8 for rank in range(128)], [rank % 8 for rank in range(128)]
     config = ModelConfig.from_hf(DEEPSEEK_R1)
     gpus = tuple(range(8))
-    engines = [engine(i, {8 * i + n: gpus for n in range(8)}, tensor=8, data=8, expert_parallel=True) for i in range(2)]
+    engines = [
+        engine_plan(i, {8 * i + n: gpus for n in range(8)}, tensor=8, data=8, expert_parallel=True) for i in range(2)
+    ]
     receivers = receivers_of(config, nodes, engines, gpus=slots)
     assert len(receivers) == 128
     assert all(len(receiver.experts or ()) == 4 for receiver in receivers)

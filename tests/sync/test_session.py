@@ -3,92 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from tests.support.tiny_hf import DEEPSEEK, with_fp8
-from tests.sync.test_schedule import engine
-from vime.errors import Cause, DeadlineExceeded
-from vime.models.config import ModelConfig
-from vime.models.families import params_of
-from vime.models.namemap import Where
-from vime.recipe.parallel import ParallelLayout
-from vime.rollout.client import EngineStatus
-from vime.run.plan import EnginePlan
-from vime.sync.receivers import receivers_of
-from vime.sync.schedule import make_schedule
-from vime.sync.session import Session, SyncDeadlines, SyncFailed, worker_infos
-
-CONFIG = ModelConfig.from_hf(with_fp8(DEEPSEEK))
-NAMES = [part.name for param in params_of(CONFIG) if param.where != Where.MTP for part in param.parts]
-WORKER = "dp0:pp0:pcp0:tp0:"
-RECEIVED = {f"{WORKER}received.{name}": "x" for name in NAMES}
-
-
-class FakeTrainer:
-    """Answers as ranks that publish for one receiver each; keeps the order of calls with those of the engines."""
-
-    def __init__(self, journal: list[tuple[str, Any]], buckets: int, receivers: int) -> None:
-        self.journal, self.buckets, self.receivers = journal, buckets, receivers
-        self.late: str | None = None
-        self.digests = dict.fromkeys(NAMES, "x")
-
-    async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        self.journal.append((method, args[0] if args else None))
-        if method == self.late:
-            raise DeadlineExceeded(f"trainer {method} did not end within {deadline_s:.0f} s")
-        await asyncio.sleep(0)
-        if method == "weights_prepare":
-            return [self.buckets] * 2
-        if method == "weights_publish":
-            return [{str(number): {"size": 10, "bucket": args[0]}} for number in range(self.receivers)]
-        if method == "weights_digests":
-            return [self.digests, {}]
-        return [None, None]
-
-
-class FakeEngine:
-    """Records every call; `fails_at` is a (method, bucket) at which it answers 500, or never answers."""
-
-    def __init__(self, journal: list[tuple[str, Any]], number: int) -> None:
-        self.journal, self.number = journal, number
-        self.fails_at: tuple[str, int | None] | None = None
-        self.hangs = False
-        self.sums: list[dict[str, str]] = []
-        """Answers to `checksums`, in turn."""
-
-    def __getattr__(self, method: str) -> Any:
-        async def call(*args: Any) -> Any:
-            bucket = args[0].get("bucket") if args and isinstance(args[0], dict) else None
-            value = bucket if method == "update_weights" else args[0] if args else None
-            self.journal.append((f"{self.number}:{method}", value))
-            await asyncio.sleep(0.001)
-            if self.fails_at == (method, bucket):
-                if self.hangs:
-                    await asyncio.sleep(30)
-                raise EngineStatus(f"POST /{method} answered 500", 500)
-            return self.sums.pop(0) if method == "checksums" else None
-
-        return call
-
-
-def session(
-    engines: Sequence[EnginePlan], *, draft: bool = False, deadline: float = 5.0
-) -> tuple[Session, FakeTrainer, list[FakeEngine], list[tuple[str, Any]]]:
-    journal: list[tuple[str, Any]] = []
-    receivers = receivers_of(CONFIG, [0, 1], engines)
-    schedule = make_schedule(CONFIG, ParallelLayout(2), [0, 1], receivers, 100_000, draft=draft)
-    trainer = FakeTrainer(journal, len(schedule.buckets), len(receivers))
-    fakes = [FakeEngine(journal, number) for number in range(len(engines))]
-    deadlines = SyncDeadlines(engine=deadline)
-    clients: list[Any] = list(fakes)
-    return Session(schedule, engines, trainer, clients, "keep", deadlines), trainer, fakes, journal
+from tests.support.plans import engine_plan
+from tests.support.sync_session import NAMES, RECEIVED, WORKER, FakeEngine, session
+from vime.errors import Cause
+from vime.sync.session import SyncFailed, worker_infos
 
 
 async def test_the_order_of_a_sync() -> None:
-    sync, trainer, _, journal = session([engine(0, {0: (0,)})])
+    sync, trainer, _, journal = session([engine_plan(0, {0: (0,)})])
     metrics = await sync.run(5)
     calls = [name for name, _ in journal]
     engine_calls = [name for name in calls if name.startswith("0:")]
@@ -111,7 +37,7 @@ async def test_the_order_of_a_sync() -> None:
 
 
 async def test_a_bucket_is_released_after_it_was_loaded_and_before_its_memory_is_published_again() -> None:
-    sync, trainer, _, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    sync, trainer, _, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     await sync.run(1)
     for bucket in range(trainer.buckets):
         release = journal.index(("weights_release", bucket))
@@ -123,7 +49,7 @@ async def test_a_bucket_is_released_after_it_was_loaded_and_before_its_memory_is
 
 
 async def test_engines_are_connected_once_and_again_after_a_restart() -> None:
-    sync, _, _, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    sync, _, _, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     await sync.run(1)
     await sync.run(2)
     assert [name for name, _ in journal].count("1:init_weight_transfer") == 1
@@ -135,7 +61,7 @@ async def test_engines_are_connected_once_and_again_after_a_restart() -> None:
 
 
 async def test_the_draft_is_updated_after_the_policy() -> None:
-    sync, _, _, journal = session([engine(0, {0: (0,)})], draft=True)
+    sync, _, _, journal = session([engine_plan(0, {0: (0,)})], draft=True)
     await sync.run(1)
     calls = [name for name, _ in journal if name.startswith("0:")]
     assert calls.index("0:start_update") < calls.index("0:start_draft_update")
@@ -146,7 +72,7 @@ async def test_the_draft_is_updated_after_the_policy() -> None:
 
 @pytest.mark.parametrize("at", [("update_weights", 1), ("finish_update", None), ("start_update", None)])
 async def test_a_failure_half_way_names_engine_and_bucket_and_nothing_is_resumed(at: tuple[str, int | None]) -> None:
-    sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    sync, _, fakes, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     fakes[1].fails_at = at
     with pytest.raises(SyncFailed) as caught:
         await sync.run(1)
@@ -159,7 +85,7 @@ async def test_a_failure_half_way_names_engine_and_bucket_and_nothing_is_resumed
 
 
 async def test_engines_of_a_failed_sync_are_loaded_again_only_when_all_were_restarted() -> None:
-    sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    sync, _, fakes, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     fakes[1].fails_at = ("update_weights", 0)
     with pytest.raises(SyncFailed):
         await sync.run(1)
@@ -176,7 +102,7 @@ async def test_engines_of_a_failed_sync_are_loaded_again_only_when_all_were_rest
 
 
 async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:
-    sync, _, fakes, _ = session([engine(0, {0: (0,)})], deadline=0.2)
+    sync, _, fakes, _ = session([engine_plan(0, {0: (0,)})], deadline=0.2)
     fakes[0].fails_at, fakes[0].hangs = ("update_weights", 0), True
     with pytest.raises(SyncFailed, match="engine 0 did not end update_weights within 0 s") as caught:
         await asyncio.wait_for(sync.run(1), 5)
@@ -184,7 +110,7 @@ async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:
 
 
 async def test_a_check_sends_everything_again_over_zeros_and_compares() -> None:
-    sync, trainer, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    sync, trainer, fakes, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     for fake in fakes:
         fake.sums = [{"a": "1", "b": "2"}, {"a": "1", "b": "2", **RECEIVED}]
     metrics = await sync.run(4, check=True)
@@ -222,7 +148,7 @@ async def test_a_check_sends_everything_again_over_zeros_and_compares() -> None:
     ],
 )
 async def test_a_weight_that_does_not_arrive_as_the_trainer_has_it_is_named(first: Any, second: Any, says: str) -> None:
-    sync, _, fakes, journal = session([engine(0, {0: (0,)}), engine(1, {1: (0,)})])
+    sync, _, fakes, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     fakes[0].sums, fakes[1].sums = list(first), list(second)
     with pytest.raises(SyncFailed, match=says):
         await sync.run(1, check=True)
@@ -230,7 +156,7 @@ async def test_a_weight_that_does_not_arrive_as_the_trainer_has_it_is_named(firs
 
 
 async def test_a_trainer_that_is_late_fails_the_sync_too() -> None:
-    sync, trainer, _, journal = session([engine(0, {0: (0,)})])
+    sync, trainer, _, journal = session([engine_plan(0, {0: (0,)})])
     trainer.late = "weights_publish"
     with pytest.raises(SyncFailed, match="weights_publish did not end") as caught:
         await sync.run(1)
@@ -240,7 +166,7 @@ async def test_a_trainer_that_is_late_fails_the_sync_too() -> None:
 
 
 async def test_ranks_that_planned_otherwise_are_found_out_before_an_engine_is_touched() -> None:
-    sync, trainer, _, journal = session([engine(0, {0: (0,)})])
+    sync, trainer, _, journal = session([engine_plan(0, {0: (0,)})])
     trainer.buckets += 1
     with pytest.raises(SyncFailed, match="buckets, the driver"):
         await sync.run(1)
@@ -248,12 +174,12 @@ async def test_ranks_that_planned_otherwise_are_found_out_before_an_engine_is_to
 
 
 def test_an_engine_on_several_nodes_gets_a_description_for_every_worker() -> None:
-    spread = engine(0, {3: (0, 1), 4: (0, 1)}, tensor=2, data=2)
+    spread = engine_plan(0, {3: (0, 1), 4: (0, 1)}, tensor=2, data=2)
     infos: dict[tuple[int, int | None], Any] = {(3, None): {"segment": "a"}, (4, None): {"segment": "b"}}
     assert [info["segment"] for info in worker_infos(spread, infos)] == ["a", "a", "b", "b"]  # type: ignore[index]
-    assert worker_infos(engine(0, {3: (0,)}), infos) == {"segment": "a"}
+    assert worker_infos(engine_plan(0, {3: (0,)}), infos) == {"segment": "a"}
 
 
 def test_workers_on_gpus_of_their_own_get_a_description_each() -> None:
-    pair = engine(0, {3: (2, 5)}, tensor=2)
+    pair = engine_plan(0, {3: (2, 5)}, tensor=2)
     assert worker_infos(pair, {(3, 2): {"handle": "a"}, (3, 5): {"handle": "b"}}) == [{"handle": "a"}, {"handle": "b"}]

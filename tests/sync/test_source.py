@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from tests.support import tiny_hf
+from tests.support.plans import engine_plan
 from tests.support.small_models import Tensors, shards, trained
-from tests.sync.test_schedule import engine
 from vime.checkpoint.hf import HFCheckpoint
 from vime.errors import BadInput, VimeError
 from vime.fp8 import quantise as fp8
@@ -129,14 +129,14 @@ def sync_case(rank: int, case: Case, run: str) -> None:
     nodes = [place // per_node for place in range(layout.world_size)]
     far = nodes[-1] + 1
     engines = [
-        engine(0, {0: (0,), far: (0,)}, data=2, expert_parallel=config.moe is not None),
-        engine(1, {nodes[-1]: (0,)}),
+        engine_plan(0, {0: (0,), far: (0,)}, data=2, expert_parallel=config.moe is not None),
+        engine_plan(1, {nodes[-1]: (0,)}),
     ]
     gpus = [place % per_node for place in range(layout.world_size)] if shared else None
     if shared:
         places = {node: tuple(range(per_node)) for node in sorted(set(nodes))}
-        engines = [engine(0, places, data=layout.world_size, expert_parallel=config.moe is not None)]
-        engines.append(engine(1, {far: (0, 1)}, data=2, expert_parallel=config.moe is not None))
+        engines = [engine_plan(0, places, data=layout.world_size, expert_parallel=config.moe is not None)]
+        engines.append(engine_plan(1, {far: (0, 1)}, data=2, expert_parallel=config.moe is not None))
     receivers = receivers_of(config, nodes, engines, gpus=gpus)
     schedule = make_schedule(config, layout, nodes, receivers, 60_000, draft=True, mtp_trained=True)
     for version in (1, 2):
@@ -222,7 +222,7 @@ def one_rank(
 ) -> WeightSource:
     config = ModelConfig.from_hf(hf)
     schedule: Schedule = make_schedule(
-        config, ParallelLayout(), [0], receivers_of(config, [0], [engine(0, {engine_node: (0,)})]), buffer,
+        config, ParallelLayout(), [0], receivers_of(config, [0], [engine_plan(0, {engine_node: (0,)})]), buffer,
         draft=bool(more),
     )  # fmt: skip
     return WeightSource.of_tensors(tensors or shards(hf, trained(hf, 1), ParallelLayout(), 0), schedule, 0, run, **more)
@@ -273,7 +273,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def a_rank_with_a_weight_that_is_not_finite(rank: int, run: str) -> None:
     """Rank 3 of four has one; receivers on another node, so that messages cross."""
     config, layout = ModelConfig.from_hf(FP8), ParallelLayout(4, ep=4)
-    receivers = receivers_of(config, [0, 0, 1, 1], [engine(0, {0: (0,)})])
+    receivers = receivers_of(config, [0, 0, 1, 1], [engine_plan(0, {0: (0,)})])
     schedule = make_schedule(config, layout, [0, 0, 1, 1], receivers, 1 << 30)
     held = shards(FP8, trained(FP8, 1), layout, rank)
     if rank == 3:

@@ -5,56 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.engines import engine, log_probs
+from tests.support.engines import engine
 from tests.support.fresh_engine import PROMPTS, SPECULATION, fresh
 from tests.support.layout_table import DEEPSEEK as DEEPSEEK_LAYOUTS
 from tests.support.layout_table import QWEN3 as QWEN3_LAYOUTS
+from tests.support.plans import engine_plan
 from tests.support.small_models import DEEPSEEK, QWEN3, trained, write_folder
+from tests.support.synced import FAR_NODE, MIDDLE, NEW, OLD, Synced
 from tests.support.trainer import Held, Trainer
-from tests.sync.test_schedule import engine as engine_plan
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
 from vime.rollout.command import MODEL_NAME
-from vime.sync.session import Session, SyncDeadlines
 
 pytestmark = pytest.mark.e2e
-OLD, MIDDLE, NEW = 1, 2, 3
-"""Seeds of weights."""
-FAR_NODE = 7
-
-
-class Synced:
-    """Engines that a trainer gives its weights to."""
-
-    def __init__(self, trainer: Trainer, held: Held, clients: list[EngineClient]) -> None:
-        self.trainer, self.held, self.clients = trainer, held, clients
-        self.version = 0
-
-    async def sync(self, *, check: bool = False, **changes: Any) -> dict[str, float]:
-        """A sync from a trainer that holds something else than the one before it."""
-        self.held = replace(self.held, **changes)
-        schedule = await self.trainer.hold(self.held)
-        addresses = ["127.0.0.1"] * (FAR_NODE + 1)
-        session = Session(schedule, self.held.engines, self.trainer, self.clients, "keep", SyncDeadlines(), addresses)
-        self.version += 1
-        return await session.run(self.version, check=check)
-
-    async def checksums(self) -> list[dict[str, str]]:
-        return [await client.checksums() for client in self.clients]
-
-    async def answers(self, replica: int | None = None) -> list[list[tuple[list[int], list[float]]]]:
-        return [[await log_probs(client, prompt, replica=replica) for prompt in PROMPTS] for client in self.clients]
-
-    async def forget(self) -> None:
-        """Nothing of a sync is left that the next one could rest on."""
-        for client in self.clients:
-            await client.reset_weights()
 
 
 def layouts(hf: dict[str, Any], table: dict[str, dict[str, Any]]) -> dict[str, ParallelLayout]:

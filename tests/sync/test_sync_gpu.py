@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from tests.support import tiny_hf
+from tests.support.plans import engine_plan
 from tests.support.small_models import Tensors, shards, trained
-from tests.sync.test_schedule import engine
 from vime.errors import VimeError
 from vime.fp8 import quantise as fp8
 from vime.models.config import ModelConfig
@@ -58,7 +58,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 def source_of(run: str, held: Tensors, *, engine_node: int = 0) -> WeightSource:
     config = ModelConfig.from_hf(HF)
-    receivers = receivers_of(config, [0], [engine(0, {engine_node: (0,)})], gpus=[0])
+    receivers = receivers_of(config, [0], [engine_plan(0, {engine_node: (0,)})], gpus=[0])
     schedule = make_schedule(config, ParallelLayout(), [0], receivers, 100_000, draft=True, mtp_trained=True)
     return WeightSource.of_tensors(held, schedule, 0, run)
 
@@ -119,7 +119,7 @@ def test_buckets_for_a_node_of_its_own_lie_on_the_gpu_and_go_through_nccl(tmp_pa
     """One GPU can hold one member of a group: the publisher sends to nobody, from its sending thread."""
     held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
     near, far = source_of(str(tmp_path), held), source_of(str(tmp_path), held, engine_node=1)
-    group = far_groups(far.schedule, engine(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])
+    group = far_groups(far.schedule, engine_plan(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])
     far.listen([replace(one, workers=0) for one in group])
     far.connect(60)
     for (ours, sent), (_, mapped) in zip(streams(far, 1), streams(near, 1), strict=True):
@@ -136,7 +136,7 @@ def receiver_on_the_other_gpu(
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
     source = source_of(str(tmp_path), held, engine_node=1)
-    (port,) = source.listen(far_groups(source.schedule, engine(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])).values()
+    (port,) = source.listen(far_groups(source.schedule, engine_plan(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])).values()
     with subprocess.Popen(
         [sys.executable, "-c", RECEIVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as receiver:

@@ -18,10 +18,10 @@ import torch
 
 from tests.support.engines import engine, log_probs
 from tests.support.fresh_engine import PROMPTS, SPECULATION
+from tests.support.plans import engine_plan
 from tests.support.small_models import DEEPSEEK, QWEN3, trained, write_folder
+from tests.support.synced import FAR_NODE, MIDDLE, NEW, OLD, Synced
 from tests.support.trainer import Held, Trainer
-from tests.sync.test_schedule import engine as engine_plan
-from tests.sync.test_sync_engine import FAR_NODE, MIDDLE, NEW, OLD, Synced
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.train.test_trust import plan_of
+from tests.support.plans import plan_of
 from vime.errors import Cause
 from vime.rollout.client import EngineStatus
 from vime.train.handover import EngineStuck, Handover, HandoverDeadlines, described, moved, over_plan

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.train.test_trust import plan_of
+from tests.support.plans import plan_of
 from vime.run.metrics import read_metrics
 from vime.run.plan import Binding, BoundNode
 from vime.samples import Group, Rollout, Sample, Status

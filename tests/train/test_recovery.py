@@ -9,10 +9,9 @@ import json
 
 import pytest
 
+from tests.support.plans import engine_plan, plan_of
 from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine
-from tests.sync import test_session
-from tests.sync.test_schedule import engine as planned_engine
-from tests.train.test_trust import plan_of
+from tests.support.sync_session import session
 from vime.rollout.client import EngineClient, Generated
 from vime.rollout.client import RequestDeadlines as ClientDeadlines
 from vime.rollout.dispatch import Patience
@@ -158,7 +157,7 @@ async def test_an_engine_that_does_not_come_back_ends_the_run_with_its_failure(p
 
 async def test_after_a_sync_that_failed_half_way_every_engine_is_loaded_whole_before_it_serves():
     """The real session of a sync, under the supervisor."""
-    sync, trainer, engines, journal = test_session.session([planned_engine(0, {0: (0,)}), planned_engine(1, {1: (0,)})])
+    sync, trainer, engines, journal = session([engine_plan(0, {0: (0,)}), engine_plan(1, {1: (0,)})])
     engines[1].fails_at = ("update_weights", 1)
     plan = plan_of("tiny-qwen3")
 

@@ -5,7 +5,8 @@ import asyncio
 
 import pytest
 
-from tests.train.test_trust import FakeEngine, plan_of
+from tests.support.fake_engine import FakeEngine
+from tests.support.plans import plan_of
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.rollout.client import EngineAnswer, EngineTimeout, EngineUnreachable
 from vime.sync.session import SyncFailed

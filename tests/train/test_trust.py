@@ -2,10 +2,8 @@
 
 import pytest
 
-from vime.planning.build import Checks, make_plan
-from vime.planning.cluster import load_cluster
-from vime.recipe.load import load_recipe
-from vime.rollout.client import Generated
+from tests.support.fake_engine import FakeEngine
+from tests.support.plans import plan_of
 from vime.train.trust import (
     ROUNDED_NUMBERS,
     SAME_NUMBERS,
@@ -18,31 +16,6 @@ from vime.train.trust import (
 )
 
 PROMPTS = [[1, 2], [3]]
-
-
-def plan_of(recipe, *flags, nodes=2):
-    checks = Checks(inputs=False, run_folder=False)
-    return make_plan(
-        load_recipe(recipe, list(flags)),
-        cluster=load_cluster("local"),
-        nodes=nodes,
-        base_dir="/base",
-        run_name="r",
-        checks=checks,
-    )
-
-
-class FakeEngine:
-    """Answers two tokens with fixed log-probs; `off` nats more on one data-parallel rank."""
-
-    def __init__(self, version=3, off=0.0, wrong_rank=None):
-        self.version, self.off, self.wrong_rank = version, off, wrong_rank
-        self.asked = []
-
-    async def generate(self, token_ids, settings, *, deadline_s, data_parallel_rank=None):
-        self.asked.append((list(token_ids), data_parallel_rank, settings))
-        off = self.off if data_parallel_rank == self.wrong_rank else 0.0
-        return Generated([7, 8], [-0.5 - off, -1.0 - off], [self.version] * 2, "stop")
 
 
 async def trainers(sequences):

@@ -1,4 +1,4 @@
-"""Plans of the shipped recipes for the tests of this folder, made without reading a checkpoint."""
+"""Plans of the shipped recipes, made without reading a checkpoint, and entries of plans for tests."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 from vime.planning.build import Checks, make_plan
 from vime.planning.cluster import load_cluster
 from vime.recipe.load import load_recipe
-from vime.run.plan import Binding, BoundNode, Plan
+from vime.run.plan import Binding, BoundNode, EnginePlan, Plan
 
 BASE = "/shared/models"
 
 
 def plan_of(
     recipe: str,
-    nodes: int,
     *flags: str,
+    nodes: int = 2,
     cluster: str = "local",
     base: str | Path = BASE,
     run_dir: str | Path = "/shared/run",
 ) -> Plan:
+    """Plan of a shipped recipe with these flags; neither inputs nor the run folder are looked at."""
     return make_plan(
         load_recipe(recipe, list(flags)),
         cluster=load_cluster(cluster),
@@ -38,4 +39,20 @@ def bound(nodes: int, *, port_offset: int = 0, interface: str | None = None) -> 
             BoundNode(index=i, host=f"n{i}", address=f"10.0.0.{10 + i}", interface=interface) for i in range(nodes)
         ),
         port_offset=port_offset,
+    )
+
+
+def engine_plan(
+    index: int, gpus: dict[int, tuple[int, ...]], *, tensor: int = 1, data: int = 1, expert_parallel: bool = False
+) -> EnginePlan:
+    """An engine on these GPUs (node to GPUs)."""
+    return EnginePlan(
+        index=index,
+        nodes=tuple(gpus),
+        gpus=tuple(gpus.values()),
+        tensor_parallel_size=tensor,
+        data_parallel_size=data,
+        expert_parallel=expert_parallel,
+        port=1,
+        aux_port=2,
     )
