@@ -26,14 +26,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from tests.support.rollout_plans import plan_of  # noqa: E402
-from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine, encode  # noqa: E402
-from vime.rollout.client import EngineClient  # noqa: E402
-from vime.rollout.dispatch import Patience  # noqa: E402
-from vime.rollout.sampler import Sampler  # noqa: E402
-from vime.samples import Rollout  # noqa: E402
+from steady_engine import KEY, CharacterTokenizer, SteadyEngine
+
+from vime.planning.build import Checks, make_plan
+from vime.planning.cluster import load_cluster
+from vime.recipe.load import load_recipe
+from vime.rollout.client import EngineClient
+from vime.rollout.dispatch import Patience
+from vime.rollout.sampler import Sampler
+from vime.samples import Rollout
 
 TOKENS = 64
 ROWS = 2000
@@ -78,10 +79,7 @@ def serve(engines: int, load: Load, ports: Connection) -> None:
 
     async def run() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            stubs = [
-                StubEngine(tokens_per_s=load.speed, slots=load.at_once, answer=lambda *_: encode("1" * TOKENS))
-                for _ in range(engines)
-            ]
+            stubs = [SteadyEngine(TOKENS, load.speed, load.at_once) for _ in range(engines)]
             ports.send([(await stack.enter_async_context(stub)).port for stub in stubs])
             await asyncio.Event().wait()
 
@@ -97,19 +95,19 @@ async def sampler_of(folder: Path, engines: int, load: Load, reward: str, spare:
     server.start()
     try:
         prompts = str(folder / "prompts.jsonl")
-        flags = [
-            "--prompt-data",
-            prompts,
-            "--eval-prompt-data",
-            "none",
-            prompts,
-            "--rm-type",
-            f"bench_rewards:{reward}",
-        ]
+        flags = ["--prompt-data", prompts, "--eval-prompt-data", "none", prompts]
+        flags += ["--rm-type", f"bench_rewards:{reward}"]
         flags += ["--rollout-batch-size", str(load.groups), "--n-samples-per-prompt", str(load.samples)]
         flags += ["--over-sampling-batch-size", str(load.groups + spare), "--num-steps-per-rollout", "1"]
         flags += ["--rollout-max-response-len", str(TOKENS), "--dynamic-sampling-filter-path", "none"]
-        plan = plan_of("tiny-qwen3", engines, *flags, "--no-rollout-shuffle", run_dir=folder)
+        plan = make_plan(
+            load_recipe("tiny-qwen3", [*flags, "--no-rollout-shuffle"]),
+            cluster=load_cluster("local"),
+            nodes=engines,
+            base_dir=folder,
+            run_dir=folder,
+            checks=Checks(inputs=False, run_folder=False),
+        )
         async with contextlib.AsyncExitStack() as stack:
             clients = [
                 await stack.enter_async_context(EngineClient(f"http://127.0.0.1:{port}", KEY, concurrency=load.at_once))
@@ -136,7 +134,7 @@ def prepare(folder: Path) -> None:
     rows = ({"prompt": f"{number}+0=", "label": SLOW_LABEL if number == 7 else "x"} for number in range(ROWS))
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bench_rewards.py").write_text(REWARDS)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
 async def two_engines(folder: Path) -> float:
