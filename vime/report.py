@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vime.cli import command
+from vime.observe.page import page
+from vime.observe.summary import read_run
+from vime.observe.timeline import chrome_trace
+from vime.run.journal import read_events
+from vime.run.registry import find_run, last_run
+from vime.system.files import PRIVATE, write_file
 
 
 def write_report(run_dir: str | Path) -> str:
     """Write `report.html` and `trace.json` (Perfetto) into the run folder by rename; returns the run's last line."""
-    from vime.observe.page import page
-    from vime.observe.summary import read_run
-    from vime.observe.timeline import chrome_trace
-    from vime.run.journal import read_events
-    from vime.system.files import PRIVATE, write_file
-
     folder = Path(run_dir)
     run = read_run(folder, [event.model_dump() for event in read_events(folder)])
     write_file(folder / "trace.json", json.dumps(chrome_trace(run.spans)), mode=PRIVATE)
@@ -31,8 +31,6 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.report", description="Write the report of a run.")
     parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
     args = parser.parse_args(argv)
-    from vime.run.registry import find_run, last_run
-
     print(write_report(find_run(args.run) if args.run else last_run()))
     return 0
 

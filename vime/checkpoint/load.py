@@ -10,6 +10,7 @@ import torch
 from vime.checkpoint.hf import HFCheckpoint
 from vime.models.config import ModelConfig
 from vime.models.families import params_of
+from vime.models.local import fill, local_tensors
 from vime.models.namemap import Param
 from vime.models.shards import local_shape, needed_slices, tensor_split
 from vime.recipe.parallel import Coordinates, ParallelLayout
@@ -51,8 +52,5 @@ def load_hf_into(
     Every rank reads its part by itself; there is no communication. Raises BadInput, before a weight is changed, for a
     checkpoint that does not fit the model.
     """
-    # A loader of HF files needs no Megatron until there is a model to fill.
-    from vime.models.local import fill, local_tensors
-
     checkpoint.check(params_of(config))
     fill(local_tensors(chunks, config, layout, coords), lambda param: read_shard(checkpoint, param, layout, coords))

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.load import load_hf_into
 from vime.errors import BadInput, DataError
@@ -33,9 +34,7 @@ from vime.models.local import global_name
 from vime.run.checkpoints import has_tracker, tracks_iteration
 from vime.run.plan import Plan
 from vime.samples import Rollout
-
-if TYPE_CHECKING:
-    from vime.sync.source import WeightSource
+from vime.sync.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,6 @@ class TrainWorker:
 
     def _make_source(self, chunks: Sequence[Any]) -> None:
         if self.plan.engines:
-            from vime.sync.source import WeightSource
-
             self._weights = WeightSource(chunks, self.config, self.layout, self.coords, self.plan, self.rank)
 
     def _load(self) -> StartState:
@@ -294,8 +291,6 @@ class TrainWorker:
         """Write the current weights as an HF folder. Goes through a checkpoint, which has to be up to date."""
         if self._last_saved is None or self._trained_since_save:
             raise RuntimeError("export_hf writes the last checkpoint, but the weights have changed since: save first")
-        from vime.checkpoint.export import export
-
         self._checkpointer.finish()
         error: list[Any] = [None]
         if self.rank == 0:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vime.errors import DeadlineExceeded
+from vime.rollout.engine import EngineServer
 from vime.run.folder import read_binding, read_plan
 from vime.run.plan import Binding, Plan
 from vime.run.tokens import API_KEY, read_token
@@ -116,8 +117,6 @@ class EngineActor:
     """One engine's server process on one of its nodes."""
 
     def __init__(self, run_dir: str, engine: int, position: int) -> None:
-        from vime.rollout.engine import EngineServer
-
         plan, binding = read_plan(run_dir), read_binding(run_dir)
         verify_here(binding, plan.engines[engine].nodes[position], f"engine {engine}")
         self._server = EngineServer(plan, binding, engine, position, read_token(run_dir, API_KEY))
