@@ -3,22 +3,16 @@
 import html.parser
 import itertools
 import re
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 import vime
+from tests.support.browser import open_page
 from tests.support.synthetic import HOSTILE, synthetic_run
 from vime.observe.page import CHARTS, STYLE
 from vime.report import main, write_report
-
-BROWSER_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +193,11 @@ def test_a_run_that_does_not_exist_is_one_line_and_exit_code_2(tmp_path, capsys,
 @pytest.mark.e2e
 def test_chromium_opens_a_long_run_in_under_two_seconds(long_run, tmp_path):
     """Against an empty page in the same run, since starting the browser is most of the time."""
-    browser = shutil.which("chromium")
-    assert browser, "tools/test.sh installs Debian's chromium when it is root; install it or run tools/test.sh --fast"
 
     def opened(address, *options):
-        command = [browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options, address]
         start = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return time.monotonic() - start, done.stdout
+        text = open_page(address, tmp_path, *options)
+        return time.monotonic() - start, text
 
     address = (long_run[0] / "report.html").as_uri()
     opened("about:blank", "--dump-dom")

@@ -15,9 +15,19 @@ from vime.run.folder import write_plan
 HOSTILE = "<script>document.title='owned'</script>\"'&</td>\u202e\x00"
 
 
-def synthetic_run(folder: Path, rollouts: int, *, cause: str = "SUCCESS") -> Path:
-    """plan.json, metrics, timeline, samples and events of `rollouts` rollouts of the full recipe."""
-    run = folder / "runs" / "synthetic <run> & 'quotes'"
+def synthetic_run(
+    folder: Path,
+    rollouts: int,
+    *,
+    cause: str = "SUCCESS",
+    name: str = "synthetic <run> & 'quotes'",
+    text: str = HOSTILE,
+) -> Path:
+    """plan.json, metrics, timeline, samples and events of `rollouts` rollouts of the full recipe.
+
+    `text` is what model, nodes and logs said.
+    """
+    run = folder / "runs" / name
     run.mkdir(parents=True)
     recipe = load_recipe("deepseek-r1", [])
     checks = Checks(inputs=False, run_folder=False)
@@ -39,14 +49,20 @@ def synthetic_run(folder: Path, rollouts: int, *, cause: str = "SUCCESS") -> Pat
     _write(run / "timeline.jsonl", list(lines))
     (run / "rollouts").mkdir()
     for step in range(0, rollouts, max(1, rollouts // 20)):
-        sample = {"index": 1, "group": 0, "prompt": HOSTILE, "response": f"{HOSTILE} {step}", "label": HOSTILE}
+        sample = {"index": 1, "group": 0, "prompt": text, "response": f"{text} {step}", "label": text}
         rewards = [{**sample, "reward": reward, "tokens": 5, "status": "completed"} for reward in (0.0, 0.0, 1.0, 1.0)]
         _write(run / "rollouts" / f"{step:06d}.jsonl", rewards)
-    nodes = [{"node": f"node{i:02d}", "address": f"10.0.0.{i}", "cpus": 96, "result": HOSTILE} for i in range(16)]
+    nodes = [{"node": f"node{i:02d}", "address": f"10.0.0.{i}", "cpus": 96, "result": text or "fit"} for i in range(16)]
     start = {"time": 1.7e9, "kind": "run-start", "text": "start", "data": {"job": "4711"}}
     preflight = {"time": 1.7e9 + 1, "kind": "preflight", "stage": "preflight", "text": "fit", "data": {"nodes": nodes}}
-    end = {"time": 1.7e9 + 2, "kind": "run-end", "stage": "train", "node": "node03", "text": f"run ended: {HOSTILE}"}
-    _write(run / "events.jsonl", [start, preflight, {**end, "data": {"cause": cause, "log_tail": HOSTILE}}])
+    end = {
+        "time": 1.7e9 + 2,
+        "kind": "run-end",
+        "stage": "train",
+        "node": "node03",
+        "text": f"run ended: {text or cause}",
+    }
+    _write(run / "events.jsonl", [start, preflight, {**end, "data": {"cause": cause, "log_tail": text}}])
     return run
 
 
