@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vime
 from tests.support.docs_commands import KINDS, PAGES, ROOT, Block, blocks, person, run, with_dry_run
+from tests.support.floors import FLOOR_OF
 from tests.support.synthetic import synthetic_run
 from vime.errors import Cause
 from vime.observe.outcome import ADVICE
 from vime.run.registry import record_run
+from vime.samples import Group, Prompt, Sample, new_group
 
 DOCS = {path.name for path in (ROOT / "docs").glob("*.md")}
 
@@ -65,6 +68,48 @@ def test_the_table_of_exit_codes_is_the_codes_own():
 
 def test_every_cause_has_advice_and_its_place_on_the_page():
     assert set(ADVICE) == set(Cause) - {Cause.SUCCESS}
+
+
+def test_the_architecture_shows_every_room_on_its_floor():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \| \S", text, re.MULTILINE)
+    assert {room: int(floor) for floor, room in rows} == FLOOR_OF
+
+
+def test_the_glossary_is_short():
+    lines = (ROOT / "docs" / "architecture.md").read_text().partition("## Glossary")[2].splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert 20 < len(rows) <= 40
+
+
+def examples(page: str) -> dict[str, Any]:
+    """Names that the Python blocks of a page define, run one after the other."""
+    found: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL):
+        exec(code, found)
+    return found
+
+
+def answered(*rewards: float) -> Group:
+    group = new_group(0, Prompt(0, "1+1=", [1, 2, 3], "2", {}), len(rewards))
+    for sample, reward in zip(group.samples, rewards, strict=True):
+        sample.response, sample.response_ids, sample.reward = "= 2", [4, 5], reward
+    return group
+
+
+def test_the_example_of_a_reward_rewards():
+    for page in ("extending.md", "rewards.md"):
+        sample: Sample = answered(0.0).samples[0]
+        reward = examples(page)["right_and_short"]
+        assert reward(sample) == pytest.approx(1 - 0.002)
+        sample.response = "3"
+        assert reward(sample) == pytest.approx(-0.002)
+
+
+def test_the_example_of_a_filter_keeps_groups_of_unequal_rewards():
+    keep = examples("extending.md")["keep"]
+    assert keep(answered(0.0, 1.0))
+    assert not keep(answered(1.0, 1.0))
 
 
 def check(block: Block, text: str, env: dict[str, str]) -> None:

@@ -10,32 +10,17 @@ from pathlib import Path
 import pytest
 
 import vime
+from tests.support.floors import FLOOR_OF, FLOORS
 
 ROOT = Path(vime.__file__).parent
 REPOSITORY = Path(__file__).resolve().parents[1]
-FLOORS = (
-    ("errors", "samples"),
-    ("recipe", "system", "slurm"),
-    ("cli", "run", "models", "rewards"),
-    ("planning", "rollout", "fp8"),
-    ("observe", "checkpoint", "node"),
-    ("launch", "sync"),
-    ("megatron",),
-    ("train",),
-)
-"""From the ground up. What stands in no floor is a command: it imports from everywhere, and nothing imports it."""
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-
-
 HEAVY = {
     "aiohttp", "huggingface_hub", "math_verify", "megatron", "msgspec", "numba", "numpy", "pyarrow", "ray", "rich",
     "safetensors", "submitit", "tensorboard", "torch", "transformers", "triton", "vllm",
 }  # fmt: skip
 """Packages that take long to load or that a login node lacks: an import inside a function may delay them."""
 HIDDEN = {
-    "vime.launch.__main__": "the batch script checks its arguments before it loads the controller",
-    "vime.launch.submission": "the controller runs in the job; a login node submits it without loading it",
-    "vime.submit": "a dry run of 0.3 s loads of launch/ only what prints the scripts",
+    "vime.launch.slurm": "the controller runs in the job: a login node that asks the queue does without its modules",
     "vime.megatron.backend": "the shim patches torch where there is no GPU, and is loaded nowhere else",
 }
 """Modules that import others of vime inside functions although these need nothing heavy, each with its reason."""

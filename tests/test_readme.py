@@ -60,7 +60,7 @@ def test_the_table_of_commands_names_options() -> None:
 def test_commands_of_the_readme_that_start_a_program_name_one_that_is_there() -> None:
     programs = [shlex.split(line)[0] for line in COMMANDS]
     own = {program for program in programs if "/" in program}
-    assert own >= {"tools/quickstart.sh", "tools/test.sh", "slurm/devcluster"}
+    assert own >= {"tools/quickstart.sh", "slurm/devcluster"}
     for program in own:
         assert os.access(ROOT / program, os.X_OK), program
 
