@@ -137,7 +137,6 @@ def test_eagle_without_a_draft_model_is_read_as_the_models_own_mtp(base_dir: Pat
 def test_what_costs_or_has_no_effect_is_said(base_dir: Path):
     notes = " ".join(build(base_dir, "--overlap-cpu-optimizer-d2h-h2d").notes)
     assert "--use-kl-loss with --kl-loss-coef 0" in notes
-    assert "--balance-data has no effect: data parallelism is 1" in notes
     assert "no effect without --optimizer-cpu-offload" in notes
     assert "MTP layer is loaded, exported and synced, but not trained" in notes
 

@@ -121,7 +121,6 @@ def test_what_is_printed_names_the_shortage_the_way_out_and_every_source():
     for said in (
         "no: node 4 needs 1212 GB of host memory and has 1000 GB",
         "the least that fits: --nodes 32",
-        "against the 1.4 to 1.5 TB of the recipe's document",
         "-- --no-use-kl-loss",
         "GPU memory a rank: an estimate",
         "too little by",
@@ -137,7 +136,6 @@ def test_programs_get_the_same_as_json():
     assert found["nodes"][4]["gpu_memory"]["estimate"] is True
     assert sum(found["parameters_per_rank"][1].values()) == 6_341_001_216
     assert {"name", "when", "bytes", "seconds", "why"} == set(found["traffic"][0])
-    assert sum(row["difference"] for row in found["against_document"]) < 0
 
 
 def test_the_placement_map_has_a_cell_a_gpu_and_says_what_the_table_says():

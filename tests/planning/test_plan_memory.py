@@ -9,7 +9,7 @@ import pytest
 
 from vime.models.config import ModelConfig
 from vime.models.families import count, params_of
-from vime.planning.advice import DOCUMENT_TOTAL, against_document, fullest, levers
+from vime.planning.advice import fullest, levers
 from vime.planning.build import Checks, make_plan
 from vime.planning.counts import Counts, model_counts, stage_counts
 from vime.planning.memory import pinned_bytes
@@ -19,6 +19,15 @@ from vime.recipe.parallel import ParallelLayout
 from vime.run.plan import Cluster, Plan
 
 GPUS = Cluster(name="gpus", kind="slurm", gpus_per_node=8)
+PUBLISHED = (
+    ("CPU Adam", ("cpu_adam",), 736),
+    ("pinned rounding", ("pinned_rounding", "backup_rounding"), 53),
+    ("backup of weights and gradients", ("weights_backup",), 293),
+    ("actor and reference copies", ("reference_copy",), 223),
+    ("engine sleep copy", ("engine_sleep_copy",), 84),
+    ("processes and Ray", ("trainer_processes", "engine_processes", "ray"), 90),
+)
+"""Host memory of a heavy node of the 128-GPU recipe by another account of it (1.4 to 1.5 TB): item, ours, GB."""
 
 
 def config(name: str) -> ModelConfig:
@@ -83,15 +92,15 @@ def test_the_heavy_nodes_of_the_r1_recipe_are_those_of_the_middle_stages():
     assert items(plan, 4)["cpu_adam"] == pytest.approx(16 * 46.5e9, rel=0.005)
 
 
-def test_the_difference_to_the_document_is_told_item_by_item_and_adds_up():
+def test_the_account_of_the_r1_recipe_differs_from_the_published_one_where_less_is_kept():
     plan = plan_of("deepseek-r1")
-    rows = against_document(plan)
-    assert sum(row.ours for row in rows) == fullest(plan).host_memory.total_bytes
-    assert DOCUMENT_TOTAL[0] <= sum(row.theirs for row in rows) <= DOCUMENT_TOTAL[1]
-    saved = {row.item: row.bytes for row in rows}
-    assert saved["backup of weights and gradients"] < -150e9
-    assert saved["actor and reference copies"] < -100e9
-    assert against_document(plan_of("deepseek-r1", "--context-parallel-size", "2")) == ()
+    ours = {item.name: item.bytes for item in fullest(plan).host_memory.items}
+    differences = {item: sum(ours.pop(name, 0) for name in names) - theirs * 10**9 for item, names, theirs in PUBLISHED}
+    assert not ours, "every item of the account has one to compare it with"
+    assert 1400 <= sum(theirs for _, _, theirs in PUBLISHED) <= 1500
+    assert differences["backup of weights and gradients"] < -150e9  # gradients are dropped: every step starts from 0
+    assert differences["actor and reference copies"] < -100e9  # the reference is exchanged with the live weights
+    assert all(abs(differences[item]) < 0.2 * theirs * 1e9 for item, _, theirs in PUBLISHED[:1])
 
 
 def test_a_saving_with_flags_does_what_it_says():

@@ -9,7 +9,7 @@ import pytest
 
 from vime.errors import BadInput
 from vime.recipe import files
-from vime.recipe.load import load_recipe, uses_base_dir, with_absolute_paths
+from vime.recipe.load import load_recipe, load_with_notes, uses_base_dir, with_absolute_paths
 
 
 @pytest.mark.parametrize("name", files.names("recipes"))
@@ -102,3 +102,11 @@ def test_the_tiny_models_are_those_that_the_tool_makes(family: str, name: str):
     tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "make_tiny_checkpoint.py"))
     made, shipped = tool["CONFIGS"][family], files.read(files.find("models", name))
     assert {key: made[key] for key in shipped} == shipped
+
+
+def test_a_switch_for_what_vime_always_does_is_taken_with_a_note():
+    loaded = load_with_notes("tiny-qwen3", ["--balance-data", "--lr", "2"])
+    assert loaded.recipe == load_recipe("tiny-qwen3", ["--lr", "2"])
+    assert loaded.notes == (
+        "--balance-data changes nothing: the shares of the data-parallel ranks are always balanced by their cost",
+    )

@@ -3,7 +3,8 @@
 FLOORS = (
     ("errors", "samples"),
     ("recipe", "system", "slurm"),
-    ("cli", "run", "models", "rewards"),
+    ("cli", "models", "rewards"),
+    ("run",),
     ("planning", "rollout", "fp8"),
     ("observe", "checkpoint", "node"),
     ("launch", "sync"),

@@ -17,7 +17,6 @@ from vime.megatron.optimizer import Optimizer
 from vime.megatron.parallel import init_parallel
 from vime.megatron.reference import HostWeights
 from vime.models.config import ModelConfig
-from vime.planning.memory import needs_reference
 from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
@@ -34,7 +33,7 @@ def trained(hf: dict[str, Any], recipe: Recipe) -> list[Any]:
     chunks = build_model(ModelConfig.from_hf(hf), ParallelLayout(), bf16=recipe.model.bf16)
     optimizer = Optimizer(chunks, recipe, total_steps=1)
     optimizer.reload_master_weights()
-    reference = HostWeights(optimizer.chunks) if needs_reference(recipe) else None
+    reference = HostWeights(optimizer.chunks) if recipe.needs_reference else None
     optimizer.zero_grad()
     for chunk in optimizer.chunks:
         for parameter in chunk.module.parameters():

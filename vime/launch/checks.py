@@ -124,7 +124,7 @@ def _addresses(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
-    if not plan.cluster.gpus_per_node or plan.cluster.gpu_request == "none":
+    if not plan.on_gpu:
         return
     count = max(node.gpus for node in plan.nodes)
     for place, found in sorted(findings.items()):

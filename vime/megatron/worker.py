@@ -28,7 +28,6 @@ from vime.megatron.passes import ModelPasses, Packer
 from vime.megatron.reference import HostWeights
 from vime.megatron.residence import Residence
 from vime.megatron.spans import SpanRecorder
-from vime.models.config import ModelConfig
 from vime.models.flops import utilisation
 from vime.models.local import global_name
 from vime.run.checkpoints import has_tracker, tracks_iteration
@@ -52,7 +51,7 @@ class TrainWorker:
 
     def __init__(self, plan: Plan, rank: int) -> None:
         self.plan, self.rank, self.recipe = plan, rank, plan.recipe
-        self.config = ModelConfig.from_hf(plan.model_config_hf)
+        self.config = plan.model
         self.layout = plan.layout
         self.coords = plan.layout.coordinates(rank)
         self._weights: WeightSource | None = None
@@ -72,8 +71,7 @@ class TrainWorker:
         )
         trains_mtp = recipe.model.mtp_num_layers > 0
         chunks = build_model(self.config, self.layout, bf16=recipe.model.bf16, mtp=trains_mtp, options=options)
-        steps_a_rollout = recipe.rollout.num_steps_per_rollout or 1
-        total_steps = recipe.rollout.num_rollout * steps_a_rollout
+        total_steps = recipe.rollout.num_rollout * recipe.rollout.steps
         named = functools.partial(global_name, config=self.config, layout=self.layout, coords=self.coords)
         self._optimizer = optimizer.Optimizer(chunks, recipe, total_steps=total_steps, global_name=named)
         self._chunks = chunks
@@ -113,12 +111,12 @@ class TrainWorker:
 
     def _load(self) -> StartState:
         """Reference weights first, if a KL needs them, then what training starts from."""
-        load = self.recipe.checkpoint.load
+        recipe, load = self.recipe, self.recipe.checkpoint.load
         resumes = tracks_iteration(load)
         self._reference: HostWeights | None = None
-        if self._needs_reference or not resumes:
+        if recipe.needs_reference or not resumes:
             start = self._load_start()
-            if self._needs_reference:
+            if recipe.needs_reference:
                 self._reference = HostWeights(self._chunks)
             if not resumes:
                 return start
@@ -149,12 +147,6 @@ class TrainWorker:
             return True
         return has_tracker(root) and not tracks_iteration(root)
 
-    @property
-    def _needs_reference(self) -> bool:
-        algorithm = self.recipe.algorithm
-        policy = algorithm.loss_type == "policy_loss"
-        return policy and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
-
     # --- training
 
     def train(self, rollout: Rollout) -> dict[str, float]:
@@ -170,7 +162,7 @@ class TrainWorker:
         self._clock.take_spans()
         columns = self._columns(rollout, data)
         masks = [loss_mask(sample) for sample in samples]
-        steps = optimizer_steps(len(samples), self.recipe.rollout.num_steps_per_rollout or 1)
+        steps = optimizer_steps(len(samples), self.recipe.rollout.steps)
         with self._clock.span("train"):
             results = [self._step(data, step, masks, columns) for step in steps]
         self._trained_since_save = True
@@ -192,14 +184,14 @@ class TrainWorker:
 
     def _columns(self, rollout: Rollout, data: RolloutTokens) -> dict[str, torch.Tensor]:
         """Everything the loss needs a token, besides its weight."""
-        algorithm, limit = self.recipe.algorithm, self._forward_limit
+        algorithm, limit = self.recipe.algorithm, self.recipe.perf.forward_tokens_per_gpu
         columns: dict[str, torch.Tensor] = {}
         if algorithm.loss_type == "sft_loss":
             return columns
         if self._reference is not None:
             with self._clock.span("ref_log_probs"), self._reference.in_place():
                 columns["reference"] = self._runner.log_probs(data, limit)
-        if (self.recipe.rollout.num_steps_per_rollout or 1) > 1 or algorithm.kl_coef:
+        if self.recipe.rollout.steps > 1 or algorithm.kl_coef:
             with self._clock.span("log_probs"):
                 columns["old"] = self._runner.log_probs(data, limit)
         if all(len(sample.log_probs) == len(sample.response_ids) for sample in rollout.samples):
@@ -243,12 +235,8 @@ class TrainWorker:
     def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Log-probs of the responses, in nats, at the rollout temperature; the same on every rank."""
         data = RolloutTokens.of(sequences, longest=self.config.max_position_embeddings)
-        found = self._runner.log_probs(data, self._forward_limit)
+        found = self._runner.log_probs(data, self.recipe.perf.forward_tokens_per_gpu)
         return [values.tolist() for values in data.split(found)]
-
-    @property
-    def _forward_limit(self) -> int | None:
-        return self.recipe.perf.log_probs_max_tokens_per_gpu or self.recipe.perf.max_tokens_per_gpu
 
     def _reseed(self, rollout_id: int) -> None:
         """Random states follow from seed and rollout alone, so a resumed run draws what the first would have drawn."""

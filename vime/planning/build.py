@@ -84,7 +84,7 @@ def make_plan(
     slots = layout.divide_slots(recipe, per_node)
     ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
     for engine in engines:
-        check_engine(engine, config.hf, on_gpu=cluster.gpu_request != "none" and cluster.gpus_per_node > 0)
+        check_engine(engine, config.hf, on_gpu=cluster.on_gpu)
     _check_conversion(recipe, config, slots.nodes)
 
     weights = memory.Weights.of(recipe, config, trainer)
@@ -233,7 +233,7 @@ def _gpus_per_node(recipe: Recipe, cluster: Cluster) -> int:
     wanted, present = recipe.resources.actor_num_gpus_per_node, cluster.gpus_per_node
     if wanted < 1 or recipe.resources.actor_num_nodes < 1:
         raise BadInput("--actor-num-nodes and --actor-num-gpus-per-node are at least 1")
-    if cluster.gpu_request == "none" or not present:
+    if not cluster.on_gpu:
         return wanted
     if wanted > present:
         raise BadInput(

@@ -9,6 +9,7 @@ from vime.models.config import ModelConfig
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.run.plan import context_length
 
 
 def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
@@ -26,7 +27,7 @@ def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
 
 def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir: str, cpus: int | None) -> Recipe:
     """The recipe with every value that has a default by rule filled in. Raises BadInput for contradictions."""
-    rollout, evaluation, perf, checkpoint = recipe.rollout, recipe.eval, recipe.perf, recipe.checkpoint
+    rollout, evaluation, checkpoint = recipe.rollout, recipe.eval_sampling, recipe.checkpoint
     resources: dict[str, Any] = {}
     if recipe.resources.colocate:
         resources["rollout_num_gpus"] = layout.world_size
@@ -37,16 +38,16 @@ def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir:
         recipe,
         resources=resources,
         checkpoint={"save": save, "load": checkpoint.load or save},
-        perf={"log_probs_max_tokens_per_gpu": perf.log_probs_max_tokens_per_gpu or perf.max_tokens_per_gpu},
+        perf={"log_probs_max_tokens_per_gpu": recipe.perf.forward_tokens_per_gpu},
         rollout={
             **_batches(recipe),
             "over_sampling_batch_size": rollout.over_sampling_batch_size or rollout.rollout_batch_size,
         },
         eval={
-            "eval_max_response_len": evaluation.eval_max_response_len or rollout.rollout_max_response_len,
-            "eval_temperature": _or(evaluation.eval_temperature, rollout.rollout_temperature),
-            "eval_top_p": _or(evaluation.eval_top_p, rollout.rollout_top_p),
-            "eval_top_k": _or(evaluation.eval_top_k, rollout.rollout_top_k),
+            "eval_max_response_len": evaluation.max_tokens,
+            "eval_temperature": evaluation.temperature,
+            "eval_top_p": evaluation.top_p,
+            "eval_top_k": evaluation.top_k,
         },
         algorithm={"eps_clip_high": _or(recipe.algorithm.eps_clip_high, recipe.algorithm.eps_clip)},
         engine={"vllm": _engine_arguments(recipe, config)[0]},
@@ -60,8 +61,7 @@ def _or(value: Any, default: Any) -> Any:
 def _batches(recipe: Recipe) -> dict[str, int]:
     """Samples an optimizer step and steps a rollout, from either."""
     rollout = recipe.rollout
-    samples = rollout.rollout_batch_size * rollout.n_samples_per_prompt
-    steps, batch = rollout.num_steps_per_rollout, rollout.global_batch_size
+    samples, steps, batch = rollout.samples, rollout.num_steps_per_rollout, rollout.global_batch_size
     given = f"--rollout-batch-size x --n-samples-per-prompt is {samples}"
     if steps is not None and (steps < 1 or samples % steps):
         raise BadInput(f"{given}, which --num-steps-per-rollout {steps} does not divide")
@@ -69,8 +69,7 @@ def _batches(recipe: Recipe) -> dict[str, int]:
         raise BadInput(f"{given}, which --global-batch-size {batch} does not divide")
     if steps is not None and batch is not None and steps * batch != samples:
         raise BadInput(f"{given}, not --num-steps-per-rollout {steps} x --global-batch-size {batch}: leave one out")
-    steps = steps or (samples // batch if batch else 1)
-    return {"num_steps_per_rollout": steps, "global_batch_size": samples // steps}
+    return {"num_steps_per_rollout": rollout.steps, "global_batch_size": samples // rollout.steps}
 
 
 def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
@@ -99,10 +98,11 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
         raise BadInput(
             f"--mtp-num-layers is {recipe.model.mtp_num_layers}, but the checkpoint has {config.mtp_layers} MTP layers"
         )
-    longest = recipe.engine.vllm.get("max_model_len")
-    if isinstance(longest, int) and longest <= rollout.rollout_max_response_len:
+    longest = context_length(recipe, config)
+    if longest <= rollout.rollout_max_response_len:
+        which = "--vllm-max-model-len" if "max_model_len" in recipe.engine.vllm else "the model's length"
         raise BadInput(
-            f"--vllm-max-model-len {longest} leaves no room for a prompt beside "
+            f"{which} {longest} leaves no room for a prompt beside "
             f"--rollout-max-response-len {rollout.rollout_max_response_len}"
         )
 
@@ -134,8 +134,6 @@ def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[s
             "--use-kl-loss with --kl-loss-coef 0 measures the KL only; it costs a copy of the reference model "
             "and a forward pass a rollout"
         )
-    if recipe.perf.balance_data and layout.dp == 1:
-        found.append("--balance-data has no effect: data parallelism is 1")
     if optimizer.overlap_cpu_optimizer_d2h_h2d and not optimizer.optimizer_cpu_offload:
         found.append("--overlap-cpu-optimizer-d2h-h2d has no effect without --optimizer-cpu-offload")
     if recipe.perf.use_dynamic_batch_size and "micro_batch_size" in recipe.perf.model_fields_set:

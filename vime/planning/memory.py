@@ -91,8 +91,7 @@ def checkpoint_bytes(recipe: Recipe, weights: Weights) -> int:
 
 def object_store_bytes(recipe: Recipe) -> int:
     """Shared memory Ray is given on a node: two rollouts of token ids, log-probs and masks, at least 100 MB."""
-    samples = recipe.rollout.rollout_batch_size * recipe.rollout.n_samples_per_prompt
-    return max(100 * 10**6, 2 * samples * recipe.rollout.rollout_max_response_len * 32)
+    return max(100 * 10**6, 2 * recipe.rollout.samples * recipe.rollout.rollout_max_response_len * 32)
 
 
 def pinned_bytes(size: float, exact_above: float = math.inf) -> int:
@@ -130,12 +129,6 @@ def node_memory(
     items.append(_item("ray", RAY_NODE + store, f"raylet and agents, and an object store of {store / GB:.1f} GB"))
     present = tuple(item for item in items if item.bytes)
     return Memory(items=present, total_bytes=sum(item.bytes for item in present))
-
-
-def needs_reference(recipe: Recipe) -> bool:
-    """Whether a copy of the reference model is kept."""
-    algorithm = recipe.algorithm
-    return algorithm.loss_type == "policy_loss" and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
 
 
 def _held(weights: Weights, ranks: Sequence[TrainerRank], exact_above: float) -> _Held:
@@ -178,7 +171,7 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
         if not recipe.optimizer.optimizer_cpu_offload:
             states = 12 if recipe.model.bf16 else 8
             yield _item("optimizer_backup", states * on_node.kept, f"{states} bytes for each of {kept} {while_away}")
-    if needs_reference(recipe):
+    if recipe.needs_reference:
         why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
         yield _item("reference_copy", size * on_node.held, why)
         rounding += on_node.rounding_2 * size // 2
@@ -208,7 +201,7 @@ def _cpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     states = 12 if recipe.model.bf16 else 8
     what = "fp32 weight and two moments" if recipe.model.bf16 else "two moments"
     yield _item("adam", states * on_node.kept, f"{states} bytes ({what}) for each of {kept} parameters")
-    if needs_reference(recipe):
+    if recipe.needs_reference:
         why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
         yield _item("reference_copy", size * on_node.held, why)
     if recipe.checkpoint.async_save:

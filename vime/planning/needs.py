@@ -22,7 +22,6 @@ class Needs:
     least: fit.Fit | None
     """Least number of nodes that fits; looked for only where the plan does not."""
     levers: tuple[advice.Lever, ...]
-    document: tuple[advice.Difference, ...]
     flows: tuple[traffic.Flow, ...]
     space: tuple[traffic.Space, ...]
     parts: tuple[dict[Kind, int], ...]
@@ -32,13 +31,12 @@ class Needs:
 
 def needs_of(plan: Plan, recipe: Recipe | None = None) -> Needs:
     """The needs of a plan. `recipe`: as the person gave it, for the search of a layout; by default the plan's."""
-    config, lacks = ModelConfig.from_hf(plan.model_config_hf), fit.shortages(plan)
+    config, lacks = plan.model, fit.shortages(plan)
     known = plan.cluster.memory_per_node_bytes is not None
     return Needs(
         shortages=lacks,
         least=fit.least_nodes(recipe or plan.recipe, config, plan.cluster) if lacks and known else None,
         levers=advice.levers(plan),
-        document=advice.against_document(plan),
         flows=traffic.flows(plan),
         space=traffic.free_space(plan),
         parts=parameters(plan, config),
@@ -61,7 +59,6 @@ def as_json(plan: Plan, needs: Needs) -> dict[str, Any]:
         "shortages": [dataclasses.asdict(one) for one in needs.shortages],
         "least_nodes": least and {"nodes": least.nodes, "flags": least.flags, "host_bytes": least.host_bytes},
         "savings": [dataclasses.asdict(lever) for lever in needs.levers],
-        "against_document": [{**dataclasses.asdict(one), "difference": one.bytes} for one in needs.document],
         "traffic": [dataclasses.asdict(flow) for flow in needs.flows],
         "disk": [
             {"path": one.path, "free_bytes": one.free_bytes, "needs": dict(one.needs), "fits": one.fits}
@@ -75,8 +72,7 @@ def as_json(plan: Plan, needs: Needs) -> dict[str, Any]:
 def render_needs(plan: Plan, needs: Needs) -> str:
     """Sections after the plan's own."""
     sections = [
-        _verdict(plan, needs), _parameters(needs), _gpu(plan), _document(needs), _levers(plan, needs), _traffic(needs),
-        _space(needs),
+        _verdict(plan, needs), _parameters(needs), _gpu(plan), _levers(plan, needs), _traffic(needs), _space(needs),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -134,17 +130,6 @@ def _gpu(plan: Plan) -> str:
         rows = [(item.name, size(item.bytes), item.why) for item in memory.items]
         lines += ["", f"  {name}, {size(memory.total_bytes)}", table(("item", "size", "why"), rows, indent="    ")]
     return "\n".join(lines)
-
-
-def _document(needs: Needs) -> str:
-    if not needs.document:
-        return ""
-    low, high = advice.DOCUMENT_TOTAL
-    rows = [(d.item, size(d.theirs), size(d.ours), signed(d.bytes), d.why) for d in needs.document]
-    theirs, ours = (sum(getattr(d, name) for d in needs.document) for name in ("theirs", "ours"))
-    rows.append(("all", size(theirs), size(ours), signed(ours - theirs), ""))
-    head = f"The fullest node against the {low / 1e12:.1f} to {high / 1e12:.1f} TB of the recipe's document"
-    return "\n".join([head, table(("item", "there", "here", "difference", "why"), rows)])
 
 
 def _levers(plan: Plan, needs: Needs) -> str:

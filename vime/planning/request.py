@@ -10,7 +10,7 @@ from vime.errors import BadInput, SchedulerError
 from vime.planning.build import Checks, fewest_nodes, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
 from vime.planning.fit import shortages
-from vime.recipe.load import load_recipe
+from vime.recipe.load import load_with_notes
 from vime.recipe.schema import Recipe
 from vime.run import code as snapshot
 from vime.run.plan import Cluster, Plan
@@ -22,7 +22,8 @@ DRY_RUN_PATIENCE_S = 0.4
 
 def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
     """The plan that the options ask for. `required`: what it names must be there, checkpoint and Slurm alike."""
-    recipe = load_recipe(args.recipe, flags)
+    loaded = load_with_notes(args.recipe, flags)
+    recipe = loaded.recipe
     auto = args.nodes == "auto"
     nodes = 1 if auto else _nodes(args, recipe, flags)
     if args.spares < 0:
@@ -54,7 +55,7 @@ def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool,
         and (taken := snapshot.look(plan.recipe)) is not None
     ):
         code = snapshot.folder_of(plan.run_dir, taken)
-    return plan.model_copy(update={"notes": (*found, *plan.notes), "code": code})
+    return plan.model_copy(update={"notes": (*loaded.notes, *found, *plan.notes), "code": code})
 
 
 def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> int | None:

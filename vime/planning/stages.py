@@ -168,7 +168,7 @@ def _verify(stage: Stage) -> Stage:
 
 
 def _gpus(job: StageInputs) -> int:
-    return job.slots_per_node if job.cluster.gpu_request != "none" else 0
+    return job.slots_per_node if job.cluster.on_gpu else 0
 
 
 def _ray(job: StageInputs, name: str, nodes: tuple[int, ...]) -> Stage:

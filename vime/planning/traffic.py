@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vime.models.config import ModelConfig
 from vime.planning import memory
 from vime.run.plan import Plan
 
@@ -72,7 +71,7 @@ def _stages(plan: Plan) -> list[Flow]:
 
 
 def _rollout(plan: Plan) -> list[Flow]:
-    recipe, config = plan.recipe, ModelConfig.from_hf(plan.model_config_hf)
+    recipe, config = plan.recipe, plan.model
     weights = memory.Weights.of(recipe, config, plan.layout)
     size = memory.weight_bytes(config, weights, quantised=True)
     engines = max(1, len(plan.engines))
@@ -82,7 +81,7 @@ def _rollout(plan: Plan) -> list[Flow]:
     what = f"{kind} weights to {engines} engine{'s' * (engines > 1)}"
     found = [Flow("weight sync", "each rollout", size * engines, size * engines / (gpus * rate), what)]
     kept = max(sum(_kept(plan, weights, rank) for rank in node.ranks) for node in plan.nodes)
-    steps = f"{recipe.rollout.num_steps_per_rollout or 1} a rollout"
+    steps = f"{recipe.rollout.steps} a rollout"
     if recipe.optimizer.optimizer_cpu_offload and recipe.resources.device == "gpu":
         ranks = max(1, recipe.resources.actor_num_gpus_per_node)
         moved = (4 + (2 if recipe.model.bf16 else 4)) * kept
@@ -101,8 +100,7 @@ def _kept(plan: Plan, weights: memory.Weights, rank: int) -> int:
 
 def checkpoint_bytes(plan: Plan) -> int:
     """Bytes of one checkpoint of the run."""
-    config = ModelConfig.from_hf(plan.model_config_hf)
-    return memory.checkpoint_bytes(plan.recipe, memory.Weights.of(plan.recipe, config, plan.layout))
+    return memory.checkpoint_bytes(plan.recipe, memory.Weights.of(plan.recipe, plan.model, plan.layout))
 
 
 def _checkpoint(plan: Plan) -> Flow:

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from vime.errors import BadInput
 from vime.recipe import tables
+from vime.recipe.neighbours import ALWAYS_SO
 from vime.recipe.schema import Recipe
 
 Kind = Literal["bool", "value", "list", "dict"]
@@ -33,6 +34,7 @@ class Target:
     """Where a setting goes: a field of a group, or a key of an open mapping (`engine.vllm`, `model.model_args`)."""
 
     group: str
+    """Empty for a switch that changes nothing."""
     field: str
     kind: Kind
     key: str | None = None
@@ -80,6 +82,8 @@ def find_target(name: str) -> Target:
     if name in tables.MEGATRON_MODEL_FLAGS:
         kind: Kind = "bool" if tables.MEGATRON_MODEL_FLAGS[name] == "bool" else "value"
         return Target("model", "model_args", kind, key=name)
+    if name in ALWAYS_SO:
+        return Target("", name, "bool")
     if name in tables.MEGATRON_FLAGS:
         raise BadInput(f"{flag(name)} is a flag of Megatron that vime does not use: leave it out")
     raise BadInput(f"unknown option {flag(name)}{_nearest(name)}")
@@ -188,10 +192,17 @@ def read_mapping(mapping: Mapping[Any, Any]) -> Iterator[Setting]:
         yield str(key).replace("-", "_"), value
 
 
-def collect(settings: Iterator[Setting], into: dict[str, dict[str, Any]]) -> None:
-    """Writes settings into `into` (group -> field -> value); a later one wins, mappings are merged by key."""
+def collect(settings: Iterator[Setting], into: dict[str, dict[str, Any]]) -> list[str]:
+    """Writes settings into `into` (group -> field -> value); a later one wins, mappings are merged by key.
+
+    Returns a note for every setting that changes nothing.
+    """
+    notes = []
     for name, value in settings:
         target = find_target(name)
+        if not target.group:
+            notes.append(f"{flag(name)} changes nothing: {ALWAYS_SO[name]}")
+            continue
         fields = into.setdefault(target.group, {})
         if target.key is not None:
             fields[target.field] = {**fields.get(target.field, {}), target.key: value}
@@ -201,3 +212,4 @@ def collect(settings: Iterator[Setting], into: dict[str, dict[str, Any]]) -> Non
             fields[target.field] = {**fields.get(target.field, {}), **value}
         else:
             fields[target.field] = value
+    return notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +19,20 @@ _BASE_DIR = re.compile(r"\$(?:BASE_DIR\b|\{BASE_DIR\})")
 _CHECKPOINT_PATHS = ("hf_checkpoint", "ref_load", "load", "start_from", "save", "save_hf")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe, and what a person should know about the way it was read."""
+
+    recipe: Recipe
+    notes: tuple[str, ...]
+
+
 def load_recipe(name_or_path: str, flags: Sequence[str] = ()) -> Recipe:
+    """The recipe of `load_with_notes`."""
+    return load_with_notes(name_or_path, flags).recipe
+
+
+def load_with_notes(name_or_path: str, flags: Sequence[str] = ()) -> Loaded:
     """The recipe of a name in `configs/recipes/` (or of a YAML file) with `flags` on top; paths as written.
 
     Raises BadInput for an unknown recipe or option, or a value of the wrong type.
@@ -26,12 +40,12 @@ def load_recipe(name_or_path: str, flags: Sequence[str] = ()) -> Recipe:
     path = files.find("recipes", name_or_path)
     values: dict[str, Any] = {}
     try:
-        collect(read_mapping(files.read(path)), values)
+        notes = collect(read_mapping(files.read(path)), values)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
-    collect(parse_flags(flags), values)
+    notes += collect(parse_flags(flags), values)
     try:
-        return Recipe(name=path.stem, **values)
+        return Loaded(Recipe(name=path.stem, **values), tuple(notes))
     except ValidationError as error:
         raise BadInput(first_problem(error)) from error
 

@@ -5,9 +5,12 @@ A flag belongs to exactly one group, so a flat command line or a flat YAML mappi
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from vime.recipe.sampling import SamplingSettings
 
 
 class Options(BaseModel):
@@ -110,8 +113,11 @@ class PerfOptions(Options):
     """The same for forward-only passes; by default `--max-tokens-per-gpu`."""
     micro_batch_size: int = 1
     """Samples a micro-batch without `--use-dynamic-batch-size`."""
-    balance_data: bool = False
-    """Even out the cost of the data-parallel ranks' shares."""
+
+    @property
+    def forward_tokens_per_gpu(self) -> int | None:
+        """Tokens of a micro-batch on one GPU in forward-only passes; None: unlimited."""
+        return self.log_probs_max_tokens_per_gpu or self.max_tokens_per_gpu
 
 
 class RolloutOptions(Options):
@@ -162,6 +168,18 @@ class RolloutOptions(Options):
     """Samples an optimizer step; the steps follow."""
     rollout_timeout: float = 3600.0
     """Seconds after which a rollout that is not full ends with an error."""
+
+    @property
+    def samples(self) -> int:
+        """Samples that a rollout gives to training."""
+        return self.rollout_batch_size * self.n_samples_per_prompt
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a rollout; one where neither the steps nor the global batch is given."""
+        if self.num_steps_per_rollout is not None:
+            return self.num_steps_per_rollout
+        return self.samples // self.global_batch_size if self.global_batch_size else 1
 
 
 class EvalOptions(Options):
@@ -280,3 +298,33 @@ class Recipe(BaseModel):
     optimizer: OptimizerOptions = OptimizerOptions()
     engine: EngineOptions = EngineOptions()
     misc: MiscOptions = MiscOptions()
+
+    @property
+    def needs_reference(self) -> bool:
+        """A copy of the reference model is kept for a KL, in the loss or in the reward."""
+        algorithm = self.algorithm
+        return algorithm.loss_type == "policy_loss" and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """Sampling of the rollouts."""
+        rollout = self.rollout
+        return SamplingSettings(
+            max_tokens=rollout.rollout_max_response_len,
+            temperature=rollout.rollout_temperature,
+            top_p=rollout.rollout_top_p,
+            top_k=rollout.rollout_top_k,
+            stop=tuple(rollout.rollout_stop),
+            stop_token_ids=tuple(rollout.rollout_stop_token_ids),
+        )
+
+    @property
+    def eval_sampling(self) -> SamplingSettings:
+        """Sampling of the evaluations: what `--eval-…` does not say is as in training."""
+        own = {
+            "max_tokens": self.eval.eval_max_response_len,
+            "temperature": self.eval.eval_temperature,
+            "top_p": self.eval.eval_top_p,
+            "top_k": self.eval.eval_top_k,
+        }
+        return dataclasses.replace(self.sampling, **{name: value for name, value in own.items() if value is not None})

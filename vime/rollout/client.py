@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 
 from vime.errors import VimeError
+from vime.recipe.sampling import SamplingSettings
 from vime.rollout.command import MODEL_NAME
 from vime.samples import Sample, Status
 
@@ -59,36 +60,6 @@ class RequestDeadlines:
     control: float = 60.0
     weights: float = 600.0
     connect: float = 20.0
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How tokens are drawn. `top_k` -1 takes all."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-
-    def payload(self, max_tokens: int, seed: int | None = None) -> dict[str, Any]:
-        """vLLM's sampling parameters, with the log-prob of every sampled token. All are given, so that no default of
-        the server or the checkpoint's generation config takes part."""
-        return {
-            "seed": seed,
-            "n": 1,
-            "max_tokens": max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": 0.0,
-            "stop": list(self.stop),
-            "stop_token_ids": list(self.stop_token_ids),
-            "logprobs": 0,
-            # The text is made by the sampler; the server needs it for stop words only.
-            "detokenize": bool(self.stop),
-        }
 
 
 @dataclass(slots=True)
@@ -249,7 +220,11 @@ class EngineClient:
         """
         limit = settings.max_tokens if max_tokens is None else max_tokens
         body = _ENCODER.encode(
-            {"model": MODEL_NAME, "token_ids": token_ids, "sampling_params": settings.payload(limit, seed)}
+            {
+                "model": MODEL_NAME,
+                "token_ids": token_ids,
+                "sampling_params": _sampling_parameters(settings, limit, seed),
+            }
         )
         headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
         self.in_flight += 1
@@ -354,3 +329,22 @@ class EngineClient:
         if answer.status != 200:
             raise EngineStatus(f"{what} answered {answer.status}: {_head(content)}", answer.status)
         return content
+
+
+def _sampling_parameters(settings: SamplingSettings, max_tokens: int, seed: int | None) -> dict[str, Any]:
+    """vLLM's sampling parameters, with the log-prob of every sampled token. All are given, so that no default of the
+    server or the checkpoint's generation config takes part."""
+    return {
+        "seed": seed,
+        "n": 1,
+        "max_tokens": max_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": 0.0,
+        "stop": list(settings.stop),
+        "stop_token_ids": list(settings.stop_token_ids),
+        "logprobs": 0,
+        # The text is made by the sampler; the server needs it for stop words only.
+        "detokenize": bool(settings.stop),
+    }

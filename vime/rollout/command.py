@@ -40,11 +40,6 @@ class EngineCommand:
     """Address of the engine's server, on its first node."""
 
 
-def on_gpu(plan: Plan) -> bool:
-    """Whether the plan's GPU slots are real GPUs."""
-    return plan.cluster.gpu_request != "none" and plan.cluster.gpus_per_node > 0
-
-
 def model_path(plan: Plan) -> str:
     """The folder that the engines load: the HF checkpoint; on processors its bf16 copy when it is quantised.
 
@@ -53,7 +48,7 @@ def model_path(plan: Plan) -> str:
     checkpoint = plan.recipe.checkpoint.hf_checkpoint
     if checkpoint is None:
         raise BadInput("--hf-checkpoint is not set: engines load their first weights and the tokenizer from it")
-    if on_gpu(plan) or "quantization_config" not in plan.model_config_hf:
+    if plan.on_gpu or "quantization_config" not in plan.model_config_hf:
         return checkpoint
     for stage in plan.stages:
         for output in stage.outputs if stage.name == "cast" else ():
@@ -112,7 +107,7 @@ def _server_arguments(node: BoundNode, port: int) -> Iterator[str]:
 
 
 def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
-    backend = WEIGHT_BACKENDS["gpu" if on_gpu(plan) else "cpu"]
+    backend = WEIGHT_BACKENDS["gpu" if plan.on_gpu else "cpu"]
     yield from ("--served-model-name", MODEL_NAME)
     yield from ("--weight-transfer-config", _compact({"backend": backend}))
     yield from ("--logprobs-mode", "processed_logprobs")
@@ -121,7 +116,7 @@ def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
 
 
 def _device_arguments(plan: Plan) -> Iterator[str]:
-    if on_gpu(plan):
+    if plan.on_gpu:
         if plan.recipe.resources.colocate:
             yield "--enable-sleep-mode"
         return
@@ -162,7 +157,7 @@ def _environment(
         env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)
     if here.interface:
         env |= {"GLOO_SOCKET_IFNAME": here.interface, "NCCL_SOCKET_IFNAME": here.interface}
-    if on_gpu(plan):
+    if plan.on_gpu:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, engine.gpus[position]))
         return env
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", _KV_CACHE_GIB)

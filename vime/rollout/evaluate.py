@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vime.errors import DataError
-from vime.recipe.schema import Recipe
-from vime.rollout.client import SamplingSettings
+from vime.recipe.sampling import SamplingSettings
 from vime.rollout.data import PromptSet
 from vime.rollout.generation import Generator, all_of
 from vime.rollout.measures import length_metrics
@@ -22,22 +21,6 @@ class EvalSet:
 
     name: str
     data: PromptSet
-
-
-def eval_settings(recipe: Recipe) -> SamplingSettings:
-    """Sampling of the evaluation; what `--eval-…` does not say is as in training."""
-    own, rollout = recipe.eval, recipe.rollout
-    longest, temperature, top_p, top_k = (
-        getattr(own, name) for name in ("eval_max_response_len", "eval_temperature", "eval_top_p", "eval_top_k")
-    )
-    return SamplingSettings(
-        max_tokens=rollout.rollout_max_response_len if longest is None else longest,
-        temperature=rollout.rollout_temperature if temperature is None else temperature,
-        top_p=rollout.rollout_top_p if top_p is None else top_p,
-        top_k=rollout.rollout_top_k if top_k is None else top_k,
-        stop=tuple(rollout.rollout_stop),
-        stop_token_ids=tuple(rollout.rollout_stop_token_ids),
-    )
 
 
 async def evaluate(

@@ -13,11 +13,11 @@ from vime.errors import BadInput, DataError
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
 from vime.rewards.filters import check_filter_path
 from vime.rewards.scorer import Scorer
-from vime.rollout.client import UNVERSIONED, EngineClient, EngineError, SamplingSettings
+from vime.rollout.client import UNVERSIONED, EngineClient, EngineError
 from vime.rollout.counters import EngineCounters
 from vime.rollout.data import Columns, PromptSet, PromptStream, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
-from vime.rollout.evaluate import EvalSet, eval_settings, evaluate
+from vime.rollout.evaluate import EvalSet, evaluate
 from vime.rollout.generation import Generator
 from vime.rollout.measures import finished_metrics, training_metrics
 from vime.run.plan import Plan
@@ -72,16 +72,9 @@ class Sampler:
         check_filter_path(options.dynamic_sampling_filter_path)
         if options.rollout_temperature <= 0:
             raise BadInput(f"--rollout-temperature {options.rollout_temperature}: give a value above 0 to learn from")
-        self._settings = SamplingSettings(
-            max_tokens=options.rollout_max_response_len,
-            temperature=options.rollout_temperature,
-            top_p=options.rollout_top_p,
-            top_k=options.rollout_top_k,
-            stop=tuple(options.rollout_stop),
-            stop_token_ids=tuple(options.rollout_stop_token_ids),
-        )
+        self._settings = plan.recipe.sampling
         tokenizer = tokenizer or load_tokenizer(plan.recipe.checkpoint.hf_checkpoint or "")
-        context = context_length(plan)
+        context = plan.context_length
         self._stream = PromptStream(
             self._load(options.prompt_data, tokenizer, context), options.rollout_shuffle, options.rollout_seed
         )
@@ -185,7 +178,7 @@ class Sampler:
                 return await evaluate(
                     self._generator,
                     self._eval_sets,
-                    eval_settings(self._recipe),
+                    self._recipe.eval_sampling,
                     options.n_samples_per_eval_prompt,
                     limit,
                 )
@@ -304,20 +297,6 @@ class Sampler:
         partial = self._recipe.rollout.partial_rollout
         self._kept = [group if partial else _without_answers(group) for group in unfinished]
         self._rows = {group.index: self._rows[group.index] for group in self._kept}
-
-
-def context_length(plan: Plan) -> int:
-    """Tokens of prompt and response that the engines take: `--vllm-max-model-len`, or the model's own limit."""
-    given = plan.recipe.engine.vllm.get("max_model_len")
-    if given is not None:
-        try:
-            return int(given)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"--vllm-max-model-len is {given!r}: give a whole number") from error
-    longest = plan.model_config_hf.get("max_position_embeddings")
-    if not isinstance(longest, int):
-        raise BadInput("the model's config.json has no max_position_embeddings: give --vllm-max-model-len")
-    return longest
 
 
 def _oldest(group: Group, default: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from vime.errors import BadInput
+from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 
@@ -210,6 +212,11 @@ class Cluster(Frozen):
         return self.kind == "local"
 
     @property
+    def on_gpu(self) -> bool:
+        """The run's GPU slots are real GPUs, and not shares of the processors."""
+        return self.gpu_request != "none" and self.gpus_per_node > 0
+
+    @property
     def interpreter(self) -> str | None:
         """Python of the batch script, where the profile says which."""
         return self.python or (f"{self.venv}/bin/python" if self.venv else None)
@@ -232,6 +239,7 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         return values
     recipe = dict(values.get("recipe", {}))
     recipe["resources"] = recipe.pop("cluster", {})
+    recipe["perf"] = {name: value for name, value in recipe.get("perf", {}).items() if name != "balance_data"}
     stages = [
         {**stage, "command": [_MODULES_OF_1.get(word, word) for word in stage.get("command", ())]}
         for stage in values.get("stages", ())
@@ -268,6 +276,33 @@ class Plan(Frozen):
     """Seconds before the time limit at which the batch script is signalled."""
     notes: tuple[str, ...] = ()
     """Notes for the user: flags without effect here, translated values, costs."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """The run's GPU slots are real GPUs, and not shares of the processors."""
+        return self.cluster.on_gpu
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that `model_config_hf` describes."""
+        return ModelConfig.from_hf(self.model_config_hf)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and response that the engines take: `--vllm-max-model-len`, else the model's own length."""
+        return context_length(self.recipe, self.model)
+
+
+def context_length(recipe: Recipe, config: ModelConfig) -> int:
+    """Tokens of prompt and response that the engines take. Raises BadInput where neither says it."""
+    given = recipe.engine.vllm.get("max_model_len")
+    if given is None:
+        if config.hf.get("max_position_embeddings") is None:
+            raise BadInput("the model's config.json has no max_position_embeddings: give --vllm-max-model-len")
+        return config.max_position_embeddings
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise BadInput(f"--vllm-max-model-len is {given!r}: give a whole number of tokens")
+    return given
 
 
 class BoundNode(Frozen):

@@ -112,11 +112,10 @@ class Schedule:
 
 def schedule_of(plan: Plan) -> Schedule:
     """The schedule of a run. Raises BadInput for engines on a trainer's node that do not share its ranks' GPUs."""
-    config = ModelConfig.from_hf(plan.model_config_hf)
+    config = plan.model
     nodes = tuple(rank.node for rank in plan.trainer_ranks)
     options = plan.recipe.engine.vllm
-    real = plan.cluster.gpu_request != "none" and plan.cluster.gpus_per_node > 0
-    shared = [rank.gpu for rank in plan.trainer_ranks] if real else None
+    shared = [rank.gpu for rank in plan.trainer_ranks] if plan.on_gpu else None
     spread = bool(options.get("enable_eplb")) or options.get("expert_placement_strategy", "linear") != "linear"
     return make_schedule(
         config,
