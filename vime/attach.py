@@ -1,4 +1,4 @@
-"""`python -m vime.attach [RUN] [--node N] [-- COMMAND…]`: a shell on a node of a running run, inside its allocation."""
+"""`python -m vime.attach [RUN] [--node N] [-- COMMAND…]`: open a shell on a node of a running run."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> int:
     own, words = split_flags(argv)
     parser = Parser(
         prog="python -m vime.attach",
-        description="A shell on a node of a running run, inside its allocation; or a command, after --.",
+        description="Open a shell on a node of a running run, inside its allocation; or run a command, given after --.",
     )
-    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; default: the last one")
     parser.add_argument("--node", type=int, default=0, help="logical node, as in vime.plan --placement; default: 0")
     args = parser.parse_args(own)
     folder = find_run(args.run) if args.run else last_run()

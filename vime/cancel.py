@@ -1,4 +1,4 @@
-"""`python -m vime.cancel [RUN]`: ends a run, its job or its controller on this machine; by default the last one."""
+"""`python -m vime.cancel [RUN]`: end a run: its job, or its controller on this machine; by default the last run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 60.0
 
 
 def cancel(run_dir: Path) -> str:
-    """Ends the run and waits until it has; what was done, as a line. Raises DeadlineExceeded."""
+    """End the run and wait until it has ended; return one line that says what was done. Raises DeadlineExceeded."""
     state = run_state(run_dir)
     if state.state in ("succeeded", "failed", "planned"):
         return f"{state.run}: nothing to cancel, it is {state.state}"
@@ -69,7 +69,7 @@ def _wait(what: str, over) -> None:
 @command
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.cancel", description="End a run.")
-    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; default: the last one")
     args = parser.parse_args(argv)
     print(cancel(find_run(args.run) if args.run else last_run()))
     return 0

@@ -1,4 +1,4 @@
-"""`python -m vime.fetch`: brings a recipe's models and data sets to $BASE_DIR, on a node with network."""
+"""`python -m vime.fetch`: download a recipe's models and data sets to $BASE_DIR, on a node with network."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _NAMED = 20
 
 
 def sources(recipe: str, base_dir: str | None) -> list[Source]:
-    """What the recipe names under `fetch`, with absolute folders."""
+    """Repositories that the recipe names under `fetch`, with absolute folders."""
     found = load_recipe(recipe).source.fetch
     if not found:
-        raise BadInput(f"the recipe {recipe} names nothing to fetch: see the comments at its top")
+        raise BadInput(f"the recipe {recipe} names nothing to fetch: see the comments at the top of its file")
     if base_dir is None and any("BASE_DIR" in folder for folder in found):
         raise BadInput("$BASE_DIR is not set: give --base-dir, or set it in the environment")
     return [Source.parse(absolute_path(folder, base_dir), text) for folder, text in found.items()]
 
 
 def check(source: Source, *, deep: bool) -> bool:
-    """Says what is missing of one repository, without network; whether all is there."""
+    """Print what is missing of one repository, without network; return whether it is complete."""
     listing = download.noted(source)
     if listing is None:
         print(f"{source.folder}: nothing is known of {source.repository} there: run python -m vime.fetch")
@@ -53,7 +53,7 @@ def check(source: Source, *, deep: bool) -> bool:
 
 
 def fetch(found: Sequence[Source]) -> None:
-    """Brings what is missing of all repositories; says before the first byte where the disk is too small."""
+    """Download what is missing of all repositories. Raises BadInput, before the first byte, if a disk is too small."""
     work: list[tuple[Listing, list[RemoteFile]]] = []
     for source in found:
         listing = download.list_remote(source)
@@ -80,7 +80,7 @@ def fetch(found: Sequence[Source]) -> None:
 
 
 def _needed(work: Sequence[tuple[Listing, list[RemoteFile]]]) -> dict[Path, int]:
-    """Bytes to come by an existing folder of each file system."""
+    """Bytes to download per file system, keyed by an existing folder of it."""
     by_device: dict[int, tuple[Path, int]] = {}
     for listing, files in work:
         folder = listing.source.folder
@@ -97,18 +97,16 @@ def _needed(work: Sequence[tuple[Listing, list[RemoteFile]]]) -> dict[Path, int]
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vime.fetch",
-        description="Bring a recipe's models and data sets to $BASE_DIR, on a node with network (usually the login "
-        "node). What was interrupted goes on where it was; size and hash of every file are verified. "
+        description="Download a recipe's models and data sets to $BASE_DIR, on a node with network (usually the login "
+        "node). Interrupted downloads resume; size and hash of every file are verified. "
         "HF_TOKEN and HF_ENDPOINT are those of huggingface_hub.",
     )
     add = parser.add_argument
     add("--recipe", default="deepseek-r1", help="name or YAML file")
     add("--base-dir", help="the shared folder of models and data; default: $BASE_DIR, then the profile's")
     add("--cluster", help="name or YAML file of a cluster profile, for its base-dir")
-    add(
-        "--check", action="store_true", help="only say what is missing, without network; exit code 2 where something is"
-    )
-    add("--verify", choices=("quick", "deep"), default="quick", help="deep: hash what was verified before, too")
+    add("--check", action="store_true", help="list missing files without network; exit code 2 if there are any")
+    add("--verify", choices=("quick", "deep"), default="quick", help="deep: hash verified files again")
     args = parser.parse_args(argv)
     base_dir = args.base_dir or os.environ.get("BASE_DIR") or None
     if base_dir is None and args.cluster:

@@ -1,4 +1,4 @@
-"""`python -m vime.logs [RUN]`: the logs of a run's tasks and its events, merged in the order of time."""
+"""`python -m vime.logs [RUN]`: print the logs of a run's tasks and its events, merged by time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vime.run.state import run_state
 _POLL_SECONDS = 0.5
 _STATE_SECONDS = 5.0
 CONTROLLER = "controller"
-"""The stage under which the run's events stand."""
+"""Stage name under which the run's events are shown."""
 
 
 class Logs:
-    """The logs that match, and the events; `poll` gives what is new in all of them, files that appear later too."""
+    """Matching logs and the events. `poll` returns new lines of all of them, including files that appear later."""
 
     def __init__(
         self, run_dir: Path, *, stage: str | None, node: int | None, rank: int | None, last: int | None = None
     ) -> None:
-        """`last`: no more than so many lines of what is there now will be shown."""
+        """`last`: at most this many of the existing lines will be shown."""
         self._run_dir, self._last = run_dir, last
         self._wanted = Wanted(stage, node, rank, single_ranks(read_plan(run_dir)))
         self._followers: dict[Path, Follower] = {}
@@ -63,7 +63,7 @@ def render(line: Line) -> str:
 
 
 def follow(logs: Logs, run_dir: Path, first: int | None) -> Iterator[Line]:
-    """The last lines, then every new one, until the run has ended and its logs are read to their ends."""
+    """The last `first` lines (None: all), then new ones until the run has ended and its logs are read to the end."""
     lines, checked, ended = logs.poll(), 0.0, False
     yield from lines if first is None else lines[-first:] if first else []
     while not ended:
@@ -75,7 +75,7 @@ def follow(logs: Logs, run_dir: Path, first: int | None) -> Iterator[Line]:
 
 
 def check_stage(run_dir: Path, stage: str | None) -> None:
-    """Raises BadInput for a stage that the plan does not have."""
+    """Raise BadInput for a stage that is not in the plan."""
     names = [CONTROLLER, *(planned.name for planned in read_plan(run_dir).stages)]
     if stage is not None and stage not in names and not (run_dir / "logs" / stage).is_dir():
         raise BadInput(f"--stage is {stage!r}: this run has {', '.join(names)}")
@@ -83,8 +83,8 @@ def check_stage(run_dir: Path, stage: str | None) -> None:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vime.logs", description="The logs of a run in the order of time.")
-    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    parser = argparse.ArgumentParser(prog="python -m vime.logs", description="Print the logs of a run, merged by time.")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; default: the last one")
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the run ends")
     parser.add_argument("-n", "--lines", type=int, help="only the last N lines (of those that are there)")
     parser.add_argument("--stage", help="of one stage; `controller` is the run's events")

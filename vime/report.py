@@ -1,4 +1,4 @@
-"""`python -m vime.report [RUN]`: writes the run's report, one HTML file, and prints its last line."""
+"""`python -m vime.report [RUN]`: write the run's report, one HTML file, and print the run's last line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vime.system.files import PRIVATE, write_file
 
 
 def write_report(run_dir: str | Path) -> str:
-    """Write `report.html` and `trace.json` (Perfetto) into the run folder by rename; returns the run's last line."""
+    """Write `report.html` and `trace.json` (Perfetto) into the run folder; return the run's last line."""
     folder = Path(run_dir)
     run = read_run(folder, [event.model_dump() for event in read_events(folder)])
     write_file(folder / "trace.json", json.dumps(chrome_trace(run.spans)), mode=PRIVATE)
@@ -29,7 +29,7 @@ def write_report(run_dir: str | Path) -> str:
 @command
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.report", description="Write the report of a run.")
-    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; default: the last one")
     args = parser.parse_args(argv)
     print(write_report(find_run(args.run) if args.run else last_run()))
     return 0

@@ -1,4 +1,4 @@
-"""`python -m vime.runs`: your runs and their states; with `--prune`, old checkpoints of those that have ended."""
+"""`python -m vime.runs`: list your runs and their states; with `--prune`, old checkpoints of ended runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vime.run.state import RunState, run_state
 
 
 def known(names: Sequence[str]) -> list[Run]:
-    """The recorded runs, or those that are named, oldest first. Raises BadInput for a name that is none."""
+    """The recorded runs, or those named, oldest first. Raises BadInput for an unknown name."""
     recorded = runs()
     if not names:
         return recorded
@@ -30,7 +30,7 @@ def known(names: Sequence[str]) -> list[Run]:
 
 
 def read(run_dir: Path) -> tuple[Plan, RunState] | None:
-    """None for a run of another version of vime, which this one cannot read."""
+    """Plan and state of a run; None, with a note on stderr, for a run that this version cannot read."""
     try:
         return read_plan(run_dir), run_state(run_dir)
     except BadInput as error:
@@ -39,7 +39,7 @@ def read(run_dir: Path) -> tuple[Plan, RunState] | None:
 
 
 def render(found: Sequence[tuple[Run, RunState]]) -> str:
-    """A line a run."""
+    """One line per run."""
     rows = [
         (
             run.run_name,
@@ -56,7 +56,7 @@ def render(found: Sequence[tuple[Run, RunState]]) -> str:
 
 
 def prune(old: Sequence[Old], *, confirmed: bool) -> str:
-    """Lists what could go, and removes it when that is confirmed."""
+    """List checkpoints that can be removed; remove them if confirmed."""
     if not old:
         return "nothing to remove"
     rows = [(one.run, size(one.bytes), one.why, one.path) for one in old]
@@ -72,20 +72,20 @@ def prune(old: Sequence[Old], *, confirmed: bool) -> str:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vime.runs", description="Your runs, the newest last.")
-    parser.add_argument("runs", nargs="*", help="names or folders; by default every recorded run")
+    parser = argparse.ArgumentParser(prog="python -m vime.runs", description="List your runs, newest last.")
+    parser.add_argument("runs", nargs="*", help="names or folders; default: all recorded runs")
     parser.add_argument("--json", action="store_true", help="print the states as JSON, one list")
     parser.add_argument("--prune", action="store_true", help="list old checkpoints of runs that have ended")
-    parser.add_argument("--keep", type=int, default=1, help="newest checkpoints that --prune leaves a run; default: 1")
+    parser.add_argument("--keep", type=int, default=1, help="newest checkpoints that --prune keeps per run; default: 1")
     parser.add_argument("--yes", action="store_true", help="with --prune: remove what is listed")
     args = parser.parse_args(argv)
     if args.keep < 1:
         raise BadInput(f"--keep is {args.keep}: give at least 1")
     if args.yes and not args.prune:
-        raise BadInput("--yes has a meaning with --prune alone")
+        raise BadInput("--yes works only with --prune")
     chosen = known(args.runs)
     if args.prune:
-        # Every recorded run is looked at, since one that runs may use the folder of one that has ended.
+        # All recorded runs count: a running one may use the folder of one that has ended.
         every = {run.run_dir: read(run.run_dir) for run in (*runs(), *chosen)}
         among = {str(run.run_dir) for run in chosen}
         old = old_checkpoints((pair for pair in every.values() if pair), keep=args.keep, among=among)

@@ -1,4 +1,4 @@
-"""`python -m vime.status [RUN]`: what a run is doing; by default the last one."""
+"""`python -m vime.status [RUN]`: show what a run is doing; by default the last run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = (
 
 
 def render(state: RunState) -> str:
-    """The state as lines for a person."""
+    """The state as lines of plain text."""
     job = f", job {state.job}" if state.job else ""
     lines = [f"{state.run}: {state.state}{job}" + (f", start {state.restart}" if state.restart else "")]
     if state.reason:
@@ -52,10 +52,10 @@ def render(state: RunState) -> str:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vime.status", description="What a run is doing.")
-    parser.add_argument("run", nargs="?", help="name or folder of the run; by default the last one")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_argument("--watch", action="store_true", help="print it again and again until the run has ended")
+    parser = argparse.ArgumentParser(prog="python -m vime.status", description="Show what a run is doing.")
+    parser.add_argument("run", nargs="?", help="name or folder of the run; default: the last one")
+    parser.add_argument("--json", action="store_true", help="print the state as JSON")
+    parser.add_argument("--watch", action="store_true", help="refresh until the run has ended")
     args = parser.parse_args(argv)
     try:
         folder = find_run(args.run) if args.run else last_run()

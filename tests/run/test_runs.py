@@ -109,7 +109,7 @@ def test_only_the_named_runs_are_pruned(tmp_path: Path) -> None:
     [
         (["no-such-run"], "no run 'no-such-run'"),
         (["--keep", "0"], "--keep is 0: give at least 1"),
-        (["--yes"], "--yes has a meaning with --prune alone"),
+        (["--yes"], "--yes works only with --prune"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

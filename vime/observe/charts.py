@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, made of numbers alone: no script, no network, readable in dark and light."""
+"""Charts as inline SVG: no script, no network, readable in dark and light."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ WIDTH, HEIGHT = 420, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 24
 MAX_POINTS = 400
 SMOOTHED_FROM = 24
-"""Points from which a single line is drawn smoothed, above its own values."""
+"""Points from which a single line is drawn smoothed over its raw values."""
 TABLE_ROWS = 12
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; points are (x, y) with finite y."""
+    """One line of a chart. Points are (x, y), y finite."""
 
     label: str
     points: Sequence[tuple[float, float]]
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points that keep every bucket's lowest and highest, so that no spike is lost."""
+    """At most `most` points: the lowest and highest of each bucket, so that spikes survive."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))
@@ -38,7 +38,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over a window of a twentieth of the points, centred, and cut at the ends."""
+    """Centred moving mean over a twentieth of the points, truncated at both ends."""
     half = max(1, len(points) // 40)
     sums = [0.0]
     for _, y in points:
@@ -52,7 +52,7 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that lie within low..high."""
+    """Round numbers in low..high, spaced by 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -64,7 +64,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def brief(value: float) -> str:
-    """A number for an axis: `12k`, `0.05`."""
+    """A number as an axis label: `12k`, `0.05`."""
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= factor:
             return f"{value / (1e3 if unit == 'k' else factor):.4g}{unit}"
@@ -72,7 +72,7 @@ def brief(value: float) -> str:
 
 
 def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
-    """One chart. Its title and the first and last values are its text for readers that see no picture."""
+    """One chart; title and first and last values are its text for screen readers. Empty without points."""
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
@@ -108,7 +108,7 @@ def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
 
 
 def _values(title: str, lines: Sequence[Series]) -> str:
-    """Some of the values, first and last among them, as a table."""
+    """Up to TABLE_ROWS of the values, including first and last, as a table."""
     longest = max(lines, key=lambda line: len(line.points)).points
     count = min(TABLE_ROWS, len(longest))
     chosen = {longest[round(i * (len(longest) - 1) / max(1, count - 1))][0] for i in range(count)}

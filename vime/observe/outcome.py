@@ -1,4 +1,4 @@
-"""How a run ended, in a word, a line, and what to do about it."""
+"""The end of a run in one word and one line, with advice."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from vime.observe.summary import RunSummary
 
 ADVICE = {
     Cause.CODE_ERROR: "The last lines of the log below name the line of code; a requeue would end the same way.",
-    Cause.BAD_INPUT: "Mend what the line names and submit again; nothing was lost.",
+    Cause.BAD_INPUT: "Fix what the line names and submit again; nothing was lost.",
     Cause.OUT_OF_MEMORY: "See what a node needs with python -m vime.plan: a smaller --max-tokens-per-gpu, more nodes, "
     "or no reference model (docs/plan.md).",
-    Cause.NODE_FAILURE: "A requeued or resubmitted run leaves a broken node out and goes on from its last checkpoint.",
-    Cause.TIME_LIMIT: "The run saved before the limit; the same command goes on where it was.",
-    Cause.PREEMPTED: "Slurm starts the job again, and it goes on from its last checkpoint.",
-    Cause.CANCELLED: "Somebody cancelled it; the command under Checkpoints goes on.",
-    Cause.PREFLIGHT: "A node was not fit: the line names it, what was found and what is needed (--spares).",
+    Cause.NODE_FAILURE: "A requeued or resubmitted run leaves out broken nodes and resumes from its last checkpoint.",
+    Cause.TIME_LIMIT: "The run saved before the limit; the same command resumes it.",
+    Cause.PREEMPTED: "Slurm starts the job again; it resumes from its last checkpoint.",
+    Cause.CANCELLED: "Somebody cancelled it; the command under Checkpoints resumes it.",
+    Cause.PREFLIGHT: "A node failed preflight: the line names it, the finding and the need (--spares).",
     Cause.DEADLINE: "Something did not answer in time; the line says what was missing.",
-    Cause.STORAGE: "A disk or the shared file system is full, read-only or gone: make room, then go on.",
-    Cause.DATA_ERROR: "The data or the rewards cannot give what training needs; the line says why.",
+    Cause.STORAGE: "A disk or the shared file system is full, read-only or gone: make room, then resume.",
+    Cause.DATA_ERROR: "Data or rewards cannot provide what training needs; the line says why.",
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the report says first."""
+    """First lines of the report."""
 
     kind: Literal["good", "bad", "warn"]
     word: str
@@ -35,7 +35,7 @@ class Outcome:
     """Stage, node and rank."""
     advice: str = ""
     tail: str = ""
-    """Last lines of the log that tells the cause."""
+    """Last lines of the log that shows the cause."""
 
 
 def outcome(run: RunSummary) -> Outcome:

@@ -1,4 +1,4 @@
-"""Pictures of where the time went: phases of every rollout, the last rollouts span by span, the wait of each rank."""
+"""Charts of time: phases of every rollout, the last rollouts span by span, the wait of each rank."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vime.observe.timeline import WAIT, Span, waits
 
 PHASES = ("generate", "reward", "ref_log_probs", "log_probs", "train", "sync", "save", "eval")
 NESTED = ("recover", WAIT)
-"""Spans that lie inside a phase: the restart of an engine while others generate, a rank's wait in training."""
+"""Spans nested in a phase: an engine's restart while others generate, a rank's wait in training."""
 COLUMNS = 120
-"""Bars of the overview; a longer run is averaged."""
+"""Bars of the overview; longer runs are averaged."""
 SHOWN_ROLLOUTS, SHOWN_RANKS = 4, 16
 LEFT, WIDTH = 96, 1160
 
 
 def by_phase(spans: Sequence[Span]) -> dict[int, dict[str, float]]:
-    """Seconds of every phase of the driver, by rollout."""
+    """Seconds per phase of the driver, by rollout."""
     found: dict[int, dict[str, float]] = {}
     for span in spans:
         if span.track == "driver" and span.rollout_id >= 0 and span.name in PHASES:
@@ -27,7 +27,7 @@ def by_phase(spans: Sequence[Span]) -> dict[int, dict[str, float]]:
 
 
 def overview(spans: Sequence[Span]) -> str:
-    """A stacked bar a rollout, or a group of rollouts."""
+    """One stacked bar per rollout, or per group of rollouts."""
     phases = by_phase(spans)
     if not phases:
         return ""
@@ -76,7 +76,7 @@ def overview(spans: Sequence[Span]) -> str:
 
 
 def last_rollouts(spans: Sequence[Span]) -> str:
-    """The newest rollouts span by span: the driver, rewards, and some of the ranks."""
+    """The newest rollouts span by span: driver, rewards, and some of the ranks."""
     spans = [span for span in spans if span.rollout_id >= 0]
     if not spans:
         return ""
@@ -120,7 +120,7 @@ def _bar(span: Span, x: float, track: int, scale: float) -> str:
 
 
 def rank_waits(spans: Sequence[Span]) -> str:
-    """How long each rank waited for the others before gradients were reduced."""
+    """Share of its training time that each rank waited for the others before gradients were reduced."""
     shares = waits(spans)
     if len(shares) < 2:
         return ""
@@ -134,7 +134,7 @@ def rank_waits(spans: Sequence[Span]) -> str:
     least, most = min(shares, key=lambda t: shares[t]), max(shares, key=lambda t: shares[t])
     said = (
         f"{most} waits longest, {100 * shares[most]:.1f} % of its training time; {least} least, "
-        f"{100 * shares[least]:.1f} %: it is the one that the others wait for"
+        f"{100 * shares[least]:.1f} %: the others wait for it"
     )
     rows = [{"rank": track.split()[1], "wait": f"{100 * share:.2f} %"} for track, share in shares.items()]
     marks = "".join(
@@ -149,7 +149,7 @@ def rank_waits(spans: Sequence[Span]) -> str:
 
 
 def legend(names: Sequence[str]) -> str:
-    """The phases' colours."""
+    """Legend of phase colours."""
     keys = "".join(
         f'<span><i class="key p-{escape(name)}{" ref" if name == "ref_log_probs" else ""}"></i>{escape(name)}</span>'
         for name in names

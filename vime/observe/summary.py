@@ -1,4 +1,4 @@
-"""What a run was and how it went, read from its folder: the one source of the report and of its last line."""
+"""Everything the report shows, read from a run's folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vime.run.plan import Binding, Plan
 REWARD = "rollout/raw_reward"
 ENDS = 5
 SHOWN_SAMPLES = 8
-"""Rollouts whose samples the report shows."""
+"""Rollouts whose best and worst samples the report shows in full."""
 TRACED_ROLLOUTS = 100
-"""Newest rollouts whose spans of every rank the trace holds; the driver's are there for all."""
+"""Newest rollouts for which the trace holds the spans of every rank; the driver's are there for all."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class RunSummary:
 
     @property
     def last_start(self) -> list[dict[str, Any]]:
-        """The events since the run was started for the last time."""
+        """Events since the last start of the run."""
         starts = [place for place, event in enumerate(self.events) if event["kind"] == "run-start"]
         return self.events[starts[-1] :] if starts else self.events
 
     @property
     def end(self) -> dict[str, Any] | None:
-        """The event that ended the last start; None while it runs, or where it was cut off."""
+        """Event that ended the last start; None while the run is active, or if it was cut off."""
         return next((event for event in reversed(self.last_start) if event["kind"] == "run-end"), None)
 
     def mean_reward(self, *, first: bool, count: int = ENDS) -> float | None:
@@ -74,7 +74,7 @@ class RunSummary:
         return sum(chosen) / len(chosen) if chosen else None
 
     def last_line(self, report: Path) -> str:
-        """Run name, mean reward of the first and of the last rollouts, path of the report."""
+        """One line: run name, mean reward of the first and last rollouts, path of the report."""
         first, last = self.mean_reward(first=True), self.mean_reward(first=False)
         count = min(ENDS, len(self.rewards))
         told = "no rollout finished" if first is None or last is None else (
@@ -84,7 +84,7 @@ class RunSummary:
 
 
 def read_run(run_dir: str | Path, events: list[dict[str, Any]]) -> RunSummary:
-    """Read a run's folder; `events` come from the journal's own reader, as mappings."""
+    """Summary of a run's folder. `events`: the journal, as mappings."""
     folder = Path(run_dir)
     plan = read_plan(folder)
     steps = read_metrics(folder)
@@ -106,7 +106,7 @@ def _samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 def _preflight(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the newest preflight."""
+    """Rows of the newest preflight."""
     tables = [event["data"].get("nodes", []) for event in events if event.get("kind") == "preflight"]
     return tables[-1] if tables else []
 
@@ -130,7 +130,7 @@ def _checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def _spread(items: list[Path], most: int) -> list[Path]:
-    """At most `most` items, first and last among them, evenly apart."""
+    """At most `most` items, evenly spaced, including first and last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

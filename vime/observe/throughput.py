@@ -1,4 +1,4 @@
-"""Tokens a second a GPU: what a rollout cost all of the run's hardware, generation, training and sync together."""
+"""Tokens per second per GPU over whole rollouts: generation, training and sync together, on all of the run's GPUs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from vime.samples import Rollout
 
 
 def tokens_per_gpu(plan: Plan, rollout: Rollout, seconds: float) -> dict[str, float]:
-    """`perf/tokens_per_gpu_per_s`: prompt and response tokens of the samples trained on, by the rollout's seconds.
+    """`perf/tokens_per_gpu_per_s`: prompt and response tokens trained on, divided by seconds and GPUs.
 
-    Divided by the GPUs that trainer or engines hold; shared ones count once, and CPU slots are taken for GPUs.
+    GPUs are those of trainer and engines; shared ones count once, and CPU slots count as GPUs.
     """
     slots = {(rank.node, rank.gpu) for rank in plan.trainer_ranks}
     for engine in plan.engines:

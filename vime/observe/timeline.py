@@ -1,4 +1,4 @@
-"""What every part of a run did when: spans in `timeline.jsonl`, exported to Chrome's trace format for Perfetto."""
+"""Timeline of a run: spans in `timeline.jsonl`, exported to Chrome's trace format for Perfetto."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 TIMELINE_FILE = "timeline.jsonl"
 WAIT = "wait"
-"""What a rank spends at the barrier before gradients are reduced; it lies inside the rank's `train`."""
+"""Name of a rank's spans at the barrier before gradients are reduced; nested in the rank's `train`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Span:
 
 
 class Timeline:
-    """Appends spans; keeps those of the rollout under way so that their lengths can be logged."""
+    """Appends spans; keeps the current rollout's so that their durations can be logged."""
 
     def __init__(self, run_dir: str | Path, track: str = "driver") -> None:
         descriptor = os.open(Path(run_dir) / TIMELINE_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -42,7 +42,7 @@ class Timeline:
 
     @contextmanager
     def phase(self, name: str, rollout_id: int) -> Iterator[None]:
-        """A span around the block, written also when the block fails."""
+        """Record a span around the block, also if the block fails."""
         start = time.time()
         try:
             yield
@@ -55,7 +55,7 @@ class Timeline:
         self._file.flush()
 
     def add_ranks(self, rollout_id: int, ranks: Sequence[Sequence[tuple[str, float, float]]]) -> None:
-        """Spans (name, start, end) of every trainer rank, in rank order, as one line: a long run has millions."""
+        """Spans (name, start, end) of every trainer rank, in rank order, as one line, since a long run has millions."""
         shown = [[[name, round(start, 3), round(end, 3)] for name, start, end in spans] for spans in ranks]
         self._file.write(json.dumps({"rollout_id": rollout_id, "ranks": shown}, separators=(",", ":")) + "\n")
         self._file.flush()
@@ -75,7 +75,7 @@ class Timeline:
 
 
 def read_timeline(run_dir: str | Path, *, rank_rollouts: int | None = None) -> list[Span]:
-    """All whole spans of a run in the order they ended; those of ranks for the newest `rank_rollouts` (None: all)."""
+    """All complete spans of a run in the order they ended; of ranks, only the newest `rank_rollouts` (None: all)."""
     path = Path(run_dir) / TIMELINE_FILE
     if not path.exists():
         return []
@@ -97,7 +97,7 @@ def read_timeline(run_dir: str | Path, *, rank_rollouts: int | None = None) -> l
 
 
 def waits(spans: Sequence[Span]) -> dict[str, float]:
-    """Share of its training time that each rank waited for the others, by track, in rank order."""
+    """Share of training time that each rank waited for the others, by track, in rank order."""
     busy: dict[str, float] = {}
     waited: dict[str, float] = {}
     for span in spans:
@@ -109,9 +109,9 @@ def waits(spans: Sequence[Span]) -> dict[str, float]:
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
-    """Trace Event Format ("X" events, microseconds), a thread a track; opens in Perfetto and chrome://tracing.
+    """Trace Event Format ("X" events, microseconds), one thread per track; opens in Perfetto and chrome://tracing.
 
-    A span inside another one of its track (a wait inside a training step) is shown below it.
+    Nested spans of a track (a wait inside a training step) are shown below their parent.
     """
     tracks = {name: number for number, name in enumerate(dict.fromkeys(span.track for span in spans))}
     origin = min((span.start for span in spans), default=0.0)
