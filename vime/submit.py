@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vime.cli import build_parser, command, split_flags
 from vime.errors import BadInput
-from vime.launch.prepare import check_same_run, start, write_code
+from vime.launch.prepare import claim_folder, start, write_code
 from vime.planning.request import check_fits, plan_from
 from vime.planning.show import render
 from vime.recipe.flags import flag, recipe_options
@@ -60,7 +60,7 @@ def _dry_run(plan: Plan, *, write: bool) -> int:
     for preview in scheduler.preview(plan):
         print(f"{preview.title}\n\n{preview.text}")
     if write:
-        check_same_run(plan)
+        claim_folder(plan)
         write_code(plan)
         print(f"plan written to {write_plan(plan)}")
         for path in scheduler.write_scripts(plan):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vime.errors import BadInput
 from vime.node.leftovers import OWNER
 from vime.node.scratch import NodeFolder, base_folder, remove_dead
 from vime.system.shared_memory import FOLDER
@@ -46,7 +47,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_live_one_uses_is_not() -> 
 
 def test_a_link_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     base_folder().symlink_to(tmp_path)
-    with pytest.raises(OSError, match="VIME_NODE_TMP"):
+    with pytest.raises(BadInput, match="VIME_NODE_TMP"):
         NodeFolder("7")
 
 

@@ -36,7 +36,7 @@ def test_a_plan_comes_back_as_it_was_from_a_private_file(plan: Plan):
 
 
 def test_a_folder_that_refuses_the_plan_is_named(plan: Plan):
-    with pytest.raises(BadInput, match=r"cannot write /proc/vime-run/plan\.json: .* that you may write to"):
+    with pytest.raises(BadInput, match=r"cannot make /proc/vime-run: .* that you may write to"):
         write_plan(plan.model_copy(update={"run_dir": "/proc/vime-run"}))
 
 

@@ -32,6 +32,7 @@ from vime.run.journal import Event, Journal, read_events
 from vime.run.plan import Plan, Stage
 from vime.run.tokens import make_tokens
 from vime.system.files import replace_link
+from vime.system.private import private_folder
 from vime.system.processes import start_ticks
 
 POLL_S = 0.25
@@ -242,7 +243,7 @@ class Controller:
     def _start(self, stage: Stage, why: str) -> Step:
         places = self._allocation.places(stage)
         self._allocation.prepare(stage)
-        log_folder(self._run, stage.name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(log_folder(self._run, stage.name))
         self._link_current_log(stage, places)
         self._show(stage.name)
         self._event("stage-start", why, stage=stage.name, data={"nodes": [place.name for place in places]})
@@ -412,7 +413,7 @@ class Controller:
 def prepare_folders(run: Path) -> None:
     """The run's folders and tokens, and nothing left of an earlier start that this one could take for its own."""
     for folder in (run / "logs", control_folder(run)):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
     withdraw_request(run)
     (run / BINDING).unlink(missing_ok=True)
     make_tokens(run)

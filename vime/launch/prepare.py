@@ -6,13 +6,17 @@ from pathlib import Path
 
 from vime.errors import BadInput
 from vime.run import code as snapshot
-from vime.run.folder import PLAN, read_plan, write_plan
+from vime.run.folder import PLAN, make_run_folder, read_plan, write_plan
 from vime.run.plan import Plan
 from vime.run.registry import record_run
 
 
-def check_same_run(plan: Plan) -> None:
-    """A run folder may be submitted again, to go on; not with another recipe or model."""
+def claim_folder(plan: Plan) -> None:
+    """Makes the run folder, private, or takes the one of an earlier submission, which this one resumes.
+
+    Raises BadInput for a folder that is not the user's own, or holds a run of another recipe or model.
+    """
+    make_run_folder(plan.run_dir)
     if not (Path(plan.run_dir) / PLAN).exists():
         return
     before = read_plan(plan.run_dir)
@@ -31,7 +35,7 @@ def write_code(plan: Plan) -> None:
 
 def start(plan: Plan) -> None:
     """Writes code and plan and records the run, so that vime.status and its siblings find it from here on."""
-    check_same_run(plan)
+    claim_folder(plan)
     write_code(plan)
     write_plan(plan)
     record_run(plan.run_dir)

@@ -15,6 +15,7 @@ from vime.errors import Cause
 from vime.run.folder import launcher_log
 from vime.run.messages import Assembler, Report
 from vime.run.plan import Stage
+from vime.system.private import private_folder
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def places_text(places: Sequence[AllocatedNode]) -> str:
 def launch(argv: Sequence[str], env: dict[str, str], run_dir: str, stage: str) -> subprocess.Popen[bytes]:
     """A launcher process in a session of its own, its stderr in the stage's launcher log."""
     log = launcher_log(run_dir, stage)
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(log.parent)
     errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(

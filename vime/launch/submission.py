@@ -20,10 +20,13 @@ from vime.launch.container import mounts
 from vime.launch.lead import lead_s
 from vime.launch.srun import gpu_options, srun_argv, step_python
 from vime.run.chain import Link, links, part
+from vime.run.folder import make_run_folder
 from vime.run.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
 from vime.run.plan import Plan
 from vime.run.scheduler import find_scheduler
 from vime.slurm import queue as slurm
+from vime.system.files import PRIVATE, write_file
+from vime.system.private import private_folder
 
 MAX_SIGNAL_LEAD_S = 65535
 """Slurm's limit."""
@@ -164,13 +167,12 @@ def step_calls(plan: Plan) -> list[str]:
 
 def write_scripts(plan: Plan) -> list[Path]:
     """Writes the scripts as a person can submit them with sbatch: their last line starts vime.launch; their paths."""
-    folder, written = submit_folder(plan), []
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder, written = private_folder(submit_folder(plan)), []
     for link in links(plan) if plan.shape == "chain" else (None,):
         executor = _executor(plan, link)
         words = ["-u -m vime.launch --run-dir", shlex.quote(plan.run_dir), *(["--stage", link.name] if link else [])]
         path = folder / f"{link.name if link else 'run'}.sbatch"
-        path.write_text(executor._make_submission_file_text(" ".join([executor.python, *words]), ""), encoding="utf-8")
+        write_file(path, executor._make_submission_file_text(" ".join([executor.python, *words]), ""), mode=PRIVATE)
         written.append(path)
     return written
 
@@ -182,10 +184,9 @@ def submit(plan: Plan) -> str:
 
 def submit_jobs(plan: Plan) -> tuple[Job, ...]:
     """Submits the run's jobs. `check_path` and `check_accepted` go before. Raises BadInput; then nothing is queued."""
-    folder = submit_folder(plan)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # The jobs unpickle what lies here: nobody else may write to it.
-    folder.chmod(0o700)
+    # The jobs unpickle what lies here: nobody else may write to it, or to a folder above it.
+    make_run_folder(plan.run_dir)
+    private_folder(submit_folder(plan))
     jobs: list[Job] = []
     try:
         for link in links(plan) if plan.shape == "chain" else (None,):

@@ -9,10 +9,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-import stat
 from pathlib import Path
 
+from vime.errors import BadInput
 from vime.node import leftovers
+from vime.system.private import private_folder, shared_parents
 
 _LOCK = ".lock"
 
@@ -28,12 +29,13 @@ class NodeFolder:
     def __init__(self, job: str) -> None:
         """Makes the folder (0700) and takes the shared lock."""
         base = base_folder()
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = base.lstat()
-        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
-            raise OSError(f"{base} is not a folder of yours (owner {status.st_uid}): set VIME_NODE_TMP to another")
-        base.chmod(0o700)
-        self.path = base / job
+        shared_parents(base)
+        if base.is_symlink():
+            raise BadInput(f"{base} is a link: remove it, or set VIME_NODE_TMP to another folder")
+        try:
+            self.path = private_folder(base) / job
+        except BadInput as error:
+            raise BadInput(f"{error}; VIME_NODE_TMP names another place for node-local files") from error
         while True:
             self.path.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):

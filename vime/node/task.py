@@ -22,6 +22,7 @@ from vime.node.sweep import SWEEP, sweep_stage
 from vime.run.folder import BINDING, read_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
 from vime.run.plan import Binding, Plan, Stage
+from vime.system.private import private_folder
 
 PLACES, JOB = "VIME_PLACES", "VIME_JOB"
 LOCAL_PLACE, LOCAL_RANK = "VIME_LOCAL_PLACE", "VIME_LOCAL_RANK"
@@ -127,7 +128,7 @@ def run_task(run_dir: str, stage_name: str) -> int:
     env = task_env(plan, stage, seat, binding, os.environ)
     folder = NodeFolder(Path(env["TMPDIR"]).name)
     log = task_log(run_dir, stage_name, seat.node, seat.rank, stage.tasks_per_node)
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(log.parent)
 
     def send(report: Report) -> None:
         os.write(1, encode(report))

@@ -10,6 +10,7 @@ from typing import Any
 from vime.errors import BadInput
 from vime.samples import Group, Rollout, Sample
 from vime.system.files import PRIVATE, draft
+from vime.system.private import private_folder
 
 SHOWN_PER_ROLLOUT = 4
 SHOWN_CHARACTERS = 4000
@@ -25,8 +26,7 @@ def notable(rollout: Rollout) -> list[dict[str, Any]]:
 
 def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = False) -> Path:
     """Write a rollout's notable samples, or `everything` of all of them; mode 0600, by rename."""
-    folder = Path(run_dir) / "rollouts"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = private_folder(Path(run_dir) / "rollouts")
     path = folder / f"{rollout.rollout_id:06d}.jsonl"
     rows = [{**_shown(s), **s.values()} for s in rollout.samples] if everything else notable(rollout)
     with (

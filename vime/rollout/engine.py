@@ -24,6 +24,7 @@ from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
 from vime.run.plan import Binding, Plan
 from vime.system import shared_memory
+from vime.system.private import private_folder
 from vime.system.processes import PARENT_VARIABLE, group_runs
 
 POLL_SECONDS = 0.25
@@ -72,7 +73,7 @@ class EngineServer:
         """Start the server; its output goes to the engine's log file. Call `wait_ready` next."""
         if self._process is not None:
             raise RuntimeError(f"{self.name} runs already")
-        self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.log.parent)
         # vLLM's processes talk through sockets and rendezvous files in the temporary folder: a private one.
         self._scratch = tempfile.mkdtemp(prefix="vime-")
         env = {**os.environ, **self.command.env}

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from vime.errors import BadInput
 from vime.recipe.schema import Recipe
+from vime.system.files import publish_folder
+from vime.system.private import private_folder
 
 CODE_FOLDER = "code"
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -64,13 +66,13 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str]) -> None:
     if target.is_dir():
         return
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(target.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             for name, path in snapshot.files:
                 (partial / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 shutil.copy2(path, partial / name)
-            os.rename(partial, target)
+            publish_folder(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -13,9 +13,20 @@ from pydantic import BaseModel, ValidationError
 from vime.errors import BadInput
 from vime.run.plan import Binding, Plan, upgraded
 from vime.system.files import PRIVATE, write_file
+from vime.system.private import private_folder, read_own, require_own_folder, shared_parents
 
 PLAN, BINDING = "plan.json", "binding.json"
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def make_run_folder(run_dir: str | os.PathLike[str]) -> Path:
+    """The run folder, made private before anything is put into it. Raises BadInput where it is not the user's own."""
+    folder = Path(run_dir)
+    try:
+        shared_parents(folder)
+        return private_folder(folder)
+    except OSError as error:
+        raise BadInput(f"cannot make {folder}: {error.strerror}: give a run folder that you may write to") from error
 
 
 def log_folder(run_dir: str | os.PathLike[str], stage: str) -> Path:
@@ -55,7 +66,7 @@ def read_binding(run_dir: str | os.PathLike[str]) -> Binding:
 
 def _write(path: Path, content: BaseModel) -> Path:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_run_folder(path.parent)
         write_file(path, content.model_dump_json(indent=1) + "\n", mode=PRIVATE)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}: give a run folder that you may write to") from error
@@ -64,11 +75,12 @@ def _write(path: Path, content: BaseModel) -> Path:
 
 def _read(path: Path, model: type[Model], advice: str, upgrade: Callable[[str], str] = str) -> Model:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_own(path).decode("utf-8")
     except FileNotFoundError as error:
         raise BadInput(f"there is no {path}: {advice}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
+    require_own_folder(path.parent)
     try:
         return model.model_validate_json(upgrade(text))
     except ValidationError as error:

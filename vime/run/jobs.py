@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vime.system.files import PRIVATE, write_json
+from vime.system.private import private_folder
 
 SUBMIT_FOLDER, JOB_FILE = "submit", "job.json"
 
@@ -34,8 +35,7 @@ def read_jobs(run_dir: str | os.PathLike[str]) -> tuple[Job, ...]:
 
 def write_jobs(run_dir: str | os.PathLike[str], jobs: Sequence[Job]) -> None:
     """Replaces the recorded jobs."""
-    folder = Path(run_dir) / SUBMIT_FOLDER
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = private_folder(Path(run_dir) / SUBMIT_FOLDER)
     write_json(folder / JOB_FILE, {"jobs": [asdict(job) for job in jobs], "time": time.time()}, mode=PRIVATE)
 
 

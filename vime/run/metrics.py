@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
+from vime.system.private import private_folder
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,8 +36,7 @@ class MetricsWriter:
         path = run_dir / METRICS_FILE
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = os.fdopen(descriptor, "a", encoding="utf-8")
-        board = run_dir / "tensorboard"
-        board.mkdir(mode=0o700, exist_ok=True)
+        board = private_folder(run_dir / "tensorboard")
         self._board = Writer(str(board))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

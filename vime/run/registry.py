@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vime.errors import BadInput
 from vime.run.folder import PLAN
+from vime.system.private import private_folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def record_run(run_dir: str | os.PathLike[str]) -> None:
     path, folder = registry_path(), Path(run_dir).absolute()
     line = json.dumps({"run_name": folder.name, "run_dir": str(folder), "time": time.time()}) + "\n"
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.write(descriptor, line.encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vime.errors import BadInput
 from vime.system.files import PRIVATE, write_file
+from vime.system.private import private_folder
 
 RAY_TOKEN, API_KEY = "ray_token", "api_key"
 TOKENS = (RAY_TOKEN, API_KEY)
@@ -20,9 +21,7 @@ def token_path(run_dir: str | os.PathLike[str], name: str) -> Path:
 
 def make_tokens(run_dir: str | os.PathLike[str]) -> None:
     """Replaces the tokens by new ones, for this start of the run."""
-    folder = Path(run_dir) / "secrets"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    folder = private_folder(Path(run_dir) / "secrets")
     for name in TOKENS:
         write_file(folder / name, secrets.token_hex(32) + "\n", mode=PRIVATE)
 
