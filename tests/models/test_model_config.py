@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import hf_configs as examples
 from vime.errors import BadInput
+from vime.models import config, llama, reading
 from vime.models.config import ModelConfig
 from vime.models.families import count, megatron_config, params_of, stage_of
 from vime.models.namemap import Where
@@ -72,9 +76,9 @@ def test_deepseek_r1_in_megatrons_words():
 
 
 def test_stages_follow_the_layout():
-    config = ModelConfig.from_hf(examples.DEEPSEEK_R1)
+    model = ModelConfig.from_hf(examples.DEEPSEEK_R1)
     layout = ParallelLayout(world_size=128, tp=8, pp=4, cp=4, ep=32, last_stage_layers=13)
-    of = {p.name: stage_of(p, layout, config.num_layers) for p in params_of(config) if p.expert is None}
+    of = {p.name: stage_of(p, layout, model.num_layers) for p in params_of(model) if p.expert is None}
     assert of["embedding.word_embeddings.weight"] == 0
     assert of["decoder.layers.15.input_layernorm.weight"] == 0
     assert of["decoder.layers.16.input_layernorm.weight"] == 1
@@ -97,6 +101,37 @@ def test_stages_follow_the_layout():
 def test_what_vime_cannot_train_is_named(change, told):
     with pytest.raises(BadInput, match=told):
         ModelConfig.from_hf({**examples.DEEPSEEK_R1, **change})
+
+
+class Toy:
+    """A family as somebody else would write it: llama's shape under a name and with a switch of its own."""
+
+    ARCHITECTURES = ("ToyForCausalLM",)
+    params = staticmethod(llama.params)
+    megatron_config = staticmethod(llama.megatron_config)
+    gpt_arguments = staticmethod(llama.gpt_arguments)
+
+    @staticmethod
+    def read(hf: Mapping[str, Any]) -> ModelConfig:
+        return reading.grouped(hf, qk_layernorm=bool(hf.get("toy_norm")))
+
+
+def test_a_family_can_be_added_from_outside(monkeypatch):
+    monkeypatch.setattr(config, "_FAMILIES", dict(config._FAMILIES))
+    config.register(Toy())
+    hf = {**examples.LLAMA_3_1_8B, "architectures": ["ToyForCausalLM"]}
+    plain, normed = ModelConfig.from_hf(hf), ModelConfig.from_hf({**hf, "toy_norm": True})
+    assert count(params_of(plain)) == 8_030_261_248
+    assert count(params_of(normed)) - count(params_of(plain)) == 2 * normed.head_dim * normed.num_layers
+    assert megatron_config(normed)["qk_layernorm"] is True
+    with pytest.raises(ValueError, match="ToyForCausalLM belongs to another family"):
+        config.register(Toy())
+
+
+def test_an_architecture_is_named_by_its_family_alone():
+    folder = Path(config.__file__).parent
+    naming = {path.name for path in folder.parent.rglob("*.py") if "ForCausalLM" in path.read_text()}
+    assert naming == {"deepseek_v3.py", "qwen3.py", "llama.py"}
 
 
 def test_a_folder_without_a_config_is_named(tmp_path):

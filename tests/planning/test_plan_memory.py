@@ -7,13 +7,15 @@ import shlex
 
 import pytest
 
+from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.families import count, params_of
 from vime.planning.advice import fullest, levers
 from vime.planning.build import Checks, make_plan
 from vime.planning.counts import Counts, model_counts, stage_counts
 from vime.planning.memory import pinned_bytes
-from vime.recipe import files
+from vime.planning.traffic import checkpoint_bytes
+from vime.recipe import files, optimizers
 from vime.recipe.load import load_recipe
 from vime.recipe.parallel import ParallelLayout
 from vime.run.plan import Cluster, Plan
@@ -119,6 +121,16 @@ def test_without_cpu_adam_its_states_are_kept_while_the_engine_runs():
     assert on_gpu["optimizer_backup"] == pytest.approx(12 / 16 * items(plan_of("deepseek-r1"), 4)["cpu_adam"])
     assert "cpu_adam" not in on_gpu
     assert "weights_backup" not in items(plan_of("qwen3-4b", "--no-colocate", "--rollout-num-gpus", "8"), 0)
+
+
+def test_an_optimizer_from_outside_is_planned_by_the_tensors_that_it_keeps(monkeypatch):
+    monkeypatch.setattr(optimizers, "_KINDS", dict(optimizers._KINDS))
+    optimizers.register(optimizers.OptimizerKind("momentum", states=("momentum_buffer",)))
+    adam, one_state = plan_of("deepseek-r1"), plan_of("deepseek-r1", "--optimizer", "momentum")
+    assert items(one_state, 4)["cpu_adam"] == pytest.approx(12 / 16 * items(adam, 4)["cpu_adam"])
+    assert checkpoint_bytes(one_state) == pytest.approx(10 / 14 * checkpoint_bytes(adam))
+    with pytest.raises(BadInput, match="--optimizer is 'lion': give one of adam, momentum"):
+        plan_of("deepseek-r1", "--optimizer", "lion")
 
 
 def test_pinned_buffers_take_powers_of_two():

@@ -2,12 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vime.models import blocks
-from vime.models.config import ModelConfig
+from vime.errors import BadInput
+from vime.models import blocks, reading
+from vime.models.config import MLA, ModelConfig, MoE
 from vime.models.namemap import Param, Where
+
+ARCHITECTURES = ("DeepseekV3ForCausalLM",)
+
+
+def read(hf: Mapping[str, Any]) -> ModelConfig:
+    """The model of a `config.json`."""
+    common, mla = reading.common(hf), _mla(hf)
+    own = {
+        "num_kv_heads": common["num_attention_heads"],
+        "head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        "rope": reading.rope(hf, ("default", "yarn")),
+        "qk_layernorm": True,
+        "mla": mla,
+        "moe": _moe(hf),
+        "mtp_layers": int(hf.get("num_nextn_predict_layers") or 0),
+    }
+    return ModelConfig(**{**common, **own})
+
+
+def _mla(hf: Mapping[str, Any]) -> MLA:
+    if not hf.get("rope_interleave", True):
+        raise BadInput("config.json sets rope_interleave to false, which vime does not train: use a checkpoint with it")
+    return MLA(
+        q_lora_rank=hf.get("q_lora_rank"),
+        kv_lora_rank=reading.need(hf, "kv_lora_rank"),
+        qk_nope_head_dim=reading.need(hf, "qk_nope_head_dim"),
+        qk_rope_head_dim=reading.need(hf, "qk_rope_head_dim"),
+        v_head_dim=reading.need(hf, "v_head_dim"),
+    )
+
+
+def _moe(hf: Mapping[str, Any]) -> MoE:
+    if hf.get("scoring_func", "sigmoid") != "sigmoid" or hf.get("topk_method", "noaux_tc") != "noaux_tc":
+        raise BadInput(
+            f"config.json routes with {hf.get('scoring_func')}/{hf.get('topk_method')}: "
+            "vime trains DeepSeek models with sigmoid/noaux_tc"
+        )
+    if not hf.get("norm_topk_prob", True):
+        raise BadInput("config.json sets norm_topk_prob to false, which Megatron's sigmoid router does not have")
+    dense, every = hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
+    ffn, shared = reading.need(hf, "moe_intermediate_size"), hf.get("n_shared_experts") or 0
+    return MoE(
+        num_experts=reading.need(hf, "n_routed_experts"),
+        top_k=reading.need(hf, "num_experts_per_tok"),
+        ffn_hidden_size=ffn,
+        layers=tuple(i >= dense and i % every == 0 for i in range(reading.need(hf, "num_hidden_layers"))),
+        shared_ffn_hidden_size=shared * ffn or None,
+        score_function="sigmoid",
+        expert_bias=True,
+        num_groups=hf.get("n_group"),
+        topk_group=hf.get("topk_group"),
+        scaling_factor=float(hf.get("routed_scaling_factor", 1.0)),
+    )
 
 
 def params(config: ModelConfig) -> tuple[Param, ...]:

@@ -1,34 +1,20 @@
-"""Which module knows a model, and what can be asked of any of them. No torch here: the planner counts with it."""
+"""The families of models, and what can be asked of any of them. No torch here: the planner counts with it."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from vime.models import deepseek_v3, llama, qwen3
-from vime.models.config import ModelConfig
+from vime.models.config import ModelConfig, family_of, register
 from vime.models.namemap import Param, Where
 from vime.recipe.parallel import ParallelLayout
 
-
-class Family(Protocol):
-    """What every family module has."""
-
-    def params(self, config: ModelConfig) -> tuple[Param, ...]: ...
-
-    def megatron_config(self, config: ModelConfig) -> dict[str, Any]: ...
-
-    def gpt_arguments(self, config: ModelConfig) -> dict[str, Any]: ...
-
-
-_MODULES: dict[str, Family] = {"deepseek_v3": deepseek_v3, "qwen3": qwen3, "llama": llama}
-
-
-def family_of(config: ModelConfig) -> Family:
-    """The module of the model's family."""
-    return _MODULES[config.family]
+register(deepseek_v3)
+register(qwen3)
+register(llama)
 
 
 @functools.lru_cache(maxsize=8)

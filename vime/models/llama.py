@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from vime.models import reading
+from vime.models.config import ModelConfig
 from vime.models.qwen3 import gpt_arguments, megatron_config, params
 
-__all__ = ["gpt_arguments", "megatron_config", "params"]
+__all__ = ["ARCHITECTURES", "gpt_arguments", "megatron_config", "params", "read"]
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+
+
+def read(hf: Mapping[str, Any]) -> ModelConfig:
+    """The model of a `config.json`."""
+    return reading.grouped(hf)

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vime.models import blocks
-from vime.models.config import ModelConfig
+from vime.models import blocks, reading
+from vime.models.config import ModelConfig, MoE
 from vime.models.namemap import Param, Where
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+def read(hf: Mapping[str, Any]) -> ModelConfig:
+    """The model of a `config.json`, dense or with experts."""
+    return reading.grouped(hf, qk_layernorm=True, moe=_moe(hf) if "Moe" in hf["architectures"][0] else None)
+
+
+def _moe(hf: Mapping[str, Any]) -> MoE:
+    step, only = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
+    return MoE(
+        # transformers 5 writes num_local_experts, the published checkpoints num_experts.
+        num_experts=hf.get("num_experts") or reading.need(hf, "num_local_experts"),
+        top_k=reading.need(hf, "num_experts_per_tok"),
+        ffn_hidden_size=reading.need(hf, "moe_intermediate_size"),
+        layers=tuple(i not in only and (i + 1) % step == 0 for i in range(reading.need(hf, "num_hidden_layers"))),
+        norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
+    )
 
 
 def params(config: ModelConfig) -> tuple[Param, ...]:

@@ -91,7 +91,7 @@ def _training(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int)
     yield _item("weights", size * held, f"{size} bytes for each of {held / 1e9:.2f} B parameters")
     yield _item("gradients", grad * held, f"{grad} bytes for each of them")
     if not recipe.optimizer.optimizer_cpu_offload:
-        states = 12 if recipe.model.bf16 else 8
+        states = recipe.optimizer.kind.state_bytes(bf16=recipe.model.bf16)
         yield _item("optimizer", states * kept, f"{states} bytes for each of the {kept / 1e9:.2f} B of its share")
     tokens = micro_batch_tokens(recipe, layout)
     yield from _activations(recipe, config, layout, stage, tokens)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from vime.models.config import ModelConfig
 from vime.planning.counts import Counts, Tensors, model_counts, stage_counts, stage_tensors
+from vime.recipe.optimizers import OptimizerKind
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 from vime.run.plan import Item, Memory, TrainerRank
@@ -85,8 +86,8 @@ def weight_bytes(config: ModelConfig, weights: Weights, *, quantised: bool) -> i
 
 
 def checkpoint_bytes(recipe: Recipe, weights: Weights) -> int:
-    """Bytes of one training checkpoint: weights, fp32 master weights and both moments."""
-    return weights.trained.total * (14 if recipe.model.bf16 else 12)
+    """Bytes of one training checkpoint: weights, fp32 master weights and optimizer states."""
+    return weights.trained.total * recipe.optimizer.kind.checkpoint_bytes(bf16=recipe.model.bf16)
 
 
 def object_store_bytes(recipe: Recipe) -> int:
@@ -150,16 +151,21 @@ def _item(name: str, size: float, why: str) -> Item:
     return Item(name=name, bytes=math.ceil(size), why=why)
 
 
+def _states(kind: OptimizerKind) -> str:
+    return f"{len(kind.states)} state{'s' * (len(kind.states) != 1)}"
+
+
 def _billions(elements: int) -> str:
     return f"{elements / 1e9:.1f} B" if elements >= 10**8 else f"{elements / 1e6:.1f} M"
 
 
 def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
-    size = 2 if recipe.model.bf16 else 4
+    size, kind = 2 if recipe.model.bf16 else 4, recipe.optimizer.kind
     held, kept, rounding, pinned = _billions(on_node.held), _billions(on_node.kept), 0, []
     if recipe.optimizer.optimizer_cpu_offload:
-        why = f"CPU Adam: 16 bytes (fp32 weight, gradient, two moments) for each of {kept} parameters"
-        yield _item("cpu_adam", 16 * on_node.kept, why)
+        host = kind.host_bytes()
+        why = f"CPU Adam: {host} bytes (fp32 weight, gradient, {_states(kind)}) for each of {kept} parameters"
+        yield _item("cpu_adam", host * on_node.kept, why)
         # Its fp32 weights are not pinned: Megatron converts the pinned bf16 copies.
         rounding += on_node.rounding_4
         pinned.append("CPU Adam's gradients")
@@ -169,7 +175,7 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
         why = "the same in pinned buffers of powers of two, one of dense and one of expert parameters a rank"
         yield _item("backup_rounding", on_node.rounding_buffers * size // 2, why)
         if not recipe.optimizer.optimizer_cpu_offload:
-            states = 12 if recipe.model.bf16 else 8
+            states = kind.state_bytes(bf16=recipe.model.bf16)
             yield _item("optimizer_backup", states * on_node.kept, f"{states} bytes for each of {kept} {while_away}")
     if recipe.needs_reference:
         why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
@@ -179,7 +185,8 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     if rounding:
         yield _item("pinned_rounding", rounding, f"pinned buffers take powers of two: {' and '.join(pinned)}")
     if recipe.checkpoint.async_save:
-        yield _item("save_buffers", 14 * on_node.kept, "the checkpoint of this node while it is written")
+        size = kind.checkpoint_bytes(bf16=recipe.model.bf16)
+        yield _item("save_buffers", size * on_node.kept, "the checkpoint of this node while it is written")
     why = f"{on_node.ranks} processes of {GPU_PROCESS / GB:.0f} GB (CUDA context, NCCL, libraries)"
     yield _item("trainer_processes", on_node.ranks * GPU_PROCESS, why)
 
@@ -194,18 +201,19 @@ def _gpu_engines(recipe: Recipe, config: ModelConfig, weights: Weights, share: f
 
 
 def _cpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
-    size = 2 if recipe.model.bf16 else 4
+    size, kind = 2 if recipe.model.bf16 else 4, recipe.optimizer.kind
     held, kept = _billions(on_node.held), _billions(on_node.kept)
     yield _item("weights", size * on_node.held, f"{size} bytes for each of {held} parameters")
     yield _item("gradients", 4 * on_node.held, f"4 bytes (fp32) for each of {held} parameters")
-    states = 12 if recipe.model.bf16 else 8
-    what = "fp32 weight and two moments" if recipe.model.bf16 else "two moments"
-    yield _item("adam", states * on_node.kept, f"{states} bytes ({what}) for each of {kept} parameters")
+    states = kind.state_bytes(bf16=recipe.model.bf16)
+    what = f"fp32 weight, {_states(kind)}" if recipe.model.bf16 else _states(kind)
+    yield _item(kind.name, states * on_node.kept, f"{states} bytes ({what}) for each of {kept} parameters")
     if recipe.needs_reference:
         why = f"{size} bytes for each of {held} parameters, exchanged with the actor's for log-probs"
         yield _item("reference_copy", size * on_node.held, why)
     if recipe.checkpoint.async_save:
-        yield _item("save_buffers", (size + states) * on_node.kept, "the checkpoint of this node while it is written")
+        saved = kind.checkpoint_bytes(bf16=recipe.model.bf16)
+        yield _item("save_buffers", saved * on_node.kept, "the checkpoint of this node while it is written")
     why = f"{on_node.ranks} processes of {CPU_TRAINER_PROCESS / GB:.1f} GB (torch, Megatron)"
     yield _item("trainer_processes", on_node.ranks * CPU_TRAINER_PROCESS, why)
 

@@ -17,8 +17,7 @@ NETWORK = 50 * GB
 PCIE = 25 * GB
 """Bytes a second between a GPU and host memory, either way."""
 DRAM = 300 * GB
-"""Bytes a second of a node's host memory; CPU Adam moves 28 bytes a parameter."""
-ADAM_BYTES = 28
+"""Bytes a second of a node's host memory."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,9 @@ def _rollout(plan: Plan) -> list[Flow]:
         moved = (4 + (2 if recipe.model.bf16 else 4)) * kept
         why = "gradients down, weights up, on the fullest node"
         found.append(Flow("optimizer, PCIe", steps, moved, moved / (ranks * PCIE), why))
-    moved = ADAM_BYTES * kept
-    why = f"{ADAM_BYTES} bytes for each of {kept / 1e9:.2f} B parameters in the fullest node's memory"
+    step = recipe.optimizer.kind.step_traffic_bytes()
+    moved = step * kept
+    why = f"{step} bytes for each of {kept / 1e9:.2f} B parameters in the fullest node's memory"
     if recipe.optimizer.optimizer_cpu_offload or recipe.resources.device == "cpu":
         found.append(Flow("optimizer, host memory", steps, moved, moved / DRAM, why))
     return found
@@ -106,7 +106,8 @@ def checkpoint_bytes(plan: Plan) -> int:
 def _checkpoint(plan: Plan) -> Flow:
     size, options = checkpoint_bytes(plan), plan.recipe.checkpoint
     when = f"every {options.save_interval} rollouts" if options.save_interval else "at the end"
-    why = f"weights, master weights and moments; the newest {options.save_keep} are kept, one more while it is written"
+    kept = f"the newest {options.save_keep} are kept, one more while it is written"
+    why = f"weights, master weights and optimizer states; {kept}"
     return Flow("checkpoint", when, size, size / (len(plan.nodes) * DISK), why)
 
 

@@ -56,7 +56,8 @@ def first_problem(error: ValidationError) -> str:
     place = [str(part) for part in problem["loc"]]
     name = flag(place[1]) if len(place) > 1 else flag(place[0]) if place else "recipe"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}{more}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{name} is {problem['input']!r}: {said[:1].lower()}{said[1:]}{more}"
 
 
 def change(recipe: Recipe, **groups: dict[str, Any]) -> Recipe:

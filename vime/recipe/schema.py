@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from vime.recipe.optimizers import OptimizerKind, optimizer_kind
 from vime.recipe.sampling import SamplingSettings
 
 
@@ -223,7 +224,7 @@ class AlgorithmOptions(Options):
 class OptimizerOptions(Options):
     """Megatron's optimizer flags."""
 
-    optimizer: Literal["adam"] = "adam"
+    optimizer: str = "adam"
     lr: float = 1e-6
     min_lr: float = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
@@ -237,6 +238,16 @@ class OptimizerOptions(Options):
     optimizer_cpu_offload: bool = False
     overlap_cpu_optimizer_d2h_h2d: bool = False
     use_precision_aware_optimizer: bool = False
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return optimizer_kind(value).name
+
+    @property
+    def kind(self) -> OptimizerKind:
+        """The tensors that the optimizer keeps, and their bytes."""
+        return optimizer_kind(self.optimizer)
 
 
 class EngineOptions(Options):
