@@ -13,12 +13,13 @@ import pytest
 from tests.support.launch_stub import make_plan, preflight, ray_stages, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import cancel, logs, status
-from vime.launch.submission import check_accepted, sbatch_text, submit
+from vime.launch.submission import sbatch_text, submit
 from vime.run.folder import read_binding
 from vime.run.journal import read_events
 from vime.run.plan import Stage
 from vime.run.registry import record_run
 from vime.slurm import queue as slurm
+from vime.slurm.sbatch import check_accepted
 
 pytestmark = pytest.mark.e2e
 
@@ -39,7 +40,7 @@ def start(run_dir: Path, *stages: Stage, nodes: int = 4, **options: object) -> s
     """Submits a run; the job's id."""
     plan = make_plan(run_dir, [preflight(run_dir, nodes), *stages], nodes=nodes, kind="slurm", **options)
     record_run(run_dir)
-    check_accepted(sbatch_text(plan))
+    check_accepted([sbatch_text(plan)])
     return submit(plan)
 
 
@@ -149,7 +150,7 @@ def test_a_job_that_slurm_could_never_run_is_refused_before_anything_is_submitte
 ) -> None:
     plan = make_plan(run_dir, [preflight(run_dir, 17)], nodes=17, kind="slurm")
     with pytest.raises(Exception, match="Slurm would refuse the job"):
-        check_accepted(sbatch_text(plan))
+        check_accepted([sbatch_text(plan)])
     assert slurm.call("squeue", "-h", "-n", plan.run_name) == ""
 
 

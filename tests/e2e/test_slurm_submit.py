@@ -15,13 +15,14 @@ import pytest
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import attach, cancel, logs, status
-from vime.launch.submission import check_accepted, check_free, scripts, submit_jobs, write_scripts
+from vime.launch.submission import check_free, scripts, submit_jobs, write_scripts
 from vime.run.folder import read_plan
 from vime.run.jobs import Job, read_jobs
 from vime.run.journal import read_events
 from vime.run.plan import Plan, Stage
 from vime.run.registry import record_run
 from vime.slurm import queue as slurm
+from vime.slurm.sbatch import check_accepted
 
 pytestmark = pytest.mark.e2e
 
@@ -45,7 +46,7 @@ def plan_chain(run_dir: Path, *stages: Stage, nodes: int) -> Plan:
 def start_chain(run_dir: Path, *stages: Stage, nodes: int) -> tuple[Job, ...]:
     plan = plan_chain(run_dir, *stages, nodes=nodes)
     record_run(run_dir)
-    check_accepted(scripts(plan))
+    check_accepted([script.text for script in scripts(plan)])
     return submit_jobs(plan)
 
 

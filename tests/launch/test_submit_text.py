@@ -23,7 +23,8 @@ from vime.launch.submission import check_container, check_path, sbatch_text, scr
 from vime.run.chain import Link, links
 from vime.run.jobs import Job, read_jobs
 from vime.run.plan import Plan
-from vime.slurm.queue import clean_environment, cpus_per_node, parse_job
+from vime.slurm.client import step_environment
+from vime.slurm.queue import cpus_per_node, parse_job
 
 GOLDEN = Path(__file__).parent / "golden"
 PYTHON = "/shared/envs/vime 2/bin/python"
@@ -224,7 +225,7 @@ def test_a_folder_that_cannot_be_mounted_is_refused(tmp_path: Path) -> None:
 def test_srun_does_not_inherit_the_jobs_own_options() -> None:
     own = {"SLURM_CPUS_PER_TASK": "4", "SLURM_NTASKS": "9", "SLURM_MEM_PER_NODE": "1", "SRUN_DEBUG": "3"}
     environ = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root", **own}
-    assert clean_environment(environ) == {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root"}
+    assert step_environment(environ) == {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x", "HOME": "/root"}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,7 @@ def test_a_job_is_read_from_what_scontrol_says() -> None:
         "Restarts=2 StartTime=2026-01-02T03:04:05 EndTime=Unknown NodeList=(null) Command=/a b/c.sh"
     )
     job = parse_job(text)
+    assert job is not None
     assert (job.job_id, job.state, job.reason, job.restarts) == ("12", "PENDING", "NodeDown", 2)
     assert (job.comment, job.nodelist, job.end) == ("vime: ray-head of a run", "", None)
     assert job.start is not None

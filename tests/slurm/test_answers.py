@@ -1,8 +1,14 @@
-"""How Slurm's answers are read: texts of Slurm 22.05."""
+"""How Slurm's answers are read: texts as Slurm 20.11 to 25.05 print them, with what sites print around them."""
 
 from __future__ import annotations
 
-from vime.slurm.queue import is_lost, parse_job, parse_node_memory, parse_topology
+import time
+
+import pytest
+
+from vime.slurm import queue
+from vime.slurm.client import SlurmError
+from vime.slurm.queue import is_lost, parse_job, parse_node_memory, parse_time, parse_topology
 
 JOB = """\
 JobId=12 JobName=a run
@@ -21,8 +27,8 @@ def test_memory_of_a_job_on_its_nodes() -> None:
 
 
 def test_nodes_that_a_job_is_kept_off() -> None:
-    assert parse_job(JOB).excluded == "node[02-03]"
-    assert parse_job("JobId=1 ExcNodeList=(null)").excluded == ""
+    excluded = [job and job.excluded for job in map(parse_job, (JOB, "JobId=1 ExcNodeList=(null)"))]
+    assert excluded == ["node[02-03]", ""]
 
 
 def test_leaf_switches() -> None:
@@ -42,3 +48,86 @@ def test_lost_nodes() -> None:
         if is_lost(state)
     }
     assert lost == {"down", "down*", "idle*", "allocated*", "fail"}
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [
+        ("PENDING", "waiting"), ("REQUEUED", "waiting"), ("REQUEUE_HOLD", "waiting"), ("REQUEUE_FED", "waiting"),
+        ("SPECIAL_EXIT", "waiting"), ("RESV_DEL_HOLD", "waiting"), ("LAUNCH_FAILED", "waiting"),
+        ("RECONFIG_FAIL", "waiting"),
+        ("POWER_UP_NODE", "waiting"), ("EXPEDITING", "waiting"), ("A_STATE_OF_THE_FUTURE", "waiting"),
+        ("RUNNING", "running"), ("COMPLETING", "running"), ("CONFIGURING", "running"), ("SUSPENDED", "running"),
+        ("STOPPED", "running"), ("SIGNALING", "running"), ("STAGE_OUT", "running"), ("RESIZING", "running"),
+        ("COMPLETED", "ended"), ("CANCELLED", "ended"), ("CANCELLED by 1000", "ended"), ("CANCELLED+", "ended"),
+        ("FAILED", "ended"), ("TIMEOUT", "ended"), ("NODE_FAIL", "ended"), ("PREEMPTED", "ended"),
+        ("BOOT_FAIL", "ended"), ("DEADLINE", "ended"), ("OUT_OF_MEMORY", "ended"), ("REVOKED", "ended"),
+    ],
+)  # fmt: skip
+def test_states_that_end_a_job_are_listed_and_all_others_are_live(state: str, phase: str) -> None:
+    job = parse_job(f"JobId=7 JobState={state}")
+    assert job is not None
+    assert (job.phase, job.active) == (phase, phase != "ended")
+
+
+LINE = "JobId=7 JobName=r UserId=ada(1) JobState=RUNNING Reason=None Restarts=2 NodeList=n[1-2] Comment=(null)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LINE}\n",
+        f"CLUSTER: west\n{LINE}\n",
+        f"NOTICE: storage is slow today\n\n{LINE}\n\nsee status.example.org\n",
+        f"slurm_load: warning JobId=3 is old\n{LINE}",
+    ],
+)
+def test_foreign_lines_around_a_job_are_skipped(text: str) -> None:
+    job = parse_job(text)
+    assert job is not None
+    assert (job.job_id, job.state, job.restarts, job.nodelist, job.comment) == ("7", "RUNNING", 2, "n[1-2]", "")
+
+
+def test_no_job_is_made_of_foreign_lines() -> None:
+    assert parse_job("NOTICE: maintenance\n") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1780000000", 1780000000), ("Unknown", None), ("N/A", None), ("NONE", None), ("", None), ("Tomorr 10:00", None)],
+)
+def test_times(text: str, seconds: int | None) -> None:
+    assert parse_time(text) == seconds
+
+
+def test_slurms_standard_time_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    assert parse_time("2026-05-28T20:26:40") == 1780000000
+
+
+ANSWERS = {
+    "sacct": "Welcome to accounting!\n7|CANCELLED by 1000|n[1-2]|1780000000|1780000100\n70|FAILED|n9|1|2\n|odd|\n",
+    "squeue": "CLUSTER: west\n7.0 vime-train\n7.1 vime-ray-head\n7.2 vime-train\n17.0 vime-train\n\n",
+    "sinfo": "NOTICE everyone\nn2 down*\nn1 allocated\nn1 allocated\nn9 idle\nPARTITION STATE\n",
+}
+"""With lines that are not Slurm's."""
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*argv: str, **options: object) -> str:
+        if argv[0] not in ANSWERS:
+            raise SlurmError("slurm_load_jobs error: Invalid job id specified")
+        return ANSWERS[argv[0]]
+
+    monkeypatch.setattr(queue, "call", answer)
+
+
+def test_foreign_lines_around_rows_are_skipped(answers: None) -> None:
+    job = queue.query_job("7")
+    assert job is not None
+    assert (job.state, job.nodelist, job.start, job.end) == ("CANCELLED", "n[1-2]", 1780000000, 1780000100)
+    assert queue.query_job("8") is None
+    assert queue.step_ids("7", "vime-train") == ["7.0", "7.2"]
+    assert queue.node_states("n[1-2]") == {"n1": "allocated", "n2": "down*"}

@@ -16,10 +16,8 @@ from vime.node.task import JOB, PLACES
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
 from vime.slurm import queue as slurm
-
-TAKEN = ("COMPLETING", *slurm.WAITING)
-"""States of a job that waits for its next start, or whose last one is just ending."""
-
+from vime.slurm.client import SlurmError, step_environment
+from vime.slurm.hostlist import expand_hosts
 
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
 _STATES = {
@@ -59,7 +57,7 @@ class SlurmRunner:
         self._output_start = os.fstat(1).st_size
 
     def nodes(self) -> tuple[str, ...]:
-        return slurm.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
+        return expand_hosts(os.environ["SLURM_JOB_NODELIST"])
 
     def start(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> Step:
         argv = srun_argv(
@@ -69,7 +67,7 @@ class SlurmRunner:
             python=step_python(self._plan.cluster),
             cpus_per_node=self._cpus,
         )
-        env = {**slurm.clean_environment(os.environ), PLACES: places_text(places), JOB: self.job}
+        env = {**step_environment(os.environ), PLACES: places_text(places), JOB: self.job}
         log = launcher_log(self._plan.run_dir, stage.name)
         offset = log_size(log)
         process = launch(argv, env, self._plan.run_dir, stage.name)
@@ -81,7 +79,7 @@ class SlurmRunner:
             if step.wait(0):
                 break
             # The step may end before the signal comes; its srun then ends too, and that is what is waited for.
-            with contextlib.suppress(slurm.SlurmError):
+            with contextlib.suppress(SlurmError):
                 for step_id in slurm.step_ids(self.job, step_name(step.stage.name)):
                     slurm.signal_step(step_id, number)
             step.wait(seconds)
@@ -126,10 +124,10 @@ class SlurmRunner:
     def requeue(self) -> None:
         try:
             slurm.requeue(self.job)
-        except slurm.SlurmError:
+        except SlurmError:
             # Slurm ends this start as soon as it takes the request, at times before the process that asked knows.
             state = slurm.job_state(self.job)
-            if state is None or state.state not in TAKEN:
+            if state is None or not (state.state == "COMPLETING" or state.phase == "waiting"):
                 raise
 
     def exclude(self, hosts: Sequence[str]) -> None:

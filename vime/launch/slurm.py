@@ -12,7 +12,9 @@ from vime.launch.srun import attach_argv
 from vime.planning.cluster import resolve
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Preview, Wanted
-from vime.slurm import queue
+from vime.slurm import queue, sbatch
+from vime.slurm.client import client_environment
+from vime.slurm.hostlist import expand_hosts
 from vime.slurm.partitions import has_slurm, query_partitions
 
 
@@ -44,7 +46,7 @@ class Slurm:
         submission.check_path(plan.run_dir)
         submission.check_container(plan)
         submission.check_free(plan.run_dir)
-        submission.check_accepted(submission.scripts(plan))
+        sbatch.check_accepted([script.text for script in submission.scripts(plan)])
 
     def submit(self, plan: Plan) -> int:
         submitted = submission.submit_jobs(plan)
@@ -65,12 +67,12 @@ class Slurm:
         job = queue.query_job(job_id)
         if job is None or job.state != "RUNNING":
             raise BadInput(f"job {job_id} is {job.state if job else 'gone'}: only a running job can be attached to")
-        return queue.expand_hosts(job.nodelist)
+        return expand_hosts(job.nodelist)
 
     def attach(
         self, job_id: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool
     ) -> tuple[list[str], dict[str, str]]:
-        return attach_argv(job_id, host, command, run_dir=run_dir, terminal=terminal), dict(os.environ)
+        return attach_argv(job_id, host, command, run_dir=run_dir, terminal=terminal), client_environment(os.environ)
 
     def own_job(self) -> OwnJob | None:
         job_id = os.environ.get("SLURM_JOB_ID")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from vime.errors import BadInput
 from vime.recipe import files
 from vime.run.plan import Cluster
-from vime.slurm.partitions import Partition
+from vime.slurm.partitions import NodeKind, Partition, count, satisfies
 
 OWN_OPTIONS = {
     "output": "", "error": "", "open-mode": "", "signal": "", "requeue": "", "no-requeue": "", "job-name": "",
@@ -63,56 +64,141 @@ def parse_minutes(text: str) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Match:
+    """A partition and those of its nodes that a job of this run may get."""
+
+    partition: Partition
+    kinds: tuple[NodeKind, ...]
+    gpu_type: str | None
+    """To be named in the request, so that only these kinds serve it."""
+
+    @property
+    def nodes(self) -> int:
+        return count(self.kinds)
+
+
 def resolve(cluster: Cluster, nodes: int, partitions: list[Partition], *, needs_gpus: int) -> tuple[Cluster, list[str]]:
     """The cluster with what its profile leaves open taken from a partition, and what was chosen, as notes.
 
-    Without a partition in the profile it is the default one when that fits, else the one with the most nodes that does.
-    Raises BadInput for a partition that does not exist or has too few nodes.
+    Sizes are the smallest of the kinds of nodes that the job's request can get, not of the whole partition. Without a
+    partition in the profile it is the default one when that fits, else the one with the most nodes that does. Raises
+    BadInput for a partition that does not exist or has too few nodes.
     """
-    partition = _choose(cluster, nodes, partitions, needs_gpus)
-    if nodes > partition.nodes:
+    match = _choose(cluster, nodes, partitions, needs_gpus)
+    partition, kinds = match.partition, match.kinds
+    gpus = min(kind.gpu_count if match.gpu_type is None else kind.gpus[match.gpu_type] for kind in kinds)
+    if not cluster.gpus_per_node and cluster.gpu_request != "none" and gpus < needs_gpus:
         raise BadInput(
-            f"--nodes: the run needs {nodes} nodes, but partition {partition.name} has {partition.nodes}: "
+            f"sinfo shows {gpus} GPUs a node in partition {partition.name}, but the recipe takes {needs_gpus} (it has "
+            f"{_listed(partition)}): give another --partition, or a --cluster profile with gpus-per-node, and with "
+            "gpu-request: none where GPUs are no resource of Slurm (docs/clusters.md)"
+        )
+    if nodes > match.nodes:
+        that = "" if match.nodes == partition.nodes else f" that the request matches, of {_listed(partition)}"
+        raise BadInput(
+            f"--nodes: the run needs {nodes} nodes, but partition {partition.name} has {match.nodes}{that}: "
             "give fewer nodes or another partition"
         )
     update: dict[str, object] = {"partition": partition.name}
     if cluster.cpus_per_node is None:
-        update["cpus_per_node"] = partition.cpus
-    if cluster.memory_per_node_bytes is None and partition.memory_bytes:
-        update["memory_per_node_bytes"] = partition.memory_bytes
+        update["cpus_per_node"] = min(kind.cpus for kind in kinds)
+    known = [kind.memory_bytes for kind in kinds if kind.memory_bytes is not None]
+    memory = min(known) if len(known) == len(kinds) else None
+    if cluster.memory_per_node_bytes is None and memory is not None:
+        update["memory_per_node_bytes"] = memory
     if not cluster.gpus_per_node and cluster.gpu_request != "none":
-        if partition.gpus < needs_gpus:
-            raise BadInput(
-                f"sinfo shows {partition.gpus} GPUs a node in partition {partition.name}, but the recipe takes "
-                f"{needs_gpus}: give another --partition, or gpus-per-node in a --cluster profile"
-            )
-        update["gpus_per_node"] = partition.gpus
+        update["gpus_per_node"] = gpus
+        if cluster.gpu_type is None and match.gpu_type:
+            update["gpu_type"] = match.gpu_type
     limit, notes = partition.time_limit_minutes, []
     if limit is not None and cluster.time_limit_minutes > limit:
         update["time_limit_minutes"] = limit
         notes.append(f"time limit {limit} min, the longest that partition {partition.name} gives")
     if cluster.partition is None:
+        size = "memory that Slurm does not know" if memory is None else f"{memory / 1e9:.0f} GB"
+        kind = f"{match.gpu_type} " if match.gpu_type else ""
         notes.append(
-            f"partition {partition.name} chosen: {partition.nodes} nodes of {partition.cpus} CPUs, "
-            f"{partition.gpus} GPUs and {partition.memory_bytes / 1e9:.0f} GB"
+            f"partition {partition.name} chosen: {match.nodes} nodes of {min(kind.cpus for kind in kinds)} CPUs, "
+            f"{gpus} {kind}GPUs and {size}"
         )
     return cluster.model_copy(update=update), notes
 
 
-def _choose(cluster: Cluster, nodes: int, partitions: list[Partition], gpus: int) -> Partition:
-    open_ones = [partition for partition in partitions if partition.up]
+def match_kinds(cluster: Cluster, nodes: int, partition: Partition, gpus: int) -> Match:
+    """The kinds of a partition's nodes that the job's request can get: those of the profile's constraint, GPU type and
+    number of GPUs; of several GPU types the one with enough nodes, the most of them first.
+
+    All kinds where none matches: then the sizes of the partition are what an error shows. Raises BadInput for a
+    constraint or a GPU type that no node has.
+    """
+    kinds = partition.kinds
+    if cluster.constraint is not None:
+        kinds = tuple(kind for kind in kinds if _serves(cluster.constraint, kind))
+        if not kinds:
+            known = sorted({feature for kind in partition.kinds for feature in kind.features or ()})
+            raise BadInput(
+                f"no node of partition {partition.name} serves constraint {cluster.constraint}: its features are "
+                f"{', '.join(known) or 'none'}"
+            )
+    if cluster.gpu_request == "none":
+        return Match(partition, kinds, None)
+    wanted = max(gpus, cluster.gpus_per_node)
+    if cluster.gpu_type is not None and wanted:
+        typed = tuple(kind for kind in kinds if cluster.gpu_type in kind.gpus)
+        if not typed and any(name for kind in kinds for name in kind.gpus):
+            raise BadInput(
+                f"partition {partition.name} has no GPUs of type {cluster.gpu_type}: it has {_listed(partition)}"
+            )
+        kinds = tuple(kind for kind in typed if kind.gpus[cluster.gpu_type] >= wanted) or typed or kinds
+        return Match(partition, kinds, cluster.gpu_type if typed else None)
+    if not wanted:
+        return Match(partition, kinds, None)
+    enough = tuple(kind for kind in kinds if kind.gpu_count >= wanted)
+    types = sorted({name for kind in enough for name, number in kind.gpus.items() if name and number >= wanted})
+    if len(types) < 2:
+        return Match(partition, enough or kinds, None)
+    # A job of several types would be as slow as its slowest node.
+    matches = [
+        Match(partition, tuple(kind for kind in enough if kind.gpus.get(name, 0) >= wanted), name) for name in types
+    ]
+    return max(matches, key=lambda match: (match.nodes >= nodes, match.nodes))
+
+
+def _serves(constraint: str, kind: NodeKind) -> bool:
+    return kind.features is None or satisfies(constraint, kind.features) is not False
+
+
+def _listed(partition: Partition) -> str:
+    return ", ".join(str(kind) for kind in partition.kinds)
+
+
+def _choose(cluster: Cluster, nodes: int, partitions: list[Partition], gpus: int) -> Match:
     if cluster.partition is not None:
         for partition in partitions:
             if partition.name == cluster.partition:
-                return partition
+                return match_kinds(cluster, nodes, partition, gpus)
         known = ", ".join(partition.name for partition in partitions) or "none"
         raise BadInput(f"there is no partition {cluster.partition}: give one of {known}")
+    open_ones = [partition for partition in partitions if partition.up]
     if not open_ones:
         raise BadInput("sinfo shows no partition that is up: give --cluster with a profile, or ask the administrators")
-    wants_gpus = any(partition.gpus >= gpus for partition in open_ones) and cluster.gpu_request != "none"
+    matches, refused = [], []
+    for partition in open_ones:
+        try:
+            matches.append(match_kinds(cluster, nodes, partition, gpus))
+        except BadInput as error:
+            refused.append(error)
+    if not matches:
+        raise refused[0]
+    wants_gpus = cluster.gpu_request != "none" and any(_has(match, gpus) for match in matches)
 
-    def preference(partition: Partition) -> tuple[bool, bool, int]:
-        fits = partition.nodes >= nodes and (partition.gpus >= gpus or not wants_gpus)
-        return fits, partition.default, partition.nodes
+    def preference(match: Match) -> tuple[bool, bool, int]:
+        fits = match.nodes >= nodes and (not wants_gpus or _has(match, gpus))
+        return fits, match.partition.default, match.nodes
 
-    return max(open_ones, key=preference)
+    return max(matches, key=preference)
+
+
+def _has(match: Match, gpus: int) -> bool:
+    return all(kind.gpu_count >= gpus for kind in match.kinds)

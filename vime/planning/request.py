@@ -16,8 +16,8 @@ from vime.run import code as snapshot
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, Wanted, find_scheduler
 
-DRY_RUN_PATIENCE_S = 0.4
-"""Deadline of a dry run's question, in seconds: it does not wait for a scheduler that is away."""
+DRY_RUN_PATIENCE_S = 12.0
+"""Deadline of a dry run's question, in seconds. Slurm's clients give a controller that is away ten."""
 
 
 def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:

@@ -1,50 +1,28 @@
-"""What vime asks Slurm, and how its answers are read. Every call has a deadline."""
+"""Questions to Slurm about jobs, steps and nodes, and orders to it. Every call has a deadline.
+
+Answers are read line by line, and a line that is not Slurm's is skipped: sites print notices before, between and after.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vime.errors import SchedulerError
+from vime.slurm.client import CALL_SECONDS, SlurmError, call
+from vime.slurm.hostlist import expand_hosts
 
-CALL_SECONDS = 30.0
-RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "SPECIAL_EXIT")
-
-
-class SlurmError(SchedulerError):
-    """A Slurm command failed or did not answer."""
-
-
-def available() -> bool:
-    return shutil.which("squeue") is not None
-
-
-def call(*argv: str, seconds: float = CALL_SECONDS, env: Mapping[str, str] | None = None) -> str:
-    """Output of a Slurm command. Raises SlurmError with its last line."""
-    try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, env=env, errors="replace"
-        )
-    except FileNotFoundError as error:
-        raise SlurmError(f"there is no {argv[0]} on this machine: run it where Slurm is installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{' '.join(argv)} did not answer within {seconds:.0f} s") from error
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise SlurmError(f"{' '.join(argv)} exited with {done.returncode}: {words[-1]}")
-    return done.stdout
-
-
-def expand_hosts(nodelist: str) -> tuple[str, ...]:
-    """`node[01-03]` as names in order."""
-    return tuple(call("scontrol", "show", "hostnames", nodelist).split())
+ENDED = (
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+    "REVOKED",
+)  # fmt: skip
+"""States after which a job never runs again by itself. Every other one, known or not, is that of a live job."""
+RUNNING = (
+    "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "UPDATE_DB",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,10 +46,10 @@ class JobState:
 
     @property
     def phase(self) -> Literal["waiting", "running", "ended"]:
-        """What the state means: whether the job has yet to start, runs, or has ended."""
-        if self.state in RUNNING:
-            return "running"
-        return "waiting" if self.state in WAITING else "ended"
+        """Whether the job has yet to start (again), runs, or has ended."""
+        if self.state in ENDED:
+            return "ended"
+        return "running" if self.state in RUNNING else "waiting"
 
     @property
     def active(self) -> bool:
@@ -80,36 +58,13 @@ class JobState:
 
 
 def parse_time(text: str) -> float | None:
-    """Slurm's local time as Unix seconds; None for `Unknown`, `N/A` and `NONE`."""
+    """Unix seconds of a time as `%s` or as Slurm's standard local time; None for `Unknown`, `N/A` and `NONE`."""
+    if text.isdigit():
+        return float(text)
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return None
-
-
-def parse_job(text: str) -> JobState:
-    """`scontrol show job -o`: `Key=value` words; the comment, which may hold spaces, is found by the keys around it."""
-    values: dict[str, str] = {}
-    key = ""
-    for word in text.split():
-        name, equals, value = word.partition("=")
-        if equals and name[:1].isupper() and name.replace("_", "").replace("/", "").replace(":", "").isalnum():
-            key = name
-            values[key] = value
-        elif key:
-            values[key] += f" {word}"
-    return JobState(
-        job_id=values.get("JobId", ""),
-        state=values.get("JobState", "UNKNOWN"),
-        reason="" if values.get("Reason") == "None" else values.get("Reason", ""),
-        nodelist="" if values.get("NodeList") in (None, "(null)") else values["NodeList"],
-        start=parse_time(values.get("StartTime", "")),
-        end=parse_time(values.get("EndTime", "")),
-        comment=values.get("Comment", ""),
-        restarts=int(values.get("Restarts", "0")),
-        time_limit_minutes=parse_limit(values.get("TimeLimit", "")),
-        excluded="" if values.get("ExcNodeList") in (None, "(null)") else values["ExcNodeList"],
-    )
 
 
 def parse_limit(text: str) -> int | None:
@@ -119,6 +74,49 @@ def parse_limit(text: str) -> int | None:
         return None
     days, hours, minutes, _ = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + minutes
+
+
+def parse_job(text: str) -> JobState | None:
+    """A job of `scontrol show job`, with or without `-o`; None where the text has none.
+
+    `Key=value` words; the comment, which may hold spaces, is found by the keys around it.
+    """
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("JobId=")), None)
+    if first is None:
+        return None
+    rest = lines[first + 1 :]
+    indented = next((i for i, line in enumerate(rest) if not line.startswith(" ")), len(rest))
+    values: dict[str, str] = {}
+    key = ""
+    for word in " ".join([lines[first], *rest[:indented]]).split():
+        name, equals, value = word.partition("=")
+        if equals and name[:1].isupper() and name.replace("_", "").replace("/", "").replace(":", "").isalnum():
+            key = name
+            values[key] = value
+        elif key:
+            values[key] += f" {word}"
+    return JobState(
+        job_id=values["JobId"],
+        state=_state(values.get("JobState", "UNKNOWN")),
+        reason=_given(values.get("Reason")),
+        nodelist=_given(values.get("NodeList")),
+        start=parse_time(values.get("StartTime", "")),
+        end=parse_time(values.get("EndTime", "")),
+        comment=_given(values.get("Comment")),
+        restarts=int(values.get("Restarts", "0")),
+        time_limit_minutes=parse_limit(values.get("TimeLimit", "")),
+        excluded=_given(values.get("ExcNodeList")),
+    )
+
+
+def _given(text: str | None) -> str:
+    return "" if text in (None, "None", "(null)") else text
+
+
+def _state(text: str) -> str:
+    """The base state: `CANCELLED by 1000`, `CANCELLED+`, `RUNNING,SIGNALING` say more."""
+    return re.split(r"[ +,]", text.strip())[0]
 
 
 def job_state(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
@@ -133,21 +131,46 @@ def query_job(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
     """The same; raises SlurmError where slurmctld does not answer and slurmdbd does not know the job."""
     silent: SlurmError | None = None
     try:
-        return parse_job(call("scontrol", "show", "job", "-o", job_id, seconds=seconds))
+        if (found := parse_job(call("scontrol", "show", "job", "-o", job_id, seconds=seconds))) is not None:
+            return found
+        silent = SlurmError(f"scontrol shows no job {job_id} in its answer")
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             silent = error
     try:
-        text = call("sacct", "-nPXD", "-j", job_id, "-o", "State,NodeList,Start,End", seconds=seconds)
+        rows = accounting_rows(job_id, "State,NodeList,Start,End", seconds=seconds)
     except SlurmError:
-        text = ""  # no accounting here: the journal of the run is what remains
-    if silent is not None and not text.strip():
+        rows = []  # no accounting here: the journal of the run is what remains
+    if silent is not None and not rows:
         raise silent
-    lines = text.strip().splitlines()
-    if not lines:
+    if not rows:
         return None
-    state, nodes, begin, end = lines[-1].split("|")
-    return JobState(job_id, state.split()[0], nodelist=nodes, start=parse_time(begin), end=parse_time(end))
+    state, nodes, begin, end = rows[-1]
+    return JobState(job_id, _state(state), nodelist=nodes, start=parse_time(begin), end=parse_time(end))
+
+
+def accounting_rows(job_id: str, fields: str, *, seconds: float = CALL_SECONDS) -> list[list[str]]:
+    """Values of these fields, a row a start of the job, oldest first. Raises SlurmError without accounting."""
+    text = call("sacct", "-nPXD", "-j", job_id, "-o", f"JobIDRaw,{fields}", seconds=seconds)
+    rows = [line.split("|") for line in text.splitlines()]
+    return [row[1:] for row in rows if row[0] == job_id and len(row) == 2 + fields.count(",")]
+
+
+def past_states(job_id: str) -> list[str]:
+    """State of every start of a job, the first one first; empty without accounting."""
+    try:
+        states = [_state(row[0]) for row in accounting_rows(job_id, "State")]
+    except SlurmError:
+        # No accounting here: the journal of the run is what remains.
+        return []
+    # A job that shrank has a row more for the same start.
+    return [state for state in states if state != "RESIZING"]
+
+
+def jobs_named(name: str, *, seconds: float = CALL_SECONDS) -> list[str]:
+    """Ids of this person's queued jobs of a name, the latest submission last."""
+    lines = call("squeue", "--noheader", "--me", f"--name={name}", "--format=%A", seconds=seconds).splitlines()
+    return sorted((line.strip() for line in lines if line.strip().isdigit()), key=int)
 
 
 def job_memory(job_id: str) -> dict[str, int]:
@@ -155,13 +178,9 @@ def job_memory(job_id: str) -> dict[str, int]:
     try:
         text = call("scontrol", "show", "job", "-d", job_id)
     except SlurmError:
-        # What the nodes tell of their memory is still looked at.
+        # What the nodes report of their memory is still looked at.
         return {}
-    return {
-        name: memory
-        for nodes, memory in parse_node_memory(text)
-        for name in (expand_hosts(nodes) if set(nodes) & set("[,") else (nodes,))
-    }
+    return {name: memory for nodes, memory in parse_node_memory(text) for name in expand_hosts(nodes)}
 
 
 def parse_node_memory(text: str) -> list[tuple[str, int]]:
@@ -185,24 +204,15 @@ def parse_topology(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^SwitchName=(\S+) Level=0 .*?Nodes=(\S+)", text, re.MULTILINE)
 
 
-def past_states(job_id: str) -> list[str]:
-    """State of every start of a job, the first one first; empty without accounting."""
-    try:
-        text = call("sacct", "-nPXD", "-j", job_id, "-o", "State")
-    except SlurmError:
-        # No accounting here: the journal of the run is what remains.
-        return []
-    # A job that shrank has a row more for the same start.
-    return [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] != "RESIZING"]
-
-
 def node_states(nodelist: str, *, seconds: float = CALL_SECONDS) -> dict[str, str]:
     """State of each node in sinfo's words (`down*`, `allocated`), in the list's order; empty when Slurm is away."""
     try:
-        lines = call("sinfo", "-hN", "-n", nodelist, "-o", "%N %T", seconds=seconds).splitlines()
+        text = call("sinfo", "-hN", "-n", nodelist, "-o", "%N %T", seconds=seconds)
     except SlurmError:
         return {}
-    return {words[0]: words[1] for line in lines if len(words := line.split()) == 2}
+    words = (line.split() for line in text.splitlines())
+    states = {pair[0]: pair[1] for pair in words if len(pair) == 2}
+    return {name: states[name] for name in expand_hosts(nodelist) if name in states}
 
 
 def is_lost(state: str) -> bool:
@@ -211,7 +221,7 @@ def is_lost(state: str) -> bool:
 
 
 def exclude(job_id: str, hosts: Iterable[str], *, seconds: float = CALL_SECONDS) -> None:
-    """Keeps a pending job off these nodes, and those that it was kept off before."""
+    """Keep a pending job off these nodes, and those that it was kept off before."""
     state = job_state(job_id, seconds=seconds)
     before = state.excluded if state is not None else ""
     names = ",".join([*([before] if before else []), *hosts])
@@ -221,7 +231,8 @@ def exclude(job_id: str, hosts: Iterable[str], *, seconds: float = CALL_SECONDS)
 def step_ids(job_id: str, name: str) -> list[str]:
     """Ids (`12.3`) of a job's running steps of this name."""
     lines = call("squeue", "-h", "-s", "-j", job_id, "-o", "%i %j").splitlines()
-    return [words[0] for line in lines if (words := line.split(None, 1))[1:] == [name]]
+    pairs = [line.split(None, 1) for line in lines]
+    return [pair[0] for pair in pairs if pair[1:] == [name] and pair[0].startswith(f"{job_id}.")]
 
 
 def signal_step(step_id: str, number: str) -> None:
@@ -237,23 +248,12 @@ def requeue(job_id: str) -> None:
 
 
 def set_comment(job_id: str, text: str) -> None:
-    """What `squeue -o %k` shows."""
+    """Set what `squeue -o %k` shows."""
     call("scontrol", "update", f"JobId={job_id}", f"Comment={text}")
 
 
-def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for srun inside a job: without the job's defaults for options that every step states itself."""
-    keep = ("SLURM_JOB_", "SLURM_CONF", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT")
-    named = ("SLURM_JOBID", "SLURM_NODELIST", "SLURM_NNODES")
-    return {
-        name: value
-        for name, value in environ.items()
-        if not name.startswith(("SLURM_", "SRUN_", "SBATCH_")) or name.startswith(keep) or name in named
-    }
-
-
 def cpus_per_node(environ: Mapping[str, str] = os.environ) -> int | None:
-    """CPUs that the job has on its least node, from `SLURM_JOB_CPUS_PER_NODE` (`64(x3),32`)."""
+    """CPUs that the job has on its smallest node, from `SLURM_JOB_CPUS_PER_NODE` (`64(x3),32`)."""
     text = environ.get("SLURM_JOB_CPUS_PER_NODE", "")
     counts = [int(part.partition("(")[0]) for part in text.split(",") if part]
     return min(counts, default=None)
