@@ -9,7 +9,7 @@ import torch
 from tests.support import tiny_hf
 from tests.support.single import built, one_process
 from vime.megatron.optimizer import Optimizer
-from vime.megatron.residence import PARTS, Residence, free_bytes
+from vime.megatron.residence import Residence
 from vime.recipe.schema import ModelOptions, OptimizerOptions, Recipe
 
 RECIPE = Recipe(name="r", model=ModelOptions(bf16=False), optimizer=OptimizerOptions(lr=1e-2))
@@ -49,7 +49,7 @@ def test_what_left_and_came_back_between_two_steps_changes_nothing():
             optimizer.close()
 
     with one_process() as layout:
-        stayed, went = trained(()), trained(PARTS)
+        stayed, went = trained(()), trained(("weights", "gradients"))
     assert all(torch.equal(a, b) for a, b in zip(stayed, went, strict=True))
 
 
@@ -85,6 +85,9 @@ def test_an_optimizer_that_is_closed_lets_go_of_its_process_groups():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 def test_free_memory_of_a_machine_without_a_gpu_is_its_hosts():
-    gpu, host = free_bytes()
-    assert gpu is None
+    with one_process() as layout:
+        optimizer = Optimizer(built(tiny_hf.QWEN3, layout), RECIPE, total_steps=1)
+        node, gpu, host = Residence(optimizer.chunks, optimizer.megatron, 3).free_bytes()
+        optimizer.close()
+    assert (node, gpu) == (3, None)
     assert 10**8 < host < 10**14

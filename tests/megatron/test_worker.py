@@ -19,6 +19,8 @@ from vime.megatron.worker import TrainWorker
 from vime.samples import Rollout
 
 QUIET: dict[str, Any] = {"weight_decay": 0.0}
+UNBOUNDED: dict[str, Any] = {"advantage_estimator": "tests.support.algorithm_plugins:leave_one_out"}
+"""Advantages as large as the rewards: an estimator from outside."""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,14 @@ def scores_of(worker: TrainWorker, rollout: Rollout) -> list[list[float]]:
 
 def ordinary(number: int = 0) -> Rollout:
     return rollout_of(number, MODELS["qwen3"]["vocab_size"])
+
+
+def with_rewards_times(factor: float, number: int) -> Rollout:
+    """Rewards that are finite, and with UNBOUNDED gradients that are not."""
+    rollout = ordinary(number)
+    for sample in rollout.samples:
+        sample.reward = factor * float(sample.reward or 0.0)
+    return rollout
 
 
 def test_empty_responses_train_nothing_and_the_others_are_trained(checkpoint: str, tmp_path: Path) -> None:
@@ -71,7 +81,7 @@ def test_groups_of_equal_rewards_have_no_gradient(checkpoint: str, tmp_path: Pat
 
 def test_every_master_weight_is_held_against_the_model_after_a_load(checkpoint: str, tmp_path: Path) -> None:
     with worker_of(checkpoint, tmp_path, model={"bf16": True}) as worker:
-        optimizer, chunk = worker._optimizer, cast(Any, worker._chunks[0])
+        optimizer, chunk = worker._ready.optimizer, cast(Any, worker._ready.chunks[0])
         pairs = list(optimizer._master_pairs())
         assert sum(master.numel() for _, master in pairs) == sum(p.numel() for p in chunk.parameters())
         assert {(model.dtype, master.dtype) for model, master in pairs} == {(torch.bfloat16, torch.float32)}
@@ -80,19 +90,15 @@ def test_every_master_weight_is_held_against_the_model_after_a_load(checkpoint: 
             chunk.decoder.layers[1].mlp.linear_fc2.weight[3, 5] += 0.5
         with pytest.raises(AssertionError, match="the master weights of a shard of 6144 elements are not the model's"):
             optimizer.check_master_weights()
-        worker._checkpointer.took_weights()
+        worker._ready.checkpointer.took_weights()
         optimizer.check_master_weights()
 
 
 def test_gradients_that_are_not_finite_skip_the_step_are_named_and_end_the_run(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poisoned = ordinary(1)
-    for sample in poisoned.samples:
-        # Finite itself; the gradient is not.
-        sample.reward = 1e38 * float(sample.reward or 0.0)
-    whitened = {"advantage_estimator": "reinforce_plus_plus_baseline"}
-    with worker_of(checkpoint, tmp_path, algorithm=whitened, optimizer=QUIET) as worker:
+    poisoned = with_rewards_times(1e38, 1)
+    with worker_of(checkpoint, tmp_path, algorithm=UNBOUNDED, optimizer=QUIET) as worker:
         worker.train(ordinary())
         before = scores_of(worker, ordinary())
         metrics = worker.train(poisoned)
@@ -109,11 +115,8 @@ def test_gradients_that_are_not_finite_skip_the_step_are_named_and_end_the_run(
 
 
 def test_a_step_between_starts_the_count_of_skipped_steps_anew(checkpoint: str, tmp_path: Path) -> None:
-    poisoned = ordinary(1)
-    for sample in poisoned.samples:
-        sample.reward = 1e38 * float(sample.reward or 0.0)
-    whitened = {"advantage_estimator": "reinforce_plus_plus_baseline"}
-    with worker_of(checkpoint, tmp_path, algorithm=whitened) as worker:
+    poisoned = with_rewards_times(1e38, 1)
+    with worker_of(checkpoint, tmp_path, algorithm=UNBOUNDED) as worker:
         for _ in range(3):
             assert worker.train(poisoned)["train/skipped_steps"] == 2
             assert worker.train(ordinary())["train/skipped_steps"] == 0

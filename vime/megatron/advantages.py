@@ -9,7 +9,10 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron import losses
+from vime.megatron.estimators import ScoredSamples
 from vime.megatron.microbatch import RolloutTokens
+from vime.megatron.plugins import function_of
+from vime.recipe.algorithms import estimator
 from vime.recipe.schema import AlgorithmOptions
 from vime.samples import Rollout, Sample
 
@@ -29,28 +32,36 @@ def loss_mask(sample: Sample) -> torch.Tensor:
 def advantage_column(
     rollout: Rollout, data: RolloutTokens, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions
 ) -> torch.Tensor:
-    """The advantage of every response token, fp32 [slots]: its sample's, by the recipe's estimator.
+    """The advantage of every response token, fp32 [slots], by the recipe's estimator.
 
-    With `kl_coef` the reward is first lessened by the KL between the columns `old` and `reference`, summed over the
-    sample's trained tokens. Raises DataError for a reward that is missing or not finite.
+    With `kl_coef` the estimator also gets the KL between the columns `old` and `reference`. Raises DataError for a
+    reward that is missing or not finite, and for a plug-in's answer of another shape.
     """
-    groups, number = [], 0
-    for group in rollout.groups:
-        rewards = torch.tensor([_reward(sample) for sample in group.samples], dtype=torch.float32)
-        if algorithm.kl_coef:
-            divergence = losses.kl_divergence(columns["old"], columns["reference"], algorithm.kl_loss_type)
-            sums = [
-                float(losses.weighted_sum(divergence[data.response(number + i)], loss_mask(sample)))
-                for i, sample in enumerate(group.samples)
-            ]
-            rewards = losses.rewards_less_kl(rewards, torch.tensor(sums), algorithm.kl_coef)
-        groups.append(rewards)
-        number += len(group.samples)
-    values = losses.batch_advantages(groups, algorithm.advantage_estimator, normalise=algorithm.normalize_advantages)
-    column = torch.zeros(data.slots)
-    for sample, value in enumerate(torch.cat(values).tolist()):
-        column[data.response(sample)] = value
-    return column
+    chosen = estimator(algorithm.advantage_estimator)
+    function = function_of(chosen.function, "--advantage-estimator")
+    found = function(_scored(rollout, data, columns, algorithm), algorithm)
+    lengths = [len(sample.response_ids) for sample in rollout.samples]
+    if [tuple(values.shape) for values in found] != [(length,) for length in lengths]:
+        shapes = [tuple(values.shape) for values in found][:3]
+        raise DataError(
+            f"--advantage-estimator {algorithm.advantage_estimator} gave tensors of the shapes {shapes} ...: it must "
+            f"give one tensor a sample, with a value for each of its response tokens ({lengths[:3]} ...)"
+        )
+    return torch.cat(list(found)).to(torch.float32) if found else torch.zeros(0)
+
+
+def _scored(
+    rollout: Rollout, data: RolloutTokens, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions
+) -> ScoredSamples:
+    rewards = tuple(
+        torch.tensor([_reward(sample) for sample in group.samples], dtype=torch.float64) for group in rollout.groups
+    )
+    masks = tuple(loss_mask(sample) for sample in rollout.samples)
+    if not algorithm.kl_coef:
+        return ScoredSamples(rewards, masks)
+    estimate = losses.kl_divergence(columns["old"].double(), columns["reference"].double(), algorithm.kl_reward_type)
+    kl = [torch.where(mask > 0, mine, 0.0) for mine, mask in zip(data.split(estimate), masks, strict=True)]
+    return ScoredSamples(rewards, masks, tuple(kl))
 
 
 def _reward(sample: Sample) -> float:

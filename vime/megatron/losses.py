@@ -1,4 +1,4 @@
-"""Advantages, policy losses, KL and their reduction: pure functions of tensors.
+"""Policy losses, KL and their reduction: pure functions of tensors.
 
 Token tensors are flat, [T] fp32 over all tokens of a micro-batch, in nats; a mask or weight of 0 keeps a token out,
 and its other values may then be anything, NaN included. How tokens are split over micro-batches, data- and
@@ -10,49 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-KLType = Literal["k1", "k2", "k3", "low_var_kl"]
-Estimator = Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+from vime.recipe.algorithms import KLType
 
 # exp of anything above is infinite in fp32, and infinity times a clipped gradient of 0 is NaN.
 _MAX_LOG_RATIO = 20.0
 _KL_CLAMP = 10.0
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages of one group, [G] -> [G]: (R - mean) / (std + 1e-6), with the unbiased standard deviation.
-
-    A group of one, or of equal rewards, gives zeros. DeepSeekMath (arXiv 2402.03300), section 4.1.
-    """
-    centred = rewards - rewards.mean()
-    if rewards.numel() < 2 or bool((rewards == rewards[0]).all()):
-        return torch.zeros_like(rewards)
-    return centred / (rewards.std() + 1e-6)
-
-
-def batch_advantages(rewards: Sequence[Tensor], estimator: Estimator, *, normalise: bool = False) -> list[Tensor]:
-    """Advantages of every sample, group by group. All ranks call it on the whole batch and get the same.
-
-    grpo, gspo, cispo: `group_advantages`. reinforce_plus_plus (arXiv 2501.03262): rewards less the mean of the batch,
-    over its standard deviation. reinforce_plus_plus_baseline: the mean of the group taken off first. `normalise` brings
-    the advantages of the other estimators to zero mean and unit deviation over the batch.
-    """
-    if estimator == "reinforce_plus_plus":
-        return _whiten(list(rewards))
-    if estimator == "reinforce_plus_plus_baseline":
-        return _whiten([group - group.mean() for group in rewards])
-    advantages = [group_advantages(group) for group in rewards]
-    return _whiten(advantages) if normalise else advantages
-
-
-def _whiten(groups: list[Tensor]) -> list[Tensor]:
-    values = torch.cat(groups)
-    spread = values.std() if values.numel() > 1 else torch.zeros(())
-    return [(group - values.mean()) / (spread + 1e-6) for group in groups]
 
 
 def token_weights(masks: Sequence[Tensor], *, per_token: bool) -> list[Tensor]:
@@ -84,7 +50,7 @@ def kl_divergence(log_probs: Tensor, reference: Tensor, kind: KLType) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class TokenLoss:
     """Per-token loss, [T], and whether the clip decided it, [T] bool."""
 
     loss: Tensor
@@ -98,7 +64,7 @@ def clipped_policy_loss(
     eps_clip: float,
     eps_clip_high: float | None = None,
     eps_clip_c: float | None = None,
-) -> PolicyLoss:
+) -> TokenLoss:
     """PPO's clipped objective: r = exp(log_ratio), l = max(-r A, -clip(r, 1 - ε, 1 + ε_high) A).
 
     `eps_clip_high` is DAPO's clip-higher (arXiv 2503.14476). `eps_clip_c` c > 1 is the dual clip (arXiv 1912.09729):
@@ -115,7 +81,7 @@ def clipped_policy_loss(
         dual = (advantages < 0) & (limit < loss)
         loss = torch.where(dual, limit, loss)
         clipped = clipped | dual
-    return PolicyLoss(loss, clipped)
+    return TokenLoss(loss, clipped)
 
 
 def sequence_log_ratio(log_probs: Tensor, sequence_mean: Tensor) -> Tensor:
@@ -129,12 +95,12 @@ def sequence_log_ratio(log_probs: Tensor, sequence_mean: Tensor) -> Tensor:
 
 def cispo_loss(
     log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, *, eps_clip: float, eps_clip_high: float | None = None
-) -> PolicyLoss:
+) -> TokenLoss:
     """CISPO (arXiv 2506.13585, eq. 4): l = -sg(clip(r, 1 - ε, 1 + ε_high)) A log π; no token is dropped."""
     high = eps_clip if eps_clip_high is None else eps_clip_high
     ratio = torch.exp(log_ratio.detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     weight = ratio.clamp(1 - eps_clip, 1 + high)
-    return PolicyLoss(-weight * advantages * log_probs, weight != ratio)
+    return TokenLoss(-weight * advantages * log_probs, weight != ratio)
 
 
 def importance_weights(trainer: Tensor, engine: Tensor, clip: float) -> Tensor:
@@ -146,8 +112,3 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Σ weight x value over the tokens of weight above 0; other tokens add nothing, whatever they hold."""
     counted = weights > 0
     return (torch.where(counted, values, torch.zeros_like(values)) * weights).sum()
-
-
-def rewards_less_kl(rewards: Tensor, divergences: Tensor, coefficient: float) -> Tensor:
-    """KL in the reward, [G]: R - β Σ_t KL_t, with the summed per-token estimate of each sample (arXiv 2203.02155)."""
-    return rewards - coefficient * divergences

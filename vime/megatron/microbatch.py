@@ -27,7 +27,7 @@ class RolloutTokens:
     sequences: tuple[np.ndarray, ...]
     """int64 [length] each: the prompt's tokens, then the response's."""
     prompts: tuple[int, ...]
-    """RolloutTokens of each prompt."""
+    """Number of tokens of each prompt."""
     starts: tuple[int, ...]
     """Slot of each sample's first response token."""
     slots: int
@@ -65,7 +65,8 @@ class RolloutTokens:
 
 @dataclass(frozen=True)
 class Padding:
-    """What lengths must be multiples of: a sequence for context parallelism, a micro-batch for tensor parallelism."""
+    """Units of lengths: of each sequence, 2 CP (zigzag chunks), and of the whole micro-batch, CP x TP (sequence
+    parallelism splits a context-parallel rank's tokens once more)."""
 
     sequence: int = 1
     batch: int = 1
@@ -76,11 +77,11 @@ class Padding:
         return cls(sequence, math.lcm(sequence, layout.cp * layout.tp))
 
     def padded(self, length: int) -> int:
-        """RolloutTokens that a sequence takes in a micro-batch."""
+        """Tokens that a sequence takes in a micro-batch."""
         return -(-length // self.sequence) * self.sequence
 
     def capacity(self, layout: ParallelLayout, tokens_per_gpu: int) -> int:
-        """RolloutTokens of a micro-batch: CP x tokens a GPU, less what the padding of the whole may add."""
+        """Tokens of a micro-batch: CP x tokens a GPU, rounded down to a multiple of `batch`."""
         return max(self.batch, layout.cp * tokens_per_gpu // self.batch * self.batch)
 
 
@@ -105,7 +106,7 @@ class PackedBatch:
     Padding stands at the end of each sequence, where causal attention hides it: it counts as part of it.
     """
     longest: int
-    """RolloutTokens of the longest padded sequence."""
+    """Tokens of the longest padded sequence."""
 
     def column(self, column: torch.Tensor) -> torch.Tensor:
         """A column at the targets of this micro-batch, fp32 [t]; 0 where there is none."""
@@ -116,14 +117,18 @@ class PackedBatch:
 def make_batch(
     data: RolloutTokens, members: Sequence[int], padding: Padding, *, cp_rank: int, cp_size: int, device: torch.device
 ) -> PackedBatch:
-    """The micro-batch of these samples. Without any it is a single padding sequence that predicts nothing."""
+    """The micro-batch of these samples, [t] tokens on this context-parallel rank.
+
+    Without samples it is a single padding sequence that predicts nothing, so that all ranks run equally many.
+    """
     lengths = [padding.padded(len(data.sequences[i])) for i in members]
     total = sum(lengths)
     rest = (-total % padding.batch) if total else padding.batch
-    # What is missing to a multiple is one more sequence; it divides as `batch` is a multiple of `sequence`.
+    # The rest up to a multiple of `batch` is one more sequence; `batch` is a multiple of `sequence`, so it divides.
     if rest:
         lengths = [*lengths, rest]
     total += rest
+    # [total] each, whole sequences behind each other, before the split over context-parallel ranks.
     tokens, targets = np.zeros(total, np.int64), np.zeros(total, np.int64)
     slots, samples = np.full(total, -1, np.int64), np.zeros(total, np.int64)
     positions = np.concatenate([np.arange(length) for length in lengths])
@@ -132,13 +137,14 @@ def make_batch(
         sequence, prompt = data.sequences[sample], data.prompts[sample]
         end = start + len(sequence)
         tokens[start:end] = sequence
+        # The position of the token before it predicts a token: response token j sits at slot position prompt - 1 + j.
         targets[start : end - 1] = sequence[1:]
         slots[start + prompt - 1 : end - 1] = data.starts[sample] + np.arange(len(sequence) - prompt)
         samples[start : start + lengths[number]] = number
         start += lengths[number]
     mine = local_tokens(lengths, cp_rank, cp_size)
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
-    columns = np.stack([tokens, positions, targets, slots, samples])[:, mine]
+    columns = np.stack([tokens, positions, targets, slots, samples])[:, mine]  # [5, t], one copy to the device
     on_device = torch.from_numpy(columns).to(device)
     return PackedBatch(
         tokens=on_device[0:1],

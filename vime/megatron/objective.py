@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from vime.megatron import losses
 from vime.megatron.logprobs import token_log_probs
 from vime.megatron.microbatch import PackedBatch
+from vime.megatron.plugins import function_of
+from vime.megatron.policy_losses import TokenTerms
+from vime.recipe import algorithms
 from vime.recipe.schema import AlgorithmOptions
 
 METRICS = (
@@ -89,22 +93,15 @@ class Objective:
 
     def _token_loss(
         self, log_probs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, batch: PackedBatch
-    ) -> losses.PolicyLoss:
-        options = self.options
-        log_ratio = log_probs - old
-        if options.advantage_estimator == "gspo":
-            log_ratio = losses.sequence_log_ratio(log_probs, self._sequence_mean(log_ratio, weights, batch))
-        if options.advantage_estimator == "cispo":
-            return losses.cispo_loss(
-                log_probs, log_ratio, advantages, eps_clip=options.eps_clip, eps_clip_high=options.eps_clip_high
-            )
-        return losses.clipped_policy_loss(
-            log_ratio,
-            advantages,
-            eps_clip=options.eps_clip,
-            eps_clip_high=options.eps_clip_high,
-            eps_clip_c=options.eps_clip_c,
-        )
+    ) -> losses.TokenLoss:
+        mean = functools.partial(self._sequence_mean, weights=weights, batch=batch)
+        return self.policy_loss(TokenTerms(log_probs, old, advantages, weights, mean), self.options)
+
+    @functools.cached_property
+    def policy_loss(self) -> Callable[[TokenTerms, AlgorithmOptions], losses.TokenLoss]:
+        """The function of the recipe's policy loss."""
+        chosen = algorithms.policy_loss(self.options.policy_loss_type, self.options.advantage_estimator)
+        return function_of(chosen.function, "--policy-loss-type")
 
     def _sequence_mean(self, values: Tensor, weights: Tensor, batch: PackedBatch) -> Tensor:
         """At every token the mean of its sample's trained tokens, over all context-parallel ranks."""

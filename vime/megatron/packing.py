@@ -9,12 +9,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A bin that two more samples fill to within capacity / TOLERANCE is closed with them.
+# A bin is closed with two more samples that fill it to within capacity / _TOLERANCE.
 _TOLERANCE = 2048
-# Pairs looked at for that, from the largest sample that fits downwards.
+# Candidates tried for the larger of the two, from the largest that fits downwards.
 _PAIRS = 24
-# With so few samples left, every bin is filled by exact subset sums.
+# With at most this many samples left, every bin is filled by exact subset sums.
 _EXACT = 96
+# A key is `length << 32 | index`: sorting keys sorts lengths, and ties by index, so packing is deterministic.
 _ID_BITS = 32
 _ID = (1 << _ID_BITS) - 1
 
@@ -77,6 +78,8 @@ def _best_subset(keys: list[int], capacity: int) -> list[int]:
     """Take the largest sample and the subset of the others that fills the bin best, by a bit set of reachable sums."""
     first = keys.pop()
     gap = capacity - (first >> _ID_BITS)
+    # Bit s of reachable[k]: some subset of the k largest remaining samples sums to s tokens. Kept for every k, so that
+    # the walk back below can tell whether sample k is part of the best sum.
     within = (1 << (gap + 1)) - 1
     reachable = [1]
     for key in reversed(keys):

@@ -1,18 +1,16 @@
-"""What of a trainer rank lies in its device's memory: parts that give it to the engine and take it back."""
+"""Moves parts of a trainer rank between GPU and host, so that engines can have the GPU's memory."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from vime.megatron import backend
+from vime.sync.ranks import Free, Part
 from vime.system.memory import memory_available
-
-Part = Literal["weights", "gradients"]
-PARTS: tuple[Part, ...] = ("weights", "gradients")
 
 
 class Residence:
@@ -22,8 +20,9 @@ class Residence:
     device, kept on the host. `weights` are the parameters, kept in pinned host memory. A processor's weights stay.
     """
 
-    def __init__(self, chunks: Sequence[Any], optimizer: Any) -> None:
-        """`optimizer` is Megatron's, of the same chunks."""
+    def __init__(self, chunks: Sequence[Any], optimizer: Any, node: int = 0) -> None:
+        """`optimizer` is Megatron's, of the same chunks; `node` is the logical node of this rank."""
+        self._node = node
         self._buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         self._optimizer = optimizer
         self._cpu = backend.setup().cpu
@@ -31,7 +30,7 @@ class Residence:
         self.away: set[Part] = set()
 
     def leave(self, part: Part) -> None:
-        """Free the part's device memory. Nothing when it is away already."""
+        """Free the part's device memory; does nothing while the part is away."""
         if part in self.away:
             return
         self._synchronise()
@@ -48,7 +47,7 @@ class Residence:
             torch.cuda.empty_cache()
 
     def come_back(self, part: Part) -> None:
-        """Take device memory for the part again. Nothing when it is there."""
+        """Take device memory for the part again; does nothing while the part is on the device."""
         if part not in self.away:
             return
         for buffer in self._buffers:
@@ -78,8 +77,7 @@ class Residence:
         if not self._cpu:
             torch.cuda.synchronize()
 
-
-def free_bytes() -> tuple[int | None, int]:
-    """Free bytes of this process's GPU (None without one) and available bytes of its host."""
-    gpu = None if backend.setup().cpu else int(torch.cuda.mem_get_info()[0])
-    return gpu, memory_available()
+    def free_bytes(self) -> Free:
+        """Logical node, free bytes of this process's GPU (None without one), available bytes of its host."""
+        gpu = None if self._cpu else int(torch.cuda.mem_get_info()[0])
+        return self._node, gpu, memory_available()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +33,34 @@ from vime.models.local import global_name
 from vime.run.checkpoints import has_tracker, tracks_iteration
 from vime.run.plan import Plan
 from vime.samples import Rollout
-from vime.sync.source import WeightSource
+from vime.sync.ranks import StartState
+from vime.sync.source import WeightSource, model_source
 
 
-@dataclass(frozen=True)
-class StartState:
-    """Where training starts."""
+@dataclass
+class _Parts:
+    """What `setup` makes of a rank: the model and everything that works on it."""
 
-    next_rollout_id: int
-    loaded_from: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What the driver gave to `save`; empty at the start of a run."""
+    chunks: Sequence[Any]
+    optimizer: optimizer.Optimizer
+    residence: Residence
+    checkpointer: Checkpointer
+    passes: ModelPasses
+    reference: HostWeights | None = None
+    """Weights of the reference model, where a KL needs them."""
+    weights: WeightSource | None = None
+    """None in a plan without engines."""
 
 
 class TrainWorker:
-    """One Megatron rank of a plan."""
+    """One Megatron rank of a plan, on logical node `node`."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self.plan, self.rank, self.recipe = plan, rank, plan.recipe
+    def __init__(self, plan: Plan, rank: int, node: int = 0) -> None:
+        self.plan, self.rank, self.node, self.recipe = plan, rank, node, plan.recipe
         self.config = plan.model
         self.layout = plan.layout
         self.coords = plan.layout.coordinates(rank)
-        self._weights: WeightSource | None = None
+        self._parts: _Parts | None = None
         self._trained_since_save = True
         self._last_saved: Path | None = None
         self._clock = SpanRecorder()
@@ -63,65 +69,71 @@ class TrainWorker:
 
     def setup(self, master_address: str, master_port: int) -> StartState:
         """Join the other ranks, build model and optimizer, load weights and, when the run is resumed, its state."""
+        recipe, options = self.recipe, BuildOptions.from_recipe(self.recipe)
+        seed = recipe.misc.seed
+        init_parallel(self.layout, rank=self.rank, master_address=master_address, master_port=master_port, seed=seed)
+        self._parts = self._build(options)
+        if self.rank == 0:
+            cpu = backend.setup().cpu
+            for note in (*options.without_effect(cpu), *optimizer.notes(recipe.optimizer, cpu)):
+                print(f"note: {note}", flush=True)
+        start = self._load()
+        if self.plan.engines:
+            self._parts.weights = model_source(
+                self._parts.chunks, self.config, self.layout, self.coords, self.plan, self.rank
+            )
+        return start
+
+    def _build(self, options: BuildOptions) -> _Parts:
+        """Model, optimizer and what works on them, with random weights."""
         recipe = self.recipe
-        options = BuildOptions.from_recipe(recipe)
-        self._seed = recipe.misc.seed
-        init_parallel(
-            self.layout, rank=self.rank, master_address=master_address, master_port=master_port, seed=self._seed
-        )
         trains_mtp = recipe.model.mtp_num_layers > 0
         chunks = build_model(self.config, self.layout, bf16=recipe.model.bf16, mtp=trains_mtp, options=options)
         total_steps = recipe.rollout.num_rollout * recipe.rollout.steps
         named = functools.partial(global_name, config=self.config, layout=self.layout, coords=self.coords)
-        self._optimizer = optimizer.Optimizer(chunks, recipe, total_steps=total_steps, global_name=named)
-        self._chunks = chunks
-        self.residence = Residence(self._optimizer.chunks, self._optimizer.megatron)
-        self._checkpointer = Checkpointer(
+        adam = optimizer.Optimizer(chunks, recipe, total_steps=total_steps, global_name=named)
+        for chunk in chunks:
+            reduce: Any = chunk.config.finalize_model_grads_func
+            chunk.config.finalize_model_grads_func = self._clock.after_all_ranks(reduce)
+        checkpointer = Checkpointer(
             chunks,
-            self._optimizer,
+            adam,
             self.config,
             self.layout,
             self.coords,
             keep=recipe.checkpoint.save_keep,
             background=recipe.checkpoint.async_save,
         )
-        for chunk in chunks:
-            reduce: Any = chunk.config.finalize_model_grads_func
-            chunk.config.finalize_model_grads_func = self._clock.after_all_ranks(reduce)
-        self._runner = self._make_runner()
-        if self.rank == 0:
-            cpu = backend.setup().cpu
-            for note in (*options.without_effect(cpu), *optimizer.notes(recipe.optimizer, cpu)):
-                print(f"note: {note}", flush=True)
-        start = self._load()
-        self._make_source(chunks)
-        return start
+        residence = Residence(adam.chunks, adam.megatron, self.node)
+        return _Parts(chunks, adam, residence, checkpointer, self._make_passes(adam.chunks))
 
-    def _make_runner(self) -> ModelPasses:
+    def _make_passes(self, chunks: Sequence[Any]) -> ModelPasses:
         from megatron.core import parallel_state as ps
 
         tensor: Any = ps.get_tensor_model_parallel_group()
         context: Any = ps.get_context_parallel_group()
         objective = Objective(self.recipe.algorithm, self.recipe.rollout.rollout_temperature, tensor, context)
-        return ModelPasses(self._optimizer.chunks, objective, Packer(self.recipe.perf, self.layout), self.coords)
+        return ModelPasses(chunks, objective, Packer(self.recipe.perf, self.layout), self.coords)
 
-    def _make_source(self, chunks: Sequence[Any]) -> None:
-        if self.plan.engines:
-            self._weights = WeightSource(chunks, self.config, self.layout, self.coords, self.plan, self.rank)
+    @property
+    def _ready(self) -> _Parts:
+        if self._parts is None:
+            raise RuntimeError("setup has not run")
+        return self._parts
 
     def _load(self) -> StartState:
         """Reference weights first, if a KL needs them, then what training starts from."""
         recipe, load = self.recipe, self.recipe.checkpoint.load
         resumes = tracks_iteration(load)
-        self._reference: HostWeights | None = None
-        if recipe.needs_reference or not resumes:
+        needed = recipe.needs_reference
+        if needed or not resumes:
             start = self._load_start()
-            if recipe.needs_reference:
-                self._reference = HostWeights(self._chunks)
+            if needed:
+                self._ready.reference = HostWeights(self._ready.chunks)
             if not resumes:
                 return start
         assert load is not None
-        state, folder = self._checkpointer.load(load)
+        state, folder = self._ready.checkpointer.load(load)
         self._last_saved, self._trained_since_save = folder, False
         return StartState(state.rollout_id + 1, str(folder), state.extra)
 
@@ -130,15 +142,15 @@ class TrainWorker:
         checkpoint = self.recipe.checkpoint
         for root in (checkpoint.load, None if checkpoint.start_from else checkpoint.ref_load):
             if root is not None and self._holds_weights(Path(root)):
-                return StartState(0, str(self._checkpointer.load_weights(root)))
+                return StartState(0, str(self._ready.checkpointer.load_weights(root)))
         if checkpoint.ref_load is not None and checkpoint.conversion != "direct":
             raise BadInput(f"--ref-load {checkpoint.ref_load} holds no checkpoint: run the convert stage first")
         start = checkpoint.start_from or checkpoint.hf_checkpoint
         if start is None:
             raise BadInput("there are no weights to start from: give --ref-load or --hf-checkpoint")
         source = HFCheckpoint(start)
-        load_hf_into(self._chunks, source, self.config, self.layout, self.coords)
-        self._checkpointer.took_weights()
+        load_hf_into(self._ready.chunks, source, self.config, self.layout, self.coords)
+        self._ready.checkpointer.took_weights()
         return StartState(0, start)
 
     @staticmethod
@@ -151,7 +163,7 @@ class TrainWorker:
 
     def train(self, rollout: Rollout) -> dict[str, float]:
         """All optimizer steps of a rollout. Returns metrics, the same on every rank."""
-        self._checkpointer.poll()
+        self._ready.checkpointer.poll()
         samples = rollout.samples
         if not samples:
             raise DataError(f"rollout {rollout.rollout_id} has no samples to train on")
@@ -184,21 +196,21 @@ class TrainWorker:
 
     def _columns(self, rollout: Rollout, data: RolloutTokens) -> dict[str, torch.Tensor]:
         """Everything the loss needs a token, besides its weight."""
-        algorithm, limit = self.recipe.algorithm, self.recipe.perf.forward_tokens_per_gpu
+        algorithm, limit, parts = self.recipe.algorithm, self.recipe.perf.forward_tokens_per_gpu, self._ready
         columns: dict[str, torch.Tensor] = {}
         if algorithm.loss_type == "sft_loss":
             return columns
-        if self._reference is not None:
-            with self._clock.span("ref_log_probs"), self._reference.in_place():
-                columns["reference"] = self._runner.log_probs(data, limit)
-        if self.recipe.rollout.steps > 1 or algorithm.kl_coef:
+        if parts.reference is not None:
+            with self._clock.span("ref_log_probs"), parts.reference.in_place():
+                columns["reference"] = parts.passes.log_probs(data, limit)
+        if self.recipe.rollout.steps > 1 or "old" in algorithm.needed_columns:
             with self._clock.span("log_probs"):
-                columns["old"] = self._runner.log_probs(data, limit)
+                columns["old"] = parts.passes.log_probs(data, limit)
         if all(len(sample.log_probs) == len(sample.response_ids) for sample in rollout.samples):
             columns["rollout"] = torch.tensor(
                 [value for sample in rollout.samples for value in sample.log_probs], dtype=torch.float32
             )
-        elif algorithm.use_tis:
+        elif "rollout" in algorithm.needed_columns:
             raise DataError("--use-tis needs the engine's log-probs of every response token, and some are missing")
         columns["advantages"] = advantage_column(rollout, data, columns, algorithm)
         return columns
@@ -213,11 +225,12 @@ class TrainWorker:
             step, losses.token_weights([masks[i] for i in step], per_token=per_token), strict=True
         ):
             weights[data.response(sample)] = value
-        self._optimizer.zero_grad()
-        measured = self._runner.gradients(
+        parts = self._ready
+        parts.optimizer.zero_grad()
+        measured = parts.passes.gradients(
             data, step, {**columns, "weights": weights}, self.recipe.perf.max_tokens_per_gpu
         )
-        done = self._optimizer.step()
+        done = parts.optimizer.step()
         values = {f"train/{name}": measured[name] for name in self._reported}
         values |= {"train/grad_norm": done.grad_norm, "train/lr": done.learning_rate}
         return values | {"train/skipped_steps": float(done.skipped)}
@@ -228,21 +241,21 @@ class TrainWorker:
         if algorithm.loss_type == "sft_loss":
             return ["loss", "entropy"]
         absent = {"tis"} if not algorithm.use_tis else set()
-        if self._reference is None:
+        if self._ready.reference is None:
             absent.add("kl_loss")
         return [name for name in METRICS if name not in absent]
 
     def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Log-probs of the responses, in nats, at the rollout temperature; the same on every rank."""
         data = RolloutTokens.of(sequences, longest=self.config.max_position_embeddings)
-        found = self._runner.log_probs(data, self.recipe.perf.forward_tokens_per_gpu)
+        found = self._ready.passes.log_probs(data, self.recipe.perf.forward_tokens_per_gpu)
         return [values.tolist() for values in data.split(found)]
 
     def _reseed(self, rollout_id: int) -> None:
         """Random states follow from seed and rollout alone, so a resumed run draws what the first would have drawn."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        seed = self._seed + 1009 * (rollout_id + 1)
+        seed = self.recipe.misc.seed + 1009 * (rollout_id + 1)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -251,9 +264,14 @@ class TrainWorker:
     @property
     def weights(self) -> WeightSource:
         """The source of the weight sync."""
-        if self._weights is None:
-            raise RuntimeError("the plan has no engines, or setup has not run")
-        return self._weights
+        if self._ready.weights is None:
+            raise RuntimeError("the plan has no engines")
+        return self._ready.weights
+
+    @property
+    def residence(self) -> Residence:
+        """The rank's memory, which moves between GPU and host."""
+        return self._ready.residence
 
     def save(self, rollout_id: int, extra: dict[str, Any]) -> str:
         """Write a checkpoint below `--save`; returns its folder. `extra` must be JSON."""
@@ -261,7 +279,7 @@ class TrainWorker:
         root = self.recipe.checkpoint.save
         if root is None:
             raise BadInput("--save is not set: give a folder for checkpoints")
-        folder = self._checkpointer.save(root, State(rollout_id, self._optimizer.steps, extra))
+        folder = self._ready.checkpointer.save(root, State(rollout_id, self._ready.optimizer.steps, extra))
         self._last_saved, self._trained_since_save = folder, False
         if self.recipe.checkpoint.save_hf:
             self.export_hf(self.recipe.checkpoint.save_hf.replace("{rollout_id}", str(rollout_id)))
@@ -269,17 +287,17 @@ class TrainWorker:
 
     def poll_save(self) -> bool:
         """Publish a background checkpoint that is written; whether none is under way any more."""
-        return self._checkpointer.poll()
+        return self._ready.checkpointer.poll()
 
     def finish_save(self) -> None:
         """Wait until a background checkpoint is published."""
-        self._checkpointer.finish()
+        self._ready.checkpointer.finish()
 
     def export_hf(self, path: str) -> None:
         """Write the current weights as an HF folder. Goes through a checkpoint, which has to be up to date."""
         if self._last_saved is None or self._trained_since_save:
             raise RuntimeError("export_hf writes the last checkpoint, but the weights have changed since: save first")
-        self._checkpointer.finish()
+        self._ready.checkpointer.finish()
         error: list[Any] = [None]
         if self.rank == 0:
             assert self.recipe.checkpoint.hf_checkpoint is not None
@@ -293,10 +311,9 @@ class TrainWorker:
 
     def close(self) -> None:
         """Finish background work and leave the process groups."""
-        if hasattr(self, "_checkpointer"):
-            self._checkpointer.close()
-        if hasattr(self, "_optimizer"):
-            self._optimizer.close()
+        if self._parts is not None:
+            self._parts.checkpointer.close()
+            self._parts.optimizer.close()
         destroy_parallel()
 
 

@@ -6,12 +6,33 @@ A flag belongs to exactly one group, so a flat command line or a flat YAML mappi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
+from vime.recipe import algorithms
+from vime.recipe.algorithms import ESTIMATORS, POLICY_LOSSES, Column, Estimator, KLType, PolicyLoss
 from vime.recipe.optimizers import OptimizerKind, optimizer_kind
 from vime.recipe.sampling import SamplingSettings
+
+
+def _name_in(table: Mapping[str, Estimator] | Mapping[str, PolicyLoss]) -> AfterValidator:
+    """Accepts the names of a table and plug-ins."""
+
+    def check(name: str) -> str:
+        if name not in table and not algorithms.is_plugin(name):
+            raise PydanticCustomError(
+                "name", "give one of {known}, or package.module:function", {"known": ", ".join(table)}
+            )
+        return name
+
+    return AfterValidator(check)
+
+
+EstimatorName = Annotated[str, _name_in(ESTIMATORS)]
+PolicyLossName = Annotated[str, _name_in(POLICY_LOSSES)]
 
 
 class Options(BaseModel):
@@ -201,14 +222,17 @@ class AlgorithmOptions(Options):
     """Advantages, policy loss and KL."""
 
     loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
-    advantage_estimator: Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = (
-        "grpo"
-    )
+    advantage_estimator: EstimatorName = "grpo"
+    """A name of `vime.recipe.algorithms.ESTIMATORS`, or `package.module:function`."""
+    policy_loss_type: PolicyLossName | None = None
+    """A name of `vime.recipe.algorithms.POLICY_LOSSES`, or `package.module:function`; by default the estimator's."""
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.0
-    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "low_var_kl"
+    kl_loss_type: KLType = "low_var_kl"
     kl_coef: float = 0.0
     """Weight of the KL in the reward."""
+    kl_reward_type: KLType = "k1"
+    """Estimate of the KL in the reward."""
     entropy_coef: float = 0.0
     eps_clip: float = 0.2
     eps_clip_high: float | None = None
@@ -219,6 +243,25 @@ class AlgorithmOptions(Options):
     """Truncated importance sampling against the engine's own log-probs."""
     tis_clip: float = 2.0
     normalize_advantages: bool = False
+    """Whiten the advantages of all estimators over the rollout; REINFORCE++ always does."""
+    normalize_advantages_over: Literal["tokens", "samples"] = "tokens"
+    """What counts once in the mean and deviation of that: each trained token, or each sample."""
+
+    @property
+    def needed_columns(self) -> frozenset[Column]:
+        """Log-probs that the loss cannot do without."""
+        if self.loss_type == "sft_loss":
+            return frozenset()
+        chosen = algorithms.estimator(self.advantage_estimator)
+        loss = algorithms.policy_loss(self.policy_loss_type, self.advantage_estimator)
+        found: set[Column] = {*chosen.columns, *loss.columns}
+        if self.use_kl_loss:
+            found.add("reference")
+        if self.kl_coef:
+            found |= {"old", "reference"}
+        if self.use_tis:
+            found.add("rollout")
+        return frozenset(found)
 
 
 class OptimizerOptions(Options):
@@ -312,9 +355,8 @@ class Recipe(BaseModel):
 
     @property
     def needs_reference(self) -> bool:
-        """A copy of the reference model is kept for a KL, in the loss or in the reward."""
-        algorithm = self.algorithm
-        return algorithm.loss_type == "policy_loss" and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
+        """A copy of the reference model is kept for its log-probs, which a KL needs."""
+        return "reference" in self.algorithm.needed_columns
 
     @property
     def sampling(self) -> SamplingSettings:

@@ -82,7 +82,12 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str]) -> None:
 
 def plugin_modules(recipe: Recipe) -> list[str]:
     """Top-level names of the modules that the recipe names as `package.module:function`."""
-    named = (recipe.rollout.rm_type, recipe.rollout.dynamic_sampling_filter_path)
+    named = (
+        recipe.rollout.rm_type,
+        recipe.rollout.dynamic_sampling_filter_path,
+        recipe.algorithm.advantage_estimator,
+        recipe.algorithm.policy_loss_type,
+    )
     targets = [text.removeprefix("group:") for text in named if text]
     return sorted({target.partition(":")[0].partition(".")[0] for target in targets if ":" in target} - {"vime"})
 
