@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.support.tiny_hf import DEEPSEEK, with_fp8
@@ -14,6 +14,7 @@ from vime.models.namemap import Where
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineStatus
 from vime.run.plan import EnginePlan
+from vime.sync.ranks import address
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import make_schedule
 from vime.sync.session import Session, SyncDeadlines
@@ -32,7 +33,8 @@ class FakeTrainer:
         self.late: str | None = None
         self.digests = dict.fromkeys(NAMES, "x")
 
-    async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+    async def __call__(self, deadline_s: float, function: Callable[..., Any], *args: Any) -> list[Any]:
+        method = "_".join(address(function))
         self.journal.append((method, args[0] if args else None))
         if method == self.late:
             raise DeadlineExceeded(f"trainer {method} did not end within {deadline_s:.0f} s")

@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,6 +20,7 @@ from vime.errors import DeadlineExceeded, VimeError
 from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.run.plan import EnginePlan
+from vime.sync.ranks import address
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import Schedule, make_schedule
 from vime.sync.source import WeightSource
@@ -78,14 +80,17 @@ class Trainer:
         """Every rank of the layout makes its shards; the schedule of their syncs."""
         self._active = self._count
         self._held += 1
-        await self("hold", held, str(self._folder / f"ranks{self._held}"), deadline_s=120)
+        await self._ask(120, "hold", held, str(self._folder / f"ranks{self._held}"))
         self._active = held.layout.world_size
         return held.schedule()
 
-    async def __call__(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+    async def __call__(self, deadline_s: float, method: Callable[..., Any], *args: Any) -> list[Any]:
+        return await self._ask(deadline_s, address(method)[1], *args)
+
+    async def _ask(self, deadline_s: float, method: str, *args: Any) -> list[Any]:
         active = [connection for _, connection in self._ranks[: self._active]]
         for connection in active:
-            connection.send((method.removeprefix("weights_"), args))
+            connection.send((method, args))
         return await asyncio.to_thread(_collect, active, method, deadline_s)
 
 
@@ -134,4 +139,4 @@ def _hold(rank: int, held: Held, store: str) -> WeightSource | None:
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=held.layout.world_size)
     weights = shards(held.hf, trained(held.hf, held.seed), held.layout, rank)
     tensors = {name: tensor.to(device) for name, tensor in weights.items()}
-    return WeightSource.of_tensors(tensors, held.schedule(), rank, held.run)
+    return WeightSource(tensors, held.schedule(), rank, held.run)

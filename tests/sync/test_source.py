@@ -142,7 +142,7 @@ def sync_case(rank: int, case: Case, run: str) -> None:
     for version in (1, 2):
         whole = trained(hf, version)
         check_digests(schedule, rank, hf, whole)
-        source = WeightSource.of_tensors(shards(hf, whole, layout, rank), schedule, rank, run)
+        source = WeightSource(shards(hf, whole, layout, rank), schedule, rank, run)
         assert source.prepare(version) == len(schedule.buckets)
         published = 0
         for bucket in range(len(schedule.buckets)):
@@ -225,7 +225,7 @@ def one_rank(
         config, ParallelLayout(), [0], receivers_of(config, [0], [engine_plan(0, {engine_node: (0,)})]), buffer,
         draft=bool(more),
     )  # fmt: skip
-    return WeightSource.of_tensors(tensors or shards(hf, trained(hf, 1), ParallelLayout(), 0), schedule, 0, run, **more)
+    return WeightSource(tensors or shards(hf, trained(hf, 1), ParallelLayout(), 0), schedule, 0, run, **more)
 
 
 def test_frozen_layers_come_from_the_checkpoint_as_they_are(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def a_rank_with_a_weight_that_is_not_finite(rank: int, run: str) -> None:
     if rank == 3:
         name = next(name for name in held if "local_experts" in name)
         held[name][0, 0] = float("inf")
-    source = WeightSource.of_tensors(held, schedule, rank, run)
+    source = WeightSource(held, schedule, rank, run)
     source.prepare(1)
     if rank == 3:
         with pytest.raises(fp8.WeightNotFinite, match=r"mlp\.experts\."):

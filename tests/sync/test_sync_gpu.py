@@ -60,7 +60,7 @@ def source_of(run: str, held: Tensors, *, engine_node: int = 0) -> WeightSource:
     config = ModelConfig.from_hf(HF)
     receivers = receivers_of(config, [0], [engine_plan(0, {engine_node: (0,)})], gpus=[0])
     schedule = make_schedule(config, ParallelLayout(), [0], receivers, 100_000, draft=True, mtp_trained=True)
-    return WeightSource.of_tensors(held, schedule, 0, run)
+    return WeightSource(held, schedule, 0, run)
 
 
 def streams(source: WeightSource, version: int) -> list[tuple[dict[str, Any], torch.Tensor]]:

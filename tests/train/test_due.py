@@ -1,7 +1,7 @@
 """When a run saves and evaluates."""
 
 from vime.recipe.schema import CheckpointOptions, EvalOptions, Recipe, RolloutOptions
-from vime.train.loop import evaluates_before, saves_after
+from vime.train.phases import evaluates_before, saves_after
 
 
 def recipe(num_rollout=10, save=None, evaluate=None, sets=("aime", "x.jsonl")):

@@ -7,6 +7,7 @@ import pytest
 from tests.support.plans import plan_of
 from vime.errors import Cause
 from vime.rollout.client import EngineStatus
+from vime.sync.ranks import address
 from vime.train.handover import EngineStuck, Handover, HandoverDeadlines, described, moved, over_plan
 
 GB = 10**9
@@ -32,7 +33,8 @@ class World:
         assert used <= 80 * GB, f"{self.trainer} and {self.engine} do not fit"
         return 80 * GB - used
 
-    async def call(self, method, *args, deadline_s):
+    async def call(self, deadline_s, function, *args):
+        _, method = address(function)
         if method == "free_bytes":
             return [(0, self.free(), self.host_free), (1, self.free(), self.host_free)]
         (part,) = args

@@ -8,9 +8,10 @@ import pytest
 
 from tests.support.plans import plan_of
 from vime.run.metrics import read_metrics
-from vime.run.plan import Binding, BoundNode
 from vime.samples import Group, Rollout, Sample, Status
+from vime.sync.ranks import address
 from vime.train.loop import Loop
+from vime.train.phases import Phases
 
 APART = ("--no-colocate", "--rollout-num-gpus", "1")
 
@@ -23,18 +24,17 @@ class World:
         base = ("--num-rollout", "3", "--eval-interval", "none", "--save-interval", "1")
         plan = plan_of("tiny-qwen3", *base, *flags).model_copy(update={"run_dir": str(tmp_path)})
         (tmp_path / "control").mkdir()
-        nodes = tuple(BoundNode(index=i, host=f"n{i}", address=f"10.0.0.{i}") for i in range(2))
         self.journal, self.saved, self.turn, self.version = [], [], asyncio.Lock(), 0
         self.published, self.answer = [], tmp_path / "control" / "checkpoint-done"
         self.prompts = 0
         self.training, self.trainable = asyncio.Event(), asyncio.Event()
         self.trainable.set()
-        self.loop = Loop(plan, Binding(nodes=nodes, port_offset=0), "key")
-        self.loop.trainer = self.loop.sampler = self.loop.supervisor = self
+        self.loop = Loop(Phases.of(plan), self.call, self, self)
 
     # The trainer
 
-    async def call(self, method, *args, deadline_s):
+    async def call(self, deadline_s, function, *args):
+        _, method = address(function)
         if method == "take_spans":
             return [[], []]
         if method == "save":
@@ -94,7 +94,7 @@ def world(tmp_path, monkeypatch):
 
 async def test_with_shared_gpus_one_step_follows_the_other(world):
     it = world()
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     one = ["generate {0} with {0}", "generated {0}", "to trainer", "train {0}", "trained {0}", "sync {1}"]
     assert it.journal == [step.format(n, n + 1) for n in range(3) for step in one]
 
@@ -111,13 +111,13 @@ async def test_with_gpus_of_their_own_engines_generate_the_next_rollout_while_on
         return rollout
 
     it.generate = generate
-    await asyncio.wait_for(it.loop._rollouts(0), 10)
+    await asyncio.wait_for(it.loop.run(0), 10)
     assert it.journal.index("generated 1") < it.journal.index("trained 0")
 
 
 async def test_engines_are_at_most_one_version_behind_and_never_synced_in_the_middle_of_a_rollout(world):
     it = world(*APART)
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     begins = [step for step in it.journal if step.startswith("generate ")]
     assert begins == ["generate 0 with 0", "generate 1 with 0", "generate 2 with 1"]
     under_way = 0
@@ -128,7 +128,7 @@ async def test_engines_are_at_most_one_version_behind_and_never_synced_in_the_mi
 
 async def test_without_allowed_staleness_engines_wait_for_the_weights(world):
     it = world(*APART, "--max-staleness", "0")
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     begins = [step for step in it.journal if step.startswith("generate ")]
     assert begins == ["generate 0 with 0", "generate 1 with 1", "generate 2 with 2"]
 
@@ -136,14 +136,14 @@ async def test_without_allowed_staleness_engines_wait_for_the_weights(world):
 @pytest.mark.parametrize(("flags", "prompts"), [((), [1, 2, 3]), (APART, [1, 2, 3])])
 async def test_a_checkpoint_holds_the_data_cursor_from_before_the_rollout_that_is_not_trained_on(world, flags, prompts):
     it = world(*flags)
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     assert it.saved == list(enumerate(prompts))
 
 
 async def test_a_checkpoint_on_request_ends_the_run_and_the_rollout_that_is_ahead(world, tmp_path):
     it = world(*APART)
     (tmp_path / "control" / "checkpoint-request").write_text("")
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     assert json.loads((tmp_path / "control" / "checkpoint-done").read_text())["rollout_id"] == 0
     assert "train 1" not in it.journal
     assert list(read_metrics(tmp_path)) == [0]
@@ -152,14 +152,14 @@ async def test_a_checkpoint_on_request_ends_the_run_and_the_rollout_that_is_ahea
 @pytest.mark.parametrize("flags", [(), APART])
 async def test_every_checkpoint_is_published_before_the_run_ends(world, flags):
     it = world(*flags)
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     assert len(it.published) == 3
 
 
 async def test_a_checkpoint_on_request_is_published_before_the_answer(world, tmp_path):
     it = world()
     (tmp_path / "control" / "checkpoint-request").write_text("")
-    await it.loop._rollouts(0)
+    await it.loop.run(0)
     assert len(it.published) == 1
     assert it.answer.exists()
 
@@ -168,8 +168,8 @@ async def test_what_was_written_in_the_background_is_published_between_the_train
     monkeypatch.setattr("vime.train.loop.SAVE_POLL_SECONDS", 0.001)
     it = world("--async-save")
     it.trainable.clear()
-    task = asyncio.create_task(it.loop._publish_saves())
-    run = asyncio.create_task(it.loop._rollouts(0))
+    task = asyncio.create_task(it.loop.publish_saves())
+    run = asyncio.create_task(it.loop.run(0))
     await asyncio.wait_for(it.training.wait(), 10)
     assert "poll" in it.journal[: it.journal.index("to trainer")]
     await asyncio.sleep(0.02)
@@ -190,5 +190,5 @@ async def test_a_rollout_ahead_that_fails_ends_the_run_after_what_was_trained_is
 
     it.generate = generate
     with pytest.raises(ValueError, match="no engine left"):
-        await it.loop._rollouts(0)
+        await it.loop.run(0)
     assert read_metrics(tmp_path)[0]["train/loss"] == 1.0

@@ -16,6 +16,7 @@ from vime.rollout.client import EngineClient, Generated
 from vime.rollout.client import RequestDeadlines as ClientDeadlines
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
+from vime.sync.ranks import address
 from vime.train.handover import Handover
 from vime.train.supervisor import EngineLost, EngineSupervisor, RecoveryDeadlines
 
@@ -58,7 +59,8 @@ class World:
     def restarted(self, engine, client):
         pass
 
-    async def call(self, method, sequences, *, deadline_s):
+    async def call(self, deadline_s, function, sequences):
+        _, method = address(function)
         self.trainer_calls.append(method)
         assert method == "log_probs"
         return [[[-0.25] * len(response) for _, response in sequences]]
@@ -174,7 +176,7 @@ async def test_after_a_sync_that_failed_half_way_every_engine_is_loaded_whole_be
 
         restarted = staticmethod(lambda engine, client: sync.restarted(engine, client))
 
-    async def call(method, sequences, *, deadline_s):
+    async def call(deadline_s, function, sequences):
         return [[[-0.25] for _ in sequences]]
 
     async def generate(*_, **__):

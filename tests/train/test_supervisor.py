@@ -9,6 +9,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.plans import plan_of
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.rollout.client import EngineAnswer, EngineTimeout, EngineUnreachable
+from vime.sync.ranks import WorkerMethods
 from vime.sync.session import SyncFailed
 from vime.train.handover import EngineStuck
 from vime.train.supervisor import EngineLost, EngineSupervisor, RecoveryDeadlines
@@ -95,8 +96,8 @@ class World:
     def take_metrics(self):
         return {"handover/time": 1.0}
 
-    async def call(self, method, sequences, *, deadline_s):
-        assert method == "log_probs"
+    async def call(self, deadline_s, function, sequences):
+        assert function is WorkerMethods.log_probs
         self.journal.append(("log_probs", len(sequences)))
         return [[[-0.5 - self.trainer_off, -1.0 - self.trainer_off] for _ in sequences]] * 2
 

@@ -319,7 +319,7 @@ def process(rank: int, setting: Setting, answers: Any, written: list[Semaphore],
     fp8.quantise(torch.zeros(128, 128, dtype=torch.bfloat16))
 
     def member(schedule: Schedule, run: str) -> Member:
-        source = WeightSource.of_tensors(tensors, schedule, rank, run) if rank != READER else None
+        source = WeightSource(tensors, schedule, rank, run) if rank != READER else None
         return Member(everyone, schedule, run, into, source)
 
     here = member(near, setting.folder)

@@ -6,14 +6,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.run.plan import Binding, EnginePlan, Plan
 from vime.sync.parts import RECEIVED, Target
+from vime.sync.ranks import SourceMethods, TrainerCall
 from vime.sync.schedule import Schedule, far_groups, schedule_of
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -30,12 +32,6 @@ class UpdateClient(Protocol):
     async def reset_prefix_cache(self) -> None: ...
     async def checksums(self) -> dict[str, str]: ...
     async def reset_weights(self) -> None: ...
-
-
-class TrainerCall(Protocol):
-    """Calls a method on every trainer rank at the same time; results in rank order."""
-
-    def __call__(self, method: str, *args: Any, deadline_s: float) -> Awaitable[list[Any]]: ...
 
 
 class SyncFailed(VimeError):
@@ -134,14 +130,14 @@ class Session:
         except BaseException as error:
             self.connected.clear()
             try:
-                await self._trainer("weights_finish", self.deadlines.prepare, None)
+                await self._trainer(self.deadlines.prepare, None, SourceMethods.finish)
             except VimeError as second:
                 error.add_note(f"and the trainer could not free its buffers: {second}")
             raise
         return {**metrics, "sync/time": time.monotonic() - started}
 
     async def _run(self, version: int, check: bool) -> dict[str, float]:
-        counts = await self._trainer("weights_prepare", self.deadlines.prepare, None, version)
+        counts = await self._trainer(self.deadlines.prepare, None, SourceMethods.prepare, version)
         if set(counts) != {len(self.schedule.buckets)}:
             raise self._failed(f"ranks planned {sorted(set(counts))} buckets, the driver {len(self.schedule.buckets)}")
         # Until the end, every failure leaves weights that nobody knows.
@@ -155,10 +151,10 @@ class Session:
             await self._each(None, "reset_weights", lambda client: client.reset_weights())
             sent += await self._stream_all(version, check=True)
             after = await self._checksums()
-            answers = await self._trainer("weights_digests", self.deadlines.digests, None)
+            answers = await self._trainer(self.deadlines.digests, None, SourceMethods.digests)
             self._compare(before, after, {name: value for answer in answers for name, value in answer.items()})
         await self._each(None, "reset_prefix_cache", lambda client: client.reset_prefix_cache())
-        await self._trainer("weights_finish", self.deadlines.prepare, None)
+        await self._trainer(self.deadlines.prepare, None, SourceMethods.finish)
         await self._each(None, "resume", lambda client: client.resume())
         self.stale.clear()
         return {
@@ -174,7 +170,7 @@ class Session:
         far = [group for mine in groups.values() for group in mine]
         ports: dict[str, int] = {}
         if far:
-            for answer in await self._trainer("weights_listen", self.deadlines.prepare, None, far):
+            for answer in await self._trainer(self.deadlines.prepare, None, SourceMethods.listen, far):
                 ports |= answer
 
         def init(engine: int) -> Awaitable[None]:
@@ -193,7 +189,7 @@ class Session:
         waiting: list[Awaitable[Any]] = [init(engine) for engine in new]
         if far:
             deadline = self.deadlines.prepare
-            waiting.append(self._trainer("weights_connect", deadline + 30, None, deadline))
+            waiting.append(self._trainer(deadline + 30, None, SourceMethods.connect, deadline))
         await asyncio.gather(*waiting)
         self.connected |= set(new)
 
@@ -253,11 +249,12 @@ class Session:
                 # Engines go on while the trainer hears that a buffer is free.
                 loading = asyncio.create_task(self._load(bucket, infos, check))
                 if before is not None:
-                    await self._trainer("weights_release", self.deadlines.bucket, before, before)
+                    await self._trainer(self.deadlines.bucket, before, SourceMethods.release, before)
                 before = bucket
             assert loading is not None
+            assert before is not None
             await loading
-            await self._trainer("weights_release", self.deadlines.bucket, before, before)
+            await self._trainer(self.deadlines.bucket, before, SourceMethods.release, before)
         finally:
             if loading is not None and not loading.done():
                 loading.cancel()
@@ -267,7 +264,7 @@ class Session:
 
     async def _published(self, bucket: int) -> dict[int, Mapping[str, Any]]:
         """What every receiver has to know about a bucket."""
-        answers = await self._trainer("weights_publish", self.deadlines.bucket, bucket, bucket)
+        answers = await self._trainer(self.deadlines.bucket, bucket, SourceMethods.publish, bucket)
         infos = {int(number): info for answer in answers for number, info in answer.items()}
         missing = set(range(len(self.schedule.receivers))) - set(infos)
         if missing:
@@ -305,9 +302,17 @@ class Session:
                 f"engine {engine}: {what}: {error}", engine=engine, bucket=bucket, cause=error.cause
             ) from error
 
-    async def _trainer(self, method: str, deadline_s: float, bucket: int | None, *args: Any) -> list[Any]:
+    async def _trainer(
+        self,
+        deadline_s: float,
+        bucket: int | None,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[T]:
+        """A call to every trainer rank; `bucket` is named where it takes too long."""
         try:
-            return await self.call(method, *args, deadline_s=deadline_s)
+            return await self.call(deadline_s, method, *args, **kwargs)
         except DeadlineExceeded as error:
             raise self._failed(str(error), bucket=bucket, cause=error.cause) from error
 

@@ -87,41 +87,14 @@ class WeightSource:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
-        config: ModelConfig,
-        layout: ParallelLayout,
-        coords: Coordinates,
-        plan: Plan,
-        rank: int,
-    ) -> None:
-        tensors = {local.param.name: local.tensor for local in local_tensors(chunks, config, layout, coords)}
-        schedule, checkpoint = schedule_of(plan), plan.recipe.checkpoint.hf_checkpoint
-        frozen = any(entry.frozen for bucket in schedule.buckets for entry in bucket.entries)
-        stored = HFCheckpoint(checkpoint) if frozen and checkpoint else None
-        self._set_up(tensors, schedule, rank, plan.run_dir, stored)
-
-    @classmethod
-    def of_tensors(
-        cls,
         tensors: Mapping[str, Tensor],
         schedule: Schedule,
         rank: int,
         run: str,
         checkpoint: HFCheckpoint | None = None,
-    ) -> WeightSource:
-        """A source of given shards (by name of the global parameter) and a given schedule."""
-        source = cls.__new__(cls)
-        source._set_up(tensors, schedule, rank, run, checkpoint)
-        return source
-
-    def _set_up(
-        self,
-        tensors: Mapping[str, Tensor],
-        schedule: Schedule,
-        rank: int,
-        run: str,
-        checkpoint: HFCheckpoint | None,
     ) -> None:
+        """`tensors` are this rank's shards by the name of the global parameter, `run` is the run folder; frozen
+        tensors are read from `checkpoint`."""
         self.schedule, self.rank = schedule, rank
         self._tensors, self._checkpoint = tensors, checkpoint
         self._device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
@@ -143,6 +116,8 @@ class WeightSource:
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         # Sending is many short turns of a processor; between long ones of quantising it would wait for each.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights-work", initializer=_give_way)
+        self.version = -1
+        """Version of the weights of the current sync."""
         self._failure: fp8.WeightNotFinite | None = None
         self._launched: list[tuple[Tensor, list[str]]] = []
         """Of this bucket's launches on a GPU: the kernels' word on each matrix, 1 for one that is wrong, and names."""
@@ -439,6 +414,22 @@ def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> Iterator[tup
             if scale is not one.scales:
                 one.scales.copy_(scale)
         yield table.wrong, [one.entry.name for one in mine]
+
+
+def model_source(
+    chunks: Sequence[torch.nn.Module],
+    config: ModelConfig,
+    layout: ParallelLayout,
+    coords: Coordinates,
+    plan: Plan,
+    rank: int,
+) -> WeightSource:
+    """The source of a rank's model chunks, by the plan's schedule."""
+    tensors = {local.param.name: local.tensor for local in local_tensors(chunks, config, layout, coords)}
+    schedule, checkpoint = schedule_of(plan), plan.recipe.checkpoint.hf_checkpoint
+    frozen = any(entry.frozen for bucket in schedule.buckets for entry in bucket.entries)
+    stored = HFCheckpoint(checkpoint) if frozen and checkpoint else None
+    return WeightSource(tensors, schedule, rank, plan.run_dir, stored)
 
 
 def _give_way() -> None:

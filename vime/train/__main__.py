@@ -56,20 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     except VimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.cause)
-    from vime.train.loop import Loop
+    from vime.train.driver import Driver
 
     try:
-        asyncio.run(Loop(plan, binding, read_token(plan.run_dir, API_KEY)).run())
+        asyncio.run(Driver(plan, binding, read_token(plan.run_dir, API_KEY)).run())
     except Exception as error:  # noqa: BLE001 -- the last stop: any failure becomes its cause's exit code, in full text
         traceback.print_exception(error)
         cause = cause_of(error)
-        print(f"error: training ended: {cause.name.lower()}: {_first_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: training ended: {cause.name.lower()}: {_last_line(error)}", file=sys.stderr, flush=True)
         return int(cause)
     report("result")
     return int(Cause.SUCCESS)
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     lines = [line for line in str(error).splitlines() if line.strip()]

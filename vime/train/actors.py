@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vime.errors import DeadlineExceeded
 from vime.rollout.engine import EngineServer
 from vime.run.folder import read_binding, read_plan
 from vime.run.plan import Binding, Plan
 from vime.run.tokens import API_KEY, read_token
-from vime.samples import Rollout
+from vime.sync.ranks import ResidenceMethods, SourceMethods, WorkerMethods, address
 from vime.train.placement import Slot, pinned, verify_gpu, verify_here
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
@@ -45,72 +48,18 @@ class RankActor:
             verify_gpu(torch.cuda.device_count(), place.gpu, f"trainer rank {rank}")
         from vime.megatron.worker import TrainWorker
 
-        self._node = place.node
-        self._worker = TrainWorker(plan, rank)
+        self._worker = TrainWorker(plan, rank, place.node)
 
     def __repr__(self) -> str:
         """What Ray writes before each line of this actor in the driver's log; vime.logs finds ranks by it."""
         return self._name
 
-    def setup(self, master_address: str, master_port: int) -> Any:
-        return self._worker.setup(master_address, master_port)
-
-    def train(self, rollout: Rollout) -> dict[str, float]:
-        return self._worker.train(rollout)
-
-    def take_spans(self) -> list[tuple[str, float, float]]:
-        return self._worker.take_spans()
-
-    def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
-        return self._worker.log_probs(sequences)
-
-    def save(self, rollout_id: int, extra: dict[str, Any]) -> str:
-        return self._worker.save(rollout_id, extra)
-
-    def poll_save(self) -> bool:
-        return self._worker.poll_save()
-
-    def finish_save(self) -> None:
-        self._worker.finish_save()
-
-    def export_hf(self, path: str) -> None:
-        self._worker.export_hf(path)
-
-    def leave(self, part: Any) -> None:
-        self._worker.residence.leave(part)
-
-    def come_back(self, part: Any) -> None:
-        self._worker.residence.come_back(part)
-
-    def free_bytes(self) -> tuple[int, int | None, int]:
-        """Logical node, free bytes of the rank's GPU, available bytes of the host."""
-        from vime.megatron.residence import free_bytes
-
-        return (self._node, *free_bytes())
-
-    def weights_listen(self, groups: list[Any]) -> dict[str, int]:
-        return self._worker.weights.listen(groups)
-
-    def weights_connect(self, timeout_s: float) -> None:
-        self._worker.weights.connect(timeout_s)
-
-    def weights_prepare(self, version: int) -> int:
-        return self._worker.weights.prepare(version)
-
-    def weights_publish(self, bucket: int) -> dict[str, Any]:
-        return self._worker.weights.publish(bucket)
-
-    def weights_release(self, bucket: int) -> None:
-        self._worker.weights.release(bucket)
-
-    def weights_digests(self) -> dict[str, str]:
-        return self._worker.weights.digests()
-
-    def weights_finish(self) -> None:
-        self._worker.weights.finish()
-
-    def close(self) -> None:
-        self._worker.close()
+    def ask(self, part: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the worker or of one of its parts (`vime.sync.ranks`)."""
+        owner: WorkerMethods | ResidenceMethods | SourceMethods = self._worker
+        if part != "worker":
+            owner = self._worker.residence if part == "residence" else self._worker.weights
+        return getattr(owner, method)(*args, **kwargs)
 
 
 class EngineActor:
@@ -151,9 +100,13 @@ class TrainerGroup:
             for place in plan.trainer_ranks
         ]
 
-    async def call(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+    async def call(
+        self, deadline_s: float, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> list[R]:
         """Results in rank order. Big arguments belong into the object store first (`ray.put`)."""
-        return await _all(f"trainer {method}", [getattr(h, method).remote(*args) for h in self.handles], deadline_s)
+        part, name = address(method)
+        asked = [h.ask.options(name=f"{part} {name}").remote(part, name, *args, **kwargs) for h in self.handles]
+        return await _all(f"trainer {part} {name}", asked, deadline_s)
 
 
 class EngineGroup:

@@ -1,4 +1,4 @@
-"""PhaseDeadlines of the phases of training."""
+"""Deadlines of the phases of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has the GPUs: with `--colocate` trainer and engines take turns, and this is the one place that says whose it is.
+"""Hand-over of the GPUs: with `--colocate` trainer and engines take turns; this module knows whose turn it is.
 
     train ─► gradients leave ─► engines' weights wake ─► sync ─► engines' cache wakes ─► weights leave ─► generate
       ▲                                                                                                      │
@@ -14,14 +14,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vime.errors import Cause, VimeError
 from vime.run.plan import Plan
-from vime.sync.session import TrainerCall
+from vime.sync.ranks import Free, Part, ResidenceMethods, TrainerCall
 
-Free = tuple[int, int | None, int]
-"""Logical node, free bytes of one GPU there (None without GPUs), available bytes of its host."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
 PLANNED_AS = {
     "gradients_leave": ("optimizer_backup",),
     "weights_leave": ("weights_backup", "backup_rounding"),
@@ -29,18 +30,18 @@ PLANNED_AS = {
 }
 """Items of the plan's host memory that a step may fill."""
 SLACK_BYTES = 2 * 2**30
-"""What other processes of a host take or give meanwhile."""
+"""Host memory that other processes may take or free during a step."""
 
 
 class Sleeper(Protocol):
-    """What is asked of an engine (`vime.rollout.client.EngineClient`)."""
+    """The calls to an engine (`vime.rollout.client.EngineClient`)."""
 
     async def sleep(self, level: int = 1) -> None: ...
     async def wake_up(self, tags: Sequence[str] = ()) -> None: ...
 
 
 class EngineStuck(VimeError):
-    """An engine did not take or give the GPUs."""
+    """An engine failed to sleep or to wake."""
 
     def __init__(self, text: str, engine: int, cause: Cause) -> None:
         super().__init__(text)
@@ -72,9 +73,9 @@ class Handover:
         self._deadlines, self._say = deadlines or HandoverDeadlines(), say
         self.takes_turns = plan.recipe.resources.colocate
         self._asleep = {engine: {"weights", "kv_cache"} for engine in range(len(engines))} if asleep else {}
-        """Parts of each engine that sleep; vLLM's tags."""
-        self._away: set[str] = set()
-        """Parts of the trainer that left the GPUs."""
+        """Sleeping parts of each engine, by vLLM's tags; an engine without any is left out."""
+        self._away: set[Part] = set()
+        """Parts of the trainer that are on the host."""
         self._metrics: dict[str, float] = {}
 
     @property
@@ -83,38 +84,38 @@ class Handover:
         return bool(self._asleep)
 
     async def engines_sleep(self) -> None:
-        """Give the engines' memory back; they keep their weights on the host."""
+        """Free the engines' GPU memory; they keep their weights on the host."""
         if self.takes_turns and not self._asleep:
             everyone = range(len(self._engines))
             await self._step("engines_sleep", lambda: self._each(everyone, lambda engine: engine.sleep(1)))
             self._asleep = {engine: {"weights", "kv_cache"} for engine in everyone}
 
     async def to_trainer(self) -> None:
-        """Engines sleep, and the trainer is whole: it can train and save."""
+        """Bring the trainer back whole, ready to train and save; engines sleep first."""
         await self.engines_sleep()
         await self.weights_come_back()
         await self._come_back("gradients")
 
     async def room_for_weights(self) -> None:
-        """The trainer has its weights and no gradients, so that the engines can take new ones."""
+        """Make room for the engines' weights: the trainer keeps its weights and drops its gradients."""
         await self.weights_come_back()
         await self._leave("gradients")
         await self._wake("weights")
 
     async def room_for_answers(self) -> None:
-        """Engines can answer; the trainer still has its weights, to compare with."""
+        """Wake the engines' cache, so that they answer; the trainer still has its weights, to compare log-probs."""
         await self._wake("kv_cache")
 
     async def to_engines(self) -> None:
-        """Nothing of the trainer is left on the GPUs."""
+        """Move the last of the trainer off the GPUs."""
         await self._leave("weights")
 
     async def weights_come_back(self) -> None:
-        """The trainer has its weights, whoever else is there."""
+        """Bring the trainer's weights back, whether engines sleep or not."""
         await self._come_back("weights")
 
     def started(self, engine: int) -> None:
-        """An engine was started anew, so it is awake."""
+        """Note that an engine was restarted, and so is awake."""
         self._asleep.pop(engine, None)
 
     def take_metrics(self) -> dict[str, float]:
@@ -131,18 +132,18 @@ class Handover:
             self._asleep[engine].discard(tag)
         self._asleep = {engine: asleep for engine, asleep in self._asleep.items() if asleep}
 
-    async def _leave(self, part: str) -> None:
+    async def _leave(self, part: Part) -> None:
         if self.takes_turns and part not in self._away:
-            await self._step(f"{part}_leave", lambda: self._call("leave", part))
+            await self._step(f"{part}_leave", lambda: self._call(ResidenceMethods.leave, part))
             self._away.add(part)
 
-    async def _come_back(self, part: str) -> None:
+    async def _come_back(self, part: Part) -> None:
         if part in self._away:
-            await self._step(f"{part}_come_back", lambda: self._call("come_back", part))
+            await self._step(f"{part}_come_back", lambda: self._call(ResidenceMethods.come_back, part))
             self._away.discard(part)
 
-    async def _call(self, method: str, *args: Any) -> list[Any]:
-        return await self._trainer(method, *args, deadline_s=self._deadlines.trainer)
+    async def _call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> list[R]:
+        return await self._trainer(self._deadlines.trainer, method, *args, **kwargs)
 
     async def _each(self, engines: Iterable[int], call: Callable[[Sleeper], Awaitable[None]]) -> None:
         async def one(engine: int) -> None:
@@ -158,7 +159,7 @@ class Handover:
         await asyncio.gather(*(one(engine) for engine in engines))
 
     async def _step(self, name: str, work: Callable[[], Awaitable[Any]]) -> None:
-        before = await self._call("free_bytes")
+        before = await self._call(ResidenceMethods.free_bytes)
         started = time.monotonic()
         try:
             await work()
@@ -166,7 +167,7 @@ class Handover:
             error.add_note(f"in the hand-over of GPUs, step {name}; free before it: {described(before)}")
             raise
         self._metrics[f"handover/{name}_time"] = time.monotonic() - started
-        after = await self._call("free_bytes")
+        after = await self._call(ResidenceMethods.free_bytes)
         self._metrics |= {f"handover/{name}_{key}": value for key, value in moved(before, after).items()}
         over = over_plan(self._plan, name, before, after)
         for node, (taken, planned) in over.items():
@@ -180,13 +181,13 @@ class Handover:
 
 
 def host_taken(before: Sequence[Free], after: Sequence[Free]) -> dict[int, int]:
-    """Bytes that each node's host has less than before."""
+    """Bytes of host memory taken on each node."""
     first, last = ({node: host for node, _, host in free} for free in (before, after))
     return {node: first[node] - last[node] for node in first}
 
 
 def moved(before: Sequence[Free], after: Sequence[Free]) -> dict[str, float]:
-    """Least bytes that a GPU got free and that are free there now, most that a host took and least that it has."""
+    """Worst case over ranks: GPU bytes freed and now free, host bytes taken and left."""
     values = {
         "host_taken_bytes": float(max(host_taken(before, after).values())),
         "host_free_bytes": float(min(host for _, _, host in after)),
@@ -199,7 +200,7 @@ def moved(before: Sequence[Free], after: Sequence[Free]) -> dict[str, float]:
 
 
 def over_plan(plan: Plan, step: str, before: Sequence[Free], after: Sequence[Free]) -> Mapping[int, tuple[int, int]]:
-    """Nodes of which the step took more host memory than planned: (taken, planned) bytes."""
+    """Nodes where the step took more host memory than planned: (taken, planned) bytes."""
     items = PLANNED_AS.get(step, ())
     found = {}
     for node, taken in host_taken(before, after).items():
@@ -210,7 +211,7 @@ def over_plan(plan: Plan, step: str, before: Sequence[Free], after: Sequence[Fre
 
 
 def described(free: Sequence[Free]) -> str:
-    """The least of every kind, as text."""
+    """Smallest free GPU and host memory, for messages."""
     gpus = [gpu for _, gpu, _ in free if gpu is not None]
     gpu = f"{min(gpus) / 1e9:.1f} GB of a GPU, " if gpus else ""
     return f"{gpu}{min(host for _, _, host in free) / 1e9:.1f} GB of a host"

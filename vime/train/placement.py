@@ -1,4 +1,4 @@
-"""Ray placement as planned: a bundle a GPU slot, pinned to its logical node; actors verify where they woke up."""
+"""Ray placement by the plan: one bundle per GPU, pinned to its logical node; actors verify where they woke up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vime.errors import DeadlineExceeded, VimeError
 from vime.node.ray_process import pin_resource
 from vime.run.plan import Binding, Plan
 
-# Share that a pinned bundle takes of its node's own resource (`pin_resource`), which every node offers once.
+# Share that a pinned bundle takes of its node's own resource (`pin_resource`); every node offers 1.
 PIN = 0.001
 
 
@@ -42,7 +42,10 @@ def bundles(plan: Plan) -> list[dict[str, float]]:
 
 
 async def reserve(plan: Plan, *, deadline_s: float) -> Any:
-    """The placement group of the run, ready. Ray says nothing about bundles that never fit, so the wait has an end."""
+    """The placement group of the run, once it is ready.
+
+    Ray waits forever for bundles that can never fit, so this raises DeadlineExceeded and names what no node offers.
+    """
     import ray
     from ray.util.placement_group import placement_group
 
@@ -74,13 +77,13 @@ def pinned(group: Any, plan: Plan, slot: Slot) -> dict[str, Any]:
 
 
 def verify_gpu(visible: int, gpu: int, what: str) -> None:
-    """Called by an actor that has made its GPU the only visible one: `visible` is what CUDA then counts."""
+    """Check in an actor that CUDA sees exactly its planned GPU; `visible` is the number it sees. Raises WrongPlace."""
     if visible != 1:
         raise WrongPlace(f"{what} is planned on GPU {gpu} of {socket.gethostname()}, but CUDA sees {visible} such GPUs")
 
 
 def verify_here(binding: Binding, node: int, what: str) -> None:
-    """Called by an actor when it starts: is this host the one that the binding gives to its logical node?"""
+    """Check in an actor that it runs on the host bound to its logical node. Raises WrongPlace."""
     bound = binding.nodes[node]
     here = socket.gethostname()
     if here != bound.host:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.rollout.client import EngineClient, EngineError, EngineTimeout, EngineUnreachable
 from vime.run.plan import Plan
-from vime.sync.session import SyncFailed, TrainerCall
+from vime.sync.ranks import TrainerCall, WorkerMethods
+from vime.sync.session import SyncFailed
 from vime.train.handover import EngineStuck, Handover
 from vime.train.trust import EngineDistrusted, check_trust, differences, probe_settings
 
@@ -169,7 +170,7 @@ class EngineSupervisor:
 
     async def _check(self, checked: Sequence[int]) -> dict[str, float]:
         async def log_probs(sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
-            return (await self._trainer("log_probs", sequences, deadline_s=self._deadlines.log_probs))[0]
+            return (await self._trainer(self._deadlines.log_probs, WorkerMethods.log_probs, sequences))[0]
 
         engines = [self._plan.engines[engine] for engine in checked]
         found = await differences(

@@ -1,4 +1,4 @@
-"""Whether an engine computes what the trainer computes: log-probs of its own answers to real requests, compared."""
+"""Compares log-probs of the engines' answers to real requests with the trainer's, before an engine is used."""
 
 from __future__ import annotations
 

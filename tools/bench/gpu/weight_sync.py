@@ -130,7 +130,7 @@ def measure(setting: Setting, rank: int, device: torch.device, *, quantised: boo
     coords = schedule.layout.coordinates(rank)
     held = [param for param in params_of(schedule.config) if holds(param, schedule.config, schedule.layout, coords)]
     tensors = {param.name: whole(param, device) for param in held}
-    source = WeightSource.of_tensors(tensors, schedule, rank, setting.folder)
+    source = WeightSource(tensors, schedule, rank, setting.folder)
     moved = [
         sum(schedule.places(bucket.index, number)[1] for bucket in schedule.buckets) for number in range(setting.gpus)
     ]

@@ -1,0 +1,156 @@
+"""The driver of a run: brings actors, engines and sampler up, then runs the loop or one of the debug modes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vime.observe.samples import read_rollout, write_samples
+from vime.rollout.client import EngineClient, EngineError
+from vime.rollout.dispatch import Patience
+from vime.rollout.sampler import Sampler
+from vime.run.plan import Binding, Plan
+from vime.sync.ranks import StartState, TrainerCall, WorkerMethods
+from vime.sync.session import WeightSync
+from vime.train.actors import EngineGroup, TrainerGroup, master
+from vime.train.deadlines import PhaseDeadlines
+from vime.train.handover import Handover
+from vime.train.loop import Loop
+from vime.train.phases import Phases, saves_after
+from vime.train.placement import reserve
+from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
+from vime.train.trust import PROBES
+
+
+class Driver:
+    """One run, from an empty Ray cluster to the last checkpoint."""
+
+    def __init__(self, plan: Plan, binding: Binding, api_key: str, deadlines: PhaseDeadlines | None = None) -> None:
+        self.plan, self.recipe, self.binding = plan, plan.recipe, binding
+        self.api_key = api_key
+        self.phases = Phases.of(plan, deadlines)
+        self.deadlines = self.phases.deadlines
+
+    async def run(self) -> None:
+        """Train, or do what a debug flag asks for instead."""
+        try:
+            group = await reserve(self.plan, deadline_s=self.deadlines.placement)
+            if folder := self.recipe.misc.load_debug_rollout_data:
+                await self._train_only(group, folder)
+            elif self.recipe.misc.debug_rollout_only:
+                await self._rollout_only(group)
+            else:
+                await self._train(group)
+        finally:
+            self.phases.close()
+
+    async def _train(self, group: Any) -> None:
+        trainer, engines = TrainerGroup(self.plan, group), EngineGroup(self.plan, group)
+        async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
+            with self.phases.timeline.phase("start", -1):
+                start, clients = await self._start(stack, trainer, engines)
+                loop = await self._connect(stack, trainer.call, engines, clients)
+            first = start.next_rollout_id
+            print(f"weights from {start.loaded_from}; first rollout {first}", flush=True)
+            if start.extra:
+                loop.sampler.load_state_dict(start.extra["sampler"])
+            loop.supervisor.version = first
+            synced = await loop.sync()
+            self.phases.metrics.write(first, {f"start/{name}": value for name, value in synced.items()})
+            async with asyncio.TaskGroup() as tasks:
+                background = [tasks.create_task(loop.supervisor.watch(loop.sampler.engine_failed))]
+                if self.recipe.checkpoint.async_save:
+                    background.append(tasks.create_task(loop.publish_saves()))
+                await loop.run(first)
+                for task in background:
+                    task.cancel()
+
+    async def _start(
+        self, stack: contextlib.AsyncExitStack, trainer: TrainerGroup, engines: EngineGroup
+    ) -> tuple[StartState, list[EngineClient]]:
+        """Engines and trainer up: one after the other where they share GPUs, each of which expects them empty."""
+        engines_up = engines.start(deadline_s=self.deadlines.engine_start)
+        if self.recipe.resources.colocate:
+            clients = await self._clients(stack, await engines_up)
+            await asyncio.gather(*(client.sleep() for client in clients))
+            return await self._trainer_up(trainer), clients
+        start, urls = await asyncio.gather(self._trainer_up(trainer), engines_up)
+        return start, await self._clients(stack, urls)
+
+    async def _trainer_up(self, trainer: TrainerGroup) -> StartState:
+        place = master(self.plan, self.binding)
+        return (await trainer.call(self.deadlines.setup, WorkerMethods.setup, *place))[0]
+
+    async def _clients(self, stack: contextlib.AsyncExitStack, urls: list[str]) -> list[EngineClient]:
+        limit = self.recipe.engine.vllm_server_concurrency
+        return [await stack.enter_async_context(EngineClient(url, self.api_key, concurrency=limit)) for url in urls]
+
+    async def _connect(
+        self,
+        stack: contextlib.AsyncExitStack,
+        call: TrainerCall,
+        engines: EngineGroup,
+        clients: list[EngineClient],
+    ) -> Loop:
+        """The loop, with a sampler and a supervisor of these engines."""
+        limits = self.deadlines
+        # A recovery may have to wait until the trainer has time for a sync.
+        patience = Patience(recovery=limits.engine_start + limits.train + limits.save + 2 * limits.sync)
+
+        async def recover(engine: int, error: EngineError) -> None:
+            with self.phases.timeline.phase("recover", supervisor.version):
+                await supervisor.recover(engine, error)
+
+        sampler = Sampler(self.plan, clients, recover=recover, patience=patience)
+        await stack.enter_async_context(sampler)
+        supervisor = EngineSupervisor(
+            self.plan,
+            engines,
+            clients,
+            WeightSync(self.plan, call, clients, binding=self.binding),
+            call,
+            Handover(self.plan, call, clients, asleep=self.recipe.resources.colocate),
+            sampler.probes(PROBES),
+            RecoveryDeadlines(engine_start=limits.engine_start, sync=limits.sync),
+        )
+        return Loop(self.phases, call, sampler, supervisor)
+
+    async def _train_only(self, group: Any, folder: str) -> None:
+        """Train on rollouts that another run wrote."""
+        trainer = TrainerGroup(self.plan, group)
+        start = await self._trainer_up(trainer)
+        for rollout_id in range(start.next_rollout_id, self.recipe.rollout.num_rollout):
+            trained = await self.phases.train(trainer.call, read_rollout(folder, rollout_id))
+            if saves_after(self.recipe, rollout_id):
+                await trainer.call(self.deadlines.save, WorkerMethods.save, rollout_id, start.extra)
+            self.phases.report(rollout_id, {**trained, **self.phases.timeline.take_metrics()})
+        await trainer.call(self.deadlines.save, WorkerMethods.finish_save)
+
+    async def _rollout_only(self, group: Any) -> None:
+        """Generate with the weights that the engines loaded, and write it down."""
+        engines = EngineGroup(self.plan, group)
+        async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
+            urls = await engines.start(deadline_s=self.deadlines.engine_start)
+            sampler = Sampler(self.plan, await self._clients(stack, urls))
+            await stack.enter_async_context(sampler)
+            for rollout_id in range(self.recipe.rollout.num_rollout):
+                await self.phases.evaluate_if_due(sampler, rollout_id)
+                rollout = await self.phases.generation(sampler, rollout_id)
+                write_samples(self.plan.run_dir, rollout, everything=True)
+                self.phases.report(rollout_id, {**rollout.metrics, **self.phases.timeline.take_metrics()})
+
+
+@contextlib.asynccontextmanager
+async def _stopped_afterwards(engines: EngineGroup) -> AsyncIterator[None]:
+    """Stop the engines at the end of the block, however it ends."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            await engines.stop()
+        except Exception as second:  # noqa: BLE001 -- the first error is the run's cause; the second becomes its note
+            error.add_note(f"then the engines were not stopped: {type(second).__name__}: {second}")
+        raise
+    await engines.stop()
