@@ -47,7 +47,7 @@ def ordinary(number: int = 0) -> Rollout:
 
 
 def with_rewards_times(factor: float, number: int) -> Rollout:
-    """Rewards that are finite, and with UNBOUNDED gradients that are not."""
+    """Rewards that are finite, and with UNBOUNDED advantages that are not, in fp32."""
     rollout = ordinary(number)
     for sample in rollout.samples:
         sample.reward = factor * float(sample.reward or 0.0)
@@ -97,7 +97,7 @@ def test_every_master_weight_is_held_against_the_model_after_a_load(checkpoint: 
 def test_gradients_that_are_not_finite_skip_the_step_are_named_and_end_the_run(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poisoned = with_rewards_times(1e38, 1)
+    poisoned = with_rewards_times(1e40, 1)
     with worker_of(checkpoint, tmp_path, algorithm=UNBOUNDED, optimizer=QUIET) as worker:
         worker.train(ordinary())
         before = scores_of(worker, ordinary())
@@ -115,7 +115,7 @@ def test_gradients_that_are_not_finite_skip_the_step_are_named_and_end_the_run(
 
 
 def test_a_step_between_starts_the_count_of_skipped_steps_anew(checkpoint: str, tmp_path: Path) -> None:
-    poisoned = with_rewards_times(1e38, 1)
+    poisoned = with_rewards_times(1e40, 1)
     with worker_of(checkpoint, tmp_path, algorithm=UNBOUNDED) as worker:
         for _ in range(3):
             assert worker.train(poisoned)["train/skipped_steps"] == 2
