@@ -30,7 +30,7 @@ def stages(tmp_path: Path) -> list[Stage]:
     tiny_hf.write_checkpoint(base / "tiny-deepseek-r1", hf, files=2)
     (base / "tiny-math").mkdir()
     for name in ("train", "eval"):
-        (base / "tiny-math" / f"{name}.jsonl").write_text("")
+        (base / "tiny-math" / f"{name}.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
     recipe = load_recipe("tiny-deepseek-r1", ["--conversion", "one-pass"])
     plan = plan_recipe(recipe, cluster=load_cluster("local"), base_dir=base, verify_deep=True)
     return [stage for stage in plan.stages if "convert" in stage.name]

@@ -81,7 +81,7 @@ def test_paths_are_absolute_with_the_base_folder_in_them(tmp_path: Path, monkeyp
     assert recipe.checkpoint.load == f"{hostile}/x"
     assert recipe.checkpoint.save == str(tmp_path / "here")
     assert recipe.checkpoint.save_hf == str(tmp_path / "$BASE_DIRECTORY")
-    assert recipe.rollout.prompt_data == f"{hostile}/tiny-math/train.jsonl"
+    assert recipe.rollout.prompt_data == [f"{hostile}/tiny-math/train.jsonl"]
     assert recipe.eval.eval_prompt_data == ["tiny-math", f"{hostile}/tiny-math/eval.jsonl"]
     assert recipe.misc.env["CACHE"] == f"{hostile}/c"
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.stub_engine import CharacterTokenizer
+from vime.data.rows import Columns
 from vime.errors import BadInput, DataError
-from vime.rollout.data import Columns, PromptSet, PromptStream, load_prompts, load_tokenizer
+from vime.rollout.data import MOST_CHARACTERS, PromptSet, PromptStream, Tokenisation, load_prompts, load_tokenizer
 from vime.samples import Prompt
 
 
@@ -17,8 +18,8 @@ def write(path, *rows):
     return path
 
 
-def load(path, **options):
-    return load_prompts(path, CharacterTokenizer(), **options)
+def load(path, columns=None, **how):
+    return load_prompts(path, Tokenisation(CharacterTokenizer(), **how), columns=columns)
 
 
 def test_text_and_chat_messages_are_read_with_label_and_metadata(tmp_path):
@@ -45,7 +46,7 @@ def test_parquet_is_read_like_jsonl(tmp_path):
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"prompt": "x" * n} for n in range(1, 11)))
-    data = load(path, max_prompt_tokens=7)
+    data = load(path, max_tokens=7)
     assert (len(data), data.too_long) == (7, 3)
     assert [prompt.number for prompt in data.prompts] == list(range(7))
 
@@ -71,14 +72,9 @@ def test_a_bad_line_is_named(tmp_path, rows, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_cannot_be_read_are_bad_input(tmp_path):
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "false.parquet").write_text("no parquet")
-    for name, reason in (("none.jsonl", "does not exist"), ("a.csv", "neither"), ("binary.jsonl", "cannot be read")):
-        with pytest.raises(BadInput, match=reason):
-            load(tmp_path / name)
+def test_a_set_of_which_no_prompt_fits_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="all 1 prompts are longer than 2 tokens"):
-        load(write(tmp_path / "long.jsonl", {"prompt": "abc"}), max_prompt_tokens=2)
+        load(write(tmp_path / "long.jsonl", {"prompt": "abc"}), max_tokens=2)
 
 
 def test_a_chat_that_the_template_refuses_is_named(tmp_path):
@@ -88,7 +84,46 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path):
 
     path = write(tmp_path / "a.jsonl", {"prompt": "a"})
     with pytest.raises(BadInput, match="row 1: the chat template refuses it: roles must alternate"):
-        load_prompts(path, Refusing(), apply_chat_template=True)
+        load_prompts(path, Tokenisation(Refusing(), apply_chat_template=True))
+
+
+def test_a_template_that_never_ends_is_ended_and_named(tmp_path, monkeypatch):
+    class Endless(CharacterTokenizer):
+        def apply_chat_template(self, *_, **__):
+            while True:
+                pass
+
+    monkeypatch.setattr("vime.rollout.data.MOST_TEMPLATE_SECONDS", 0.1)
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"})
+    with pytest.raises(BadInput, match="row 1: the chat template takes longer"):
+        load_prompts(path, Tokenisation(Endless(), apply_chat_template=True))
+
+
+def test_arguments_reach_the_template(tmp_path):
+    class Thinking(CharacterTokenizer):
+        def apply_chat_template(self, chat, *, enable_thinking=True, **_):
+            return chat[0]["content"] + ("+" if enable_thinking else "-")
+
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"})
+    how = Tokenisation(Thinking(), True, {"enable_thinking": False})
+    assert load_prompts(path, how).prompts[0].token_ids == [ord("a"), ord("-")]
+
+
+def test_a_row_that_no_context_holds_is_too_long_without_being_tokenised(tmp_path):
+    class Tokenises(CharacterTokenizer):
+        def __call__(self, texts, **options):
+            assert max(map(len, texts)) < MOST_CHARACTERS
+            return super().__call__(texts, **options)
+
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "a" * (MOST_CHARACTERS + 1)}, {"prompt": "b"})
+    for template in (False, True):
+        data = load_prompts(path, Tokenisation(Tokenises(), apply_chat_template=template))
+        assert ([prompt.number for prompt in data.prompts], data.too_long) == ([0, 2], 1)
+
+
+def test_the_number_of_a_prompt_is_its_row_across_batches(tmp_path):
+    path = write(tmp_path / "a.jsonl", *({"prompt": str(n)} for n in range(2500)))
+    assert [(p.number, p.prompt) for p in load(path).prompts] == [(n, str(n)) for n in range(2500)]
 
 
 @pytest.mark.e2e

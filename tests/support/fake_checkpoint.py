@@ -43,7 +43,7 @@ def base_dir(tmp_path: Path) -> Path:
         write_checkpoint(base / model, files.read(files.find("models", model)))
     (base / "tiny-math").mkdir()
     for name in ("train", "eval"):
-        (base / "tiny-math" / f"{name}.jsonl").write_text("")
+        (base / "tiny-math" / f"{name}.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
     return base
 
 

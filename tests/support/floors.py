@@ -4,7 +4,7 @@ FLOORS = (
     ("errors", "samples"),
     ("recipe", "system", "slurm"),
     ("cli", "models", "rewards"),
-    ("run",),
+    ("data", "run"),
     ("planning", "rollout", "fp8"),
     ("observe", "checkpoint", "node"),
     ("launch", "sync"),

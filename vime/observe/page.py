@@ -149,7 +149,7 @@ def _facts(run: RunSummary) -> str:
             "starts": f"{len(starts)} (resubmitted or requeued)" if len(starts) > 1 else None,
             "run folder": plan.run_dir,
             "checkpoint": plan.recipe.checkpoint.hf_checkpoint,
-            "data": plan.recipe.rollout.prompt_data,
+            "data": ", ".join(plan.recipe.rollout.prompt_data) or None,
             "trainer": f"{layout.world_size} ranks: TP{layout.tp} CP{layout.cp} DP{layout.dp} PP{layout.pp}, "
             f"experts EP{layout.ep} ETP{layout.etp} EDP{layout.edp}",
             "engines": f"{len(plan.engines)}, each DP{engine.data_parallel_size} TP{engine.tensor_parallel_size}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vime.data.check import check_prompt_data
 from vime.errors import BadInput
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
@@ -71,7 +72,7 @@ def make_plan(
     check_model_args(config, recipe.model.model_args)
     if checks.inputs:
         check_installed(recipe.engine.vllm)
-        _check_data(recipe)
+    found += check_prompt_data(recipe, required=checks.inputs)
 
     cluster = _with_devices(cluster, recipe)
     per_node = _gpus_per_node(recipe, cluster)
@@ -206,14 +207,6 @@ def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:
     hf: dict[str, Any] = files.read(files.find("models", recipe.model.model))
     note = f"planned from configs/models/{recipe.model.model}.yaml: there is no {folder}/config.json here"
     return ModelConfig.from_hf(hf), [note]
-
-
-def _check_data(recipe: Recipe) -> None:
-    named = [("--prompt-data", recipe.rollout.prompt_data)]
-    named += [("--eval-prompt-data", path) for path in recipe.eval.eval_prompt_data[1::2]]
-    for name, path in named:
-        if path is not None and not os.path.isfile(path):
-            raise BadInput(f"{name}: there is no file {path}")
 
 
 def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:

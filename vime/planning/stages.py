@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vime.models.config import ModelConfig
 from vime.recipe.flags import flag
 from vime.recipe.load import bf16_folder
+from vime.recipe.prompt_sources import training_sources
 from vime.recipe.schema import Recipe
 from vime.run.plan import Artefact, Cluster, Stage
 
@@ -196,8 +197,8 @@ def _train(job: StageInputs) -> Stage:
         inputs.append(_torch_dist(job))
     if options.start_from is not None:
         inputs.append(Artefact(name="start", path=options.start_from, kind="hf"))
-    if job.recipe.rollout.prompt_data:
-        inputs.append(Artefact(name="prompt-data", path=job.recipe.rollout.prompt_data, kind="data"))
+    for source in training_sources(job.recipe.rollout.prompt_data):
+        inputs.append(Artefact(name="prompt-data", path=source.path, kind="data"))
     return Stage(
         name="train",
         nodes=(0,),

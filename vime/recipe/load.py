@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from vime.errors import BadInput
 from vime.recipe import files
 from vime.recipe.flags import collect, flag, parse_flags, read_mapping
+from vime.recipe.prompt_sources import evaluation_sources, with_paths
 from vime.recipe.schema import Recipe
 
 _BASE_DIR = re.compile(r"\$(?:BASE_DIR\b|\{BASE_DIR\})")
@@ -99,11 +100,13 @@ def _map_paths(recipe: Recipe, convert: Callable[[str, str], str]) -> Recipe:
     checkpoint = {
         name: convert(name, value) for name in _CHECKPOINT_PATHS if (value := getattr(recipe.checkpoint, name))
     }
-    rollout = {"prompt_data": convert("prompt_data", data)} if (data := recipe.rollout.prompt_data) else {}
-    sets = recipe.eval.eval_prompt_data
-    if len(sets) % 2:
-        raise BadInput(f"--eval-prompt-data is {' '.join(sets)}: give a name and a path in turn")
-    evaluation = [convert("eval_prompt_data", text) if place % 2 else text for place, text in enumerate(sets)]
+    training = with_paths(recipe.rollout.prompt_data, lambda path: convert("prompt_data", path))
+    rollout = {"prompt_data": training} if training else {}
+    evaluation = [
+        text
+        for source in evaluation_sources(recipe.eval.eval_prompt_data)
+        for text in (source.name, convert("eval_prompt_data", source.path))
+    ]
     misc = (
         {"load_debug_rollout_data": convert("load_debug_rollout_data", path)}
         if (path := recipe.misc.load_debug_rollout_data)

@@ -145,12 +145,15 @@ class PerfOptions(Options):
 class RolloutOptions(Options):
     """Data, sampling and rewards."""
 
-    prompt_data: str | None = None
-    """jsonl or parquet file of prompts."""
+    prompt_data: list[str] = Field(default_factory=list)
+    """Training prompts: a file, a folder of shards or a saved dataset; several sets as `name=path:weight …`."""
     input_key: str = "prompt"
+    """Column of the prompt; a path (`a.b`) reaches a nested one, also in `--label-key` and `--metadata-key`."""
     label_key: str = "label"
     metadata_key: str = "metadata"
     apply_chat_template: bool = False
+    apply_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, in training and evaluation: `'{"enable_thinking": false}'`."""
     rollout_shuffle: bool = False
     rollout_seed: int = 42
     rm_type: str | None = None
@@ -164,7 +167,7 @@ class RolloutOptions(Options):
     """Groups a rollout gives to training."""
     n_samples_per_prompt: int = 8
     rollout_max_prompt_len: int | None = None
-    """Longer prompts are left out and counted."""
+    """Longer training prompts are left out and counted."""
     rollout_max_response_len: int = 1024
     rollout_temperature: float = 1.0
     rollout_top_p: float = 1.0
@@ -191,6 +194,13 @@ class RolloutOptions(Options):
     rollout_timeout: float = 3600.0
     """Seconds after which a rollout that is not full ends with an error."""
 
+    @field_validator("prompt_data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if value is None:
+            return []
+        return [value] if isinstance(value, str) else value
+
     @property
     def samples(self) -> int:
         """Samples that a rollout gives to training."""
@@ -212,6 +222,8 @@ class EvalOptions(Options):
     eval_prompt_data: list[str] = Field(default_factory=list)
     """Name and path in turn: `aime /data/aime-2024.jsonl`."""
     n_samples_per_eval_prompt: int = 1
+    eval_max_prompt_len: int | None = None
+    """Longer evaluation prompts are left out and counted; by default as long as the engines' context."""
     eval_max_response_len: int | None = None
     eval_temperature: float | None = None
     eval_top_p: float | None = None

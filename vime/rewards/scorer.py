@@ -6,34 +6,17 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 from vime.errors import BadInput, DataError
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
+from vime.rewards.names import BUILT_IN, GROUP_PREFIX
 from vime.rewards.pool import CallFailed, CallTimeout, ProcessPool
 from vime.rewards.remote import RemoteReward
 from vime.samples import Group, Sample, Status
 
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A reward function of vime's own."""
-
-    target: str
-    wrong: float
-    """The reward of a wrong answer; a sample whose grading takes too long gets it."""
-
-
-BUILT_IN: Mapping[str, BuiltIn] = {
-    "deepscaler": BuiltIn("vime.rewards.math_answer:deepscaler", 0.0),
-    "math": BuiltIn("vime.rewards.math_answer:math", 0.0),
-    "dapo": BuiltIn("vime.rewards.math_answer:dapo", -1.0),
-    "f1": BuiltIn("vime.rewards.text:f1", 0.0),
-    "gpqa": BuiltIn("vime.rewards.text:gpqa", 0.0),
-}
-GROUP_PREFIX = "group:"
 MOST_FAILURES = 0.1
 """Share of the samples whose reward may fail before the run ends."""
 _FEWEST_FOR_A_SHARE = 32

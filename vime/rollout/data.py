@@ -1,38 +1,52 @@
-"""Prompt sets: rows of a jsonl or parquet file as token ids, in an order that a run can resume exactly."""
+"""Prompt sets as token ids, and the order in which training takes them."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Never
 
+from vime.data.files import Row, read_rows
+from vime.data.rows import Cells, Columns, characters, read_cells
 from vime.errors import BadInput, DataError
 from vime.samples import Prompt
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns that are read."""
-
-    prompt: str = "prompt"
-    label: str = "label"
-    metadata: str = "metadata"
+MOST_CHARACTERS = 2**22
+"""Longer prompts are too long for every context, and are not tokenised: that takes gigabytes."""
+MOST_TEMPLATE_SECONDS = 5.0
+"""Processor time of the chat template for one row."""
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file that fit."""
+    """The prompts of one set that fit."""
 
     path: str
     prompts: tuple[Prompt, ...]
     too_long: int = 0
     """Rows left out because their prompt is longer than allowed."""
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Tokenisation:
+    """How rows become token ids."""
+
+    tokenizer: Any
+    apply_chat_template: bool = False
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    """Longer prompts are left out."""
 
 
 def load_tokenizer(checkpoint: str | Path) -> Any:
@@ -47,112 +61,94 @@ def load_tokenizer(checkpoint: str | Path) -> Any:
         raise BadInput(f"no tokenizer can be read from {checkpoint}: {_line(error)}") from error
 
 
-def load_prompts(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    columns: Columns | None = None,
-    apply_chat_template: bool = False,
-    max_prompt_tokens: int | None = None,
-) -> PromptSet:
-    """All prompts of a file, tokenised. Raises BadInput that names the first bad line, or a file without prompts."""
+def load_prompts(path: str | Path, how: Tokenisation, *, columns: Columns | None = None, name: str = "") -> PromptSet:
+    """All prompts of a file or folder, tokenised. Raises BadInput that names the first bad row, or an empty set."""
     columns = columns or Columns()
-    rows = list(_rows(Path(path)))
-    prompts = [_cells(path, number, row, columns) for number, row in enumerate(rows)]
-    ids = _token_ids(path, [cells[0] for cells in prompts], tokenizer, apply_chat_template)
-    fitting = [
-        Prompt(number, prompt, token_ids, label, metadata)
-        for number, ((prompt, label, metadata), token_ids) in enumerate(zip(prompts, ids, strict=True))
-        if max_prompt_tokens is None or len(token_ids) <= max_prompt_tokens
-    ]
-    if not fitting:
-        why = f"all {len(rows)} prompts are longer than {max_prompt_tokens} tokens" if rows else "it has no rows"
+    rows, prompts = 0, []
+    for batch in _batches((row, read_cells(row, columns)) for row in read_rows(path)):
+        for (_, cells), ids in zip(batch, _token_ids(batch, how), strict=True):
+            if ids is not None and (how.max_tokens is None or len(ids) <= how.max_tokens):
+                prompts.append(Prompt(rows, cells.prompt, ids, cells.label, cells.metadata))
+            rows += 1
+    if not prompts:
+        why = f"all {rows} prompts are longer than {how.max_tokens} tokens" if rows else "it has no rows"
         raise BadInput(f"prompt set {path} cannot be used: {why}")
-    return PromptSet(str(path), tuple(fitting), len(rows) - len(fitting))
+    return PromptSet(str(path), tuple(prompts), rows - len(prompts), name)
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise BadInput(f"prompt set {path} is neither .jsonl nor .parquet: convert it to one of them")
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _json_row(path, number, line)
-    except FileNotFoundError as error:
-        raise BadInput(f"prompt set {path} does not exist: check --prompt-data and --eval-prompt-data") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"prompt set {path} cannot be read: {_line(error)}") from error
+def _batches(rows: Iterable[tuple[Row, Cells]]) -> Iterator[list[tuple[Row, Cells]]]:
+    """Rows in lists that bound the memory of their tokenisation."""
+    batch: list[tuple[Row, Cells]] = []
+    size = 0
+    for row, cells in rows:
+        batch.append((row, cells))
+        size += characters(cells.prompt)
+        if len(batch) == _ROWS_AT_ONCE or size > MOST_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _json_row(path: Path, number: int, line: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadInput(f"{path} line {number} is not JSON ({error}): mend or remove the line") from error
-    if not isinstance(row, dict):
-        raise BadInput(f"{path} line {number} is a {type(row).__name__}: every line has to be a JSON object")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise BadInput(f"prompt set {path} needs pyarrow: install it, or convert the file to .jsonl") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except FileNotFoundError as error:
-        raise BadInput(f"prompt set {path} does not exist: check --prompt-data and --eval-prompt-data") from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"prompt set {path} cannot be read: {_line(error)}") from error
-
-
-def _cells(path: str | Path, number: int, row: Mapping[str, Any], columns: Columns) -> tuple[Any, Any, dict[str, Any]]:
-    prompt = row.get(columns.prompt)
-    where = f"{path} row {number + 1}"
-    if prompt is None:
-        raise BadInput(f"{where} has no {columns.prompt!r} (it has {', '.join(sorted(row))}): set --input-key")
-    if isinstance(prompt, list):
-        good = all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in prompt
-        )
-        if not good or not prompt:
-            raise BadInput(f"{where}: {columns.prompt!r} has to be chat messages with role and content, or text")
-    elif not isinstance(prompt, str):
-        raise BadInput(f"{where}: {columns.prompt!r} is a {type(prompt).__name__}: it has to be chat messages or text")
-    metadata = row.get(columns.metadata)
-    if isinstance(metadata, str):
-        metadata = _json_row(Path(path), number + 1, metadata)
-    if metadata is not None and not isinstance(metadata, dict):
-        raise BadInput(f"{where}: {columns.metadata!r} is a {type(metadata).__name__}: it has to be an object")
-    return prompt, row.get(columns.label), dict(metadata or {})
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn
-
-
-def _token_ids(path: str | Path, prompts: list[Any], tokenizer: Any, apply_chat_template: bool) -> list[list[int]]:
-    if not apply_chat_template:
-        for number, prompt in enumerate(prompts, 1):
-            if not isinstance(prompt, str):
-                raise BadInput(f"{path} row {number} has chat messages: give --apply-chat-template")
-        return [list(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
-    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    texts = []
-    for number, chat in enumerate(chats, 1):
-        try:
-            texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates raise whatever they like; the row's number is what helps
-            raise BadInput(f"{path} row {number}: the chat template refuses it: {_line(error)}") from error
+def _token_ids(batch: list[tuple[Row, Cells]], how: Tokenisation) -> list[list[int] | None]:
+    """Token ids of every row; None for a text that is too long to be tokenised at all."""
+    texts: list[str] = []
+    for row, each in batch:
+        if not how.apply_chat_template and not isinstance(each.prompt, str):
+            raise BadInput(f"{row.where} has chat messages: give --apply-chat-template")
+        if characters(each.prompt) > MOST_CHARACTERS:
+            texts.append("")
+        else:
+            texts.append(_rendered(row, each.prompt, how) if how.apply_chat_template else each.prompt)
     # The template writes the special tokens itself.
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    found: list[list[int] | None] = [None] * len(batch)
+    short = [place for place, text in enumerate(texts) if text and len(text) <= MOST_CHARACTERS]
+    if short:
+        encoded = how.tokenizer([texts[place] for place in short], add_special_tokens=not how.apply_chat_template)
+        for place, ids in zip(short, encoded["input_ids"], strict=True):
+            if not ids:
+                raise BadInput(f"{batch[place][0].where}: the prompt has no tokens: there is nothing to answer")
+            found[place] = list(ids)
+    return found
+
+
+def _rendered(row: Row, prompt: Any, how: Tokenisation) -> str:
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        with _processor_time(MOST_TEMPLATE_SECONDS):
+            text = how.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, **how.template_arguments
+            )
+    except _TimeUp:
+        raise BadInput(f"{row.where}: the chat template takes longer than {MOST_TEMPLATE_SECONDS:g} s") from None
+    except Exception as error:
+        raise BadInput(f"{row.where}: the chat template refuses it: {_line(error)}") from error
+    if not text:
+        raise BadInput(f"{row.where}: the chat template makes nothing of it: look at the checkpoint's template")
+    return text
+
+
+class _TimeUp(BaseException):
+    """Raised by the timer; not an Exception, so that no handler inside the template's engine takes it."""
+
+
+@contextlib.contextmanager
+def _processor_time(seconds: float) -> Iterator[None]:
+    """Raise _TimeUp once the block has taken so much processor time. Signals reach the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def time_up(_signal: int, _frame: FrameType | None) -> Never:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGVTALRM, time_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _line(error: BaseException) -> str:
@@ -164,7 +160,7 @@ def _line(error: BaseException) -> str:
 class PromptStream:
     """Endless prompts of a set, epoch by epoch; the order depends on the seed and the epoch alone.
 
-    The state is two numbers, so a resumed run goes on with the very next prompt.
+    The state is two numbers, so a resumed run continues with the very next prompt.
     """
 
     data: PromptSet
@@ -179,13 +175,27 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
-        return [self._next() for _ in range(count)]
+        return [self.next() for _ in range(count)]
+
+    def next(self) -> Prompt:
+        """The next prompt."""
+        if self.position == len(self._order):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = self._order_of(self.epoch)
+        prompt = self.data.prompts[self._order[self.position]]
+        self.position += 1
+        return prompt
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the set so far."""
+        return self.epoch + self.position / len(self.data)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "rows": len(self.data), "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises DataError if the prompts are others than then."""
+        """Resume where `state_dict` was taken. Raises DataError if the prompts are not the same."""
         if state["rows"] != len(self.data) or (self.shuffle and state["seed"] != self.seed):
             raise DataError(
                 f"the checkpoint's data cursor is for {state['rows']} prompts with seed {state['seed']}, but "
@@ -194,14 +204,6 @@ class PromptStream:
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._order_of(self.epoch)
-
-    def _next(self) -> Prompt:
-        if self.position == len(self._order):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._order_of(self.epoch)
-        prompt = self.data.prompts[self._order[self.position]]
-        self.position += 1
-        return prompt
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(len(self.data)))

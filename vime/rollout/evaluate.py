@@ -1,11 +1,10 @@
-"""Evaluation on held-out sets: mean reward and pass@k of each."""
+"""Evaluation on held-out sets: mean reward and pass@k per set."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vime.errors import DataError
 from vime.recipe.sampling import SamplingSettings
@@ -15,30 +14,23 @@ from vime.rollout.measures import length_metrics
 from vime.samples import Group, new_group
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """One held-out set."""
-
-    name: str
-    data: PromptSet
-
-
 async def evaluate(
-    generator: Generator, sets: Sequence[EvalSet], settings: SamplingSettings, samples: int, deadline_s: float
+    generator: Generator, sets: Sequence[PromptSet], settings: SamplingSettings, samples: int, deadline_s: float
 ) -> dict[str, float]:
-    """`eval/<name>` (mean reward), `eval/<name>/pass@k` and lengths of every set, all sets at once.
+    """`eval/<name>` (mean reward), `eval/<name>/pass@k`, lengths and left-out rows of every set, all sets at once.
 
     Raises DataError when no sample of a set got a reward.
     """
-    groups = {each.name: [new_group(i, p, samples) for i, p in enumerate(each.data.prompts)] for each in sets}
+    groups = {each.name: [new_group(i, p, samples) for i, p in enumerate(each.prompts)] for each in sets}
 
     async def finish(group: Group) -> None:
         await generator.finish(group, settings, deadline_s)
 
     await all_of(finish(group) for name in groups for group in groups[name])
     metrics: dict[str, float] = {}
-    for name, finished in groups.items():
-        metrics |= set_metrics(f"eval/{name}", finished)
+    for each in sets:
+        metrics |= set_metrics(f"eval/{each.name}", groups[each.name])
+        metrics[f"eval/{each.name}/prompts_too_long"] = float(each.too_long)
     return metrics
 
 

@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from vime.data.rows import Columns
 from vime.errors import BadInput, DataError
+from vime.recipe.prompt_sources import evaluation_sources, training_sources
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
 from vime.rewards.filters import check_filter_path
 from vime.rewards.scorer import Scorer
 from vime.rollout.client import UNVERSIONED, EngineClient, EngineError
 from vime.rollout.counters import EngineCounters
-from vime.rollout.data import Columns, PromptSet, PromptStream, load_prompts, load_tokenizer
+from vime.rollout.data import PromptStream, Tokenisation, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
-from vime.rollout.evaluate import EvalSet, evaluate
+from vime.rollout.evaluate import evaluate
 from vime.rollout.generation import Generator
 from vime.rollout.measures import finished_metrics, training_metrics
 from vime.run.plan import Plan
@@ -75,13 +77,25 @@ class Sampler:
         self._settings = plan.recipe.sampling
         tokenizer = tokenizer or load_tokenizer(plan.recipe.checkpoint.hf_checkpoint or "")
         context = plan.context_length
-        self._stream = PromptStream(
-            self._load(options.prompt_data, tokenizer, context), options.rollout_shuffle, options.rollout_seed
+        sources = training_sources(options.prompt_data)
+        if not sources:
+            raise BadInput("--prompt-data is not set: give a file or folder of prompts")
+        training = Tokenisation(
+            tokenizer,
+            options.apply_chat_template,
+            options.apply_chat_template_kwargs,
+            min(options.rollout_max_prompt_len or context - 1, context - 1),
         )
-        sets = plan.recipe.eval.eval_prompt_data
+        longest = min(plan.recipe.eval.eval_max_prompt_len or context - 1, context - 1)
+        columns = Columns.of(plan.recipe)
+        self._stream = PromptStream(
+            load_prompts(sources[0].path, training, columns=columns, name=sources[0].name),
+            options.rollout_shuffle,
+            options.rollout_seed,
+        )
         self._eval_sets = [
-            EvalSet(name, self._load(path, tokenizer, context))
-            for name, path in zip(sets[::2], sets[1::2], strict=True)
+            load_prompts(source.path, replace(training, max_tokens=longest), columns=columns, name=source.name)
+            for source in evaluation_sources(plan.recipe.eval.eval_prompt_data)
         ]
         self._dispatcher = Dispatcher(
             clients, [engine.data_parallel_size for engine in plan.engines], recover=recover, patience=patience
@@ -106,20 +120,6 @@ class Sampler:
         self._rows: dict[int, int] = {}
         """Row in the prompt set of every unfinished group."""
         self._stack = contextlib.AsyncExitStack()
-
-    def _load(self, path: str | None, tokenizer: Any, context: int) -> PromptSet:
-        options = self._recipe.rollout
-        if path is None:
-            raise BadInput("--prompt-data is not set: give a .jsonl or .parquet file of prompts")
-        longest = min(options.rollout_max_prompt_len or context - 1, context - 1)
-        columns = Columns(options.input_key, options.label_key, options.metadata_key)
-        return load_prompts(
-            path,
-            tokenizer,
-            columns=columns,
-            apply_chat_template=options.apply_chat_template,
-            max_prompt_tokens=longest,
-        )
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
