@@ -96,7 +96,11 @@ def sequence_log_ratio(log_probs: Tensor, sequence_mean: Tensor) -> Tensor:
 def cispo_loss(
     log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, *, eps_clip: float, eps_clip_high: float | None = None
 ) -> TokenLoss:
-    """CISPO (arXiv 2506.13585, eq. 4): l = -sg(clip(r, 1 - ε, 1 + ε_high)) A log π; no token is dropped."""
+    """CISPO (arXiv 2506.13585, eq. 4): l = -sg(clip(r, 1 - ε, 1 + ε_high)) A log π; no token is dropped.
+
+    The paper trains without the lower bound, which `eps_clip` 1 gives here; with the default 0.2 a token whose
+    probability fell still counts with weight 0.8. verl clips on both sides too.
+    """
     high = eps_clip if eps_clip_high is None else eps_clip_high
     ratio = torch.exp(log_ratio.detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     weight = ratio.clamp(1 - eps_clip, 1 + high)

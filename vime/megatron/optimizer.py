@@ -26,11 +26,12 @@ class GradientsNotFinite(VimeError):
 def learning_rate(options: OptimizerOptions, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant, linear or cosine to `min_lr`.
 
-    The decay ends at `lr_decay_iters` steps, by default at `total_steps`.
+    The same numbers as Megatron's OptimizerParamScheduler: the first step of a warm-up has rate 0. The decay ends at
+    `lr_decay_iters` steps, by default at `total_steps`.
     """
     warmup, end = options.lr_warmup_iters, options.lr_decay_iters or total_steps
     if step < warmup:
-        return options.lr * (step + 1) / warmup
+        return options.lr * step / warmup
     if options.lr_decay_style == "constant":
         return options.lr
     done = min(1.0, (step - warmup) / max(1, end - warmup))
@@ -111,6 +112,8 @@ class Optimizer:
         rate = learning_rate(self._options, self.steps, self._total_steps)
         for group in self.megatron.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
+            # Megatron marks norms and biases (`wd_mult` 0) and leaves it to its scheduler to apply the mark.
+            group["weight_decay"] = self._options.weight_decay * group.get("wd_mult", 1.0)
         norm = self._norm()
         if not math.isfinite(norm):
             self._refuse(norm)
@@ -194,7 +197,7 @@ class Optimizer:
                 # Megatron gives all parameters one and the same tensor, which a step would count up once for each.
                 state["step"] = state["step"].clone()
             if fresh and not force:
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in self._options.kind.states:
                     if name in state:
                         state[name].zero_()
 
@@ -237,8 +240,6 @@ class Optimizer:
 
 def _values(options: OptimizerOptions, *, bf16: bool, cpu: bool) -> dict[str, Any]:
     """Keyword values of Megatron's OptimizerConfig."""
-    if options.min_lr > options.lr:
-        raise BadInput(f"--min-lr {options.min_lr} is above --lr {options.lr}: give a smaller one")
     values: dict[str, Any] = {
         "optimizer": options.optimizer,
         "lr": options.lr,

@@ -77,6 +77,8 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
     perf, rollout, evaluation = recipe.perf, recipe.rollout, recipe.eval
     if perf.use_dynamic_batch_size and not perf.max_tokens_per_gpu:
         raise BadInput("--use-dynamic-batch-size needs --max-tokens-per-gpu: give the tokens a GPU can hold")
+    _check_optimizer(recipe)
+    _check_losses(recipe)
     if perf.sequence_parallel and layout.tp == 1:
         raise BadInput("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")
     if config.moe and layout.tp > 1 and not perf.sequence_parallel:
@@ -104,6 +106,27 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
         raise BadInput(
             f"{which} {longest} leaves no room for a prompt beside "
             f"--rollout-max-response-len {rollout.rollout_max_response_len}"
+        )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    options = recipe.optimizer
+    if options.min_lr > options.lr:
+        raise BadInput(f"--min-lr {options.min_lr} is above --lr {options.lr}: give a smaller one")
+    end = options.lr_decay_iters or recipe.rollout.num_rollout * recipe.rollout.steps
+    if options.lr_decay_style != "constant" and options.lr_warmup_iters >= end:
+        raise BadInput(
+            f"--lr-warmup-iters {options.lr_warmup_iters} leaves no step to decay in: the decay ends at optimizer step "
+            f"{end} (--lr-decay-iters, by default --num-rollout x --num-steps-per-rollout)"
+        )
+
+
+def _check_losses(recipe: Recipe) -> None:
+    algorithm = recipe.algorithm
+    if algorithm.use_kl_loss and algorithm.kl_loss_type == "k1" and algorithm.kl_loss_coef:
+        raise BadInput(
+            "--kl-loss-type k1 cannot be trained on: the gradient of log p - log p_ref is that of log p, which is zero "
+            "on average and pulls nowhere; give low_var_kl, k2 or k3, or --kl-loss-coef 0 to measure k1 only"
         )
 
 
