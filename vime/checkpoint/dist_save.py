@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from vime.checkpoint.allowed import check_common
 from vime.checkpoint.dist_writer import FILE_BYTES, PartWriter
 from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput, VimeError
@@ -176,8 +177,9 @@ def prepare(save_dir: Path, made_from: Mapping[str, Any], cut: Mapping[str, Any]
 def _is_made_from(release: Path, made_from: Mapping[str, Any]) -> bool:
     """True where a complete folder was made from this source."""
     try:
+        check_common(release / "common.pt")
         return torch.load(release / "common.pt", weights_only=True).get(MADE_FROM) == made_from
-    except (OSError, RuntimeError, pickle.UnpicklingError):
+    except (BadInput, OSError, RuntimeError, pickle.UnpicklingError):
         return False
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from vime.checkpoint.allowed import check_common, read_metadata
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.disk import canonical_key, disk_place
@@ -83,7 +84,8 @@ class TorchDistReader:
         self.path = checkpoint_folder(path)
         self.config = config
         self._reader = dcp.FileSystemReader(self.path)
-        self._metadata = self._reader.read_metadata()
+        # Not the reader's own, which unpickles whatever lies there.
+        self._metadata = read_metadata(self.path)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def __contains__(self, param: Param) -> bool:
@@ -125,6 +127,7 @@ class TorchDistReader:
 
     def common(self) -> dict[str, Any]:
         """The content of `common.pt`."""
+        check_common(self.path / "common.pt")
         return torch.load(self.path / "common.pt", weights_only=True)
 
     def _stored(self, param: Param) -> TensorStorageMetadata:

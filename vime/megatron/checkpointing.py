@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vime.checkpoint.allowed import check_training_checkpoint
 from vime.checkpoint.torch_dist import TorchDistReader, use_disk_keys
 from vime.errors import BadInput
 from vime.megatron import checkpoint_folders as folders
@@ -90,7 +91,7 @@ class Checkpointer:
         """Weights and optimizer of the newest whole checkpoint, whatever layout it was saved at."""
         from megatron.core import dist_checkpointing
 
-        folder = Path(_from_first(lambda: str(folders.newest_whole(Path(root)))))
+        folder = Path(_from_first(lambda: str(_checked(folders.newest_whole(Path(root))))))
         state = folders.read_state(folder)
         wanted: dict[str, Any] = {"model": self._model_state()}
         with_optimizer = self._optimizer is not None and state.with_optimizer
@@ -150,6 +151,12 @@ def _parallel_writer() -> Any:
 
     group: Any = ps.get_data_parallel_group(with_context_parallel=True)
     return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, once nothing in it can run code when Megatron opens it."""
+    check_training_checkpoint(folder)
+    return folder
 
 
 def _from_first(call: Callable[[], str]) -> str:

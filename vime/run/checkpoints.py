@@ -11,9 +11,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vime.errors import BadInput
+
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_ITERATION = re.compile(r"iter_(\d+)")
+_ITERATION = re.compile(r"iter_([0-9]{1,18})")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_MOST_BYTES = 4096
 _PARTIAL = re.compile(r"\.iter_\d+\.partial")
 
 
@@ -50,14 +54,24 @@ def has_tracker(root: str | Path | None) -> bool:
 
 
 def tracked(root: str | Path) -> str:
-    """Content of the tracker: an iteration's number or `release`. Raises OSError where there is no tracker."""
-    return (Path(root) / TRACKER).read_text().strip()
+    """Content of the tracker: an iteration's number or `release`.
+
+    Raises OSError where there is no tracker, BadInput where it says anything else, such as the path of a folder.
+    """
+    with open(Path(root) / TRACKER, "rb") as file:
+        content = file.read(_MOST_BYTES).decode(errors="replace").strip()
+    if content != RELEASE and _NUMBER.fullmatch(content) is None:
+        raise BadInput(
+            f"{Path(root) / TRACKER} says {content[:80]!r}, neither a rollout's number nor {RELEASE}: "
+            "give another folder"
+        )
+    return content
 
 
 def tracked_folder(root: str | Path) -> Path:
     """The folder that the tracker names. Raises OSError where there is no tracker."""
     name = tracked(root)
-    return folder_of(root, int(name)) if name.isdigit() else Path(root) / name
+    return Path(root) / RELEASE if name == RELEASE else folder_of(root, int(name))
 
 
 def tracks_iteration(root: str | Path | None) -> bool:

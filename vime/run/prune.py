@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vime.errors import BadInput
 from vime.run.checkpoints import is_partial, iteration_of, tracked
 from vime.run.plan import Plan
 from vime.run.state import RunState
@@ -58,8 +59,8 @@ def _old_in(folder: Path, keep: int) -> list[tuple[Path, str]]:
     try:
         newest = tracked(folder)
         names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    except OSError:
-        # Without a tracker file nothing says which checkpoint is whole: nothing goes.
+    except (OSError, BadInput):
+        # Without a good tracker nothing says which checkpoint is whole: nothing goes.
         return []
     if not newest.isdigit():
         return []

@@ -1,0 +1,133 @@
+"""Checks of a torch_dist folder's pickles before torch or Megatron open them: whoever wrote them runs no code here.
+
+A pickle names the functions that it wants called. `.metadata` and `common.pt` of a good folder need the few below; any
+other name is refused before it is even imported. A folder is checked and then opened, so one that somebody changes in
+between is not covered: keep folders that you load from out of others' reach while you do.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from vime.errors import BadInput
+
+_DCP = "torch.distributed.checkpoint"
+METADATA_NAMES = frozenset(
+    {
+        ("pathlib", "PosixPath"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        (f"{_DCP}.filesystem", "_StorageInfo"),
+        (f"{_DCP}.metadata", "BytesStorageMetadata"),
+        (f"{_DCP}.metadata", "ChunkStorageMetadata"),
+        (f"{_DCP}.metadata", "Metadata"),
+        (f"{_DCP}.metadata", "MetadataIndex"),
+        (f"{_DCP}.metadata", "StorageMeta"),
+        (f"{_DCP}.metadata", "TensorProperties"),
+        (f"{_DCP}.metadata", "TensorStorageMetadata"),
+        (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+        (f"{_DCP}.planner", "SavePlan"),
+        (f"{_DCP}.planner", "TensorWriteData"),
+        (f"{_DCP}.planner", "WriteItem"),
+        (f"{_DCP}.planner", "WriteItemType"),
+        *(("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
+    }
+)
+"""(module, name) that `.metadata` may ask for, as torch and Megatron write it."""
+COMMON_NAMES: frozenset[tuple[str, str]] = frozenset()
+"""The same for `common.pt`: it holds plain dicts, lists, numbers and strings."""
+_MOST_COMMON_BYTES = 256 * 2**20
+_ERRORS = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)
+"""What a damaged pickle raises, with MemoryError and RecursionError for lengths and depths that nobody writes."""
+
+
+class _Refused(Exception):
+    """The pickle asks for a name that is not allowed."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: Any, allowed: Set[tuple[str, str]]) -> None:
+        super().__init__(stream)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) not in self._allowed:
+            raise _Refused(f"{module}.{name}"[:200])
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Content of `.metadata`. Raises BadInput where it is damaged, asks for more than a good one, or leads outside."""
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as stream:
+            content = _load(path, stream, METADATA_NAMES)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}: give a torch_dist folder") from error
+    if not isinstance(content, Metadata):
+        raise BadInput(f"{path} holds no metadata of a torch_dist folder: convert again, or give another folder")
+    kinds = (TensorStorageMetadata, BytesStorageMetadata)
+    if not isinstance(content.state_dict_metadata, dict) or not isinstance(content.storage_data, dict):
+        raise BadInput(f"{path} lists no tensors: convert again, or give another folder")
+    for key, stored in content.state_dict_metadata.items():
+        if not isinstance(stored, kinds):
+            raise BadInput(f"{path}: {str(key)[:200]!r} is no tensor: convert again, or give another folder")
+    for place in content.storage_data.values():
+        name = getattr(place, "relative_path", None)
+        if not isinstance(name, str) or os.sep in name or name in (".", ".."):
+            raise BadInput(f"{path} names a file {str(name)[:200]!r}, which is not in its folder: do not use it")
+    return content
+
+
+def check_training_checkpoint(folder: Path) -> None:
+    """Raises BadInput unless Megatron can open the folder without calling anything that its writer chose.
+
+    Megatron unpickles stored objects too; a training checkpoint has tensors alone.
+    """
+    for key, stored in read_metadata(folder).state_dict_metadata.items():
+        if isinstance(stored, BytesStorageMetadata):
+            raise BadInput(f"{folder}: {key[:200]!r} is an object, where a training checkpoint has tensors alone")
+    check_common(folder / "common.pt")
+    path = folder / "metadata.json"
+    try:
+        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"cannot read {path} ({type(error).__name__}): give another --load") from error
+    if backend != "torch_dist":
+        raise BadInput(f"{path} says {str(backend)[:100]!r}: only torch_dist is read")
+
+
+def check_common(path: Path) -> None:
+    """Raises BadInput unless a file of `torch.save` holds plain values alone."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith(".pkl"):
+                    if entry.file_size > _MOST_COMMON_BYTES:
+                        raise BadInput(f"{path} unpacks to {entry.file_size} bytes: it is no file of a checkpoint")
+                    _load(path, io.BytesIO(archive.read(entry)), COMMON_NAMES)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}: give another folder") from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise BadInput(f"{path} is no file of a checkpoint ({error}): give another folder") from error
+
+
+def _load(path: Path, stream: Any, allowed: Set[tuple[str, str]]) -> Any:
+    try:
+        return _Unpickler(stream, allowed).load()
+    except _Refused as error:
+        raise BadInput(
+            f"{path} asks for {error}, which no checkpoint needs and which could run anything: do not use this folder"
+        ) from error
+    except (*_ERRORS, MemoryError, RecursionError, OverflowError) as error:
+        raise BadInput(f"{path} is damaged ({type(error).__name__}): convert again, or give another folder") from error
