@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.preflight_findings import finding
 from vime.node.network import rdma_ports
 from vime.node.preflight import group_limits, limits, look
 from vime.run import canary
+from vime.system.files import PRIVATE, write_file
 
 
 def test_this_machine_tells_everything_that_is_asked(tmp_path: Path) -> None:
@@ -63,3 +65,22 @@ def test_rdma_ports_are_told_with_their_state(tmp_path: Path) -> None:
         (tmp_path / device / "ports" / port / "state").write_text(state + "\n")
     assert rdma_ports(tmp_path) == {"mlx5_0:1": "ACTIVE", "mlx5_1:1": "DOWN"}
     assert rdma_ports(tmp_path / "nothing") == {}
+
+
+def test_a_listing_that_is_old_refuses_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client that shows the folder as it was 30 s ago."""
+    (tmp_path / "control").mkdir()
+    canary.release_canary(tmp_path)
+    old = canary.names_in(tmp_path / "control")
+    monkeypatch.setattr(canary, "names_in", lambda folder: old)
+    canary.answer_canary(tmp_path)
+    assert canary.hosts_unseen(tmp_path, {socket.gethostname()}) == set()
+
+
+def test_a_node_waits_for_the_word_that_it_was_told(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    old = canary.release_canary(tmp_path)
+    path = tmp_path / "control" / ".canary"
+    threading.Timer(0.5, lambda: write_file(path, "new", mode=PRIVATE)).start()
+    assert canary.read_canary(tmp_path) == old
+    assert canary.read_canary(tmp_path, "new") == "new"

@@ -12,8 +12,8 @@ from vime.launch.steps import AllocatedNode, Runner, Step
 from vime.node.ring import RING
 from vime.planning.show import table as columns
 from vime.run import history
-from vime.run.canary import hosts_unseen, release_canary
-from vime.run.folder import write_binding
+from vime.run.canary import CANARY, hosts_unseen, release_canary
+from vime.run.folder import BINDING_VARIABLE, binding_text, write_binding
 from vime.run.journal import read_events
 from vime.run.plan import Binding, Plan, Stage
 
@@ -45,6 +45,7 @@ class Allocation:
         """Before a stage starts."""
         if stage.name == PREFLIGHT:
             self._canary = release_canary(self._run)
+            self._runner.environment[CANARY] = self._canary
 
     def learn(self, step: Step) -> None:
         """After a stage has ended well. Raises RunFailed where too few nodes are fit."""
@@ -91,7 +92,11 @@ class Allocation:
         self._say(columns(tuple(rows[0]), [tuple(row.values()) for row in rows]))
         write_report(self._run, examined, rows)
         binding = bind(self._plan, self._runner, examined, end_time=self._runner.end_time(), everyone=everyone)
+        if self.binding is not None:
+            binding = binding.model_copy(update={"version": self.binding.version + 1})
         self.binding = binding
         write_binding(self._run, binding)
+        # A node's file system may show the file late.
+        self._runner.environment[BINDING_VARIABLE] = binding_text(self._run, binding)
         hosts = {str(node.index): node.host for node in binding.nodes}
         self._event("binding", f"{len(hosts)} nodes, ports moved by {binding.port_offset}", data={"hosts": hosts})

@@ -17,6 +17,7 @@ from vime.errors import BadInput, VimeError
 from vime.launch.marks import MANIFEST, Marks, mark_artefact
 from vime.run.plan import Artefact, Stage
 from vime.system.files import PRIVATE, write_json
+from vime.system.visible import appears
 
 VERSION = 3
 _COMMAND_VERSION = 2
@@ -104,7 +105,9 @@ def seal(stage: Stage, run_dir: str) -> None:
     """
     claim = _claim(stage, run_dir)
     for output in stage.outputs:
-        path, files = Path(output.path), mark_artefact(output)
+        # It was written on another node.
+        path, shown = Path(output.path), appears(output.path)
+        files = mark_artefact(output) if shown else {}
         before = (_load(_marker(output)) or {}).get("inputs", {})
         for artefact in stage.inputs:
             if changed := _changed(before.get(artefact.name, {}), claim["inputs"][artefact.name]):

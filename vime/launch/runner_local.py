@@ -21,6 +21,7 @@ class LocalRunner:
 
     def __init__(self, plan: Plan) -> None:
         self.restart, self.can_requeue = 0, False
+        self.environment: dict[str, str] = {}
         self._plan = plan
         self.job = f"local-{os.getpid()}"
 
@@ -34,7 +35,7 @@ class LocalRunner:
         processes = []
         for place in range(len(places)):
             for rank in range(stage.tasks_per_node):
-                env = {**os.environ, PLACES: places_text(places), JOB: self.job}
+                env = {**os.environ, **self.environment, PLACES: places_text(places), JOB: self.job}
                 env |= {LOCAL_PLACE: str(place), LOCAL_RANK: str(rank)}
                 processes.append(launch(command, env, self._plan.run_dir, stage.name))
         return Step(stage, places, processes, log, offset)

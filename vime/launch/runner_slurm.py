@@ -52,6 +52,7 @@ class SlurmRunner:
         self._plan = plan
         self.job = os.environ["SLURM_JOB_ID"]
         self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), True
+        self.environment: dict[str, str] = {}
         self._cpus = slurm.cpus_per_node()
         # A requeued job appends to the output of its first start.
         self._output_start = os.fstat(1).st_size
@@ -67,7 +68,7 @@ class SlurmRunner:
             python=step_python(self._plan.cluster),
             cpus_per_node=self._cpus,
         )
-        env = {**step_environment(os.environ), PLACES: places_text(places), JOB: self.job}
+        env = {**step_environment(os.environ), **self.environment, PLACES: places_text(places), JOB: self.job}
         log = launcher_log(self._plan.run_dir, stage.name)
         offset = log_size(log)
         process = launch(argv, env, self._plan.run_dir, stage.name)

@@ -132,6 +132,8 @@ class Runner(Protocol):
     restart: int
     """How often the job has been requeued."""
     can_requeue: bool
+    environment: dict[str, str]
+    """Variables that the tasks of every step to come get: what is too new for a file to be seen on all nodes."""
 
     def nodes(self) -> tuple[str, ...]:
         """Names of the allocation's nodes in its order."""

@@ -23,7 +23,7 @@ from vime.node.network import listening_ports, own_address, rdma_ports
 from vime.node.scratch import remove_dead
 from vime.node.task import PLACES
 from vime.planning import ports
-from vime.run.canary import answer_canary, read_canary
+from vime.run.canary import CANARY, answer_canary, read_canary
 from vime.run.folder import PLAN, read_plan
 from vime.run.messages import report
 from vime.run.plan import Plan
@@ -138,7 +138,7 @@ def look(plan: Plan) -> dict[str, Any]:
         "gpus": gpus,
         "limits": limits(),
         "run_folder": folder,
-        "canary": read_canary(plan.run_dir),
+        "canary": read_canary(plan.run_dir, os.environ.get(CANARY)),
         "space": space(plan) if folder is None else {},
         "listening": sorted(port for port in listening_ports() if first <= port <= last),
         "time": time.time(),

@@ -19,10 +19,12 @@ from vime.node.leftovers import OWNER
 from vime.node.scratch import NodeFolder, base_folder
 from vime.node.supervise import Supervisor
 from vime.node.sweep import SWEEP, sweep_stage
-from vime.run.folder import BINDING, read_binding, read_plan, task_log
+from vime.run.canary import CANARY
+from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
 from vime.run.plan import Binding, Plan, Stage
 from vime.system.private import private_folder
+from vime.system.visible import appears
 
 PLACES, JOB = "VIME_PLACES", "VIME_JOB"
 LOCAL_PLACE, LOCAL_RANK = "VIME_LOCAL_PLACE", "VIME_LOCAL_RANK"
@@ -87,7 +89,7 @@ def task_env(
         NODE_RANK=str(seat.node_rank),
         VIME_RUN=plan.run_dir,
         VIME_NODE=str(seat.node),
-        **{name: environ[name] for name in (PLACES, JOB) if name in environ},
+        **{name: environ[name] for name in (PLACES, JOB, CANARY, BINDING_VARIABLE) if name in environ},
         TMPDIR=str(base_folder() / job),
         **{OWNER: job},
         PYTHONUNBUFFERED="1",
@@ -124,8 +126,11 @@ def run_task(run_dir: str, stage_name: str) -> int:
     plan = read_plan(run_dir)
     stage = stage_of(plan, stage_name)
     seat = find_seat(stage, os.environ)
-    binding = read_binding(run_dir) if (Path(run_dir) / BINDING).exists() else None
+    binding = find_binding(run_dir)
     env = task_env(plan, stage, seat, binding, os.environ)
+    for artefact in stage.inputs:
+        # The stage before may have written it on another node. One that does not appear is the command's to report.
+        appears(artefact.path)
     folder = NodeFolder(Path(env["TMPDIR"]).name)
     log = task_log(run_dir, stage_name, seat.node, seat.rank, stage.tasks_per_node)
     private_folder(log.parent)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from vime.system.files import PRIVATE, write_file
+from vime.system.visible import appears, names_in
 
 CONTROL_FOLDER = "control"
 _REQUEST, _DONE = "checkpoint-request", "checkpoint-done"
@@ -24,8 +25,11 @@ def request_checkpoint(run_dir: str | os.PathLike[str]) -> None:
 
 
 def checkpoint_requested(run_dir: str | os.PathLike[str]) -> bool:
-    """True once the controller has asked for a checkpoint and the end of training."""
-    return (control_folder(run_dir) / _REQUEST).exists()
+    """True once the controller has asked for a checkpoint and the end of training.
+
+    Looks at the folder's listing: a name that was missing at the last call may be remembered as missing.
+    """
+    return _REQUEST in names_in(control_folder(run_dir))
 
 
 def answer_checkpoint(run_dir: str | os.PathLike[str], rollout_id: int, path: str) -> None:
@@ -36,10 +40,8 @@ def answer_checkpoint(run_dir: str | os.PathLike[str], rollout_id: int, path: st
 
 def checkpoint_answer(run_dir: str | os.PathLike[str]) -> str | None:
     """Answer of training, JSON of rollout_id, path and time (Unix seconds); None before it came."""
-    try:
-        return (control_folder(run_dir) / _DONE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
+    path = control_folder(run_dir) / _DONE
+    return path.read_text(encoding="utf-8") if _DONE in names_in(path.parent) and appears(path) else None
 
 
 def withdraw_request(run_dir: str | os.PathLike[str]) -> None:

@@ -323,6 +323,8 @@ class Binding(Frozen):
 
     job_id: str | None = None
     restart: int = 0
+    version: int = 0
+    """Number of bindings that this start had before this one."""
     nodes: tuple[BoundNode, ...]
     port_offset: int = 0
     end_time: float | None = None
