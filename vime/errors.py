@@ -21,11 +21,18 @@ class Cause(enum.IntEnum):
     DEADLINE = 17
     DATA_ERROR = 18
     STORAGE = 19
+    CRASH = 20
+    """A process of the run crashed or was killed, or a connection between ranks broke, on nodes without a fault."""
 
     @property
     def requeue_mends(self) -> bool:
         """Whether starting the same job again can help."""
-        return self in (Cause.NODE_FAILURE, Cause.TIME_LIMIT, Cause.PREEMPTED)
+        return self in (Cause.NODE_FAILURE, Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.CRASH)
+
+    @property
+    def may_recur(self) -> bool:
+        """Whether the same end may come again on good nodes: starts after it are bounded, and need progress."""
+        return self is Cause.CRASH
 
 
 STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO})
@@ -57,6 +64,12 @@ class DeadlineExceeded(VimeError):
     """A wait ended without what it waited for; the text says what was missing."""
 
     cause = Cause.DEADLINE
+
+
+class Crash(VimeError):
+    """A process of the run ended that should serve on, for a reason outside its program."""
+
+    cause = Cause.CRASH
 
 
 class DataError(VimeError):

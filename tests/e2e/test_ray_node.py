@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch_stub import make_plan, ray_stages
-from vime.launch.failure import telling_line
 from vime.run.folder import write_binding
+from vime.run.last_words import telling_line
 from vime.run.messages import REPORT_FD
 from vime.run.plan import Binding, BoundNode
 from vime.run.tokens import make_tokens

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vime.errors import DeadlineExceeded, VimeError
+from vime.errors import Crash, DeadlineExceeded, VimeError
 from vime.planning import ports as planned_ports
 from vime.planning.memory import object_store_bytes
 from vime.run.plan import Binding, Plan
@@ -98,7 +98,7 @@ class RayProcesses:
             print("Ray is up on this node", flush=True)
             while not (dead := self._node.dead_processes()):
                 time.sleep(POLL_S)
-            raise VimeError(f"{self._last_words(dead)} ended, and Ray with it")
+            raise Crash(f"{self._last_words(dead)} ended, and Ray with it")
         except VimeError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return int(error.cause)

@@ -22,6 +22,7 @@ from typing import Any
 from vime.errors import DeadlineExceeded, VimeError
 from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
+from vime.run.last_words import telling_line
 from vime.run.plan import Binding, Plan
 from vime.system import shared_memory
 from vime.system.private import private_folder
@@ -148,15 +149,14 @@ class EngineServer:
             self._scratch = None
 
     def last_words(self) -> str:
-        """The line of the log's tail that tells most: the last one that names an error, or the last one."""
+        """The line of the log's tail that says most."""
         try:
             with open(self.log, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+                lines = file.read().decode(errors="replace").splitlines()
         except FileNotFoundError:
             return f"nothing in {self.log}"
-        telling = [line for line in lines if "Error" in line or "error:" in line]
-        return f"{(telling or lines or ['nothing'])[-1][:500]} ({self.log})"
+        return f"{telling_line(lines)} ({self.log})"
 
     def _probe(self, timeout: float) -> None:
         """A request with token ids, whose answer must have as many tokens and log-probs as asked for."""
