@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,14 @@ from vime.run.journal import read_events
 from vime.run.plan import Binding, Plan, Stage
 
 PREFLIGHT = "preflight"
+
+
+def known_as(node: str, names: Sequence[str]) -> str:
+    """The one of Slurm's names that is this host's, whatever domain it has; the host's own where there is none."""
+    if node in names:
+        return node
+    same = [name for name in names if name.partition(".")[0] == node.partition(".")[0]]
+    return same[0] if len(set(same)) == 1 else node
 
 
 class Allocation:
@@ -54,23 +62,37 @@ class Allocation:
         elif step.stage.name == RING:
             self._drop_slow(step)
 
-    def lost_host(self) -> str | None:
-        """A host of the run that Slurm says is lost."""
-        lost, names = self._runner.lost_nodes(), self._runner.nodes()
-        hosts = {names[node.slurm_index]: node.host for node in (self.binding.nodes if self.binding else ())}
-        return hosts.get(lost[0], lost[0]) if lost else None
+    def node_names(self) -> tuple[str, ...]:
+        """Slurm's names of the logical nodes; empty before the binding exists."""
+        names = self._runner.nodes()
+        return tuple(names[node.slurm_index] for node in (self.binding.nodes if self.binding else ()))
+
+    def lost_nodes(self) -> dict[str, str]:
+        """Nodes of the run that are lost, by Slurm's names, and how that is known."""
+        used = self.node_names() or self._runner.nodes()
+        return {name: how for name, how in self._runner.lost_nodes().items() if name in used}
+
+    def name_of(self, node: str) -> str:
+        """Slurm's name of a node that somebody calls by its host name, with or without a domain, or by its address."""
+        names = self._runner.nodes()
+        for bound in self.binding.nodes if self.binding else ():
+            if node in (bound.host, bound.address):
+                return names[bound.slurm_index]
+        return known_as(node, names)
 
     def _examine(self, step: Step) -> None:
         """The binding, from what preflight found."""
         places, limits, switches = step.places, self._runner.memory_limits(), self._runner.switches()
         hosts = {report.data["host"]: report.rank for report in step.of_kind("result")}
-        failures = history.node_failures(read_events(self._run))
+        failures = history.node_failures(read_events(self._run), self.name_of)
+        often = history.failed_too_often(failures)
+        name_of_host = {report.data["host"]: step.name_of(report.rank) for report in step.of_kind("result")}
         known = Known(
             job_memory={place.index: limits[place.name] for place in places if place.name in limits},
             moments={report.rank: (step.started_at, report.arrived) for report in step.of_kind("result")},
             canary=self._canary,
             unseen=[hosts[host] for host in hosts_unseen(self._run, set(hosts))],
-            failures={host: failures[host] for host in history.failed_too_often(failures)},
+            failures={host: failures[name] for host, name in name_of_host.items() if name in often},
         )
         leaves = {place.index: switches[place.name] for place in places if place.name in switches}
         self._examined = examine(self._plan, step, known, leaves)

@@ -12,13 +12,14 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from vime.errors import Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
-from vime.launch.failure import Failure, RunFailed, diagnose, ended_early, late, was_refused
+from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, late, was_refused
 from vime.launch.lead import TimeLeft
 from vime.launch.signals import Signals
 from vime.launch.steps import AllocatedNode, Runner, Step
@@ -26,6 +27,7 @@ from vime.launch.witness import running_stage, witnessed
 from vime.node.sweep import SWEEP_S, sweep_stage
 from vime.run import history
 from vime.run.chain import Link, find_link, part
+from vime.run.checkpoints import tracked, tracks_iteration
 from vime.run.control import checkpoint_answer, control_folder, request_checkpoint, withdraw_request
 from vime.run.folder import BINDING, log_folder, read_plan, task_log
 from vime.run.journal import Event, Journal, read_events
@@ -77,6 +79,8 @@ class Controller:
         self._hurried = False
         """Slurm is about to kill the job."""
         self._time = TimeLeft(plan, runner)
+        self._first_checkpoint: int | None = None
+        """The newest one when this start began."""
         self._signals = Signals()
 
     def run(self) -> Cause:
@@ -105,7 +109,7 @@ class Controller:
             return
         job, restart = str(start.data.get("job")), int(start.data.get("restart", 0))
         cause = self._runner.why_lost(job, restart)
-        node = start.data.get("host") if cause is Cause.NODE_FAILURE else None
+        node = self._allocation.name_of(start.data["host"]) if cause is Cause.NODE_FAILURE else None
         text = f"start {restart} of job {job} left no last word: {_words(cause)}" + (f" of {node}" if node else "")
         data = {"cause": cause.name, "log_tail": "", "requeued": job == self._runner.job}
         self._event("run-end", text, stage=running_stage(events), node=node, data=data)
@@ -113,6 +117,7 @@ class Controller:
     def _attempt(self) -> Failure | None:
         data = {"job": self._runner.job, "restart": self._runner.restart, "host": socket.gethostname()}
         data |= {"pid": os.getpid(), "pid_start": start_ticks(os.getpid())}
+        self._first_checkpoint = newest_checkpoint(self._plan)
         if self._link is not None:
             data |= {"link": self._link.name, "link_index": self._link.index}
         self._event("run-start", f"{self._plan.run_name}: start {self._runner.restart}", data=data)
@@ -142,14 +147,15 @@ class Controller:
                 self._event("run-end", "the run succeeded", data={"cause": Cause.SUCCESS.name})
             return Cause.SUCCESS
         cause = failure.cause
+        node = None if failure.node is None else self._allocation.name_of(failure.node)
         again = self._requeue(cause)
-        if again and cause is Cause.NODE_FAILURE and failure.node is not None:
-            self._exclude(failure.node)
+        if again and cause is Cause.NODE_FAILURE and node is not None:
+            self._exclude(node)
         self._event(
             "run-end",
             failure.text + (f"; requeued {again}" if again else ""),
             stage=failure.stage,
-            node=failure.node,
+            node=node,
             rank=failure.rank,
             data={"cause": cause.name, "log_tail": "\n".join(failure.tail), "requeued": bool(again)},
         )
@@ -162,18 +168,29 @@ class Controller:
         if self._hurried:
             # Slurm ends this start itself, and starts the job again where it is going to.
             return "by Slurm" if cause in (Cause.PREEMPTED, Cause.NODE_FAILURE) else ""
-        if self._runner.restart >= self._plan.max_timeouts:
-            self._say(f"not requeued: {self._runner.restart} starts, at most {self._plan.max_timeouts}")
+        if why := self._no_more_starts(cause):
+            self._say(f"not requeued: {why}")
             return ""
         if not self._insist("requeue", self._runner.requeue, REQUEUE_PATIENCE_S):
             return ""
         self._event("requeue", f"start {self._runner.restart + 1} follows: {_words(cause)}")
         return "by vime"
 
-    def _exclude(self, host: str) -> None:
+    def _no_more_starts(self, cause: Cause) -> str:
+        """Why another start may not follow; empty where it may."""
+        if self._runner.restart >= self._plan.max_timeouts:
+            return f"{self._runner.restart} starts, at most {self._plan.max_timeouts}"
+        if cause.may_recur:
+            if newest_checkpoint(self._plan) == self._first_checkpoint:
+                return f"{_words(cause)} without a checkpoint since this start began"
+            if (count := history.crashes(read_events(self._run))) >= history.MOST_CRASHES:
+                return f"{count} starts in a row ended like this, at most {history.MOST_CRASHES}"
+        return ""
+
+    def _exclude(self, node: str) -> None:
         """Keeps the waiting job off nodes that failed twice. If Slurm is not reached, the next start looks again."""
-        counts = history.node_failures(read_events(self._run))
-        counts[host] += 1
+        counts = history.node_failures(read_events(self._run), self._allocation.name_of)
+        counts[node] += 1
         often = history.failed_too_often(counts)
         if often and self._insist("exclude", lambda: self._runner.exclude(often), HURRIED_PATIENCE_S):
             self._event("exclude", f"the job leaves out {', '.join(often)}: failed twice", data={"nodes": often})
@@ -260,19 +277,16 @@ class Controller:
                 if report.kind == "ready" and stage.service and report.rank == 0:
                     return
             code = step.poll()
-            self._check_services(besides=step)
+            if (service := self._ended_service(besides=step)) is not None:
+                raise RunFailed(self._judge(step, service=self._judged_alone(service)))
             if code is not None:
                 step.pump()
-                if stage.service:
-                    raise RunFailed(ended_early(step, code))
-                if code:
-                    raise RunFailed(self._root_cause(step, code))
-                if stage.tells_end and not step.of_kind("result"):
-                    raise RunFailed(ended_early(step, 0))
+                if code or stage.service or (stage.tells_end and not step.of_kind("result")):
+                    raise RunFailed(self._judge(step, code))
                 return
             if time.monotonic() > deadline:
                 if (more := self._more_time(stage)) <= 0:
-                    raise RunFailed(late(step, stage.deadline_s))
+                    raise RunFailed(self._judge(step, late=late(step, stage.deadline_s)))
                 deadline = time.monotonic() + more
             self._watching()
             self._signals.wait([fd for step in self._steps for fd in step.descriptors()], POLL_S)
@@ -287,35 +301,46 @@ class Controller:
         end = self._runner.end_time()
         return 0.0 if end is None else end - time.time()
 
-    def _check_services(self, besides: Step) -> None:
+    def _ended_service(self, besides: Step) -> Step | None:
+        """A service that has ended while it is needed."""
         for service in self._steps:
             if service is not besides:
                 service.pump()
-                code = service.poll()
-                if code is not None:
-                    service.pump()
-                    raise RunFailed(ended_early(service, code))
-                if service.ended_quietly:
-                    # srun ends a step for a task that fails, and waits for the others of one that does not.
-                    raise RunFailed(ended_early(service, 0))
+                ended = service.poll() is not None
+                service.pump()
+                # srun ends a step for a task that fails, and waits for the others of one that does not.
+                if ended or service.ended_quietly:
+                    return service
+        return None
 
-    def _root_cause(self, step: Step, code: int) -> Failure:
-        """The stage's own failure, or that of a service that died under it and is heard of a little later."""
+    def _judge(
+        self, step: Step, code: int = 0, *, service: Failure | None = None, late: Failure | None = None
+    ) -> Failure:
+        """Why a stage failed, from what the nodes, the services and its own tasks tell."""
         deadline = time.monotonic() + ROOT_CAUSE_S
-        while time.monotonic() < deadline and any(other is not step for other in self._steps):
-            try:
-                self._check_services(besides=step)
-            except RunFailed as error:
-                return error.failure
+        while service is None and late is None and self._others(step) and time.monotonic() < deadline:
+            # A service that died under the stage is heard of a little later.
+            if (ended := self._ended_service(besides=step)) is not None:
+                service = self._judged_alone(ended)
             self._signals.wait([], POLL_S)
-        return diagnose(step, code)
+        if service is None and late is None:
+            facts = facts_of(step, code, self._allocation.node_names())
+        else:
+            facts = Facts(step.stage.name, service=service, late=late, said=tuple(step.told()))
+        return decide(replace(facts, service=service, lost=self._allocation.lost_nodes()))
+
+    def _judged_alone(self, service: Step) -> Failure:
+        return decide(facts_of(service, service.poll() or 0))
+
+    def _others(self, step: Step) -> bool:
+        return any(other is not step for other in self._steps)
 
     # -- the end --
 
     def _obey_signals(self, step: Step) -> None:
         number = self._signals.take()
         if number is None:
-            if step.stage.name == "train" and self._time.is_due():
+            if step.stage.saves_on_request and self._time.is_due():
                 self._stop_in_time(step, Cause.TIME_LIMIT)
             return
         self._event("signal", f"{number.name} while {step.stage.name} runs", stage=step.stage.name)
@@ -324,7 +349,7 @@ class Controller:
             return
         self._hurried = True
         cause = Cause.CANCELLED if number is signal.SIGINT else self._runner.why_ended()
-        lost = self._allocation.lost_host() if cause is Cause.NODE_FAILURE else None
+        lost = next(iter(self._allocation.lost_nodes()), None) if cause is Cause.NODE_FAILURE else None
         text = f"{step.stage.name} was ended by {number.name}: {_words(cause)}" + (f" of {lost}" if lost else "")
         raise RunFailed(Failure(cause, text, step.stage.name, lost))
 
@@ -332,12 +357,12 @@ class Controller:
         """The allocation ends soon, or shall be given up at once. Slurm warns too early: there may be time to go on."""
         if not self._time.ends_soon():
             self._stop_in_time(step, Cause.PREEMPTED)
-        if step.stage.name != "train" or self._time.is_due():
+        if not step.stage.saves_on_request or self._time.is_due():
             self._stop_in_time(step, Cause.TIME_LIMIT)
 
     def _stop_in_time(self, step: Step, cause: Cause) -> NoReturn:
         """Saves what training has; the run then starts again."""
-        saved = self._ask_for_checkpoint(step) if step.stage.name == "train" else None
+        saved = self._ask_for_checkpoint(step) if step.stage.saves_on_request else None
         text = f"{step.stage.name} was stopped before the {_words(cause)}"
         text += f" with checkpoint {saved}" if saved else ""
         raise RunFailed(Failure(cause, text, step.stage.name))
@@ -348,7 +373,8 @@ class Controller:
         self._time.look()
         # Stopping the stages after the checkpoint takes time too.
         left = max(0.0, min(self._time.left_s, MOST_SAVE_S) - 2 * STOP_GRACE_S)
-        self._event("checkpoint-request", f"{left:.0f} s for a checkpoint", stage="train", data={"seconds": left})
+        stage = step.stage.name
+        self._event("checkpoint-request", f"{left:.0f} s for a checkpoint", stage=stage, data={"seconds": left})
         deadline = time.monotonic() + left
         while time.monotonic() < deadline:
             step.pump()
@@ -361,9 +387,9 @@ class Controller:
             self._signals.wait(step.descriptors(), POLL_S)
         text = checkpoint_answer(self._run)
         if text is None:
-            self._event("checkpoint", "none was written in time", stage="train")
+            self._event("checkpoint", "none was written in time", stage=stage)
             return None
-        self._event("checkpoint", text, stage="train")
+        self._event("checkpoint", text, stage=stage)
         return text
 
     def _stop_all(self) -> None:
@@ -417,6 +443,13 @@ def prepare_folders(run: Path) -> None:
     withdraw_request(run)
     (run / BINDING).unlink(missing_ok=True)
     make_tokens(run)
+
+
+def newest_checkpoint(plan: Plan) -> int | None:
+    """Rollout of the run's newest checkpoint."""
+    folders = [output.path for stage in plan.stages for output in stage.outputs if output.kind == "run"]
+    found = [int(tracked(folder)) for folder in folders if folder and tracks_iteration(folder)]
+    return max(found, default=None)
 
 
 def line_of(event: Event) -> str:

@@ -1,23 +1,25 @@
-"""Why a stage failed: the first task that did, its node and rank, and the cause, from reports and launcher output."""
+"""Why a run failed: one pure decision from facts, and how a step's reports and its launcher's text become facts."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from vime.errors import STORAGE_ERRNOS, Cause, VimeError
+from vime.errors import Cause, VimeError
 from vime.launch.steps import Step
+from vime.run.last_words import cause_of_text, telling_line
 
 _OUT_OF_MEMORY = re.compile(r"out.of.memory|oom[-_ ]?kill|exceeded (job |step )?memory limit", re.IGNORECASE)
-_NODE_FAILURE = re.compile(r"node failure on (\S+)|(?:error: )?(\S+): task .*node fail", re.IGNORECASE)
+_NODE_FAILURE = re.compile(
+    r"node failure on (\S+)|(\S+): tasks? .*node fail|failed on node (\S+): (?:communication connection|job cred)", re.I
+)
 _LOST_NODE = re.compile(r"DUE TO NODE FAILURE|Job credential revoked|Communication connection failure", re.IGNORECASE)
 _OUT_OF_MEMORY_ON = re.compile(r"slurmstepd-(\S+?): error: .*exceeded|srun: error: (\S+): tasks? .*out of memory", re.I)
 _KILLED_TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
-_STORAGE = re.compile("|".join(os.strerror(number) for number in sorted(STORAGE_ERRNOS)))
+_CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _NOT_CREATED = re.compile(r"unable to (create step|confirm allocation|contact slurm)|socket timed out", re.IGNORECASE)
-_TELLING = re.compile(r"\berror\b|exception|\bfatal\b|not found|killed", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Failure:
     """One line: what happened where."""
     stage: str | None = None
     node: str | None = None
+    """Slurm's name of the node at fault."""
     rank: int | None = None
     tail: tuple[str, ...] = ()
     """Last lines of the failing task's log."""
@@ -43,10 +46,123 @@ class RunFailed(VimeError):
         self.cause = failure.cause
 
 
+@dataclass(frozen=True)
+class TaskExit:
+    """A task that ended without being told to."""
+
+    node: str
+    """Slurm's name."""
+    rank: int
+    code: int
+    signal: int | None = None
+    meaning: str = ""
+    """`exit code 3` or `SIGKILL`."""
+    tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Account:
+    """What training's driver says of its own end (`vime.train.causes`)."""
+
+    cause: Cause
+    text: str
+    nodes: tuple[str, ...] = ()
+    """Slurm's names of the nodes at fault."""
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is known when a stage has failed, whoever says it."""
+
+    stage: str
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that Slurm has lost, or whose slurmd does not answer, and how that is known."""
+    faulty: Mapping[str, str] = field(default_factory=dict)
+    """Nodes whose GPUs failed the post-mortem, and what it found."""
+    service: Failure | None = None
+    """Of a service that ended while the stage needed it."""
+    account: Account | None = None
+    exits: tuple[TaskExit, ...] = ()
+    """In the order in which they were reported."""
+    said: tuple[str, ...] = ()
+    """Last lines of the launcher, and of tasks that could not report."""
+    exit_code: int = 0
+    """The launcher's."""
+    unmet: str = ""
+    """What was expected and did not come: a result, a service that serves on."""
+    late: Failure | None = None
+    """Of a stage that did not end in time."""
+
+
+def decide(facts: Facts) -> Failure:
+    """The one cause and the one culprit. Pure.
+
+    Facts about nodes come first: Slurm's, the post-mortem's, srun's, Ray's. Then a service that died under the stage,
+    the driver's account, the first task that failed with its code, and texts last.
+    """
+    if facts.lost:
+        return _node_failure(facts, facts.lost)
+    if facts.faulty:
+        return _node_failure(facts, facts.faulty)
+    text = "\n".join(facts.said)
+    named = _NODE_FAILURE.search(text)
+    if named or _LOST_NODE.search(text):
+        node = next(filter(None, named.groups())).strip(":,") if named else None
+        return _failure(facts, Cause.NODE_FAILURE, "the node was lost", node, None, facts.said)
+    if facts.service is not None:
+        return facts.service
+    if facts.account is not None:
+        return _of_account(facts, facts.account)
+    if facts.late is not None:
+        return facts.late
+    if facts.exits and not facts.unmet:
+        return _of_exit(facts, facts.exits[0])
+    if _OUT_OF_MEMORY.search(text):
+        line = next(line for line in facts.said if _OUT_OF_MEMORY.search(line))
+        on = _OUT_OF_MEMORY_ON.search(text)
+        node = on[1] or on[2] if on else _first_killed(facts.said)
+        return _failure(facts, Cause.OUT_OF_MEMORY, line.strip(), node, None, facts.said)
+    if facts.unmet:
+        first = facts.exits[0] if facts.exits else None
+        tail = first.tail if first else facts.said
+        node, rank = (first.node, first.rank) if first else (None, None)
+        return _failure(facts, Cause.CODE_ERROR, f"{facts.unmet}: {telling_line(tail)}", node, rank, tail)
+    cause = cause_of_exit(facts.exit_code, None)
+    told = f"exit code {facts.exit_code}: {telling_line(facts.said)}"
+    return _failure(facts, cause, told, _first_killed(facts.said), None, facts.said)
+
+
+def _node_failure(facts: Facts, nodes: Mapping[str, str]) -> Failure:
+    """Of the nodes that are lost or faulty, the one that the driver blames too, else the first."""
+    blamed = facts.account.nodes if facts.account is not None else ()
+    culprit = next((node for node in nodes if node in blamed), next(iter(nodes)))
+    told = "; ".join(f"{node} {how}" for node, how in nodes.items())
+    tail = facts.exits[0].tail if facts.exits else facts.said
+    return _failure(facts, Cause.NODE_FAILURE, told, culprit, None, tail)
+
+
+def _of_account(facts: Facts, account: Account) -> Failure:
+    first = facts.exits[0] if facts.exits else None
+    node = account.nodes[0] if account.nodes else (first.node if first else None)
+    rank = account.rank if account.nodes else (first.rank if first else None)
+    tail = first.tail if first else facts.said
+    return _failure(facts, account.cause, account.text, node, rank, tail)
+
+
+def _of_exit(facts: Facts, task: TaskExit) -> Failure:
+    cause, tail = cause_of_exit(task.code, task.signal), task.tail or facts.said
+    if task.signal == signal.SIGKILL and _OUT_OF_MEMORY.search("\n".join(facts.said)):
+        cause = Cause.OUT_OF_MEMORY
+    elif cause is Cause.CODE_ERROR and task.signal is None:
+        cause = cause_of_text(tail) or cause
+    return _failure(facts, cause, f"{task.meaning}: {telling_line(tail)}", task.node, task.rank, tail)
+
+
 def cause_of_exit(code: int, number: int | None) -> Cause:
-    """vime's programs exit with their cause; anything else is an error of the code."""
+    """vime's programs exit with their cause; a crash or a kill is no error of the run's code; anything else is."""
     if number is not None:
-        return Cause.CODE_ERROR
+        return Cause.CRASH if number in _CRASHES else Cause.CODE_ERROR
     try:
         cause = Cause(code)
     except ValueError:
@@ -54,39 +170,39 @@ def cause_of_exit(code: int, number: int | None) -> Cause:
     return Cause.CODE_ERROR if cause is Cause.SUCCESS else cause
 
 
-def telling_line(tail: tuple[str, ...] | list[str]) -> str:
-    """The line of a log's tail that says most: the last that speaks of an error, else the last."""
-    lines = [line.strip() for line in tail if line.strip()]
-    telling = [line for line in lines if _TELLING.search(line)]
-    return (telling or lines or ["no output"])[-1][:500]
+# -- from a step to facts --
 
 
-def diagnose(step: Step, exit_code: int) -> Failure:
-    """The failure of a step that has ended."""
-    told = step.told()
-    text = "\n".join(told)
-    exits = [report for report in step.of_kind("exit") if not report.data["stopped"] and report.data["code"]]
-    lost = _NODE_FAILURE.search(text)
-    if lost or _LOST_NODE.search(text):
-        node = lost and (lost[1] or lost[2])
-        return _failure(step, Cause.NODE_FAILURE, "the node was lost", node, None, told)
-    if exits:
-        first = exits[0]
-        data = first.data
-        cause = cause_of_exit(data["code"], data["signal"])
-        if data["signal"] == signal.SIGKILL and _OUT_OF_MEMORY.search(text):
-            cause = Cause.OUT_OF_MEMORY
-        told = data["tail"] or told
-        if cause is Cause.CODE_ERROR and data["signal"] is None and _STORAGE.search("\n".join(told)):
-            cause = Cause.STORAGE
-        return _failure(step, cause, f"{data['meaning']}: {telling_line(told)}", data["host"], first.rank, told)
-    if _OUT_OF_MEMORY.search(text):
-        line = next(line for line in told if _OUT_OF_MEMORY.search(line))
-        on = _OUT_OF_MEMORY_ON.search(text)
-        node = on[1] or on[2] if on else _first_killed(told)
-        return _failure(step, Cause.OUT_OF_MEMORY, line.strip(), node, None, told)
-    cause = cause_of_exit(exit_code, None)
-    return _failure(step, cause, f"exit code {exit_code}: {telling_line(told)}", _first_killed(told), None, told)
+def facts_of(step: Step, exit_code: int = 0, nodes: tuple[str, ...] = ()) -> Facts:
+    """What the step itself tells; `nodes` are Slurm's names of the logical nodes."""
+    ends = step.of_kind("exit")
+    own = [report for report in ends if not report.data["stopped"] and report.data["code"]]
+    quiet = not own and not exit_code
+    facts = Facts(
+        step.stage.name,
+        account=_account(step, nodes),
+        exits=tuple(_task_exit(step, report.rank, report.data) for report in (own or (ends if quiet else []))),
+        said=tuple(step.told()),
+        exit_code=exit_code,
+    )
+    if not quiet:
+        return facts
+    # Some srun end with 0 although their one task was on a lost node.
+    return replace(facts, unmet=f"the {'service' if step.stage.service else 'stage'} ended too early")
+
+
+def _task_exit(step: Step, rank: int, data: Mapping) -> TaskExit:
+    tail = tuple(data["tail"])
+    return TaskExit(step.name_of(rank), rank, data["code"], data["signal"], data.get("meaning", ""), tail)
+
+
+def _account(step: Step, nodes: tuple[str, ...]) -> Account | None:
+    told = step.of_kind("failure")
+    if not told:
+        return None
+    data = told[-1].data
+    names = tuple(nodes[node] for node in data["nodes"] if node < len(nodes))
+    return Account(Cause[data["cause"]], data["text"], names, data["rank"])
 
 
 def was_refused(step: Step) -> bool:
@@ -94,48 +210,35 @@ def was_refused(step: Step) -> bool:
     return not step.of_kind("start") and _NOT_CREATED.search("\n".join(step.told())) is not None
 
 
-def ended_early(step: Step, exit_code: int) -> Failure:
-    """A service that ended while it was needed, with whatever code, or a stage that did not say that it was done."""
-    if exit_code:
-        return diagnose(step, exit_code)
-    what = "service" if step.stage.service else "stage"
-    exits = step.of_kind("exit")
-    first = exits[0] if exits else None
-    told = first.data["tail"] if first else step.told()
-    node, rank = (first.data["host"], first.rank) if first else (None, None)
-    return _failure(step, Cause.CODE_ERROR, f"the {what} ended too early: {telling_line(told)}", node, rank, told)
-
-
 def late(step: Step, seconds: float) -> Failure:
     """A stage that did not end, or a service that was not ready, in time."""
     ended = {report.rank for report in step.of_kind("exit")}
     ready = {report.rank for report in step.of_kind("ready")}
-    hosts = step.host_of_rank
+    started = {report.rank for report in step.of_kind("start")}
     world = len(step.places) * step.stage.tasks_per_node
-    absent = sorted(set(range(world)) - set(hosts))
-    busy = sorted(set(hosts) - ended - ready)
+    absent = sorted(set(range(world)) - started)
+    busy = sorted(started - ended - ready)
     waiting = [report.data.get("missing") for report in step.of_kind("waiting")][-1:]
     if absent:
         missing = f"ranks {absent} never started"
     elif waiting and waiting[0]:
         missing = f"missing: {', '.join(waiting[0])}"
     else:
-        missing = f"ranks {busy} ({', '.join(hosts[rank] for rank in busy)}) have not ended"
+        missing = f"ranks {busy} ({', '.join(map(step.name_of, busy))}) have not ended"
     what = "ready" if step.stage.service else "done"
     rank = busy[0] if busy and not absent else None
-    node = hosts.get(rank) if rank is not None else None
-    return _failure(step, Cause.DEADLINE, f"not {what} after {seconds:.0f} s: {missing}", node, rank, step.told())
+    node = step.name_of(rank) if rank is not None else None
+    facts = Facts(step.stage.name)
+    return _failure(facts, Cause.DEADLINE, f"not {what} after {seconds:.0f} s: {missing}", node, rank, step.told())
 
 
-def _first_killed(told: list[str]) -> str | None:
-    for line in told:
+def _first_killed(said: Sequence[str]) -> str | None:
+    for line in said:
         if match := _KILLED_TASK.search(line):
             return match[1]
     return None
 
 
-def _failure(
-    step: Step, cause: Cause, text: str, node: str | None, rank: int | None, tail: list[str] | tuple[str, ...]
-) -> Failure:
+def _failure(facts: Facts, cause: Cause, text: str, node: str | None, rank: int | None, tail: Sequence[str]) -> Failure:
     where = "" if node is None else f" on {node}" + ("" if rank is None else f" (rank {rank})")
-    return Failure(cause, f"{step.stage.name} failed{where}: {text}", step.stage.name, node, rank, tuple(tail))
+    return Failure(cause, f"{facts.stage} failed{where}: {text}", facts.stage, node, rank, tuple(tail))

@@ -65,10 +65,10 @@ class LocalRunner:
     def why_lost(self, job: str, restart: int) -> Cause:
         return Cause.CODE_ERROR
 
-    def lost_nodes(self) -> list[str]:
-        return []
+    def lost_nodes(self) -> dict[str, str]:
+        return {}
 
-    def exclude(self, hosts: Sequence[str]) -> None:
+    def exclude(self, nodes: Sequence[str]) -> None:
         raise NotImplementedError("a local run has one node")
 
     def requeue(self) -> None:

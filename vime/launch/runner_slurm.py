@@ -18,6 +18,7 @@ from vime.run.plan import Plan, Stage
 from vime.slurm import queue as slurm
 from vime.slurm.client import SlurmError, step_environment
 from vime.slurm.hostlist import expand_hosts
+from vime.slurm.reach import unreachable
 
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
 _STATES = {
@@ -118,9 +119,11 @@ class SlurmRunner:
         states = slurm.past_states(job)
         return _STATES.get(states[restart], Cause.CODE_ERROR) if restart < len(states) else Cause.CODE_ERROR
 
-    def lost_nodes(self) -> list[str]:
-        states = slurm.node_states(os.environ["SLURM_JOB_NODELIST"], seconds=2.0)
-        return [name for name, state in states.items() if slurm.is_lost(state)]
+    def lost_nodes(self) -> dict[str, str]:
+        nodes = os.environ["SLURM_JOB_NODELIST"]
+        states = slurm.node_states(nodes, seconds=2.0)
+        lost = {name: f"is {state.rstrip('*')} for Slurm" for name, state in states.items() if slurm.is_lost(state)}
+        return lost | {name: how for name, how in unreachable(nodes).items() if name not in lost}
 
     def requeue(self) -> None:
         try:
@@ -131,8 +134,8 @@ class SlurmRunner:
             if state is None or not (state.state == "COMPLETING" or state.phase == "waiting"):
                 raise
 
-    def exclude(self, hosts: Sequence[str]) -> None:
-        slurm.exclude(self.job, hosts, seconds=2.0)
+    def exclude(self, nodes: Sequence[str]) -> None:
+        slurm.exclude(self.job, nodes, seconds=2.0)
 
     def show(self, text: str) -> None:
         slurm.set_comment(self.job, text)

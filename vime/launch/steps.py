@@ -84,19 +84,19 @@ class Step:
 
     @property
     def silent_places(self) -> set[AllocatedNode]:
-        """Nodes with a task that started and has not told its end: its supervisor was killed, or its node is lost."""
+        """Nodes with a task that started and reported no end: its supervisor was killed, or its node is lost."""
         ended = {report.rank for report in self.of_kind("exit")}
-        return {self.places[rank // self.stage.tasks_per_node] for rank in set(self.host_of_rank) - ended}
+        started = {report.rank for report in self.of_kind("start")}
+        return {self.places[rank // self.stage.tasks_per_node] for rank in started - ended}
+
+    def name_of(self, rank: int) -> str:
+        """Slurm's name of a task's node."""
+        return self.places[rank // self.stage.tasks_per_node].name
 
     @property
     def ended_quietly(self) -> bool:
         """Whether a task has ended with code 0 without being told to."""
         return any(not report.data["code"] and not report.data["stopped"] for report in self.of_kind("exit"))
-
-    @property
-    def host_of_rank(self) -> dict[int, str]:
-        """Hosts of the tasks that have started."""
-        return {report.rank: report.data["host"] for report in self.of_kind("start")}
 
     def told(self, lines: int = 20) -> list[str]:
         """Last words of the launcher and of tasks that could not report."""
@@ -165,16 +165,16 @@ class Runner(Protocol):
         """What ended a start that left no last word."""
         ...
 
-    def lost_nodes(self) -> list[str]:
-        """Names of the allocation's nodes that are down or do not answer."""
+    def lost_nodes(self) -> dict[str, str]:
+        """Names of the allocation's nodes that are down or do not answer, and how that is known."""
         ...
 
     def requeue(self) -> None:
         """Lets the same job run again."""
         ...
 
-    def exclude(self, hosts: Sequence[str]) -> None:
-        """Keeps the job, which waits for its next start, off these hosts."""
+    def exclude(self, nodes: Sequence[str]) -> None:
+        """Keeps the job, which waits for its next start, off these nodes."""
         ...
 
     def show(self, text: str) -> None:

@@ -126,6 +126,11 @@ class Stage(Frozen):
     deadline_s: float
     """Seconds after which the stage has failed (for a service: until it is ready)."""
 
+    @property
+    def saves_on_request(self) -> bool:
+        """Whether the stage writes the run's own checkpoints, and one more when the controller asks for it."""
+        return any(output.kind == "run" for output in self.outputs)
+
 
 class Ports(Frozen):
     """Ports of the run, the same on every node, outside the ephemeral range; a job's offset keeps two runs apart."""

@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 
-from vime.errors import Cause, VimeError, is_storage_error
+from vime.errors import Cause, VimeError
 from vime.run.folder import read_binding, read_plan
 from vime.run.messages import report
 from vime.run.plan import Binding, Plan
 from vime.run.tokens import API_KEY, RAY_TOKEN, read_token
+from vime.train.causes import explain, ray_facts
 
 
 def connect(plan: Plan, binding: Binding) -> None:
@@ -24,26 +25,6 @@ def connect(plan: Plan, binding: Binding) -> None:
 
     address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
     ray.init(address=address, namespace="vime", log_to_driver=True, logging_level=logging.WARNING)
-
-
-def cause_of(error: BaseException) -> Cause:
-    """The kind of a failure, looking through exception groups and Ray's wrappers."""
-    from ray import exceptions
-
-    if isinstance(error, BaseExceptionGroup):
-        return cause_of(error.exceptions[0])
-    # Before VimeError: Ray raises a class that is both, and whose `cause` is the error itself.
-    if isinstance(error, exceptions.RayTaskError):
-        return cause_of(error.cause) if isinstance(error.cause, BaseException) else Cause.CODE_ERROR
-    if isinstance(error, VimeError):
-        return error.cause
-    if is_storage_error(error):
-        return Cause.STORAGE
-    if isinstance(error, (exceptions.OutOfMemoryError, MemoryError)):
-        return Cause.OUT_OF_MEMORY
-    if isinstance(error, (exceptions.NodeDiedError, exceptions.ActorUnavailableError)):
-        return Cause.NODE_FAILURE
-    return Cause.CODE_ERROR
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,18 +43,17 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(Driver(plan, binding, read_token(plan.run_dir, API_KEY)).run())
     except Exception as error:  # noqa: BLE001 -- the last stop: any failure becomes its cause's exit code, in full text
         traceback.print_exception(error)
-        cause = cause_of(error)
-        print(f"error: training ended: {cause.name.lower()}: {_last_line(error)}", file=sys.stderr, flush=True)
-        return int(cause)
+        return int(account_for(error, plan, binding))
     report("result")
     return int(Cause.SUCCESS)
 
 
-def _last_line(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def account_for(error: Exception, plan: Plan, binding: Binding) -> Cause:
+    """Tell the controller and the log why training ended."""
+    account = explain(error, asyncio.run(ray_facts(plan, binding, error)))
+    report("failure", **account.as_data())
+    print(f"error: training ended: {account.cause.name.lower()}: {account.text}", file=sys.stderr, flush=True)
+    return account.cause
 
 
 if __name__ == "__main__":

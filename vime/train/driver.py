@@ -15,6 +15,7 @@ from vime.run.plan import Binding, Plan
 from vime.sync.ranks import StartState, TrainerCall, WorkerMethods
 from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
+from vime.train.causes import watch_nodes
 from vime.train.deadlines import PhaseDeadlines
 from vime.train.handover import Handover
 from vime.train.loop import Loop
@@ -36,15 +37,20 @@ class Driver:
     async def run(self) -> None:
         """Train, or do what a debug flag asks for instead."""
         try:
-            group = await reserve(self.plan, deadline_s=self.deadlines.placement)
-            if folder := self.recipe.misc.load_debug_rollout_data:
-                await self._train_only(group, folder)
-            elif self.recipe.misc.debug_rollout_only:
-                await self._rollout_only(group)
-            else:
-                await self._train(group)
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(watch_nodes(self.plan, self.binding))
+                await self._run(await reserve(self.plan, deadline_s=self.deadlines.placement))
+                watch.cancel()
         finally:
             self.phases.close()
+
+    async def _run(self, group: Any) -> None:
+        if folder := self.recipe.misc.load_debug_rollout_data:
+            await self._train_only(group, folder)
+        elif self.recipe.misc.debug_rollout_only:
+            await self._rollout_only(group)
+        else:
+            await self._train(group)
 
     async def _train(self, group: Any) -> None:
         trainer, engines = TrainerGroup(self.plan, group), EngineGroup(self.plan, group)
