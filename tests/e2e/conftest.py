@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.main_job import BaseFolder
-from tests.support.slurm_cluster import DevCluster, bring_up, running_nodes
+from tests.support.slurm_cluster import DevCluster, bring_up, running
 
 
 @pytest.fixture(scope="session")
 def cluster_before() -> Iterator[None]:
     """Takes down at the end what was not up at the start."""
-    before = running_nodes()
+    before = running()
     yield
-    if before is None and running_nodes() is not None:
+    if before is None and running() is not None:
         DevCluster(0).call("down")
 
 

@@ -60,14 +60,14 @@ def test_a_raylet_is_killed(run: Scene) -> None:
     run.start(*ray_stages(run.run_dir, run.nodes), run.training())
     run.until_said("train", "training", 300)
     run.kill(run.last_node, "raylet")
-    run.ends("CODE_ERROR", stage="ray-workers", node=run.last_node, within_s=60, text="raylet")
+    run.ends("CRASH", stage="ray-workers", node=run.last_node, within_s=60, text="raylet")
 
 
 def test_the_head_of_ray_is_killed(run: Scene) -> None:
     run.start(*ray_stages(run.run_dir, run.nodes), run.training())
     run.until_said("train", "training", 300)
     run.kill(0, "gcs_server")
-    run.ends("CODE_ERROR", stage="ray-head", node=0, within_s=60, text="gcs_server")
+    run.ends("CRASH", stage="ray-head", node=0, within_s=60, text="gcs_server")
 
 
 # -- nodes --

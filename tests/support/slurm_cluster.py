@@ -17,6 +17,8 @@ from vime.slurm import queue as slurm
 from vime.system.processes import start_ticks
 
 DEVCLUSTER = Path(__file__).parents[2] / "slurm" / "devcluster"
+QUICK_TIMEOUT = 12
+"""SlurmdTimeout of most tests; Slurm's own default is 300 s."""
 STATE = Path(os.environ.get("VIME_DEVCLUSTER_DIR", "/run/vime-devcluster"))
 
 
@@ -78,20 +80,21 @@ def wait_for_end(job: str, seconds: float) -> str:
     return state.state
 
 
-def running_nodes() -> int | None:
-    """Nodes of the cluster that is up; None when none is."""
+def running() -> dict[str, int] | None:
+    """Settings of the cluster that is up (nodes, slurmd_timeout, …); None when none is."""
     try:
-        known = json.loads((STATE / "cluster.json").read_text())["nodes"]
+        known = json.loads((STATE / "cluster.json").read_text())
         pid, start = (STATE / "pids" / "slurmctld").read_text().split()
     except FileNotFoundError:
         return None
     return known if start_ticks(int(pid)) == int(start) else None
 
 
-def bring_up(nodes: int) -> DevCluster:
-    """The cluster with this many nodes; one of another size goes down for it."""
-    cluster = DevCluster(nodes)
-    if running_nodes() not in (None, nodes):
+def bring_up(nodes: int, slurmd_timeout: int = QUICK_TIMEOUT) -> DevCluster:
+    """The cluster with these settings; one with others goes down for it."""
+    cluster, wanted = DevCluster(nodes), {"nodes": nodes, "slurmd_timeout": slurmd_timeout}
+    present = running()
+    if present is not None and {name: present.get(name) for name in wanted} != wanted:
         cluster.call("down")
-    cluster.call("up", "--nodes", str(nodes))
+    cluster.call("up", "--nodes", str(nodes), "--slurmd-timeout", str(slurmd_timeout))
     return cluster

@@ -1,0 +1,142 @@
+"""Every fault of docs/faults.md that can meet a training, met by a real one, with Slurm's own SlurmdTimeout.
+
+Each ends in time, with the right cause and culprit, and resumes from its newest checkpoint where another start helps.
+`tools/test.sh` runs four of them, `--full` all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.slurm_cluster import DevCluster, bring_up
+from tests.support.slurm_training import DRIVER_NODE, ENGINE_NODE, NODES, RANK_NODE, Training
+from vime.run.metrics import read_metrics
+from vime.slurm import queue as slurm
+
+pytestmark = pytest.mark.e2e
+
+ALWAYS = (
+    "test_an_engine_is_killed_and_comes_back",
+    "test_a_rank_is_killed",
+    "test_the_node_of_a_rank_is_lost",
+    "test_the_time_limit_comes",
+)
+SLURMD_TIMEOUT = 300
+"""Slurm's default."""
+
+
+@pytest.fixture(autouse=True)
+def only_with_full(request: pytest.FixtureRequest) -> None:
+    if request.function.__name__ not in ALWAYS and not request.config.getoption("--full"):
+        pytest.skip("with --full")
+
+
+@pytest.fixture(scope="module")
+def cluster(cluster_before: None) -> DevCluster:
+    return bring_up(NODES, SLURMD_TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def run(cluster: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    training = Training(cluster, tmp_path_factory.mktemp("base"))
+    yield training
+    training.close()
+    training.nothing_is_left()
+
+
+def test_an_engine_is_killed_and_comes_back(run: Training) -> None:
+    before = run.under_way()
+    run.signal(ENGINE_NODE, "KILL", "vime.rollout.serve")
+    run.under_way()
+    assert run.ends_so_far() == before
+    restarts = [values.get("sync/engine_restarts", 0.0) for values in read_metrics(run.run_dir).values()]
+    assert sum(restarts) >= 1
+
+
+def test_a_rank_is_killed(run: Training) -> None:
+    before = run.under_way()
+    run.signal(RANK_NODE, "KILL", "ray::", "rank 1")
+    end = run.ended("CRASH", before=before, node=RANK_NODE, rank=1, within_s=90, text="rank 1 died")
+    assert "Traceback" in end.data["log_tail"]
+    run.resumes()
+
+
+def test_the_node_of_a_rank_is_lost(run: Training) -> None:
+    before = run.under_way()
+    run.fault("node-kill", RANK_NODE, mend="node-start")
+    run.ended("NODE_FAILURE", before=before, node=RANK_NODE, within_s=120)
+    run.resumes()
+
+
+def test_the_time_limit_comes(run: Training) -> None:
+    before = run.under_way()
+    state = slurm.job_state(run.job)
+    assert state is not None
+    assert state.start is not None
+    minutes = int(time.time() - state.start) // 60 + 3
+    slurm.call("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
+    run.ended("TIME_LIMIT", before=before, within_s=240, text="with checkpoint")
+    slurm.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=7-0")
+    run.resumes()
+
+
+def test_the_node_of_an_engine_is_lost(run: Training) -> None:
+    before = run.under_way()
+    run.fault("node-kill", ENGINE_NODE, mend="node-start")
+    run.ended("NODE_FAILURE", before=before, node=ENGINE_NODE, within_s=120)
+    run.resumes()
+
+
+def test_the_node_of_the_driver_is_lost(run: Training) -> None:
+    """The controller dies with it: Slurm notices after its timeout, and the next start writes the last word."""
+    before = run.under_way()
+    run.fault("node-kill", DRIVER_NODE, mend="node-start")
+    end = run.ended("NODE_FAILURE", before=before, node=DRIVER_NODE, within_s=SLURMD_TIMEOUT + 240, text="no last word")
+    assert end.data["requeued"]
+    run.resumes()
+
+
+def test_the_job_is_preempted(run: Training) -> None:
+    before = run.under_way()
+    slurm.call("scontrol", "requeue", run.job)
+    run.ended("PREEMPTED", before=before, within_s=60)
+    run.resumes()
+
+
+def test_a_raylet_is_killed(run: Training) -> None:
+    before = run.under_way()
+    run.kill(ENGINE_NODE, "raylet")
+    run.ended("CRASH", before=before, stage="ray-workers", node=ENGINE_NODE, within_s=90, text="raylet")
+    run.resumes()
+
+
+def test_the_head_of_ray_is_killed(run: Training) -> None:
+    before = run.under_way()
+    run.kill(DRIVER_NODE, "gcs_server")
+    run.ended("CRASH", before=before, stage="ray-head", node=DRIVER_NODE, within_s=90, text="gcs_server")
+    run.resumes()
+
+
+def test_the_driver_is_killed(run: Training) -> None:
+    before = run.under_way()
+    run.signal(DRIVER_NODE, "KILL", "-m vime.train")
+    run.ended("CRASH", before=before, node=DRIVER_NODE, within_s=60, text="SIGKILL")
+    run.resumes()
+
+
+def test_the_link_of_a_node_is_cut(run: Training) -> None:
+    before = run.under_way()
+    run.fault("link-down", ENGINE_NODE, mend="link-up")
+    run.ended("NODE_FAILURE", before=before, node=ENGINE_NODE, within_s=180)
+    run.resumes()
+
+
+def test_slurmd_of_a_node_is_killed(run: Training) -> None:
+    """Training goes on until Slurm gives the node up."""
+    before, saved = run.under_way(), run.saved()
+    run.fault("slurmd-kill", RANK_NODE, mend="slurmd-start")
+    run.ended("NODE_FAILURE", before=before, node=RANK_NODE, within_s=SLURMD_TIMEOUT + 240)
+    assert run.saved() > saved
