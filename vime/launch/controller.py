@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from vime.errors import Cause, VimeError, is_storage_error
+from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
 from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, late, was_refused
@@ -89,7 +89,7 @@ class Controller:
             try:
                 prepare_folders(self._run)
                 self._journal = Journal(self._run)
-            except OSError as error:
+            except (OSError, BadInput) as error:
                 self._say(f"error: run folder {self._run} cannot be used: {error}")
                 cause = Cause.STORAGE if is_storage_error(error) else Cause.BAD_INPUT
                 self._show(f"{cause.name}: {error}")
