@@ -23,6 +23,9 @@ def connect(plan: Plan, binding: Binding) -> None:
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray
 
+    if plan.code is not None:
+        # Ray puts the driver's working directory before all else where its actors look for modules.
+        os.chdir(plan.code)
     address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
     ray.init(address=address, namespace="vime", log_to_driver=True, logging_level=logging.WARNING)
 

@@ -234,11 +234,13 @@ async def _refusal(address: str, port: int) -> str | None:
 def _dead_actors(binding: Binding) -> list[DeadActor]:
     """Actors of the run that ended without being told to."""
     from ray._private import state
+    from ray.core.generated.common_pb2 import ActorDiedErrorContext as Context
 
     try:
         actors: Sequence[dict[str, Any]] = list(state.actors().values())
     except Exception:  # noqa: BLE001 -- the GCS may be what failed; then it has nothing to say
         return []
+    intended = (Context.OWNER_DIED, Context.RAY_KILL, Context.OUT_OF_SCOPE, Context.REF_DELETED)
     by_address = {node.address: node.index for node in binding.nodes}
     found = []
     for actor in actors:
@@ -248,7 +250,7 @@ def _dead_actors(binding: Binding) -> list[DeadActor]:
             continue
         out_of_memory = death.HasField("oom_context")
         reason = death.oom_context.error_message if out_of_memory else context.error_message
-        if any(text in reason for text in ("ray.kill", "owner", "out of scope", "exit_actor", "intentional")):
+        if not out_of_memory and context.reason in intended:
             continue
         match = RANK_NAME.fullmatch(actor["Name"])
         rank = int(match[1]) if match else None
