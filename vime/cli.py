@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 from vime.errors import BadInput, VimeError
 from vime.recipe import files
 from vime.recipe.flags import recipe_options
+from vime.system.redact import redact
 
 
 def command(run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
@@ -28,7 +29,7 @@ def command(run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             code = run(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
         except VimeError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
             return int(error.cause)
         except BrokenPipeError:
             # Python would complain once more when it flushes at its end.

@@ -15,6 +15,7 @@ from vime.observe.timeline import chrome_trace
 from vime.run.journal import read_events
 from vime.run.registry import find_run, last_run
 from vime.system.files import PRIVATE, write_file
+from vime.system.redact import redact
 
 
 def write_report(run_dir: str | Path) -> str:
@@ -22,7 +23,7 @@ def write_report(run_dir: str | Path) -> str:
     folder = Path(run_dir)
     run = read_run(folder, [event.model_dump() for event in read_events(folder)])
     write_file(folder / "trace.json", json.dumps(chrome_trace(run.spans)), mode=PRIVATE)
-    write_file(folder / "report.html", page(run), mode=PRIVATE)
+    write_file(folder / "report.html", redact(page(run)), mode=PRIVATE)
     return run.last_line(folder / "report.html")
 
 

@@ -16,6 +16,7 @@ from vime.recipe.schema import Recipe
 from vime.run.folder import write_plan
 from vime.run.plan import Plan
 from vime.run.scheduler import find_scheduler
+from vime.system.redact import redact
 
 
 def list_options(recipe: Recipe) -> str:
@@ -58,7 +59,7 @@ def _dry_run(plan: Plan, *, write: bool) -> int:
     scheduler = find_scheduler(plan.cluster.kind)
     print(render(plan))
     for preview in scheduler.preview(plan):
-        print(f"{preview.title}\n\n{preview.text}")
+        print(redact(f"{preview.title}\n\n{preview.text}"))
     if write:
         claim_folder(plan)
         write_code(plan)

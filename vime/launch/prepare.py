@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vime.errors import BadInput
 from vime.run import code as snapshot
+from vime.run.environment import resolve
 from vime.run.folder import PLAN, make_run_folder, read_plan, write_plan
 from vime.run.plan import Plan
 from vime.run.registry import record_run
@@ -35,6 +37,8 @@ def write_code(plan: Plan) -> None:
 
 def start(plan: Plan) -> None:
     """Writes code and plan and records the run, so that vime.status and its siblings find it from here on."""
+    # A reference to a secret that is missing is told before anything is queued.
+    resolve({**plan.cluster.env, **plan.recipe.misc.env}, os.environ)
     claim_folder(plan)
     write_code(plan)
     write_plan(plan)

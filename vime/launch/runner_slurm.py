@@ -19,6 +19,7 @@ from vime.slurm import queue as slurm
 from vime.slurm.client import SlurmError, step_environment
 from vime.slurm.hostlist import expand_hosts
 from vime.slurm.reach import unreachable
+from vime.system.redact import redact
 
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
 _STATES = {
@@ -138,4 +139,4 @@ class SlurmRunner:
         slurm.exclude(self.job, nodes, seconds=2.0)
 
     def show(self, text: str) -> None:
-        slurm.set_comment(self.job, text)
+        slurm.set_comment(self.job, redact(text))

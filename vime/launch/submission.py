@@ -19,6 +19,7 @@ from vime.launch.container import mounts
 from vime.launch.lead import lead_s
 from vime.launch.srun import gpu_options, srun_argv, step_python
 from vime.run.chain import Link, links, part
+from vime.run.environment import export_lines
 from vime.run.folder import make_run_folder
 from vime.run.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
 from vime.run.plan import Plan
@@ -116,7 +117,7 @@ def setup_lines(plan: Plan) -> list[str]:
     lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
     if cluster.venv is not None:
         lines.append(f"source {shlex.quote(f'{cluster.venv}/bin/activate')}")
-    lines += [*cluster.setup, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items())]
+    lines += [*cluster.setup, *export_lines(cluster.env)]
     if plan.code is not None:
         # The folder in which the run was submitted may hold plug-ins; it may also be the checkout, so it comes second.
         # Python itself would put it first.

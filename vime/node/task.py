@@ -20,6 +20,7 @@ from vime.node.scratch import NodeFolder, base_folder
 from vime.node.supervise import Supervisor
 from vime.node.sweep import SWEEP, sweep_stage
 from vime.run.canary import CANARY
+from vime.run.environment import resolve
 from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
 from vime.run.plan import Binding, Plan, Stage
@@ -78,8 +79,7 @@ def task_env(
     Whatever starts inside would take Slurm's variables for its own: Ray's workers inherit them from the raylet.
     """
     env = {name: value for name, value in environ.items() if not name.startswith(_FOREIGN)}
-    env.update(plan.cluster.env)
-    env.update(stage.env)
+    env.update(resolve({**plan.cluster.env, **stage.env}, environ))
     job = environ.get(JOB, "local")
     env.update(
         RANK=str(seat.rank),

@@ -12,6 +12,7 @@ from vime.planning.counts import Kind, stage_parts
 from vime.planning.show import duration, ranges, size, table
 from vime.recipe.schema import Recipe
 from vime.run.plan import GpuMemory, Plan
+from vime.system.redact import redacted
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def as_json(plan: Plan, needs: Needs) -> dict[str, Any]:
     """The plan's own fields, and what was worked out beside them."""
     least = needs.least
     return {
-        **plan.model_dump(mode="json"),
+        **redacted(plan.model_dump(mode="json")),
         "fits": not needs.shortages,
         "shortages": [dataclasses.asdict(one) for one in needs.shortages],
         "least_nodes": least and {"nodes": least.nodes, "flags": least.flags, "host_bytes": least.host_bytes},

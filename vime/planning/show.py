@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from vime.run.plan import EnginePlan, NodePlan, Plan, Stage, TrainerRank
+from vime.system.redact import redact
 
 
 def render(plan: Plan) -> str:
@@ -12,7 +13,7 @@ def render(plan: Plan) -> str:
     parts = [_head(plan), _stages(plan), _memory(plan), _placement_summary(plan)]
     if plan.notes:
         parts.append("\n".join(["Notes", *(f"  - {note}" for note in plan.notes)]))
-    return "\n\n".join(parts) + "\n"
+    return redact("\n\n".join(parts) + "\n")
 
 
 def render_placement(plan: Plan) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from vime.errors import DeadlineExceeded, VimeError
 from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
+from vime.run.environment import resolve
 from vime.run.last_words import telling_line
 from vime.run.plan import Binding, Plan
 from vime.system import shared_memory
@@ -77,7 +78,7 @@ class EngineServer:
         private_folder(self.log.parent)
         # vLLM's processes talk through sockets and rendezvous files in the temporary folder: a private one.
         self._scratch = tempfile.mkdtemp(prefix="vime-")
-        env = {**os.environ, **self.command.env}
+        env = {**os.environ, **resolve(self.command.env, os.environ)}
         env |= {KEY_VARIABLE: self._key, PARENT_VARIABLE: str(os.getpid()), "TMPDIR": self._scratch}
         self._server_name = secrets.token_hex(8)
         env |= {NAME_VARIABLE: self._server_name}

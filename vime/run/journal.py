@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vime.system.redact import redact, redacted
+
 EVENTS_FILE = "events.jsonl"
 RESERVE_FILE, RESERVE_BYTES = ".reserve", 256 * 1024
 
@@ -68,7 +70,9 @@ class Journal:
 
     def write(self, kind: Kind, text: str = "", *, sync: bool = True, **fields: Any) -> Event:
         """Appends an event; `fields` are stage, node, rank and data of Event."""
-        event = Event(kind=kind, text=text, **fields)
+        # Reports, status and the job's comment show events: no secret of a log's tail or an error gets into one.
+        fields["data"] = redacted(fields.get("data", {}))
+        event = Event(kind=kind, text=redact(text), **fields)
         self._waiting += event.model_dump_json(exclude_defaults=True).encode() + b"\n"
         self.flush(sync=sync)
         return event

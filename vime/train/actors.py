@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vime.errors import DeadlineExceeded
 from vime.rollout.engine import EngineServer
+from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
 from vime.run.plan import Binding, Plan
 from vime.run.tokens import API_KEY, read_token
@@ -40,7 +41,8 @@ class RankActor:
         # In the order of the bus, as nvidia-smi and preflight count; CUDA's own order goes by speed.
         os.environ.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=str(place.gpu))
         os.environ.update(OMP_NUM_THREADS=str(threads))
-        os.environ.update({name: value for name, value in plan.recipe.misc.env.items() if name not in os.environ})
+        given = {name: value for name, value in plan.recipe.misc.env.items() if name not in os.environ}
+        os.environ.update(resolve(given, os.environ))
         import torch
 
         torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from vime.run.metrics import MetricsWriter
 from vime.run.plan import Plan
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
+from vime.system.redact import redacted
 from vime.train.deadlines import PhaseDeadlines
 
 SPANS_SECONDS = 60.0
@@ -35,7 +36,7 @@ class Phases:
             plan.run_dir,
             run_name=plan.run_name,
             wandb_project=(misc.wandb_project or "vime") if misc.use_wandb else None,
-            config=plan.recipe.model_dump(),
+            config=redacted(plan.recipe.model_dump(mode="json")),
         )
         return cls(plan, deadlines or PhaseDeadlines.of(plan), Timeline(plan.run_dir), metrics)
 
