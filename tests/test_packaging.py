@@ -42,7 +42,7 @@ def test_the_wheel_has_every_config_and_slurm_file(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"vime/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     slurm = {f"vime/slurm_templates/{path.name}" for path in (ROOT / "slurm").iterdir() if path.is_file()}
-    data = {str(path.relative_to(ROOT)) for path in (ROOT / "vime").rglob("*.css")}
+    data = {str(path.relative_to(ROOT)) for path in (ROOT / "vime").rglob("*.[cj]ss*")}
     assert configs | slurm | data <= names
 
 

@@ -1,5 +1,7 @@
 """The report: one file, no script and no network, escaped, quick to open in a real browser even for a long run."""
 
+import base64
+import hashlib
 import html.parser
 import itertools
 import re
@@ -11,6 +13,7 @@ import pytest
 import vime
 from tests.support.browser import open_page
 from tests.support.synthetic import HOSTILE, synthetic_run
+from vime.observe.browse import SCRIPT, policy
 from vime.observe.page import CHARTS, STYLE
 from vime.report import main, write_report
 
@@ -56,7 +59,14 @@ def page(long_run):
 
 
 def test_what_the_model_wrote_is_text_and_nothing_is_fetched(page):
-    assert "script" not in page.tags
+    scripts = [attributes.get("type") for tag, attributes in page.marked if tag == "script"]
+    assert scripts.count(None) == 1
+    assert set(scripts) == {None, "application/json", "text/plain"}
+    policies = [attributes.get("content") for tag, attributes in page.marked if "http-equiv" in attributes]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert policies == [policy()]
+    assert f"script-src 'sha256-{digest}'" in policy()
+    assert "default-src 'none'" in policy()
     # The SVG's namespace is a name, not an address that is fetched.
     assert not {"src", "href", "action"} & {
         name for name, value in page.attributes if not (value or "").startswith("#")
@@ -78,7 +88,7 @@ def test_every_section_that_a_person_looks_for_is_there(page):
 
 def test_best_and_worst_stand_side_by_side_with_the_label(long_run):
     text = (long_run[0] / "report.html").read_text()
-    first = text.split('<div class="two">')[1].split("</details>")[0]
+    first = text.split('id="samples"')[1].split('<div class="two">')[1].split("</details>")[0]
     assert first.count("<article") == 2
     assert "Best: reward 1<" in first
     assert "Worst: reward 0<" in first
@@ -206,6 +216,7 @@ def test_chromium_opens_a_long_run_in_under_two_seconds(long_run, tmp_path):
     assert min(seconds for seconds, _ in pages) - empty < 2
     dom = pages[0][1]
     assert "<title>owned" not in dom
+    assert 'data-found="80"' in dom
     assert dom.count("<svg") >= 15
     picture = tmp_path / "page.png"
     opened(address, f"--screenshot={picture}", "--window-size=1300,2000")

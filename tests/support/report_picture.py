@@ -25,7 +25,7 @@ def main() -> int:
         write_report(run)
         shot = folder / "shot.png"
         open_page((run / "report.html").as_uri(), folder, f"--screenshot={shot}", "--window-size=1240,1000")
-        Image.open(shot).convert("RGB").quantize(64).save(TARGET, optimize=True)
+        Image.open(shot).convert("RGB").quantize(200).save(TARGET, optimize=True)
     print(f"{TARGET}: {TARGET.stat().st_size / 1000:.0f} kB")
     return 0
 

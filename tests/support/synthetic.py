@@ -62,8 +62,16 @@ def synthetic_run(
         "node": "node03",
         "text": f"run ended: {text or cause}",
     }
+    _write(run / "lengths.jsonl", [_lengths(step, rollouts, draw) for step in range(rollouts)])
     _write(run / "events.jsonl", [start, preflight, {**end, "data": {"cause": cause, "log_tail": text}}])
     return run
+
+
+def _lengths(step: int, rollouts: int, draw: random.Random) -> dict:
+    """256 samples, of which longer ones are wrong more often."""
+    tokens = [min(32768, int(draw.lognormvariate(8.7 + 0.5 * step / rollouts, 0.6))) for _ in range(256)]
+    rewards = [float(draw.random() < (0.35 + 0.4 * step / rollouts) * (1.3 - count / 40000)) for count in tokens]
+    return {"rollout_id": step, "tokens": tokens, "rewards": rewards}
 
 
 def _timeline(step: int, draw: random.Random, ranks: int) -> list[dict]:
@@ -94,6 +102,7 @@ def _metrics(step: int, rollouts: int, draw: random.Random) -> dict[str, float]:
         "rollout/filter_drops": draw.randrange(20),
         "rollout/zero_std_share": 0.2 * done,
         "rollout/truncated_share": 0.05,
+        "rollout/tail_time": 60 + draw.gauss(0, 5),
         "train/pg_loss": draw.gauss(0, 0.01),
         "train/kl_loss": 0.01 * math.sqrt(done),
         "train/ppo_kl": abs(draw.gauss(0, 0.001)),
@@ -103,6 +112,8 @@ def _metrics(step: int, rollouts: int, draw: random.Random) -> dict[str, float]:
         "train/train_rollout_logprob_abs_diff": 0.01 + abs(draw.gauss(0, 0.001)),
         "perf/rollout_tokens_per_s": 40000 + draw.gauss(0, 1000),
         "perf/tokens_per_gpu_per_s": 150 + draw.gauss(0, 5),
+        "perf/sync_time": 5.0,
+        "sync/time": 3.5,
         "perf/mfu": 0.31 + draw.gauss(0, 0.01),
         "perf/engine_cache_hit_rate": 0.4,
         "perf/draft_acceptance_rate": 0.7,

@@ -6,21 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape as _escape
 from typing import Any
 
+from vime.system.text import visible
+
 SHOWN_CHARACTERS = 6000
 
 
 def escape(value: Any) -> str:
-    """HTML-escape a value. Control characters and directional overrides become `\\uXXXX`."""
-    text = "" if value is None else str(value)
-    return _escape("".join(c if _plain(c) else f"\\u{ord(c):04x}" for c in text))
-
-
-def _plain(character: str) -> bool:
-    code = ord(character)
-    if code < 32 or 0x7F <= code < 0xA0:
-        return character in "\n\t"
-    # Directional overrides and isolates can disguise a text; lone surrogates cannot be encoded.
-    return not (0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or 0xD800 <= code <= 0xDFFF)
+    """The visible text of a value, escaped for HTML."""
+    return _escape(visible(value))
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, numbers: Sequence[str] = (), caption: str = "") -> str:

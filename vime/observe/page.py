@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import shlex
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from vime.observe import phases
+from vime.observe import lengths, phases, spent, verdict
+from vime.observe.browse import browser, policy
 from vime.observe.charts import Series, line_chart
 from vime.observe.markup import cards, details, escape, facts, pre, shortened, table
 from vime.observe.outcome import Outcome, outcome
@@ -22,6 +24,9 @@ from vime.run.metrics import series
 from vime.run.resume import resume_command
 
 STYLE = files("vime.observe").joinpath("report.css").read_text(encoding="utf-8")
+
+SHOWN_SAMPLES = 8
+"""Rollouts whose best and worst samples stand in the page itself, shortened."""
 
 CHARTS = (
     ("Mean reward, all finished groups", (("rollout/raw_reward", "reward"),), ""),
@@ -51,8 +56,9 @@ CHARTS = (
 def page(run: RunSummary) -> str:
     """The whole document."""
     result = outcome(run)
+    totals = spent.spent(run.spans, run.steps, run.starts)
     sections = {
-        "Outcome": _outcome(run, result),
+        "Outcome": _outcome(run, result, totals),
         "Curves": _curves(run),
         "Evaluation": _evaluation(run),
         "Timeline": _timeline(run),
@@ -72,6 +78,7 @@ def page(run: RunSummary) -> str:
     name = escape(run.plan.run_name)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy())}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f'<style>{STYLE}{MAP_STYLE}</style></head><body><a class="skip" href="#outcome">To the outcome</a>'
@@ -96,7 +103,13 @@ def _subtitle(run: RunSummary) -> str:
     )
 
 
-def _outcome(run: RunSummary, result: Outcome) -> str:
+def _outcome(run: RunSummary, result: Outcome, totals: Mapping[str, float]) -> str:
+    cause = result.word if result.kind == "bad" else ""
+    answers = (
+        verdict.learning(run.steps),
+        verdict.speed(run.steps, totals),
+        verdict.health(run.steps, len(run.starts), cause),
+    )
     told = [f"<p><strong>{escape(result.text)}</strong></p>"]
     if result.where:
         told.append(f"<p>{escape(result.where)}</p>")
@@ -104,8 +117,12 @@ def _outcome(run: RunSummary, result: Outcome) -> str:
         told.append(f"<p>{escape(result.advice)}</p>")
     if result.tail:
         told.append(pre(shortened(result.tail), "Last lines of the log"))
+    ended = f'<div class="panel {result.kind}">{"".join(told)}</div>'
+    time_lost = f'<div class="panel"><h3>Wall time by cause</h3>{spent.bar(totals)}</div>' if totals else ""
+    first = "" if result.kind == "good" else ended
     return (
-        f'<div class="panel {result.kind}">{"".join(told)}</div>{_numbers(run)}<div class="panel">{_facts(run)}</div>'
+        f"{first}{verdict.panel(answers)}{time_lost}{ended if not first else ''}{_numbers(run)}"
+        f'<div class="panel">{_facts(run)}</div>'
     )
 
 
@@ -165,7 +182,9 @@ def _curves(run: RunSummary) -> str:
         line_chart(title, [Series(label, series(run.steps, name)) for name, label in lines], unit=unit)
         for title, lines, unit in CHARTS
     ]
-    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+    found = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+    histograms = lengths.figures(run.lengths)
+    return found + (f"<h3>Response lengths by reward</h3>{histograms}" if histograms else "")
 
 
 def _eval_names(run: RunSummary) -> list[str]:
@@ -216,16 +235,20 @@ def _placement(run: RunSummary) -> str:
 
 
 def _samples(run: RunSummary) -> str:
+    """Best and worst samples of some rollouts, newest first, and the search in all of them."""
     parts = []
-    for number, (rollout_id, samples) in enumerate(reversed(run.samples.items())):
-        scored = sorted((s for s in samples if s.get("reward") is not None), key=lambda s: s["reward"])
+    ids = list(run.samples)
+    places = [round(at * (len(ids) - 1) / (SHOWN_SAMPLES - 1)) for at in range(SHOWN_SAMPLES)] if ids else []
+    some = {ids[place] for place in places}
+    for rollout_id in sorted(some, reverse=True):
+        scored = sorted((s for s in run.samples[rollout_id] if s.get("reward") is not None), key=lambda s: s["reward"])
         if not scored:
             continue
         pair = [("best", scored[-1]), ("worst", scored[0])] if len(scored) > 1 else [("only", scored[0])]
         body = f'<div class="two">{"".join(_sample(name, sample) for name, sample in pair)}</div>'
-        opened = " open" if not number else ""
+        opened = " open" if not parts else ""
         parts.append(f"<details{opened}><summary>rollout {rollout_id}</summary>{body}</details>")
-    return "".join(parts)
+    return "".join(parts) + browser(run.samples)
 
 
 def _sample(name: str, sample: dict[str, Any]) -> str:

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
+from vime.observe.lengths import append_lengths
+from vime.observe.markup import shortened
 from vime.samples import Group, Rollout, Sample
 from vime.system.files import PRIVATE, draft
 from vime.system.private import private_folder
 
 SHOWN_PER_ROLLOUT = 4
-SHOWN_CHARACTERS = 4000
+_READ = ("index", "group", "response", "label", "reward", "tokens", "status")
+WRITTEN_CHARACTERS = 200_000
+"""Most characters of a notable sample's prompt and response; 32k tokens have about 120,000."""
 
 
 def notable(rollout: Rollout) -> list[dict[str, Any]]:
-    """The best and the worst samples of a rollout, shortened to what a report shows."""
+    """The best and the worst samples of a rollout, for a person to read."""
     scored = sorted((s for s in rollout.samples if s.reward is not None), key=lambda s: (s.reward, s.index))
     half = SHOWN_PER_ROLLOUT // 2
     chosen = scored if len(scored) <= SHOWN_PER_ROLLOUT else scored[:half] + scored[-half:]
@@ -25,7 +29,7 @@ def notable(rollout: Rollout) -> list[dict[str, Any]]:
 
 
 def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = False) -> Path:
-    """Write a rollout's notable samples, or `everything` of all of them; mode 0600, by rename."""
+    """Write a rollout's notable samples, or `everything` of all of them, and the lengths and rewards of all."""
     folder = private_folder(Path(run_dir) / "rollouts")
     path = folder / f"{rollout.rollout_id:06d}.jsonl"
     rows = [{**_shown(s), **s.values()} for s in rollout.samples] if everything else notable(rollout)
@@ -35,6 +39,7 @@ def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = F
     ):
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    append_lengths(run_dir, rollout)
     return path
 
 
@@ -57,9 +62,25 @@ def read_rollout(folder: str | Path, rollout_id: int) -> Rollout:
     return Rollout(rollout_id, list(groups.values()))
 
 
-def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a rollout's file for a person to read: prompts are text."""
-    return [{**row, "prompt": prompt_text(row["prompt"])} for row in _rows(Path(path))]
+def read_samples(path: str | Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a rollout's file for a person to read: prompts are text. At most `most`: the best and the worst."""
+    rows: list[dict[str, Any]] = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            rows.append({**{name: row.get(name) for name in _READ}, "prompt": prompt_text(row["prompt"])})
+            if most is not None and len(rows) > 2 * most:
+                rows = _ends(rows, most)
+    return rows if most is None else _ends(rows, most)
+
+
+def _ends(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The half with the lowest and the half with the highest rewards, in the order of the file."""
+    if len(rows) <= most:
+        return rows
+    order = sorted((n for n, row in enumerate(rows) if row["reward"] is not None), key=lambda n: rows[n]["reward"])
+    kept = {*order[: most // 2], *order[len(order) - (most - most // 2) :]}
+    return [row for number, row in enumerate(rows) if number in kept]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -71,8 +92,8 @@ def _shown(sample: Sample) -> dict[str, Any]:
     return {
         "index": sample.index,
         "group": sample.group_index,
-        "prompt": prompt_text(sample.prompt)[:SHOWN_CHARACTERS],
-        "response": sample.response[:SHOWN_CHARACTERS],
+        "prompt": shortened(prompt_text(sample.prompt), WRITTEN_CHARACTERS),
+        "response": shortened(sample.response, WRITTEN_CHARACTERS),
         "label": sample.label,
         "reward": sample.reward,
         "tokens": len(sample.response_ids),

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
+from vime.observe.browse import chosen
+from vime.observe.lengths import Lengths, read_lengths
 from vime.observe.samples import read_samples
 from vime.observe.timeline import Span, read_timeline
 from vime.run.checkpoints import iteration_of
@@ -18,8 +20,8 @@ from vime.run.plan import Binding, Plan
 
 REWARD = "rollout/raw_reward"
 ENDS = 5
-SHOWN_SAMPLES = 8
-"""Rollouts whose best and worst samples the report shows in full."""
+LARGE_BYTES, OF_LARGE = 8 << 20, 16
+"""Size of a rollout's file from which only this many of its samples, the best and the worst, are read."""
 TRACED_ROLLOUTS = 100
 """Newest rollouts for which the trace holds the spans of every rank; the driver's are there for all."""
 
@@ -47,6 +49,18 @@ class RunSummary:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     preflight: list[dict[str, Any]] = field(default_factory=list)
     binding: Binding | None = None
+    lengths: Lengths | None = None
+
+    @property
+    def starts(self) -> list[tuple[float, float | None]]:
+        """Start and end of every start of the run, in Unix seconds; None where the end is not recorded."""
+        found: list[tuple[float, float | None]] = []
+        for event in self.events:
+            if event["kind"] == "run-start":
+                found.append((float(event["time"]), None))
+            elif event["kind"] == "run-end" and found:
+                found[-1] = (found[-1][0], float(event["time"]))
+        return found
 
     @property
     def rewards(self) -> list[tuple[int, float]]:
@@ -97,12 +111,15 @@ def read_run(run_dir: str | Path, events: list[dict[str, Any]]) -> RunSummary:
         checkpoints=list(_checkpoints(Path(plan.recipe.checkpoint.save or folder / "checkpoints"))),
         preflight=_preflight(events),
         binding=_binding(folder),
+        lengths=read_lengths(folder),
     )
 
 
 def _samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    files = sorted((folder / "rollouts").glob("*.jsonl")) if (folder / "rollouts").is_dir() else []
-    return {int(path.stem): read_samples(path) for path in _spread(files, SHOWN_SAMPLES)}
+    paths = {int(path.stem): path for path in (folder / "rollouts").glob("*.jsonl")}
+    sizes = {number: path.stat().st_size for number, path in paths.items()}
+    kept = chosen({number: min(size, LARGE_BYTES) for number, size in sizes.items()})
+    return {number: read_samples(paths[number], OF_LARGE if sizes[number] > LARGE_BYTES else None) for number in kept}
 
 
 def _preflight(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,10 +144,3 @@ def _checkpoints(root: Path) -> list[Checkpoint]:
             sizes = [entry.stat().st_size for entry in os.scandir(path) if entry.is_file()]
             found.append(Checkpoint(str(path), number, sum(sizes), path.stat().st_mtime))
     return found
-
-
-def _spread(items: list[Path], most: int) -> list[Path]:
-    """At most `most` items, evenly spaced, including first and last."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ class _Round:
 
     wanted: int
     passed: list[Group] = field(default_factory=list)
+    passed_at: list[float] = field(default_factory=list)
+    """Monotonic times at which the groups of `passed` passed."""
     finished: list[Group] = field(default_factory=list)
     dropped: int = 0
     failed: int = 0
@@ -150,6 +153,7 @@ class Sampler:
         finally:
             await self._end(round_)
         seconds = time.monotonic() - started
+        tail = round_.passed_at[-1] - round_.passed_at[math.ceil(0.9 * len(round_.passed)) - 1]
         tokens = self._generator.tokens - tokens
         groups = sorted(round_.passed, key=lambda group: group.index)
         self._check_staleness(groups, rollout_id)
@@ -164,6 +168,7 @@ class Sampler:
             "rollout/unfinished_groups": float(len(self._kept)),
             "rollout/prompts_too_long": float(self._stream.data.too_long),
             "rollout/epoch": self._stream.epoch + self._stream.position / len(self._stream.data),
+            "rollout/tail_time": tail,
             "perf/rollout_tokens_per_s": tokens / seconds,
         }
         return Rollout(rollout_id, groups, metrics)
@@ -235,6 +240,7 @@ class Sampler:
                 round_.dropped += not passes
                 if passes:
                     round_.passed.append(group)
+                    round_.passed_at.append(time.monotonic())
 
     def _fresh_enough(self, group: Group, rollout_id: int) -> Group:
         """The group, without its responses where their tokens would be too old for training."""
