@@ -242,3 +242,13 @@ def test_a_run_folder_goes_on_with_its_own_recipe_only(
     assert submit.main(["--recipe", "tiny-qwen3", *words]) == 2
     assert "holds a run of the recipe tiny-deepseek-r1" in capsys.readouterr().err
     assert read_plan(tmp_path / "run").recipe.name == "tiny-deepseek-r1"
+
+
+def test_a_folder_too_long_for_sockets_is_refused_at_once(
+    no_slurm: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Ray would fail hours later, after the conversion, with "AF_UNIX path length cannot exceed 107 bytes"."""
+    profile = tmp_path / "site.yaml"
+    profile.write_text(f"kind: slurm\nenv: {{VIME_NODE_TMP: /scratch/{'project-' * 6}}}\n")
+    assert submit.main(["--dry-run", "--cluster", str(profile)]) == 2
+    assert "VIME_NODE_TMP is /scratch/project-" in capsys.readouterr().err

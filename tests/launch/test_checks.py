@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.launch_stub import make_plan, stub
 from tests.support.preflight_findings import finding, gpu
-from vime.launch.checks import Known, problems
+from vime.launch.checks import Known, problems, shared_memory_bytes
 from vime.run.plan import Artefact, Plan
 
 OTHERS = "as on other nodes"
@@ -89,7 +89,43 @@ def test_locked_memory_must_be_unlimited_for_rdma(tmp_path: Path) -> None:
     ports = {"mlx5_0:1": "ACTIVE"}
     limited = {"limits": {"open_files": 65536, "locked_memory": 8 * 2**20}}
     assert told(plan_of(tmp_path), limited) == []
-    assert "ulimit -l) is 0.0 GB, needs unlimited, for RDMA" in told(plan_of(tmp_path), limited, rdma=ports)[0]
+    assert told(plan_of(tmp_path), limited, rdma={"mlx5_0:1": "DOWN"}) == [], "nobody can use a port that is down"
+    assert "ulimit -Hl) is 0.0 GB, needs unlimited for RDMA" in told(plan_of(tmp_path), limited, rdma=ports)[0]
+
+
+@pytest.mark.parametrize("off", [{"NCCL_IB_DISABLE": "1"}, {"NCCL_NET": "Socket"}])
+def test_rdma_that_is_switched_off_is_not_looked_at(tmp_path: Path, off: dict[str, str]) -> None:
+    """An Ethernet cluster whose network cards show RDMA devices all the same, on some nodes."""
+    plan = plan_of(tmp_path, cluster={"env": off})
+    limited = {"limits": {"open_files": 65536, "locked_memory": 65536}, "rdma": {}}
+    assert told(plan, limited, rdma={"mlx5_0:1": "ACTIVE"}) == []
+
+
+LOCAL = {"shared_memory": 10**12, "folder": "/scratch/vime-1000", "free": 10**12, "socket": 107}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, None),
+        ({"shared_memory": 64 * 2**20}, "free space of /dev/shm is 0.1 GB, needs 0.1 GB (Ray's object store, engines)"),
+        (
+            {"free": 10**8},
+            "node-local files in /scratch/vime-1000 is 0.1 GB, needs 0.2 GB, or VIME_NODE_TMP on another",
+        ),
+        ({"socket": 108}, "socket below /scratch/vime-1000 is 108 characters long, needs at most 107 characters"),
+    ],
+)
+def test_what_processes_need_on_the_node_itself(tmp_path: Path, change: dict[str, Any], text: str | None) -> None:
+    found = told(plan_of(tmp_path), {"node_local": {**LOCAL, **change}})
+    assert [text in line for line in found] == ([True] if text else [])
+
+
+def test_every_engine_of_the_fullest_node_counts_for_shared_memory(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    node = plan.nodes[0].model_copy(update={"engines": (0, 1)})
+    two = plan.model_copy(update={"nodes": (node, *plan.nodes[1:])})
+    assert shared_memory_bytes(two) - shared_memory_bytes(plan) == 2 * 160 * 2**20
 
 
 @pytest.mark.parametrize(("clock", "text"), [(1010.0, "5 s ahead of"), (990.0, "8 s behind"), (1000.0, None)])

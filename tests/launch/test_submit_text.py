@@ -19,7 +19,15 @@ from tests.support.launch_stub import make_plan, preflight, service, stub
 from vime.errors import BadInput, Cause
 from vime.launch.runner_slurm import cause_of_message
 from vime.launch.srun import attach_argv, srun_argv, step_python
-from vime.launch.submission import check_container, check_path, sbatch_text, scripts, submit_jobs, write_scripts
+from vime.launch.submission import (
+    check_container,
+    check_path,
+    module_lines,
+    sbatch_text,
+    scripts,
+    submit_jobs,
+    write_scripts,
+)
 from vime.run.chain import Link, links
 from vime.run.jobs import Job, read_jobs
 from vime.run.plan import Plan
@@ -132,6 +140,26 @@ def test_the_batch_process_becomes_python_and_gets_the_signal_itself(tmp_path: P
     assert "#SBATCH --signal=B:USR2@300" in text
     assert text.splitlines()[-1].startswith("exec ")
     assert "srun" not in text
+
+
+MODULES = {
+    "loaded": ("module() { echo loading $2; }", 0),
+    "no such command": ("", 2),
+    "no such module": ("module() { echo 'Lmod has detected the following error' >&2; return 1; }", 2),
+    "no such module, with an old program": ('module() { echo "ERROR:105: Unable to locate a modulefile" >&2; }', 2),
+    "a note": ("module() { echo 'cuda is deprecated' >&2; }", 0),
+}
+"""The function `module` of sites, and the exit code of a script that needs a module."""
+
+
+@pytest.mark.parametrize("site", MODULES)
+def test_a_module_that_is_missing_ends_the_job_with_its_name(site: str) -> None:
+    function, code = MODULES[site]
+    script = "\n".join([function, *module_lines(["cuda/12.9"]), "echo started"])
+    done = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == code
+    assert ("started" in done.stdout) == (code == 0)
+    assert ("error: the modules cuda/12.9 of the cluster profile cannot be loaded" in done.stderr) == (code == 2)
 
 
 def test_no_slurm_and_no_torch_are_needed_for_the_text(tmp_path: Path) -> None:

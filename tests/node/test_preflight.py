@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -84,3 +86,45 @@ def test_a_node_waits_for_the_word_that_it_was_told(tmp_path: Path) -> None:
     threading.Timer(0.5, lambda: write_file(path, "new", mode=PRIVATE)).start()
     assert canary.read_canary(tmp_path) == old
     assert canary.read_canary(tmp_path, "new") == "new"
+
+
+STATISTICS = {
+    "memory.max": "anon 300\nfile 600\nshmem 100\nactive_file 200\ninactive_file 300\nslab_reclaimable 50\n",
+    "memory.limit_in_bytes": "active_file 1\ninactive_file 1\ntotal_active_file 250\ntotal_inactive_file 300\n",
+}
+"""550 bytes of page cache and the like, with both versions of cgroups; the 100 of shared memory are no cache."""
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "usage"),
+    [
+        ("0::/pods/job", "pods/job", "memory.max", "memory.current"),
+        ("4:memory:/pods/job", "memory/pods/job", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_memory_that_the_kernel_takes_back_is_not_used(
+    tmp_path: Path, line: str, folder: str, limit: str, usage: str
+) -> None:
+    group = tmp_path / folder
+    group.mkdir(parents=True)
+    (group / limit).write_text("1000")
+    (group / usage).write_text("900")
+    (group / "memory.stat").write_text(STATISTICS[limit])
+    process = tmp_path / "cgroup"
+    process.write_text(f"{line}\n")
+    assert group_limits(process, tmp_path) == [650]
+
+
+LOW_LIMIT = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from vime.node.preflight import limits
+print(limits()["open_files"], min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 2**20))
+"""
+
+
+def test_soft_limits_are_raised_before_they_are_looked_at() -> None:
+    """As of a login shell whose limits came along with the job."""
+    done = subprocess.run([sys.executable, "-c", LOW_LIMIT], capture_output=True, text=True, timeout=60)
+    seen, hard = done.stdout.split()
+    assert seen == hard

@@ -18,7 +18,9 @@ def finding(number: int, **changes: Any) -> dict[str, Any]:
         "host": f"node{number:02d}", "address": f"10.0.0.{number}", "interface": "eth0", "rdma": {},
         "memory_available": 10**12, "memory_group": None, "cpus": 64, "kernel": "6.1.0",
         "versions": {"python": "3.11.2", "torch": "2.13.0"}, "gpus": {},
-        "limits": {"open_files": 65536, "locked_memory": None}, "run_folder": None, "canary": "word", "space": {},
+        "limits": {"open_files": 65536, "locked_memory": None}, "run_folder": None,
+        "node_local": {"shared_memory": 10**12, "folder": "/tmp/vime-1000", "free": 10**12, "socket": 80},
+        "canary": "word", "space": {},
         "listening": [], "time": 1000.0,
     }  # fmt: skip
     return {**facts, **changes}

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vime.errors import Cause
+from vime.planning.memory import object_store_bytes
 from vime.run.messages import Report
+from vime.run.node_local import NODE_TMP, SOCKET_CHARACTERS
 from vime.run.plan import Plan
 
 Findings = Mapping[int, Mapping[str, Any]]
@@ -18,6 +20,10 @@ CLOCK_SKEW_S = 2.0
 """Times of logs, of files and of tokens are compared between nodes."""
 OPEN_FILES = 8192
 """What Ray's and the engines' processes of a node open at the same time."""
+ENGINE_SHARED_MEMORY, RANK_SHARED_MEMORY = 160 * 2**20, 32 * 2**20
+"""Bytes of /dev/shm of a vLLM engine (its message queue) and of a trainer rank (NCCL)."""
+NODE_LOCAL_BYTES, NODE_LOCAL_BYTES_GPU = 2 * 10**8, 4 * 10**9
+"""For Ray's logs and sockets, and with GPUs for the caches of compiled kernels."""
 GPU_MEMORY_IN_USE = 2 * 2**30
 """More than a driver and its services take on an idle GPU."""
 
@@ -62,8 +68,9 @@ def problems(plan: Plan, findings: Findings, known: Known) -> list[Problem]:
         _addresses(plan, findings),
         _gpus(plan, findings),
         _versions(findings),
-        _rdma(findings),
-        _limits(findings),
+        _rdma(plan, findings),
+        _limits(plan, findings),
+        _node_local(plan, findings),
         _clocks(findings, known),
         _failures(findings, known),
     ]
@@ -170,8 +177,10 @@ def _versions(findings: Findings) -> Iterator[Problem]:
         yield from _odd_ones(f"version of {name}", have, findings)
 
 
-def _rdma(findings: Findings) -> Iterator[Problem]:
+def _rdma(plan: Plan, findings: Findings) -> Iterator[Problem]:
     """Active ports that other nodes have: NCCL would wait for the node without one. More of them do no harm."""
+    if not uses_rdma(plan):
+        return
     have = {
         place: tuple(port for port, state in sorted(found["rdma"].items()) if state == "ACTIVE")
         for place, found in findings.items()
@@ -183,13 +192,45 @@ def _rdma(findings: Findings) -> Iterator[Problem]:
             yield Problem(place, findings[place]["host"], "list of active RDMA ports", " ".join(ports) or "empty", text)
 
 
-def _limits(findings: Findings) -> Iterator[Problem]:
+def uses_rdma(plan: Plan) -> bool:
+    """Whether NCCL may use RDMA: the profile or the recipe can switch it off."""
+    env = {**plan.cluster.env, **plan.recipe.misc.env}
+    return env.get("NCCL_IB_DISABLE", "0") == "0" and env.get("NCCL_NET", "").lower() != "socket"
+
+
+def _limits(plan: Plan, findings: Findings) -> Iterator[Problem]:
     for place, found in sorted(findings.items()):
         files, locked = found["limits"]["open_files"], found["limits"]["locked_memory"]
         if files is not None and files < OPEN_FILES:
             yield Problem(place, found["host"], "limit of open files (ulimit -Hn)", str(files), str(OPEN_FILES))
-        if found["rdma"] and locked is not None:
-            yield Problem(place, found["host"], "limit of locked memory (ulimit -l)", gb(locked), "unlimited, for RDMA")
+        if uses_rdma(plan) and "ACTIVE" in found["rdma"].values() and locked is not None:
+            need = "unlimited for RDMA (without RDMA set NCCL_IB_DISABLE to 1 in the profile's env)"
+            yield Problem(place, found["host"], "limit of locked memory (ulimit -Hl)", gb(locked), need)
+
+
+def shared_memory_bytes(plan: Plan) -> int:
+    """What the processes of the fullest node take of /dev/shm: Ray's object store, vLLM's queues, NCCL's buffers."""
+    engines = max((len(node.engines) for node in plan.nodes), default=0)
+    ranks = max((len(node.ranks) for node in plan.nodes), default=0) if plan.on_gpu else 0
+    return object_store_bytes(plan.recipe) + engines * ENGINE_SHARED_MEMORY + ranks * RANK_SHARED_MEMORY
+
+
+def _node_local(plan: Plan, findings: Findings) -> Iterator[Problem]:
+    """Sizes that a container or a small disk limits, before anything big starts there."""
+    shared = shared_memory_bytes(plan)
+    space = NODE_LOCAL_BYTES_GPU if plan.on_gpu else NODE_LOCAL_BYTES
+    for place, found in sorted(findings.items()):
+        host, local = found["host"], found["node_local"]
+        if local["shared_memory"] < shared:
+            need = f"{gb(shared)} (Ray's object store, engines): a container needs a larger --shm-size"
+            yield Problem(place, host, "free space of /dev/shm", gb(local["shared_memory"]), need)
+        if local["free"] < space:
+            need = f"{gb(space)}, or {NODE_TMP} on another disk"
+            yield Problem(place, host, f"free space for node-local files in {local['folder']}", gb(local["free"]), need)
+        if local["socket"] > SOCKET_CHARACTERS:
+            need = f"at most {SOCKET_CHARACTERS} characters: set {NODE_TMP} to a shorter folder"
+            value = f"{local['socket']} characters long"
+            yield Problem(place, host, f"path of a socket below {local['folder']}", value, need)
 
 
 def _clocks(findings: Findings, known: Known) -> Iterator[Problem]:

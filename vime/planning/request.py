@@ -13,6 +13,7 @@ from vime.planning.fit import shortages
 from vime.recipe.load import load_with_notes
 from vime.recipe.schema import Recipe
 from vime.run import code as snapshot
+from vime.run.node_local import NODE_TMP, SOCKET_CHARACTERS, longest_socket
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, Wanted, find_scheduler
 
@@ -35,6 +36,11 @@ def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool,
         recipe, nodes = fit.recipe, fit.nodes
         cluster, found = _cluster(args, recipe, nodes, required=required)
         found = [*found, " ".join((f"--nodes auto: {nodes} nodes", *(("with", *fit.flags) if fit.flags else ())))]
+    if (length := longest_socket(cluster.env)) > SOCKET_CHARACTERS:
+        raise BadInput(
+            f"{NODE_TMP} is {cluster.env[NODE_TMP]} in the profile's env: the path of a socket below it has {length} "
+            f"characters, at most {SOCKET_CHARACTERS} work: give a shorter folder"
+        )
     plan = make_plan(
         recipe,
         cluster=cluster,
