@@ -31,7 +31,7 @@ from vime.checkpoint.torch_dist import TorchDistReader, object_name
 from vime.errors import BadInput, VimeError
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
-from vime.models.disk import DiskPlace, disk_place
+from vime.models.disk import DiskPlace, disk_place, extra_states
 from vime.models.families import params_of, stage_of
 from vime.models.namemap import Join, Param
 from vime.models.shards import Piece, check_layout, local_shape, pieces
@@ -95,7 +95,12 @@ def convert(
     made = dist_save.save(
         save_dir,
         [_chunk(checkpoint, w, types[w.place.key]) for w, _ in mine],
-        {name: None for w, _ in mine if not any(w.offset) for name in _extra_states(w.param, w.place)},
+        {
+            object_name(state.key, state.index, state.stack): None
+            for w, _ in mine
+            if not any(w.offset)
+            for state in extra_states(w.param, checkpoint.config)
+        },
         {"checkpoint_version": 3.0, "iteration": 0, "vime": {"hf_config": dict(config.hf)}},
         made_from=checkpoint.fingerprint(),
         cut=dataclasses.asdict(layout),
@@ -223,16 +228,6 @@ def _load(checkpoint: HFCheckpoint, work: Work, dtype: torch.dtype) -> torch.Ten
 
 def _read(checkpoint: HFCheckpoint, param: Param, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
     return checkpoint.read(param.parts[piece.part].name, piece.start, piece.size, dtype)
-
-
-def _extra_states(param: Param, place: DiskPlace) -> Iterator[str]:
-    """Names of the empty states that Megatron's modules expect in addition to their weights."""
-    module, _, leaf = place.key.rpartition(".")
-    name = module.rpartition(".")[2]
-    if leaf == "weight" and (name.startswith("linear_") or name == "eh_proj"):
-        yield object_name(f"{module}._extra_state", place.index, place.stack)
-    if name == "linear_proj":
-        yield object_name(f"{module.removesuffix(name)}core_attention._extra_state", place.index, place.stack)
 
 
 def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, Path, ParallelLayout]:

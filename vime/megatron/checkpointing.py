@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import torch.distributed as dist
 
 from vime.checkpoint.allowed import check_training_checkpoint
-from vime.checkpoint.torch_dist import TorchDistReader, use_disk_keys
+from vime.checkpoint.torch_dist import TorchDistReader, object_name, use_disk_keys
 from vime.errors import BadInput
 from vime.megatron import checkpoint_folders as folders
 from vime.megatron.checkpoint_folders import State
 from vime.megatron.optimizer import Optimizer
 from vime.models.config import ModelConfig
+from vime.models.disk import extra_states
 from vime.models.local import fill, local_tensors
 from vime.models.transform import shard
 from vime.recipe.parallel import Coordinates, ParallelLayout
+
+# Transformer Engine's states of modules; of grouped experts one for each, numbered from the second on.
+_EXTRA_STATE = re.compile(r"\b_extra_state\d*$")
 
 
 class Checkpointer:
@@ -53,6 +58,7 @@ class Checkpointer:
         content["checkpoint_version"] = 3.0
         if state.with_optimizer and self._optimizer is not None:
             content["optimizer"] = self._optimizer.sharded_state(content["model"])
+        content["extra_states"] = self._extra_states()
         layout = {name: getattr(self._layout, name) for name in ("world_size", "tp", "pp", "cp", "ep", "etp")}
 
         def publish() -> None:
@@ -100,7 +106,9 @@ class Checkpointer:
             self._optimizer.steps = state.optimizer_steps
             wanted["optimizer"] = self._optimizer.sharded_state(wanted["model"], to_load=True)
         loaded: Any = dist_checkpointing.load(wanted, str(folder))
-        self._chunks[0].load_state_dict(loaded["model"], strict=True)
+        module = self._chunks[0]
+        states = dict.fromkeys(name for name in module.state_dict() if name.endswith("_extra_state"))
+        module.load_state_dict({**states, **loaded["model"]}, strict=True)
         if with_optimizer:
             assert self._optimizer is not None
             self._optimizer.take_state(loaded["optimizer"])
@@ -133,7 +141,25 @@ class Checkpointer:
         # The embedding's copy beside MTP layers on a later stage needs the group to know which rank writes it.
         state = self._chunks[0].sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
         use_disk_keys(state, self._config)
-        return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+        return {name: entry for name, entry in state.items() if not _EXTRA_STATE.search(name)}
+
+    def _extra_states(self) -> dict[str, Any]:
+        """Empty states of Transformer Engine's modules, as Megatron's own loader expects them; nobody here reads them.
+
+        Which spec runs does not matter: a checkpoint of a CPU holds them too.
+        """
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        coords, found = self._coords, {}
+        for local in local_tensors(self._chunks, self._config, self._layout, coords):
+            copy = (0, coords.tp, coords.dp * self._layout.cp + coords.cp)
+            if local.param.expert is not None:
+                copy = (0, coords.etp, coords.edp)
+            for state in extra_states(local.param, self._config):
+                name = object_name(state.key, state.index, state.stack)
+                shape, offset = state.stack or (1,), state.index or (0,)
+                found[name] = ShardedObject(state.key, None, shape, offset, replica_id=copy)
+        return found
 
     def _calls(self) -> Any:
         if self._queue is None:

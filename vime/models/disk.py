@@ -8,6 +8,7 @@ So a checkpoint moves freely between processors and GPUs, and Megatron's own loa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vime.models.config import ModelConfig
@@ -19,6 +20,10 @@ _MLA_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
+_NORMS = {
+    "input_layernorm", "pre_mlp_layernorm", "final_layernorm", "q_layernorm", "k_layernorm", "enorm", "hnorm",
+}  # fmt: skip
+"""Norms that Transformer Engine's spec leaves as modules of their own (unless they are fused: then the key differs)."""
 _GROUPED_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _DENSE_NORMS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
@@ -46,6 +51,23 @@ def disk_place(param: Param, config: ModelConfig) -> DiskPlace:
         index.append(param.expert)
         stack.append(config.moe.num_experts)
     return DiskPlace(key, tuple(index), tuple(stack))
+
+
+def extra_states(param: Param, config: ModelConfig) -> Iterator[DiskPlace]:
+    """Places of the empty objects that Megatron with Transformer Engine expects along with a parameter.
+
+    Each of Transformer Engine's modules has a state of its own (`_extra_state`, empty without fp8): linear layers,
+    attention, and since its version 1.13 norms that are fused into no matrix. They are given with the module's weight.
+    """
+    place = disk_place(param, config)
+    module, _, leaf = place.key.rpartition(".")
+    parent, _, name = module.rpartition(".")
+    if leaf != "weight":
+        return
+    if name.startswith("linear_") or name == "eh_proj" or name in _NORMS:
+        yield DiskPlace(f"{module}._extra_state", place.index, place.stack)
+    if name == "linear_proj":
+        yield DiskPlace(f"{parent}.core_attention._extra_state", place.index, place.stack)
 
 
 def stacks_layers(config: ModelConfig) -> bool:
