@@ -65,3 +65,10 @@ def test_without_a_mask_every_token_counts_and_another_length_is_an_error() -> N
     sample.loss_mask = [1, 0]
     with pytest.raises(DataError, match="sample 7 has 3 response tokens, 2 in its mask"):
         loss_mask(sample)
+
+
+def test_a_long_response_has_less_reward_than_a_short_one() -> None:
+    rollout, data = rollout_of([[1.0, 1.0]], [2, 10])
+    options = AlgorithmOptions(overlong_buffer_len=4, overlong_penalty_factor=0.5, disable_grpo_std_normalization=True)
+    column = advantage_column(rollout, data, {}, options, 10)
+    assert column.tolist() == pytest.approx([0.25] * 2 + [-0.25] * 10)

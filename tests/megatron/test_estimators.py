@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.megatron import estimators
 from vime.megatron.estimators import ScoredSamples, group_advantages, whiten
 from vime.megatron.plugins import function_of
-from vime.recipe.algorithms import ESTIMATORS, POLICY_LOSSES
+from vime.recipe.algorithms import CORRECTIONS, ESTIMATORS, POLICY_LOSSES
 from vime.recipe.schema import AlgorithmOptions
 
+DOCS = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 REWARDS = st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=16)
 
 
@@ -25,16 +27,18 @@ def samples_of(rewards: list[list[float]], lengths: list[int], **more: Any) -> S
     return ScoredSamples(groups, tuple(torch.ones(length) for length in lengths), **more)
 
 
-@pytest.mark.parametrize("table", [ESTIMATORS, POLICY_LOSSES], ids=["estimators", "losses"])
+@pytest.mark.parametrize("table", [ESTIMATORS, POLICY_LOSSES, CORRECTIONS])
 def test_every_entry_names_a_function_flags_that_exist_and_its_source(table: Any) -> None:
     for name, entry in table.items():
         assert callable(function_of(entry.function, name))
         assert set(entry.flags) <= AlgorithmOptions.model_fields.keys()
         assert entry.formula
-        assert "arXiv" in entry.source
+        assert "arXiv" in entry.source or "202" in entry.source
+        assert f"`{name}`" in DOCS
     assert {entry.policy_loss for entry in ESTIMATORS.values()} <= POLICY_LOSSES.keys()
 
 
+@settings(deadline=None)
 @given(REWARDS)
 def test_group_advantages_have_zero_mean_and_unit_deviation(rewards: list[float]) -> None:
     advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64))
@@ -49,6 +53,7 @@ def test_a_group_of_one_or_of_equal_rewards_has_no_advantage(rewards: list[float
     assert group_advantages(torch.tensor(rewards)).tolist() == [0.0] * len(rewards)
 
 
+@settings(deadline=None)
 @given(REWARDS, st.randoms(use_true_random=False))
 def test_tokens_are_whitened_over_the_whole_rollout_or_samples_are(values: list[float], random: Any) -> None:
     lengths = [random.randint(0, 9) for _ in values]
@@ -76,6 +81,7 @@ def test_reinforce_plus_plus_counts_tokens_so_a_long_sample_weighs_more() -> Non
 
 
 @pytest.mark.parametrize("name", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_a_token_answers_for_the_kl_of_the_tokens_from_it_on(name: str, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -107,3 +113,14 @@ def test_equal_rewards_stay_without_advantage_when_whitened() -> None:
         options = AlgorithmOptions(advantage_estimator=name, normalize_advantages=True)
         found = function_of(ESTIMATORS[name].function, name)(samples, options)
         assert torch.cat(found).tolist() == pytest.approx([0.0] * 14, abs=1e-9)
+
+
+def test_without_the_deviation_a_group_keeps_its_scale() -> None:
+    options = AlgorithmOptions(disable_grpo_std_normalization=True)
+    found = estimators.grpo(samples_of([[4.0, 0.0], [1.0, 1.0]], [1, 2, 1, 1]), options)
+    assert [float(column[0]) for column in found] == [2.0, -2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(0, 0), (60, 0), (80, 0), (85, 0.25), (99, 0.95), (100, 1), (140, 1)])
+def test_a_response_loses_reward_over_the_last_tokens_before_its_end(length: int, penalty: float) -> None:
+    assert estimators.overlong_penalty(length, 100, 20) == pytest.approx(penalty)

@@ -114,6 +114,8 @@ def test_cispo_clips_the_weight_and_keeps_the_token():
     assert result.clipped.tolist() == [True, False]
 
 
-def test_importance_weights_are_truncated_above_only():
-    weights = losses.importance_weights(torch.tensor([0.0, 5.0, -3.0]), torch.zeros(3), 2.0)
-    assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-3)])
+@given(MASKS, st.integers(1, 40))
+def test_a_constant_length_weighs_every_trained_token_alike(masks, length):
+    weights = losses.token_weights([torch.tensor(mask) for mask in masks], per_token=False, length=length)
+    for mask, mine in zip(masks, weights, strict=True):
+        assert mine.tolist() == pytest.approx([one / length / len(masks) for one in mask])

@@ -77,6 +77,31 @@ def packed_loss(
     return float(total.detach()), dict(zip(METRICS, sums.tolist(), strict=True)), gradients
 
 
+def reference_correction(
+    name: str,
+    options: AlgorithmOptions,
+    log_pi: torch.Tensor,
+    old: torch.Tensor,
+    rollout: torch.Tensor,
+    advantage: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Weights of a sample's tokens by the formula of a mismatch correction."""
+    low, high, trained = options.tis_clip_low, options.tis_clip, max(float(mask.sum()), 1.0)
+    token, product = (old - rollout).exp(), ((old - rollout) * mask).sum().exp().expand(len(mask))
+    if name in ("tis", "seq_tis"):
+        return (token if name == "tis" else product).clamp(low, high)
+    if name in ("icepop", "seq_mis"):
+        ratio = token if name == "icepop" else product
+        return ratio * ((ratio >= low) & (ratio <= high))
+    if name == "geo_mask":
+        mean = product.log().div(trained).exp()
+        return ((mean >= options.geo_mask_low) & (mean <= options.geo_mask_high)).double()
+    assert name == "opsm"
+    moved = float(((rollout - log_pi) * mask).sum()) / trained
+    return 1.0 - ((advantage < 0) & (moved > options.opsm_delta)).double()
+
+
 def reference_loss(problem: Problem, options: AlgorithmOptions) -> tuple[float, list[torch.Tensor]]:
     """The same by the formulas, sample by sample in float64."""
     logits = [value.clone().requires_grad_() for value in problem.logits]
@@ -109,8 +134,8 @@ def reference_loss(problem: Problem, options: AlgorithmOptions) -> tuple[float, 
                 if options.eps_clip_c is not None:
                     limit = -options.eps_clip_c * advantage
                     token = torch.where(advantage < 0, torch.minimum(token, limit), token)
-            if options.use_tis:
-                token = token * (old - rollout).exp().clamp(max=options.tis_clip)
+            for name in options.corrections:
+                token = token * reference_correction(name, options, log_pi.detach(), old, rollout, advantage, mask)
             d = log_pi - reference
             kl = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d, "low_var_kl": ((-d).exp() - 1 + d).clamp(-10, 10)}
             token = token - options.entropy_coef * entropy
@@ -133,12 +158,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reinforce_baseline": {"advantage_estimator": "reinforce_plus_plus_baseline", "entropy_coef": 0.02},
     "entropy": {"entropy_coef": 0.01},
     "tis": {"use_tis": True, "tis_clip": 1.1},
+    "tis_low": {"use_tis": True, "tis_clip": 1.1, "tis_clip_low": 0.9},
+    "icepop": {"mismatch_correction": ["icepop"], "tis_clip": 1.3, "tis_clip_low": 0.8},
+    "seq_tis": {"mismatch_correction": ["seq_tis"], "tis_clip": 1.2, "tis_clip_low": 0.7},
+    "seq_mis": {"mismatch_correction": ["seq_mis"], "tis_clip": 2.5, "tis_clip_low": 0.3},
+    "geo_mask": {"mismatch_correction": ["geo_mask", "tis"], "geo_mask_low": 0.9, "geo_mask_high": 1.15},
+    "opsm": {"mismatch_correction": ["opsm"], "opsm_delta": 0.8},
     "k1": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k1"},
     "k2": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k2"},
     "k3": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k3"},
     "low_var_kl": {"use_kl_loss": True, "kl_loss_coef": 0.3},
     "sft": {"loss_type": "sft_loss"},
 }
+SEQUENCE_WIDE = {"gspo", "seq_tis", "seq_mis", "geo_mask", "opsm"}
 PARTS = {"one": [[0, 1, 2, 3, 4, 5, 6]], "each": [[i] for i in range(7)], "mixed": [[6, 0, 3], [], [5, 1], [2, 4]]}
 
 
@@ -159,7 +191,7 @@ def test_loss_and_gradient_are_the_formulas_for_every_packing(name: str, parts: 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([name for name in OPTIONS if name != "gspo"]),
+    st.sampled_from([name for name in OPTIONS if name not in SEQUENCE_WIDE]),
     st.integers(0, 99),
     st.permutations(range(7)),
     st.sets(st.integers(1, 6)),
@@ -168,8 +200,8 @@ def test_loss_and_gradient_are_the_formulas_for_every_packing(name: str, parts: 
 def test_no_order_packing_number_of_micro_batches_or_context_parallel_size_changes_loss_and_gradient(
     name: str, seed: int, order: list[int], cuts: set[int], cp: int
 ) -> None:
-    """Which data-parallel rank takes a micro-batch cannot matter either: the loss is a sum over all of them. GSPO is
-    left out: it needs the sums of real context-parallel ranks, as the table of layouts has them."""
+    """Which data-parallel rank takes a micro-batch cannot matter either: the loss is a sum over all of them. What
+    looks at whole samples is left out: it needs the sums of real context-parallel ranks, as in the table of layouts."""
     problem, options = Problem(seed), AlgorithmOptions(**OPTIONS[name])
     bounds = [0, *sorted(cuts), 7]
     parts = [list(order[start:end]) for start, end in itertools.pairwise(bounds)]
@@ -179,6 +211,19 @@ def test_no_order_packing_number_of_micro_batches_or_context_parallel_size_chang
     assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=2e-6)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["icepop", "seq_mis", "geo_mask", "opsm"])
+def test_masks_mask_some_tokens_and_are_counted(name: str) -> None:
+    masked = [packed_loss(Problem(seed), AlgorithmOptions(**OPTIONS[name]), PARTS["one"])[1] for seed in range(3)]
+    assert 0 < sum(metrics["tis_masked"] for metrics in masked) / 3 < 1
+
+
+def test_with_the_engines_log_probs_as_old_policy_the_difference_is_that_of_the_current_one() -> None:
+    problem = Problem(2)
+    problem.columns["old"] = problem.columns["rollout"]
+    metrics = packed_loss(problem, AlgorithmOptions(use_rollout_logprobs=True), PARTS["one"])[1]
+    assert metrics["train_rollout_logprob_abs_diff"] > 0.1
 
 
 def test_without_old_log_probs_the_ratio_is_one_and_the_gradient_is_policy_gradient() -> None:

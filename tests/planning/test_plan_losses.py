@@ -17,6 +17,10 @@ from vime.errors import BadInput
             ["--lr-decay-style", "linear", "--lr-warmup-iters", "9", "--lr-decay-iters", "9"],
             "--lr-warmup-iters 9 leaves no step to decay in: the decay ends at optimizer step 9",
         ),
+        (["--use-rollout-logprobs", "--use-tis"], "--use-rollout-logprobs leaves tis of --mismatch-correction nothing"),
+        (["--constant-loss-length", "9", "--calculate-per-token-loss"], "reduce the loss in two ways"),
+        (["--overlong-buffer-len", "0"], "--overlong-buffer-len is 0: give 1 to"),
+        (["--tis-clip", "0.5", "--tis-clip-low", "1"], r"--tis-clip-low 1\.0 is above --tis-clip 0\.5"),
     ],
 )
 def test_a_loss_or_rate_that_cannot_learn_is_refused(flags: list[str], said: str) -> None:

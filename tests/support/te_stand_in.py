@@ -26,6 +26,17 @@ class WithState:
         assert state is None or state.numel() == 0
 
 
+class NormWithState(WithState, RMSNorm):
+    pass
+
+
+class AttentionWithState(WithState, CoreAttention):
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
+
+
 def add_states(chunks: list[Any], config: ModelConfig) -> int:
     """Give every module of the chunks that Transformer Engine would give a state one; their number. A norm that its
     spec fuses into the next matrix has none."""
@@ -33,8 +44,9 @@ def add_states(chunks: list[Any], config: ModelConfig) -> int:
     for chunk in chunks:
         for name, module in chunk.named_modules():
             fused = canonical_key(f"{name}.weight", config).endswith(".layer_norm_weight")
+            kind = AttentionWithState if isinstance(module, CoreAttention) else NormWithState
             if isinstance(module, CoreAttention) or (type(module) is RMSNorm and not fused):
-                module.__class__ = type(type(module).__name__, (WithState, type(module)), {})
+                module.__class__ = kind
                 count += 1
     return count
 

@@ -9,7 +9,7 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron import losses
-from vime.megatron.estimators import ScoredSamples
+from vime.megatron.estimators import ScoredSamples, overlong_penalty
 from vime.megatron.microbatch import RolloutTokens
 from vime.megatron.plugins import function_of
 from vime.recipe.algorithms import estimator
@@ -30,16 +30,21 @@ def loss_mask(sample: Sample) -> torch.Tensor:
 
 
 def advantage_column(
-    rollout: Rollout, data: RolloutTokens, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions
+    rollout: Rollout,
+    data: RolloutTokens,
+    columns: Mapping[str, torch.Tensor],
+    algorithm: AlgorithmOptions,
+    longest: int = 0,
 ) -> torch.Tensor:
     """The advantage of every response token, fp32 [slots], by the recipe's estimator.
 
-    With `kl_coef` the estimator also gets the KL between the columns `old` and `reference`. Raises DataError for a
-    reward that is missing or not finite, and for a plug-in's answer of another shape.
+    With `kl_coef` the estimator also gets the KL between the columns `old` and `reference`. `longest` is
+    `--rollout-max-response-len`, where `overlong_buffer_len` ends. Raises DataError for a reward that is missing or
+    not finite, and for a plug-in's answer of another shape.
     """
     chosen = estimator(algorithm.advantage_estimator)
     function = function_of(chosen.function, "--advantage-estimator")
-    found = function(_scored(rollout, data, columns, algorithm), algorithm)
+    found = function(_scored(rollout, data, columns, algorithm, longest), algorithm)
     lengths = [len(sample.response_ids) for sample in rollout.samples]
     if [tuple(values.shape) for values in found] != [(length,) for length in lengths]:
         shapes = [tuple(values.shape) for values in found][:3]
@@ -51,10 +56,20 @@ def advantage_column(
 
 
 def _scored(
-    rollout: Rollout, data: RolloutTokens, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions
+    rollout: Rollout,
+    data: RolloutTokens,
+    columns: Mapping[str, torch.Tensor],
+    algorithm: AlgorithmOptions,
+    longest: int,
 ) -> ScoredSamples:
+    def shaped(sample: Sample) -> float:
+        reward, buffer = _reward(sample), algorithm.overlong_buffer_len
+        if buffer is None:
+            return reward
+        return reward - algorithm.overlong_penalty_factor * overlong_penalty(len(sample.response_ids), longest, buffer)
+
     rewards = tuple(
-        torch.tensor([_reward(sample) for sample in group.samples], dtype=torch.float64) for group in rollout.groups
+        torch.tensor([shaped(sample) for sample in group.samples], dtype=torch.float64) for group in rollout.groups
     )
     masks = tuple(loss_mask(sample) for sample in rollout.samples)
     if not algorithm.kl_coef:

@@ -53,14 +53,24 @@ class ScoredSamples:
         return [value - coefficient * rest for value, rest in zip(spread, later, strict=True)]
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, *, over_deviation: bool = True) -> Tensor:
     """GRPO's advantages of one group, [G] -> [G]: (R - mean) / (std + 1e-6), with the unbiased standard deviation.
 
-    A group of one, or of equal rewards, gives zeros. DeepSeekMath (arXiv 2402.03300), section 4.1.
+    A group of one, or of equal rewards, gives zeros. DeepSeekMath (arXiv 2402.03300), section 4.1. Without
+    `over_deviation` R - mean, Dr.GRPO's (arXiv 2503.20783).
     """
     if rewards.numel() < 2 or bool((rewards == rewards[0]).all()):
         return torch.zeros_like(rewards)
-    return (rewards - rewards.mean()) / (rewards.std() + _GROUP_EPSILON)
+    centred = rewards - rewards.mean()
+    return centred / (rewards.std() + _GROUP_EPSILON) if over_deviation else centred
+
+
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) of a response of `length` tokens, 0 to 1.
+
+    0 up to `longest` - `buffer` tokens, then a straight line to 1 at `longest`.
+    """
+    return min(1.0, max(0.0, (length - (longest - buffer)) / buffer))
 
 
 def whiten(columns: Sequence[Tensor], masks: Sequence[Tensor], over: Literal["tokens", "samples"]) -> list[Tensor]:
@@ -85,7 +95,9 @@ def grpo(samples: ScoredSamples, options: AlgorithmOptions) -> list[Tensor]:
     slime leaves `--kl-coef` without effect here.
     """
     groups = samples.rewards_less_kl(options.kl_coef)
-    columns = samples.spread(torch.cat([group_advantages(group) for group in groups]))
+    over_deviation = not options.disable_grpo_std_normalization
+    values = torch.cat([group_advantages(group, over_deviation=over_deviation) for group in groups])
+    columns = samples.spread(values)
     return (
         whiten(columns, samples.masks, options.normalize_advantages_over) if options.normalize_advantages else columns
     )

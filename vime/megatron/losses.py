@@ -21,13 +21,17 @@ _MAX_LOG_RATIO = 20.0
 _KL_CLAMP = 10.0
 
 
-def token_weights(masks: Sequence[Tensor], *, per_token: bool) -> list[Tensor]:
-    """Every token's share of the mean over a global batch; the weights of all samples together sum to 1.
+def token_weights(masks: Sequence[Tensor], *, per_token: bool, length: int | None = None) -> list[Tensor]:
+    """Every token's share of the mean over a global batch; without `length` all weights together sum to 1.
 
     `masks` are the samples' loss masks, [length]. Per sample (the default): mask / Σ mask of the sample / samples; a
-    sample without a trained token counts as a sample with loss 0. Per token: mask / Σ mask of the batch.
+    sample without a trained token counts as a sample with loss 0. Per token: mask / Σ mask of the batch. With a
+    constant `length`: mask / length / samples, which has no bias towards short right answers and long wrong ones
+    (Dr.GRPO, arXiv 2503.20783, and verl's `seq-mean-token-sum-norm`).
     """
     floats = [mask.to(torch.float32) for mask in masks]
+    if length is not None:
+        return [mask / length / len(floats) for mask in floats]
     if per_token:
         total = max(float(sum(mask.sum() for mask in floats)), 1.0)
         return [mask / total for mask in floats]
@@ -71,9 +75,9 @@ def clipped_policy_loss(
     where A < 0, l = min(l, -c A).
     """
     high = eps_clip if eps_clip_high is None else eps_clip_high
-    ratio = torch.exp(log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    plain = -ratio * advantages
-    bounded = -ratio.clamp(1 - eps_clip, 1 + high) * advantages
+    r = torch.exp(log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    plain = -r * advantages
+    bounded = -r.clamp(1 - eps_clip, 1 + high) * advantages
     loss = torch.maximum(plain, bounded)
     clipped = bounded > plain
     if eps_clip_c is not None:
@@ -102,14 +106,14 @@ def cispo_loss(
     probability fell still counts with weight 0.8. verl clips on both sides too.
     """
     high = eps_clip if eps_clip_high is None else eps_clip_high
-    ratio = torch.exp(log_ratio.detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    weight = ratio.clamp(1 - eps_clip, 1 + high)
-    return TokenLoss(-weight * advantages * log_probs, weight != ratio)
+    plain = ratio(log_ratio)
+    weight = plain.clamp(1 - eps_clip, 1 + high)
+    return TokenLoss(-weight * advantages * log_probs, weight != plain)
 
 
-def importance_weights(trainer: Tensor, engine: Tensor, clip: float) -> Tensor:
-    """Truncated importance sampling for the trainer/engine mismatch: min(exp(log π_trainer - log π_engine), clip)."""
-    return torch.exp((trainer - engine).detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)).clamp(max=clip)
+def ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio) without gradient, finite in fp32."""
+    return torch.exp(log_ratio.detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

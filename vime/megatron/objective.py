@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime.megatron import losses
+from vime.megatron.corrections import RatioTerms
 from vime.megatron.logprobs import token_log_probs
 from vime.megatron.microbatch import PackedBatch
 from vime.megatron.plugins import function_of
@@ -27,8 +28,10 @@ METRICS = (
     "ppo_kl",
     "train_rollout_logprob_abs_diff",
     "tis",
+    "tis_masked",
 )
-"""Means over the global batch with the loss's own weights, in this order; `ppo_kl` is the mean of log π_old - log π."""
+"""Means over the global batch with the loss's own weights, in this order. `ppo_kl` is the mean of log π_old - log π,
+`tis` of the mismatch corrections' weights, `tis_masked` the share of tokens that they give the weight 0."""
 
 Columns = Mapping[str, Tensor]
 """fp32 [slots] each: `weights`; for the policy loss `advantages`; where there are any `old` (the trainer's log-probs
@@ -67,17 +70,20 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         options = self.options
         old = batch.column(columns["old"]) if "old" in columns else log_probs.detach()
-        token = self._token_loss(log_probs, old, batch.column(columns["advantages"]), weights, batch)
+        advantages = batch.column(columns["advantages"])
+        token = self._token_loss(log_probs, old, advantages, weights, batch)
         values = {"ppo_kl": losses.weighted_sum((old - log_probs).detach(), weights)}
         token_loss = token.loss
         if "rollout" in columns:
             rollout = batch.column(columns["rollout"])
-            difference = (old - rollout).abs()
+            trainers = log_probs.detach() if options.use_rollout_logprobs else old
+            difference = (trainers - rollout).abs()
             values["train_rollout_logprob_abs_diff"] = losses.weighted_sum(difference, weights)
-            if options.use_tis:
-                correction = losses.importance_weights(old, rollout, options.tis_clip)
+            if self.corrections:
+                correction = self._correction(log_probs, old, rollout, advantages, weights, batch)
                 token_loss = token_loss * correction
                 values["tis"] = losses.weighted_sum(correction, weights)
+                values["tis_masked"] = losses.weighted_sum((correction == 0).float(), weights)
         values["pg_loss"] = losses.weighted_sum(token_loss, weights)
         values["pg_clipfrac"] = losses.weighted_sum(token.clipped.float(), weights)
         values["entropy"] = losses.weighted_sum(entropy, weights)
@@ -97,6 +103,22 @@ class Objective:
         mean = functools.partial(self._sequence_mean, weights=weights, batch=batch)
         return self.policy_loss(TokenTerms(log_probs, old, advantages, weights, mean), self.options)
 
+    def _correction(
+        self, log_probs: Tensor, old: Tensor, rollout: Tensor, advantages: Tensor, weights: Tensor, batch: PackedBatch
+    ) -> Tensor:
+        """Product of the mismatch corrections' weights, fp32 [t]."""
+        total = functools.partial(self._sequence_sum, weights=weights, batch=batch)
+        mean = functools.partial(self._sequence_mean, weights=weights, batch=batch)
+        terms = RatioTerms(log_probs.detach(), old, rollout, advantages, total, mean)
+        found = [correction(terms, self.options) for correction in self.corrections]
+        return functools.reduce(torch.mul, found).detach()
+
+    @functools.cached_property
+    def corrections(self) -> tuple[Callable[[RatioTerms, AlgorithmOptions], Tensor], ...]:
+        """Functions of the recipe's mismatch corrections."""
+        entries = (algorithms.correction(name) for name in self.options.corrections)
+        return tuple(function_of(entry.function, "--mismatch-correction") for entry in entries)
+
     @functools.cached_property
     def policy_loss(self) -> Callable[[TokenTerms, AlgorithmOptions], losses.TokenLoss]:
         """The function of the recipe's policy loss."""
@@ -105,13 +127,22 @@ class Objective:
 
     def _sequence_mean(self, values: Tensor, weights: Tensor, batch: PackedBatch) -> Tensor:
         """At every token the mean of its sample's trained tokens, over all context-parallel ranks."""
+        sums, counts = self._sums(values, weights, batch)
+        return (sums / counts.clamp(min=1.0))[batch.samples]
+
+    def _sequence_sum(self, values: Tensor, weights: Tensor, batch: PackedBatch) -> Tensor:
+        """At every token the sum over its sample's trained tokens, over all context-parallel ranks."""
+        return self._sums(values, weights, batch)[0][batch.samples]
+
+    def _sums(self, values: Tensor, weights: Tensor, batch: PackedBatch) -> Tensor:
+        """fp32 [2, samples]: sum of `values` over each sample's trained tokens, and their number."""
         trained = (weights > 0).float()
         counted = torch.where(weights > 0, values.detach(), torch.zeros_like(values))
         sums = torch.zeros(2, batch.count, device=values.device)
         sums.index_add_(1, batch.samples, torch.stack([counted, trained]))
         if self.context_group is not None and self.context_group.size() > 1:
             dist.all_reduce(sums, group=self.context_group)
-        return (sums[0] / sums[1].clamp(min=1.0))[batch.samples]
+        return sums
 
     def _metrics(self, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
         zero = torch.zeros((), device=like.device)

@@ -203,16 +203,22 @@ class TrainWorker:
         if parts.reference is not None:
             with self._clock.span("ref_log_probs"), parts.reference.in_place():
                 columns["reference"] = parts.passes.log_probs(data, limit)
-        if self.recipe.rollout.steps > 1 or "old" in algorithm.needed_columns:
-            with self._clock.span("log_probs"):
-                columns["old"] = parts.passes.log_probs(data, limit)
         if all(len(sample.log_probs) == len(sample.response_ids) for sample in rollout.samples):
             columns["rollout"] = torch.tensor(
                 [value for sample in rollout.samples for value in sample.log_probs], dtype=torch.float32
             )
         elif "rollout" in algorithm.needed_columns:
-            raise DataError("--use-tis needs the engine's log-probs of every response token, and some are missing")
-        columns["advantages"] = advantage_column(rollout, data, columns, algorithm)
+            raise DataError(
+                "--use-tis, --mismatch-correction and --use-rollout-logprobs need the engine's log-probs of every "
+                "response token, and some are missing"
+            )
+        if algorithm.use_rollout_logprobs:
+            columns["old"] = columns["rollout"]
+        elif self.recipe.rollout.steps > 1 or "old" in algorithm.needed_columns:
+            with self._clock.span("log_probs"):
+                columns["old"] = parts.passes.log_probs(data, limit)
+        longest = self.recipe.rollout.rollout_max_response_len
+        columns["advantages"] = advantage_column(rollout, data, columns, algorithm, longest)
         return columns
 
     def _step(
@@ -220,10 +226,11 @@ class TrainWorker:
     ) -> dict[str, float]:
         """One optimizer step on these samples."""
         weights = torch.zeros(data.slots)
-        per_token = self.recipe.algorithm.calculate_per_token_loss
-        for sample, value in zip(
-            step, losses.token_weights([masks[i] for i in step], per_token=per_token), strict=True
-        ):
+        options = self.recipe.algorithm
+        shares = losses.token_weights(
+            [masks[i] for i in step], per_token=options.calculate_per_token_loss, length=options.constant_loss_length
+        )
+        for sample, value in zip(step, shares, strict=True):
             weights[data.response(sample)] = value
         parts = self._ready
         parts.optimizer.zero_grad()
@@ -240,7 +247,7 @@ class TrainWorker:
         algorithm = self.recipe.algorithm
         if algorithm.loss_type == "sft_loss":
             return ["loss", "entropy"]
-        absent = {"tis"} if not algorithm.use_tis else set()
+        absent = {"tis", "tis_masked"} if not algorithm.corrections else set()
         if self._ready.reference is None:
             absent.add("kl_loss")
         return [name for name in METRICS if name not in absent]

@@ -6,6 +6,7 @@ from typing import Any
 
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
+from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
@@ -128,6 +129,20 @@ def _check_losses(recipe: Recipe) -> None:
             "--kl-loss-type k1 cannot be trained on: the gradient of log p - log p_ref is that of log p, which is zero "
             "on average and pulls nowhere; give low_var_kl, k2 or k3, or --kl-loss-coef 0 to measure k1 only"
         )
+    # Off-policy sequence masking looks at the current policy, not at the old one.
+    idle = [name for name in algorithm.corrections if name in CORRECTIONS and name != "opsm"]
+    if algorithm.use_rollout_logprobs and idle:
+        raise BadInput(
+            f"--use-rollout-logprobs leaves {', '.join(idle)} of --mismatch-correction nothing to correct: the old "
+            "policy is the engine's then; give one of them"
+        )
+    if algorithm.constant_loss_length is not None and algorithm.calculate_per_token_loss:
+        raise BadInput("--constant-loss-length and --calculate-per-token-loss reduce the loss in two ways: give one")
+    buffer, longest = algorithm.overlong_buffer_len, recipe.rollout.rollout_max_response_len
+    if buffer is not None and not 0 < buffer <= longest:
+        raise BadInput(f"--overlong-buffer-len is {buffer}: give 1 to {longest}, --rollout-max-response-len")
+    if algorithm.tis_clip_low > algorithm.tis_clip:
+        raise BadInput(f"--tis-clip-low {algorithm.tis_clip_low} is above --tis-clip {algorithm.tis_clip}")
 
 
 def _engine_arguments(recipe: Recipe, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""Tables of advantage estimators and policy losses: one entry each, read by recipe, plan, trainer and docs.
+"""Tables of advantage estimators, policy losses and mismatch corrections, read by recipe, plan, trainer and docs.
 
 An entry names its function as `module:function`, so that a login node reads the tables without torch. A name that is
 in no table but has that form is a plug-in of the same kind; `docs/extending.md` shows one.
@@ -44,7 +44,13 @@ class Estimator:
     columns: tuple[Column, ...] = ()
 
 
-_GRPO_FLAGS = ("kl_coef", "kl_reward_type", "normalize_advantages", "normalize_advantages_over")
+_GRPO_FLAGS = (
+    "disable_grpo_std_normalization",
+    "kl_coef",
+    "kl_reward_type",
+    "normalize_advantages",
+    "normalize_advantages_over",
+)
 _GRPO = "(R - mean) / (std + 1e-6) in the group"
 _GRPO_SOURCE = "DeepSeekMath, arXiv 2402.03300, section 4.1"
 
@@ -88,6 +94,57 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
 }
 
 
+@dataclass(frozen=True)
+class Correction:
+    """A weight of every token for the mismatch of trainer and engine, `vime.megatron.corrections`."""
+
+    function: str
+    """`module:function` that takes `RatioTerms` and `AlgorithmOptions` and gives weights."""
+    formula: str
+    source: str
+    flags: tuple[str, ...] = ()
+
+
+_BAND = ("tis_clip", "tis_clip_low")
+_SPEED_KILLS = "Liu et al., When Speed Kills Stability, 2025 (sequence-level importance sampling)"
+
+CORRECTIONS: Mapping[str, Correction] = {
+    "tis": Correction(
+        "vime.megatron.corrections:tis",
+        "clip(r, low, clip), r = p_old / p_engine of the token",
+        "Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training, 2025",
+        _BAND,
+    ),
+    "icepop": Correction(
+        "vime.megatron.corrections:icepop",
+        "r where low <= r <= clip, else 0",
+        "IcePop, Ring-1T, arXiv 2510.18855",
+        _BAND,
+    ),
+    "seq_tis": Correction(
+        "vime.megatron.corrections:seq_tis", "clip(product of r over the sample, low, clip)", _SPEED_KILLS, _BAND
+    ),
+    "seq_mis": Correction(
+        "vime.megatron.corrections:seq_mis",
+        "the product of r over the sample where low <= it <= clip, else 0",
+        _SPEED_KILLS,
+        _BAND,
+    ),
+    "geo_mask": Correction(
+        "vime.megatron.corrections:geo_mask",
+        "1 where low <= geometric mean of r over the sample <= high, else 0",
+        _SPEED_KILLS,
+        ("geo_mask_low", "geo_mask_high"),
+    ),
+    "opsm": Correction(
+        "vime.megatron.corrections:opsm",
+        "0 where A < 0 and the sample's mean of log p_engine - log p is above delta, else 1",
+        "off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556",
+        ("opsm_delta",),
+    ),
+}
+
+
 def is_plugin(name: str) -> bool:
     """Whether a name has the form `module:function`."""
     module, colon, function = name.partition(":")
@@ -97,6 +154,11 @@ def is_plugin(name: str) -> bool:
 def estimator(name: str) -> Estimator:
     """The entry of `--advantage-estimator`."""
     return ESTIMATORS[name] if name in ESTIMATORS else Estimator(name, "plug-in", name)
+
+
+def correction(name: str) -> Correction:
+    """The entry of a name of `--mismatch-correction`."""
+    return CORRECTIONS[name] if name in CORRECTIONS else Correction(name, "plug-in", name)
 
 
 def policy_loss(name: str | None, of_estimator: str) -> PolicyLoss:

@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic_core import PydanticCustomError
 
 from vime.recipe import algorithms
-from vime.recipe.algorithms import ESTIMATORS, POLICY_LOSSES, Column, Estimator, KLType, PolicyLoss
+from vime.recipe.algorithms import CORRECTIONS, ESTIMATORS, POLICY_LOSSES, Column, KLType
 from vime.recipe.optimizers import OptimizerKind, optimizer_kind
 from vime.recipe.sampling import SamplingSettings
 
 
-def _name_in(table: Mapping[str, Estimator] | Mapping[str, PolicyLoss]) -> AfterValidator:
+def _name_in(table: Mapping[str, object]) -> AfterValidator:
     """Accepts the names of a table and plug-ins."""
 
     def check(name: str) -> str:
@@ -33,6 +33,7 @@ def _name_in(table: Mapping[str, Estimator] | Mapping[str, PolicyLoss]) -> After
 
 EstimatorName = Annotated[str, _name_in(ESTIMATORS)]
 PolicyLossName = Annotated[str, _name_in(POLICY_LOSSES)]
+CorrectionName = Annotated[str, _name_in(CORRECTIONS)]
 
 
 class Options(BaseModel):
@@ -251,13 +252,39 @@ class AlgorithmOptions(Options):
     eps_clip_c: float | None = None
     """Dual clip; greater than 1."""
     calculate_per_token_loss: bool = False
+    constant_loss_length: int | None = None
+    """Divide each sample's summed loss by this number of tokens instead of its own (Dr.GRPO)."""
+    disable_grpo_std_normalization: bool = False
+    """GRPO's advantages are not divided by the group's standard deviation (Dr.GRPO)."""
     use_tis: bool = False
-    """Truncated importance sampling against the engine's own log-probs."""
+    """Truncated importance sampling: `tis` of `--mismatch-correction`."""
+    mismatch_correction: list[CorrectionName] = Field(default_factory=list)
+    """Weights against the mismatch of trainer and engine, multiplied: names of
+    `vime.recipe.algorithms.CORRECTIONS`, or `package.module:function`."""
     tis_clip: float = 2.0
+    """Largest weight of `tis` and `seq_tis`; `icepop` and `seq_mis` give 0 to ratios above."""
+    tis_clip_low: float = 0.0
+    """Smallest weight of `tis` and `seq_tis`; `icepop` and `seq_mis` give 0 to ratios below."""
+    geo_mask_low: float = 0.99
+    """Smallest geometric mean of a sample's ratios that `geo_mask` keeps."""
+    geo_mask_high: float = 1.01
+    opsm_delta: float = 1e-4
+    """Nats a token from which `opsm` masks samples with a negative advantage."""
+    use_rollout_logprobs: bool = False
+    """Take the engine's log-probs for those of the old policy, which saves a forward pass a rollout."""
+    overlong_buffer_len: int | None = None
+    """Tokens before `--rollout-max-response-len` over which the reward falls (DAPO's soft overlong punishment)."""
+    overlong_penalty_factor: float = 1.0
+    """Reward that a response of full length loses."""
     normalize_advantages: bool = False
     """Whiten the advantages of all estimators over the rollout; REINFORCE++ always does."""
     normalize_advantages_over: Literal["tokens", "samples"] = "tokens"
     """What counts once in the mean and deviation of that: each trained token, or each sample."""
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Names of the mismatch corrections, each once."""
+        return tuple(dict.fromkeys([*(["tis"] if self.use_tis else []), *self.mismatch_correction]))
 
     @property
     def needed_columns(self) -> frozenset[Column]:
@@ -271,7 +298,7 @@ class AlgorithmOptions(Options):
             found.add("reference")
         if self.kl_coef:
             found |= {"old", "reference"}
-        if self.use_tis:
+        if self.corrections or self.use_rollout_logprobs:
             found.add("rollout")
         return frozenset(found)
 

@@ -87,6 +87,7 @@ def plugin_modules(recipe: Recipe) -> list[str]:
         recipe.rollout.dynamic_sampling_filter_path,
         recipe.algorithm.advantage_estimator,
         recipe.algorithm.policy_loss_type,
+        *recipe.algorithm.mismatch_correction,
     )
     targets = [text.removeprefix("group:") for text in named if text]
     return sorted({target.partition(":")[0].partition(".")[0] for target in targets if ":" in target} - {"vime"})
