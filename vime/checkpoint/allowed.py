@@ -44,6 +44,8 @@ METADATA_NAMES = frozenset(
     }
 )
 """(module, name) that `.metadata` may ask for, as torch and Megatron write it."""
+EXTRA_STATE = "._extra_state/shard_"
+"""Part of the names of objects that Transformer Engine's modules keep their state in."""
 COMMON_NAMES: frozenset[tuple[str, str]] = frozenset()
 """The same for `common.pt`: it holds plain dicts, lists, numbers and strings."""
 _MOST_COMMON_BYTES = 256 * 2**20
@@ -92,10 +94,11 @@ def read_metadata(folder: Path) -> Metadata:
 def check_training_checkpoint(folder: Path) -> None:
     """Raises BadInput unless Megatron can open the folder without calling anything that its writer chose.
 
-    Megatron unpickles stored objects too; a training checkpoint has tensors alone.
+    Megatron unpickles the stored objects that it is asked for; a training checkpoint has tensors, and the states of
+    modules (`EXTRA_STATE`), which vime writes for others and never asks for.
     """
     for key, stored in read_metadata(folder).state_dict_metadata.items():
-        if isinstance(stored, BytesStorageMetadata):
+        if isinstance(stored, BytesStorageMetadata) and EXTRA_STATE not in key:
             raise BadInput(f"{folder}: {key[:200]!r} is an object, where a training checkpoint has tensors alone")
     check_common(folder / "common.pt")
     path = folder / "metadata.json"
