@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,9 @@ from vime.launch.runner_local import LocalRunner
 from vime.node.preflight import LOCAL_ADDRESS
 from vime.run import tokens as run_tokens
 from vime.run.control import answer_checkpoint, request_checkpoint
-from vime.run.folder import read_binding
-from vime.run.journal import Event, last_start, read_events
-from vime.run.plan import Plan, Stage
+from vime.run.folder import make_run_folder, read_binding
+from vime.run.journal import Event, Journal, last_start, read_events
+from vime.run.plan import Artefact, Plan, Stage
 from vime.system.processes import descendants
 
 
@@ -298,3 +298,83 @@ def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
     end = last(run_dir)
     assert (end.kind, end.stage, end.data["cause"]) == ("run-end", "train", "CODE_ERROR")
     assert "the controller was killed" in end.text
+
+
+# -- who is to blame, and who owns the folder --
+
+
+class Cluster(LocalRunner):
+    """This machine under a name that Slurm gives it, with one more node that is lost."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.can_requeue = True
+        self.asked: list[str] = []
+
+    def nodes(self) -> tuple[str, ...]:
+        return ("gpu006", "gpu007")
+
+    def lost_nodes(self) -> dict[str, str]:
+        return {"gpu007": "does not answer (connection refused)"}
+
+    def requeue(self) -> None:
+        pass
+
+    def exclude(self, nodes: Sequence[str]) -> None:
+        self.asked.extend(nodes)
+
+
+def test_the_lost_node_is_blamed_and_left_out_by_the_name_that_slurm_knows(run_dir: Path) -> None:
+    code = "import sys; print('error: training ended: code_error: The actor never ran'); sys.exit(1)"
+    plan = make_plan(run_dir, [stub("train", code, tells_end=True)], nodes=2)
+    journal = Journal(make_run_folder(run_dir))
+    journal.write("run-end", "earlier", node="gpu007.example.org", data={"cause": "NODE_FAILURE", "requeued": True})
+    journal.close()
+    runner = Cluster(plan)
+    assert Controller(plan, runner, say=lambda line: None).run() is Cause.NODE_FAILURE
+    end = next(event for event in reversed(read_events(run_dir)) if event.kind == "run-end")
+    assert (end.node, end.data["requeued"]) == ("gpu007", True)
+    assert runner.asked == ["gpu007"]
+
+
+CRASHES = """
+import os, pathlib, signal
+folder = pathlib.Path({folder!r})
+if {saves!r}:
+    folder.mkdir(exist_ok=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_crash_is_followed_by_another_start_only_after_a_checkpoint(
+    run_dir: Path, tmp_path: Path, saves: bool
+) -> None:
+    folder = tmp_path / "checkpoints"
+    outputs = (Artefact(name="checkpoints", path=str(folder), kind="run"),)
+    plan = make_plan(run_dir, [stub("train", CRASHES.format(folder=str(folder), saves=saves), outputs=outputs)])
+    runner = Cluster(plan)
+    runner.lost_nodes = dict
+    assert Controller(plan, runner, say=lambda line: None).run() is Cause.CRASH
+    assert last(run_dir).data["requeued"] is saves
+
+
+def test_a_second_controller_of_a_run_folder_is_refused(run_dir: Path) -> None:
+    plan = make_plan(run_dir, [stub("train", "import time; print('on', flush=True); time.sleep(600)")])
+    refused: list[Cause] = []
+
+    def second() -> None:
+        before = (run_dir / "events.jsonl").read_bytes(), (run_dir / "owner.json").read_bytes()
+        code = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
+        code += "sys.exit(local.run(read_plan(sys.argv[1])))"
+        done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, timeout=60)
+        refused.append(Cause(done.returncode))
+        assert "in use by start 0 of job local-" in done.stdout
+        assert before == ((run_dir / "events.jsonl").read_bytes(), (run_dir / "owner.json").read_bytes())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    when_running(run_dir, "train", second)
+    assert run(plan) is Cause.CANCELLED
+    assert refused == [Cause.BAD_INPUT]
+    assert not (run_dir / "owner.json").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -136,6 +137,12 @@ class Training(Scene):
         pids = self.pids(node, *words)
         assert pids, f"no {words} on {node_name(node)}: {self.processes(node)}"
         self.on_node(node, "kill", f"-{number}", *pids)
+
+    def pid_of_rank(self, rank: int) -> str:
+        """Process of a rank of this start on its node: Ray writes it before the rank's lines."""
+        log = (self.run_dir / "logs" / "train" / "node00.log").read_text(errors="replace")
+        found = re.findall(rf"\(rank {rank} on node \d+ pid=(\d+)", log.rpartition("first rollout ")[0])
+        return found[-1]
 
     def close(self) -> None:
         self.mend()

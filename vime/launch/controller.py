@@ -31,6 +31,7 @@ from vime.run.checkpoints import tracked, tracks_iteration
 from vime.run.control import checkpoint_answer, control_folder, request_checkpoint, withdraw_request
 from vime.run.folder import BINDING, log_folder, read_plan, task_log
 from vime.run.journal import Event, Journal, read_events
+from vime.run.owner import Superseded, owned, require_owner, this_start
 from vime.run.plan import Plan, Stage
 from vime.run.tokens import make_tokens
 from vime.system.files import replace_link
@@ -85,8 +86,10 @@ class Controller:
 
     def run(self) -> Cause:
         """From the first stage to the end of the run. Called in the main thread."""
-        with self._signals:
+        with self._signals, contextlib.ExitStack() as held:
             try:
+                me = this_start(self._runner.job, self._runner.restart)
+                held.enter_context(owned(self._run, me, self._runner.runs))
                 prepare_folders(self._run)
                 self._journal = Journal(self._run)
             except (OSError, BadInput) as error:
@@ -96,6 +99,12 @@ class Controller:
                 return cause
             self._tell_of_lost_start()
             failure = self._attempt()
+            try:
+                require_owner(self._run, self._runner.job, self._runner.restart)
+            except Superseded as error:
+                # The other start's journal and queue entry are not this one's to write.
+                self._say(f"error: {error}")
+                return Cause.CANCELLED
             cause = self._finish(failure)
             self._deliver(cause, failure)
             self._journal.close()

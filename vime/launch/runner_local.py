@@ -65,6 +65,9 @@ class LocalRunner:
     def why_lost(self, job: str, restart: int) -> Cause:
         return Cause.CODE_ERROR
 
+    def runs(self, job: str, restart: int) -> bool | None:
+        return None
+
     def lost_nodes(self) -> dict[str, str]:
         return {}
 

@@ -120,6 +120,15 @@ class SlurmRunner:
         states = slurm.past_states(job)
         return _STATES.get(states[restart], Cause.CODE_ERROR) if restart < len(states) else Cause.CODE_ERROR
 
+    def runs(self, job: str, restart: int) -> bool | None:
+        if not job.isdigit():
+            return None
+        try:
+            state = slurm.query_job(job)
+        except SlurmError:
+            return None
+        return state is not None and state.phase == "running" and state.restarts <= restart
+
     def lost_nodes(self) -> dict[str, str]:
         nodes = os.environ["SLURM_JOB_NODELIST"]
         states = slurm.node_states(nodes, seconds=2.0)

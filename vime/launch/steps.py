@@ -165,6 +165,10 @@ class Runner(Protocol):
         """What ended a start that left no last word."""
         ...
 
+    def runs(self, job: str, restart: int) -> bool | None:
+        """Whether this start of a job of the same kind still runs; None where nobody can say."""
+        ...
+
     def lost_nodes(self) -> dict[str, str]:
         """Names of the allocation's nodes that are down or do not answer, and how that is known."""
         ...

@@ -12,11 +12,13 @@ from vime.errors import DeadlineExceeded
 from vime.rollout.engine import EngineServer
 from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
+from vime.run.owner import require_owner
 from vime.run.plan import Binding, Plan
 from vime.run.tokens import API_KEY, read_token
 from vime.sync.ranks import ResidenceMethods, SourceMethods, WorkerMethods, address
 from vime.train.placement import Slot, pinned, verify_gpu, verify_here
 
+_PUBLISHING = {("worker", name) for name in ("save", "poll_save", "finish_save")}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -33,6 +35,7 @@ class RankActor:
 
     def __init__(self, run_dir: str, rank: int) -> None:
         plan, binding = read_plan(run_dir), read_binding(run_dir)
+        self._run_dir, self._binding = run_dir, binding
         place = plan.trainer_ranks[rank]
         self._name = f"rank {rank} on node {place.node}"
         verify_here(binding, place.node, f"trainer rank {rank}")
@@ -58,6 +61,8 @@ class RankActor:
 
     def ask(self, part: str, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the worker or of one of its parts (`vime.sync.ranks`)."""
+        if (part, method) in _PUBLISHING:
+            require_owner(self._run_dir, self._binding.job_id, self._binding.restart)
         owner: WorkerMethods | ResidenceMethods | SourceMethods = self._worker
         if part != "worker":
             owner = self._worker.residence if part == "residence" else self._worker.weights

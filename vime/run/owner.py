@@ -1,0 +1,116 @@
+"""The owner of a run folder: the one start of the run whose controller writes to it.
+
+<run>/owner.json    job, restart, host, boot, process and its start; written by the controller, removed at its end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vime.errors import BadInput, VimeError
+from vime.system.files import PRIVATE, read_json, write_json
+from vime.system.processes import start_ticks
+
+OWNER, _LOCK = "owner.json", ".owner.lock"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+JobRuns = Callable[[str, int], bool | None]
+"""(job, restart) -> whether the scheduler still runs this start of the job; None where it cannot say."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One start of a run."""
+
+    job: str
+    restart: int
+    host: str
+    boot: str
+    """The kernel's id of the host's boot."""
+    pid: int
+    pid_start: int
+    """Of the controller, in clock ticks since boot."""
+
+    def __str__(self) -> str:
+        return f"start {self.restart} of job {self.job} (process {self.pid} on {self.host})"
+
+
+class Superseded(VimeError):
+    """Another start owns the run folder now; this one must not write to it any more."""
+
+
+def this_start(job: str, restart: int) -> Owner:
+    """The record of the calling process."""
+    pid = os.getpid()
+    return Owner(job, restart, socket.gethostname(), _BOOT.read_text().strip(), pid, start_ticks(pid) or 0)
+
+
+def lives(owner: Owner, me: Owner, job_runs: JobRuns) -> bool | None:
+    """Whether the recorded start still runs; None where nobody can say.
+
+    A later start of the same job has its predecessor's place: the scheduler ended that one, or cannot reach it.
+    """
+    if owner.job == me.job and owner.restart < me.restart:
+        return False
+    if (owner.host, owner.boot) == (me.host, me.boot):
+        return start_ticks(owner.pid) == owner.pid_start
+    if owner.host == me.host:
+        return False  # the machine has been started again since
+    return job_runs(owner.job, owner.restart)
+
+
+def read_owner(run_dir: str | os.PathLike[str]) -> Owner | None:
+    """The recorded owner; None without one. A record that cannot be read counts as none: it is written whole."""
+    content = read_json(Path(run_dir) / OWNER)
+    try:
+        return Owner(**content) if content is not None else None
+    except TypeError:
+        return None
+
+
+@contextlib.contextmanager
+def owned(run_dir: str | os.PathLike[str], me: Owner, job_runs: JobRuns) -> Iterator[None]:
+    """The run folder belongs to this start inside the block.
+
+    Raises BadInput, having touched nothing, while another start runs or may run. OSError: the folder takes no file.
+    """
+    path = Path(run_dir) / OWNER
+    with _locked(Path(run_dir)):
+        other = read_owner(run_dir)
+        alive = False if other is None else lives(other, me, job_runs)
+        if alive is not False:
+            advice = "wait for its end or end it" if alive else f"make sure that it has ended, then remove {path}"
+            raise BadInput(f"run folder {run_dir} is in use by {other}: {advice}, or give another --run-dir")
+        write_json(path, asdict(me), mode=PRIVATE)
+    try:
+        yield
+    finally:
+        # On a disk that went away the record stays, and the next start sees that nobody lives.
+        with contextlib.suppress(OSError):
+            if read_owner(run_dir) == me:
+                path.unlink()
+
+
+def require_owner(run_dir: str | os.PathLike[str], job: str | None, restart: int) -> None:
+    """Raises Superseded where another start owns the folder, as after a network that was split healed."""
+    owner = read_owner(run_dir)
+    if owner is not None and (owner.job, owner.restart) != (job, restart):
+        raise Superseded(f"start {restart} of job {job} has no say any more: {run_dir} belongs to {owner}")
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """One claim at a time, where the file system has locks."""
+    file = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
