@@ -107,6 +107,8 @@ def _quantise_kernel(
     # Markstein's division: with a correctly rounded inverse, one corrected product is the correctly rounded quotient.
     q = x * inverse
     q = tl.fma(tl.fma(-q, tl.broadcast_to(scale, x.shape), x), inverse, q)
+    # The correction adds +0 to -0, which is +0: a zero keeps its sign by being left as it is.
+    q = tl.where(x == 0.0, x, q)
     tl.store(target + offsets, q.to(tl.float8e4nv), mask=inside)
     tl.store(scales + local, tl.where(amax == amax, scale, amax))
 
