@@ -105,6 +105,21 @@ async def test_an_engine_restarted_in_a_rollout_is_loaded_while_the_trainer_visi
     assert world.steps == ["weights come_back", "weights leave"]
 
 
+@pytest.mark.parametrize("dies_in", ["training", "room for weights", "room for answers"])
+async def test_nothing_of_the_trainer_is_on_a_gpu_where_an_engine_starts(dies_in):
+    """An engine takes its whole share when it starts, so it needs the GPU that it had at the start of the run."""
+    world = World()
+    if dies_in != "training":
+        await world.handover.room_for_weights()
+    if dies_in == "room for answers":
+        await world.handover.room_for_answers()
+    await world.handover.room_to_start()
+    assert world.trainer == set()
+    world.handover.started(0)
+    await world.handover.weights_come_back()
+    assert world.trainer == {"weights"}
+
+
 async def test_with_gpus_of_their_own_nothing_moves():
     world = World("--no-colocate", "--rollout-num-gpus", "1", asleep=False)
     await a_whole_turn(world.handover)

@@ -87,6 +87,9 @@ class World:
     async def to_engines(self):
         await self.turn("to engines")
 
+    async def room_to_start(self):
+        await self.turn("room to start")
+
     async def to_trainer(self):
         await self.turn("to trainer")
 
@@ -251,7 +254,7 @@ async def test_an_engine_restarted_in_a_rollout_gets_its_weights_while_the_train
     world.turns.clear()
     world.broken = {1}
     await world.supervisor.recover(1, EngineUnreachable("exited with -9"))
-    assert world.turns == ["engine 1 started", "weights come back", "room for answers", "to engines"]
+    assert world.turns == ["room to start", "engine 1 started", "weights come back", "room for answers", "to engines"]
 
 
 async def test_an_engine_that_died_since_the_last_sync_is_restarted_before_the_next():
@@ -272,6 +275,7 @@ async def test_an_engine_that_neither_sleeps_nor_wakes_is_restarted_and_the_step
     await world.supervisor.to_trainer()
     await world.supervisor.sync()
     assert world.turns.count("engine 0 started") == 1
+    assert world.turns[world.turns.index("engine 0 started") - 1] == "room to start"
     assert world.turns.count(step) == 2
     assert world.turns[-1] == "to engines"
 

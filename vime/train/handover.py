@@ -114,6 +114,12 @@ class Handover:
         """Bring the trainer's weights back, whether engines sleep or not."""
         await self._come_back("weights")
 
+    async def room_to_start(self) -> None:
+        """Nothing of the trainer is left on the GPUs: an engine that starts takes its whole share at once, and ends
+        where less is free. `weights_come_back` brings the trainer back for the sync that follows."""
+        await self._leave("gradients")
+        await self._leave("weights")
+
     def started(self, engine: int) -> None:
         """Note that an engine was restarted, and so is awake."""
         self._asleep.pop(engine, None)

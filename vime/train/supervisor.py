@@ -223,6 +223,7 @@ class EngineSupervisor:
                 ) from error
             self._say(f"engine {blamed} failed ({error}): restarting engine {names}, {count} of {limit} times")
             try:
+                await self._handover.room_to_start()
                 await self._servers.restart(engines, deadline_s=self._deadlines.engine_start)
             except VimeError as failure:
                 error = failure
