@@ -1,11 +1,11 @@
-# Sourced by tools/quickstart.sh and tools/test.sh: makes .venv with everything that runs on processors alone.
-# A stamp of pyproject.toml and setup.cfg keeps a second call short.
+# Sourced by tools/quickstart.sh and tools/test.sh: `vime_env ROOT [cpu|gpu]` makes .venv with everything that runs on
+# processors alone, or on GPUs. A stamp of pyproject.toml and setup.cfg keeps a second call short.
 
 vime_env() {
-    local root="$1" venv stamp wanted links torch_source=()
+    local root="$1" device="${2:-cpu}" venv stamp wanted links source=()
     venv="$root/.venv"
     stamp="$venv/.vime-installed"
-    wanted="$(cat "$root/pyproject.toml" "$root/setup.cfg" | sha256sum | cut -d' ' -f1)"
+    wanted="$device $(cat "$root/pyproject.toml" "$root/setup.cfg" "$root/tools/cpu-overrides.txt" | sha256sum | cut -d' ' -f1)"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return 0
     fi
@@ -22,8 +22,9 @@ vime_env() {
     if [ -n "$links" ]; then
         export UV_FIND_LINKS="$links"
     else
-        torch_source=(--torch-backend cpu)
+        source=(--torch-backend "$([ "$device" = gpu ] && echo auto || echo cpu)")
     fi
-    (cd "$root" && "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "${torch_source[@]}" -e '.[cpu,test]')
+    [ "$device" = gpu ] || source+=(--overrides "$root/tools/cpu-overrides.txt")
+    (cd "$root" && "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "${source[@]}" -e ".[$device,test]")
     echo "$wanted" >"$stamp"
 }

@@ -1,11 +1,14 @@
 """Make what `hf download` would bring: a tiny checkpoint that can add a little, its tokenizer, and sums to learn from.
 
-    python tools/make_tiny_checkpoint.py --output-dir BASE [--seed S] [--family deepseek-v3|qwen3]
+    python tools/make_tiny_checkpoint.py --output-dir BASE [--seed S] [--family deepseek-v3|qwen3] [--device cpu|gpu]
 
 Writes BASE/tiny-deepseek-r1 (DeepSeek-V3's shape with an MTP layer, block fp8) or BASE/tiny-qwen3 (bf16), and
 BASE/tiny-math/{train,eval}.jsonl. The model is pre-trained on sums of which two in five are given up with a question
 mark, until it gives the right answer to about two in five, so that reinforcement learning finds both right and wrong
-answers. The same seed gives the same files.
+answers. The same seed gives the same files, on processors.
+
+`--device gpu` makes the checkpoint for engines on GPUs: their attention kernels take DeepSeek's own head sizes only,
+which cost seven times the time of pre-training on a processor. It is trained on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -47,6 +50,22 @@ GIVEN_UP = 0.4
 """Share of the pre-training sums whose answer is a question mark: a habit that reinforcement learning unlearns for
 every sum at once, held-out ones too, where teaching a tiny model more sums would take it far longer."""
 NAMES = {"deepseek-v3": "tiny-deepseek-r1", "qwen3": "tiny-qwen3"}
+GPU_SHAPE: dict[str, dict[str, Any]] = {
+    # DeepSeek's own head sizes, and projections that block fp8 divides into whole blocks.
+    "deepseek-v3": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 128,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 256,
+    },
+    # Smallest head size of the attention kernels.
+    "qwen3": {"head_dim": 64},
+}
+"""What `--device gpu` changes in a family's configuration."""
 
 COMMON = {
     "hidden_size": 128,
@@ -133,6 +152,12 @@ class Settings:
     target_accuracy: float
     max_steps: int
     given_up: float = GIVEN_UP
+    device: str = "cpu"
+    """Kind of device that the engines run on: `cpu` or `gpu`."""
+
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
+        return CONFIGS[self.family] | (GPU_SHAPE[self.family] if self.device == "gpu" else {})
 
 
 @dataclass(frozen=True)
@@ -204,7 +229,7 @@ def build_model(config: dict[str, Any], seed: int) -> Any:
     return model
 
 
-def batch(chosen: list[Problem]) -> tuple[Tensor, Tensor]:
+def batch(chosen: list[Problem], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [n, length], padded on the right, and labels with -100 wherever nothing is predicted."""
     rows = [problem.ids() for problem in chosen]
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -214,7 +239,7 @@ def batch(chosen: list[Problem]) -> tuple[Tensor, Tensor]:
         row = torch.tensor(prompt + answer)
         ids[i, : len(row)] = row
         labels[i, len(prompt) : len(row)] = row[len(prompt) :]
-    return ids, labels
+    return ids.to(device), labels.to(device)
 
 
 def token_log_probs(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
@@ -228,7 +253,7 @@ def token_log_probs(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracy(model: Any, of: list[Problem]) -> float:
     """Share of right answers sampled at temperature 1: the mean probability of the right one, so without noise."""
-    return token_log_probs(model, *batch(of)).sum(-1).exp().mean().item()
+    return token_log_probs(model, *batch(of, model.device)).sum(-1).exp().mean().item()
 
 
 def pretrain(model: Any, everything: list[Problem], held_out: list[Problem], settings: Settings) -> tuple[int, float]:
@@ -239,7 +264,7 @@ def pretrain(model: Any, everything: list[Problem], held_out: list[Problem], set
     for step in range(1, settings.max_steps + 1):
         chosen = generator.choices(everything, k=128)
         seen = [problem.given_up() if generator.random() < settings.given_up else problem for problem in chosen]
-        log_probs = token_log_probs(model, *batch(seen))
+        log_probs = token_log_probs(model, *batch(seen, model.device))
         loss = -log_probs.sum() / (log_probs != 0).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -404,11 +429,14 @@ def make_checkpoint(base: Path, settings: Settings) -> None:
     folder = fresh_folder(target, asdict(settings))
     if folder is None:
         return
-    config = CONFIGS[settings.family]
+    config = settings.config()
     parsed = ModelConfig.from_hf(config)
     train, held_out = problems(settings.seed)
     model = build_model(config, settings.seed)
+    if settings.device == "gpu" and torch.cuda.is_available():
+        model.to("cuda")
     steps, reached = pretrain(model, train + held_out, held_out, settings)
+    model.to("cpu")
     files = stored(parsed, hf_tensors(model, parsed, settings.seed))
     final = as_engine_sees(parsed, model, files, held_out)
     if not WINDOW[0] <= final <= WINDOW[1]:
@@ -429,6 +457,7 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of models and data ($BASE_DIR)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", choices=sorted(NAMES), default="deepseek-v3")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="what the engines will run on")
     parser.add_argument("--target-accuracy", type=float, default=0.42, help="right held-out answers at the end")
     parser.add_argument("--max-steps", type=int, default=3000, help="steps after which pre-training has failed")
     arguments = parser.parse_args()
@@ -443,7 +472,13 @@ def main() -> int:
         make_data(arguments.output_dir, arguments.seed)
         make_checkpoint(
             arguments.output_dir,
-            Settings(arguments.seed, arguments.family, arguments.target_accuracy, arguments.max_steps),
+            Settings(
+                arguments.seed,
+                arguments.family,
+                arguments.target_accuracy,
+                arguments.max_steps,
+                device=arguments.device,
+            ),
         )
     except OSError as error:
         print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
