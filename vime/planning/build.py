@@ -13,7 +13,7 @@ from vime.errors import BadInput
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
-from vime.planning import derive, gpu_memory, layout, memory, ports, stages
+from vime.planning import derive, gpu_memory, gpu_moments, layout, memory, ports, stages
 from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
 from vime.planning.inputs import check_shards, read_json
@@ -89,6 +89,7 @@ def make_plan(
     _check_conversion(recipe, config, slots.nodes)
 
     weights = memory.Weights.of(recipe, config, trainer)
+    recipe = gpu_moments.with_share(recipe, config, weights, _bytes_of_gpu(cluster))
     gpus = _gpu_memory(recipe, config, cluster, weights)
     planned = tuple(_node(node, recipe, config, weights, slots, ranks, engines, gpus) for node in range(slots.nodes))
     job = stages.StageInputs(
@@ -288,8 +289,16 @@ def _gpu_memory(
     """The estimate for each pipeline stage; empty without GPUs."""
     if recipe.resources.device != "gpu":
         return ()
-    of_gpu = cluster.gpu_memory_bytes or gpu_memory.DEFAULT_GPU_BYTES
-    return tuple(gpu_memory.stage_memory(recipe, config, weights, stage, of_gpu) for stage in range(weights.layout.pp))
+    of_gpu, found = _bytes_of_gpu(cluster), []
+    for stage in range(weights.layout.pp):
+        alone = gpu_memory.stage_memory(recipe, config, weights, stage, of_gpu)
+        together = gpu_moments.moments(recipe, config, weights, stage, of_gpu)
+        found.append(alone.model_copy(update={"moments": together}))
+    return tuple(found)
+
+
+def _bytes_of_gpu(cluster: Cluster) -> int:
+    return cluster.gpu_memory_bytes or gpu_memory.DEFAULT_GPU_BYTES
 
 
 def _signal_lead(recipe: Recipe, weights: memory.Weights, nodes: int, cluster: Cluster) -> int:

@@ -23,6 +23,9 @@ _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context
           "expert_model_parallel_size")  # fmt: skip
 
 
+SHARED_GPU = "GPU memory"
+
+
 @dataclass(frozen=True)
 class Shortage:
     """One thing that there is too little of."""
@@ -75,6 +78,11 @@ def _gpu_shortages(nodes: Iterable[tuple[int, Any]]) -> Iterator[Shortage]:
     if gpu.training.total_bytes > gpu.gpu_bytes:
         what = "GPU memory for training (an estimate)"
         yield Shortage(f"a rank of node {node}", what, gpu.training.total_bytes, gpu.gpu_bytes)
+    for moment in gpu.moments:
+        # Training is the item above; the others are sums of what is known before the run.
+        if moment.name != "training" and moment.bytes > gpu.gpu_bytes:
+            where = f"{moment.name} on a GPU that trainer and engine share ({moment.why})"
+            yield Shortage(where, SHARED_GPU, moment.bytes, gpu.gpu_bytes)
     if gpu.missing:
         engine = gpu.engine.total_bytes
         yield Shortage("an engine's rank", "GPU memory (an estimate)", engine, engine - gpu.missing)

@@ -20,10 +20,18 @@ from vime.run.plan import GpuMemory, Item, Memory
 
 DEFAULT_GPU_BYTES = 80 * GB
 """Of a GPU whose memory the cluster profile does not name: an H100."""
-TRAINER_RESERVE = 6 * GB
-"""CUDA context, NCCL's buffers, workspaces and gaps of the allocator."""
+TRAINER_PROCESS = 3 * GB
+"""What a trainer's process holds with no tensor: CUDA context, loaded kernels, NCCL's communicators and buffers."""
+TRAINER_RESERVE = TRAINER_PROCESS + 3 * GB
+"""The process, workspaces and gaps of the allocator."""
 ENGINE_RESERVE = 5 * GB
 """CUDA context and graphs, NCCL's buffers and vLLM's own activations."""
+ENGINE_CONTEXT = 1 * GB
+"""What an engine's process takes beyond its share: vLLM measures from after its CUDA context."""
+ENGINE_ASLEEP = 3 * GB
+"""What an engine's process keeps while it sleeps: its CUDA context, graphs, NCCL's buffers, workspaces."""
+VLLM_SHARE = 0.92
+"""vLLM's own default of `--vllm-gpu-memory-utilization`."""
 LOGITS_CHUNK = 1024
 """MicroBatchTokens whose logits the loss holds in fp32 at a time (vime.megatron.logprobs)."""
 
@@ -39,7 +47,7 @@ class MicroBatchTokens:
 def stage_memory(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int, gpu_bytes: int) -> GpuMemory:
     """The estimate for ranks of one pipeline stage and, on the same kind of GPU, a rank of an engine."""
     training = _memory(_training(recipe, config, weights, stage))
-    budget = int(float(recipe.engine.vllm.get("gpu_memory_utilization", 0.9)) * gpu_bytes)
+    budget = int(float(recipe.engine.vllm.get("gpu_memory_utilization", VLLM_SHARE)) * gpu_bytes)
     engine = list(_engine(recipe, config))
     left = budget - sum(item.bytes for item in engine)
     per_token = kv_bytes_per_token(recipe, config)
@@ -168,6 +176,11 @@ def kv_bytes_per_token(recipe: Recipe, config: ModelConfig) -> int:
         return size * (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim) * config.num_layers
     heads = max(1, config.num_kv_heads // tensor_parallel)
     return size * 2 * heads * config.head_dim * config.num_layers
+
+
+def engine_weights(recipe: Recipe, config: ModelConfig) -> int:
+    """Bytes of an engine's weights on one GPU."""
+    return next(_engine(recipe, config)).bytes
 
 
 def _engine(recipe: Recipe, config: ModelConfig) -> Iterator[Item]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from vime.errors import BadInput, SchedulerError
 from vime.planning.build import Checks, fewest_nodes, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
-from vime.planning.fit import shortages
+from vime.planning.fit import SHARED_GPU, shortages
 from vime.recipe.load import load_with_notes
 from vime.recipe.schema import Recipe
 from vime.run import code as snapshot
@@ -122,8 +122,11 @@ def _default_nodes(recipe: Recipe) -> int:
 
 
 def check_fits(plan: Plan) -> None:
-    """Refuses a run whose nodes are known to lack host memory; what a GPU lacks is an estimate, so a note."""
+    """Refuses a run whose nodes lack host memory, or whose trainer and engine cannot share a GPU as they are asked to;
+    what a GPU lacks for training alone is an estimate, so a note."""
     for lack in shortages(plan):
         if lack.what == "host memory":
             raise BadInput(f"{lack}: python -m vime.plan shows what fits, and --nodes auto takes it (docs/plan.md)")
+        if lack.what == SHARED_GPU:
+            raise BadInput(f"{lack}: give a smaller --vllm-gpu-memory-utilization, or leave it out (docs/plan.md)")
         print(f"note: {lack}")

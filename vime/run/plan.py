@@ -44,6 +44,8 @@ class GpuMemory(Frozen):
     """Tokens that the KV cache of one GPU holds."""
     missing: int = 0
     """Bytes that the engine's weights and reserve take beyond their budget."""
+    moments: tuple[Item, ...] = ()
+    """With `--colocate`: what trainer and engine together hold at each moment of a rollout."""
 
 
 class TrainerRank(Frozen):
