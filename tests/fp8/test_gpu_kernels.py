@@ -35,7 +35,9 @@ def subnormal(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def subnormal_and_large(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.where(random(shape, torch.float32) > 0, random(shape, torch.float32), subnormal(shape, dtype)).to(dtype)
+    return torch.where(random(shape, torch.float32) > 0, random(shape, torch.float32), subnormal(shape, dtype)).to(
+        dtype
+    )
 
 
 def codes_between(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +70,9 @@ def assert_same(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, what
     assert torch.equal(scale.cpu().view(torch.int32), wanted_scale.view(torch.int32)), f"scales of {what}"
     ours, theirs = q.cpu().view(torch.uint8), wanted.view(torch.uint8)
     wrong = (ours != theirs).nonzero()
-    assert not len(wrong), f"{what} at {wrong[0].tolist()}: {ours[tuple(wrong[0])]:#x}, not {theirs[tuple(wrong[0])]:#x}"
+    assert not len(wrong), (
+        f"{what} at {wrong[0].tolist()}: {ours[tuple(wrong[0])]:#x}, not {theirs[tuple(wrong[0])]:#x}"
+    )
 
 
 @DTYPES

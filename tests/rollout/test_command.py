@@ -52,8 +52,20 @@ def test_the_environment_of_an_r1_node_names_its_gpus_address_interface_and_port
         "VLLM_PORT": str(engine.aux_port + 1),
         "GLOO_SOCKET_IFNAME": "ib0",
         "NCCL_SOCKET_IFNAME": "ib0",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+        "VLLM_USE_DEEP_GEMM_E8M0": "0",
     }
+
+
+def test_scales_are_rounded_to_powers_of_two_only_where_the_checkpoint_has_such():
+    plan = plan_of("deepseek-r1", 16)
+    hf = {**plan.model_config_hf, "quantization_config": {**plan.model_config_hf["quantization_config"]}}
+    hf["quantization_config"]["scale_fmt"] = "ue8m0"
+    rounded = plan.model_copy(update={"model_config_hf": hf})
+    for one, expected in ((plan, "0"), (rounded, None)):
+        found = engine_command(one, bound(16), one.engines[0], 0, [0]).env
+        assert found.get("VLLM_USE_DEEP_GEMM_E8M0") == expected
 
 
 def test_the_tiny_recipe_loads_the_bf16_copy_with_what_processors_need():

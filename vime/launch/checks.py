@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vime.errors import Cause
 from vime.planning.memory import object_store_bytes
+from vime.run.devices import host_gpus, node_slots
 from vime.run.messages import Report
 from vime.run.node_local import NODE_TMP, SOCKET_CHARACTERS
 from vime.run.plan import Plan
@@ -133,7 +134,8 @@ def _addresses(plan: Plan, findings: Findings) -> Iterator[Problem]:
 def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
     if not plan.on_gpu:
         return
-    count = max(node.gpus for node in plan.nodes)
+    used = {number for node in plan.nodes for number in host_gpus(plan, node.index, node_slots(plan, node.index))}
+    count = len(used)
     for place, found in sorted(findings.items()):
         told, host = found["gpus"], found["host"]
         if "gpus" not in told:
@@ -141,7 +143,7 @@ def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
             continue
         if len(told["gpus"]) < count:
             yield Problem(place, host, "number of GPUs", str(len(told["gpus"])), str(count))
-        for number, gpu in enumerate(told["gpus"]):
+        for number, gpu in _planned(told["gpus"], used, found.get("visible_gpus")):
             for check, value, need in _gpu_faults(gpu):
                 yield Problem(place, host, f"{check} of GPU {number} ({gpu['bus']})", value, need)
         for xid in told["xids"]:
@@ -153,6 +155,18 @@ def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
             for place, found in findings.items()
         }
         yield from _odd_ones(label, kinds, findings)
+
+
+def _planned(
+    gpus: Sequence[Mapping[str, Any]], used: Collection[int], visible: str | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The GPUs of a host that the run takes; all of them where the caller named them otherwise than by number."""
+    names = [name.strip() for name in (visible or "").split(",") if name.strip()]
+    if not all(name.isdigit() for name in names):
+        yield from enumerate(gpus)
+        return
+    numbers = {int(name) for place, name in enumerate(names) if place in used} if names else used
+    yield from ((number, gpu) for number, gpu in enumerate(gpus) if number in numbers)
 
 
 def _gpu_faults(gpu: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

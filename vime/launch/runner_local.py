@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from vime.errors import Cause
 from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
 from vime.node.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
+from vime.run.devices import VISIBLE
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
 from vime.system import processes
@@ -37,6 +38,8 @@ class LocalRunner:
             for rank in range(stage.tasks_per_node):
                 env = {**os.environ, **self.environment, PLACES: places_text(places), JOB: self.job}
                 env |= {LOCAL_PLACE: str(place), LOCAL_RANK: str(rank)}
+                if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+                    env[VISIBLE] = visible
                 processes.append(launch(command, env, self._plan.run_dir, stage.name))
         return Step(stage, places, processes, log, offset)
 

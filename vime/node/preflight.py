@@ -24,6 +24,7 @@ from vime.node.scratch import remove_dead
 from vime.node.task import JOB, PLACES
 from vime.planning import ports
 from vime.run.canary import CANARY, answer_canary, read_canary
+from vime.run.devices import VISIBLE
 from vime.run.folder import PLAN, read_plan
 from vime.run.messages import report
 from vime.run.node_local import base_folder, longest_socket
@@ -170,6 +171,7 @@ def look(plan: Plan) -> dict[str, Any]:
         "kernel": platform.release(),
         "versions": versions() | {name: gpus[name] for name in ("driver", "cuda") if gpus.get(name)},
         "gpus": gpus,
+        "visible_gpus": os.environ.get(VISIBLE),
         "limits": limits(),
         "node_local": node_local(),
         "run_folder": folder,

@@ -1,8 +1,8 @@
 """What one GPU holds at each moment of a rollout where trainer and engine take turns on it (`--colocate`).
 
-Both processes live for the whole run, so their contexts, libraries and communicators are there at every moment; weights,
-gradients, caches come and go in the order of `vime.train.handover`. The sums say which share of the memory the engine may
-take, and refuse a run before it is queued.
+Both processes live for the whole run, so their contexts, libraries and communicators are there at every moment;
+weights, gradients and caches come and go in the order of `vime.train.handover`. The sums say which share of the memory
+the engine may take, and refuse a run before it is queued.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 
 from vime.errors import BadInput
 from vime.recipe.load import bf16_folder
+from vime.run.devices import device_variables
 from vime.run.plan import Binding, BoundNode, EnginePlan, Plan
 
 MODEL_NAME = "policy"
@@ -58,9 +59,15 @@ def model_path(plan: Plan) -> str:
 
 
 def engine_command(
-    plan: Plan, binding: Binding, engine: EnginePlan, position: int, cpus: Sequence[int]
+    plan: Plan,
+    binding: Binding,
+    engine: EnginePlan,
+    position: int,
+    cpus: Sequence[int],
+    visible: str | None = None,
 ) -> EngineCommand:
-    """The command of the engine's part on its node number `position`; `cpus` are the cores its process may use.
+    """The command of the engine's part on its node number `position`; `cpus` are the cores its process may use, and
+    `visible` the GPUs that the caller of a local run left to it.
 
     Raises BadInput for a layout that vLLM computes wrong without saying so.
     """
@@ -76,7 +83,7 @@ def engine_command(
         *_flags({name: value for name, value in plan.recipe.engine.vllm.items() if name not in _FROM_PLAN}),
     ]
     url = f"http://{_bracketed(leader.address)}:{engine.port + binding.port_offset}"
-    env = _environment(plan, binding, engine, position, here, cpus)
+    env = _environment(plan, binding, engine, position, here, cpus, visible)
     return EngineCommand(tuple(argv), env, serves, url)
 
 
@@ -143,7 +150,13 @@ def _flags(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _environment(
-    plan: Plan, binding: Binding, engine: EnginePlan, position: int, here: BoundNode, cpus: Sequence[int]
+    plan: Plan,
+    binding: Binding,
+    engine: EnginePlan,
+    position: int,
+    here: BoundNode,
+    cpus: Sequence[int],
+    visible: str | None,
 ) -> dict[str, str]:
     env = dict(plan.recipe.misc.env)
     env |= {
@@ -158,7 +171,11 @@ def _environment(
     if here.interface:
         env |= {"GLOO_SOCKET_IFNAME": here.interface, "NCCL_SOCKET_IFNAME": here.interface}
     if plan.on_gpu:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, engine.gpus[position]))
+        env |= device_variables(plan, engine.nodes[position], engine.gpus[position], visible)
+        if (plan.model_config_hf.get("quantization_config") or {}).get("scale_fmt") != "ue8m0":
+            # DeepGEMM would round the scales of every weight up to powers of two and quantise the weights again: the
+            # engine would compute with other numbers than those that were synced.
+            env.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")
         return env
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", _KV_CACHE_GIB)
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(cpus, len(engine.gpus[position])))

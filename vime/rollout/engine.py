@@ -22,6 +22,7 @@ from typing import Any
 from vime.errors import DeadlineExceeded, VimeError
 from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
+from vime.run.devices import VISIBLE
 from vime.run.environment import resolve
 from vime.run.last_words import telling_line
 from vime.run.plan import Binding, Plan
@@ -57,7 +58,7 @@ class EngineServer:
         engine = plan.engines[engine_index]
         self.name = f"engine {engine_index} on node {engine.nodes[position]}"
         cpus = _cpus_of_engine(plan, binding, engine_index, position)
-        self.command: EngineCommand = engine_command(plan, binding, engine, position, cpus)
+        self.command: EngineCommand = engine_command(plan, binding, engine, position, cpus, os.environ.get(VISIBLE))
         node = engine.nodes[position]
         self.log = Path(plan.run_dir) / "logs" / "engines" / f"engine-{engine_index}-node{node:02d}.log"
         self._key = api_key

@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vime.errors import DeadlineExceeded
 from vime.rollout.engine import EngineServer
+from vime.run.devices import VISIBLE, device_variables
 from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
 from vime.run.owner import require_owner
@@ -41,8 +42,7 @@ class RankActor:
         verify_here(binding, place.node, f"trainer rank {rank}")
         # Ray sets one thread for an actor with a fraction of a CPU; CPU Adam runs at the speed of its threads.
         threads = threads_per_rank(plan, place.node, len(os.sched_getaffinity(0)))
-        # In the order of the bus, as nvidia-smi and preflight count; CUDA's own order goes by speed.
-        os.environ.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=str(place.gpu))
+        os.environ.update(device_variables(plan, place.node, [place.gpu], os.environ.get(VISIBLE)))
         os.environ.update(OMP_NUM_THREADS=str(threads))
         given = {name: value for name, value in plan.recipe.misc.env.items() if name not in os.environ}
         os.environ.update(resolve(given, os.environ))
