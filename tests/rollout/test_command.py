@@ -59,7 +59,7 @@ def test_the_environment_of_an_r1_node_names_its_gpus_address_interface_and_port
 
 
 def test_scales_are_rounded_to_powers_of_two_only_where_the_checkpoint_has_such():
-    plan = plan_of("deepseek-r1", 16)
+    plan = plan_of("deepseek-r1", nodes=16)
     hf = {**plan.model_config_hf, "quantization_config": {**plan.model_config_hf["quantization_config"]}}
     hf["quantization_config"]["scale_fmt"] = "ue8m0"
     rounded = plan.model_copy(update={"model_config_hf": hf})
