@@ -28,7 +28,8 @@ from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 from vime.sync import segment
 from vime.sync.buffers import entry_views
-from vime.sync.digest import digest, trainer_digests
+from vime.sync.digest import trainer_digests
+from vime.sync.fingerprint import fingerprint
 from vime.sync.parts import SLOTS
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import Schedule, make_schedule
@@ -114,7 +115,7 @@ def check_digests(schedule: Schedule, rank: int, hf: dict[str, Any], whole: Tens
     found: list[Any] = [None] * schedule.layout.world_size
     dist.all_gather_object(found, mine)
     wanted = {
-        entry.name: digest(*expected(hf, whole, entry.name, entry.param.parts[entry.part].name))
+        entry.name: fingerprint(*expected(hf, whole, entry.name, entry.param.parts[entry.part].name))
         for bucket in schedule.buckets
         for entry in bucket.entries
     }

@@ -1,12 +1,11 @@
 """Digests of the stream's tensors, made from the trainer's weights without the sync's own schedule, to check it.
 
-Of every parameter the first rank that holds its first shard gathers the others, quantises the whole tensors, and hashes
-them as an engine's worker hashes what reached it.
+For every parameter the first rank that holds its first shard gathers the others, quantises the whole tensors, and takes
+their fingerprints as an engine's worker does of what reached it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -18,16 +17,9 @@ from vime.errors import VimeError
 from vime.fp8 import quantise as fp8
 from vime.models.namemap import Param
 from vime.models.transform import split, unshard
+from vime.sync.fingerprint import fingerprint
 from vime.sync.parts import Entry
 from vime.sync.schedule import Schedule
-
-
-def digest(tensor: Tensor, scales: Tensor | None = None) -> str:
-    """SHA-256 of a tensor's bytes and of those of its scales."""
-    found = hashlib.sha256(_bytes(tensor))
-    if scales is not None:
-        found.update(_bytes(scales))
-    return found.hexdigest()
 
 
 def trainer_digests(
@@ -41,7 +33,8 @@ def trainer_digests(
     for param, entries in _by_param(schedule).items():
         if entries[0].frozen:
             if rank == 0:
-                found |= {entry.name: _stored(schedule, entry, checkpoint) for entry in entries}
+                device = next(iter(tensors.values())).device
+                found |= {entry.name: _stored(schedule, entry, checkpoint, device) for entry in entries}
             continue
         holders = schedule.holders(param)
         shards = _gather(param, holders, rank, tensors)
@@ -76,19 +69,15 @@ def _gather(param: Param, holders: list[int], rank: int, tensors: Mapping[str, T
 
 def _fresh(schedule: Schedule, entry: Entry, whole: Tensor) -> str:
     if not entry.quantised:
-        return digest(whole.to(getattr(torch, entry.dtype)))
+        return fingerprint(whole.to(getattr(torch, entry.dtype)))
     config = schedule.config.quantisation
     assert config is not None
-    return digest(*fp8.quantise(whole, config.block, scale_format=config.scale_format, name=entry.name))
+    return fingerprint(*fp8.quantise(whole, config.block, scale_format=config.scale_format, name=entry.name))
 
 
-def _stored(schedule: Schedule, entry: Entry, checkpoint: HFCheckpoint | None) -> str:
+def _stored(schedule: Schedule, entry: Entry, checkpoint: HFCheckpoint | None, device: torch.device) -> str:
     if checkpoint is None:
         raise VimeError(f"{entry.name} is frozen, but there is no HF checkpoint to take it from")
     if entry.quantised and checkpoint.is_quantised(entry.name):
-        return digest(checkpoint.stored(entry.name), checkpoint.scale(entry.name))
-    return _fresh(schedule, entry, checkpoint.tensor(entry.name))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        return fingerprint(checkpoint.stored(entry.name).to(device), checkpoint.scale(entry.name).to(device))
+    return _fresh(schedule, entry, checkpoint.tensor(entry.name).to(device))

@@ -28,7 +28,7 @@ from vime.errors import VimeError
 from vime.fp8 import quantise as fp8
 from vime.sync.channel import Channel
 from vime.sync.cuda_memory import map_shared
-from vime.sync.digest import digest
+from vime.sync.fingerprint import fingerprint
 from vime.sync.segment import Segment
 
 
@@ -147,7 +147,7 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
                 wide = fp8.scale_shape(shape, block)
                 scale = data[scale_offset : scale_offset + 4 * math.prod(wide)].view(torch.float32).view(wide)
             if bucket.digest:
-                self.received[name] = digest(tensor, scale)
+                self.received[name] = fingerprint(tensor, scale)
             if scale is None:
                 yield name, tensor.to(self.device, copy=True)
             elif self._takes_fp8:

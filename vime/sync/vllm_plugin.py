@@ -5,7 +5,6 @@ vLLM calls `register` in every process of an engine, through the entry point `vl
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import version
 from typing import Any
 
@@ -23,6 +22,7 @@ def register() -> None:
     for name in BACKENDS:
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "vime.sync.transfer_engine", "TransferEngine")
+    hash_on_device()
     show_more_weights()
     if _on_cpu():
         mend_cpu_experts()
@@ -49,6 +49,24 @@ def mend_cpu_experts() -> None:
 
     setup_kernel.mended_by_vime = True  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def hash_on_device() -> None:
+    """Take the checksums of `/weight_checker` where the weights lie: vLLM's own brings every weight to a processor,
+    which takes seconds a gigabyte."""
+    from vllm.model_executor.model_loader import weight_checksum
+    from vllm.v1.worker import gpu_worker
+
+    from vime.sync.fingerprint import fingerprint
+
+    if getattr(gpu_worker.compute_tensor_digests, "mended_by_vime", False):
+        return
+
+    def digests(model: Any) -> dict[str, str]:
+        return {name: fingerprint(weight) for name, weight in weight_checksum._weights(model)}
+
+    digests.mended_by_vime = True  # type: ignore[attr-defined]
+    weight_checksum.compute_tensor_digests = gpu_worker.compute_tensor_digests = digests
 
 
 def show_more_weights() -> None:
@@ -97,13 +115,15 @@ def show_packed_weights() -> None:
     from vllm.model_executor.model_loader import weight_checksum
     from vllm.v1.worker import gpu_worker
 
+    from vime.sync.fingerprint import fingerprint
+
     pack, digests = utils.dispatch_cpu_unquantized_gemm, weight_checksum.compute_tensor_digests
     if getattr(pack, "mended_by_vime", False):
         return
 
     def packed(layer: Any, remove_weight: bool) -> None:
         if not layer.weight.is_meta:
-            layer.packed_digest = _digest(layer.weight)
+            layer.packed_digest = fingerprint(layer.weight)
         pack(layer, remove_weight)
 
     def with_packed(model: Any) -> dict[str, str]:
@@ -114,16 +134,9 @@ def show_packed_weights() -> None:
         }
         return digests(model) | found
 
-    packed.mended_by_vime = True  # type: ignore[attr-defined]
+    packed.mended_by_vime = with_packed.mended_by_vime = True  # type: ignore[attr-defined]
     utils.dispatch_cpu_unquantized_gemm = packed
     weight_checksum.compute_tensor_digests = gpu_worker.compute_tensor_digests = with_packed
-
-
-def _digest(weight: Any) -> str:
-    import torch
-
-    data = weight.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
 
 
 def _on_cpu() -> bool:
