@@ -15,6 +15,7 @@ VERBS = {
     "plan": "print the plan of a run: memory, placement, traffic",
     "fetch": "download checkpoint and data",
     "status": "show what a run is doing",
+    "top": "watch a run on one terminal page",
     "logs": "print and follow the logs of a run",
     "attach": "open a shell on a node of a run",
     "cancel": "end a run",

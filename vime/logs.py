@@ -15,6 +15,7 @@ from vime.run.journal import Event, read_events
 from vime.run.logs import Follower, Line, LogFile, Wanted, all_logs, merge, single_ranks, tail_offset
 from vime.run.registry import find_run, last_run
 from vime.run.state import run_state
+from vime.system.text import visible
 
 _POLL_SECONDS = 0.5
 _STATE_SECONDS = 5.0
@@ -58,8 +59,9 @@ def _line_of(event: Event, run_dir: Path) -> Line:
 
 
 def render(line: Line) -> str:
+    """One line for a terminal, without control characters."""
     label = CONTROLLER if line.file.stage == CONTROLLER else line.file.label
-    return f"{line.stamp[11:]} {label} {line.text}"
+    return visible(f"{line.stamp[11:]} {label} {line.text}")
 
 
 def follow(logs: Logs, run_dir: Path, first: int | None) -> Iterator[Line]:

@@ -11,43 +11,82 @@ from collections.abc import Sequence
 from vime.cli import command
 from vime.run.registry import find_run, last_run
 from vime.run.state import RunState, run_state
+from vime.system.text import visible
 
 _WATCH_SECONDS = 2.0
 _CLEAR = "\x1b[H\x1b[2J"
 _SHOWN = (
     ("rollout/raw_reward", "reward"),
-    ("perf/rollout_tokens_per_s", "tokens generated a second"),
-    ("perf/train_tokens_per_s", "trained a second"),
+    ("perf/rollout_tokens_per_s", "tokens generated per second"),
+    ("perf/train_tokens_per_s", "trained per second"),
 )
 
 
-def render(state: RunState) -> str:
-    """The state as lines of plain text."""
+_MARKS = {"done": "+", "skipped": "-", "ready": "*", "running": ">", "failed": "!", "stopped": "x"}
+_COLOURS = {"failed": "red", "lost": "red", "succeeded": "green", "done": "green", "running": "cyan", "ready": "cyan",
+            "waiting": "dim", "skipped": "dim", "pending": "yellow", "requeued": "yellow"}  # fmt: skip
+
+
+def headline(state: RunState) -> str:
+    """Run, state, job and number of the start."""
     job = f", job {state.job}" if state.job else ""
-    lines = [f"{state.run}: {state.state}{job}" + (f", start {state.restart}" if state.restart else "")]
-    if state.reason:
-        lines.append(f"  {state.reason}")
+    return visible(f"{state.run}: {state.state}{job}" + (f", start {state.restart}" if state.restart else ""))
+
+
+def reasons(state: RunState) -> list[str]:
+    """Lines about why the run is in its state, and the jobs of a chain."""
+    lines = [state.reason] if state.reason else []
     if state.note:
-        lines.append(f"  note: {state.note}")
+        lines.append(f"note: {state.note}")
     for one in state.jobs:
-        told = one.state + (f" ({one.reason})" if one.reason else "")
-        lines.append(f"    job {one.job_id} {one.link or '':8} {told or 'ended'}")
+        known = one.state + (f" ({one.reason})" if one.reason else "")
+        lines.append(f"  job {one.job_id} {one.link or '':8} {known or 'ended'}")
     if state.expected_start and state.expected_start > time.time():
-        lines.append(f"  expected to start {time.strftime('%Y-%m-%d %H:%M', time.localtime(state.expected_start))}")
-    marks = {"done": "+", "skipped": "-", "ready": "*", "running": ">", "failed": "!", "stopped": "x"}
-    for stage in state.stages:
-        seconds = "" if stage.seconds is None else f"  {stage.seconds:.0f} s"
-        lines.append(f"  {marks.get(stage.state, ' ')} {stage.name:12} {stage.state}{seconds}")
+        lines.append(f"expected to start {time.strftime('%Y-%m-%d %H:%M', time.localtime(state.expected_start))}")
+    return [visible(line) for line in lines]
+
+
+def progress(state: RunState) -> list[str]:
+    """Lines about rollouts, checkpoint, time and place."""
+    lines = []
     if state.rollout is not None:
         shown = [f"{label} {state.metrics[name]:.4g}" for name, label in _SHOWN if name in state.metrics]
-        lines.append(f"  rollout {state.rollout} of {state.num_rollout}: {', '.join(shown)}")
+        lines.append(f"rollout {state.rollout} of {state.num_rollout}: {', '.join(shown)}")
     if state.next_checkpoint is not None:
-        lines.append(f"  next checkpoint after rollout {state.next_checkpoint + 1}")
+        lines.append(f"next checkpoint after rollout {state.next_checkpoint + 1}")
     if state.seconds_left is not None:
         hours, seconds = divmod(int(state.seconds_left), 3600)
-        lines.append(f"  time left {hours}:{seconds // 60:02d} h")
-    lines.append(f"  {state.run_dir}")
-    return "\n".join(lines)
+        lines.append(f"time left {hours}:{seconds // 60:02d} h")
+    return [visible(line) for line in (*lines, state.run_dir)]
+
+
+def render(state: RunState) -> str:
+    """The state as lines of plain text, without control characters."""
+    lines = [headline(state), *(f"  {line}" for line in reasons(state))]
+    for stage in state.stages:
+        seconds = "" if stage.seconds is None else f"  {stage.seconds:.0f} s"
+        lines.append(f"  {_MARKS.get(stage.state, ' ')} {stage.name:12} {stage.state}{seconds}")
+    return "\n".join([*lines, *(f"  {line}" for line in progress(state))])
+
+
+def draw(state: RunState) -> None:
+    """Print the state to a terminal, the stages as a table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(headline(state), style=f"bold {_COLOURS.get(state.state, '')}".strip()))
+    for line in reasons(state):
+        console.print(Text(line, style="yellow"))
+    stages = Table("stage", "state", "seconds", box=None, padding=(0, 2), header_style="dim")
+    stages.columns[2].justify = "right"
+    for stage in state.stages:
+        seconds = "" if stage.seconds is None else f"{stage.seconds:.0f}"
+        stages.add_row(Text(visible(stage.name)), Text(stage.state, style=_COLOURS.get(stage.state, "")), seconds)
+    console.print(stages)
+    for line in progress(state):
+        console.print(Text(line, overflow="fold"))
 
 
 @command
@@ -61,9 +100,11 @@ def main(argv: Sequence[str]) -> int:
         folder = find_run(args.run) if args.run else last_run()
         while True:
             state = run_state(folder)
-            if args.watch and not args.json and sys.stdout.isatty():
-                print(_CLEAR, end="")
-            print(json.dumps(state.as_json()) if args.json else render(state), flush=True)
+            if args.json or not sys.stdout.isatty():
+                print(json.dumps(state.as_json()) if args.json else render(state), flush=True)
+            else:
+                print(_CLEAR if args.watch else "", end="", flush=True)
+                draw(state)
             if not args.watch or state.ended:
                 return 0
             time.sleep(_WATCH_SECONDS)

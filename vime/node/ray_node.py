@@ -17,6 +17,7 @@ from pathlib import Path
 from vime.errors import Cause, DeadlineExceeded, VimeError
 from vime.node.network import listening_ports
 from vime.node.ray_process import RayProcesses, gcs_address, ray_parameters
+from vime.node.usage import UsageWriter
 from vime.planning import ports as planned_ports
 from vime.run.folder import read_binding, read_plan
 from vime.run.messages import report
@@ -137,6 +138,7 @@ def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadlin
     readiness = Readiness(plan, binding, waits_for, deadline_s)
     if waits_for:
         readiness.start()
+    UsageWriter(plan.run_dir, node).start()
     code = RayProcesses(parameters, deadline_s).run()
     return code if readiness.failed is None else int(readiness.failed)
 

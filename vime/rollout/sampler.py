@@ -203,6 +203,10 @@ class Sampler:
         """Mark an engine as failed on outside evidence; its requests are repeated, and `recover` is called."""
         self._dispatcher.failed(engine, error)
 
+    def loads(self) -> list[list[int]]:
+        """Samples under way on every data-parallel rank of every engine."""
+        return self._dispatcher.loads()
+
     async def settled(self) -> None:
         """Wait until every failed engine has recovered. Raises the error that ended a recovery."""
         await self._dispatcher.settled()

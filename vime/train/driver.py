@@ -12,6 +12,7 @@ from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
 from vime.run.plan import Binding, Plan
+from vime.run.usage import write_queues
 from vime.sync.ranks import StartState, TrainerCall, WorkerMethods
 from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
@@ -23,6 +24,9 @@ from vime.train.phases import Phases, saves_after
 from vime.train.placement import reserve
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
+
+QUEUES_SECONDS = 10.0
+"""Between two writes of what the engines work on."""
 
 
 class Driver:
@@ -67,11 +71,18 @@ class Driver:
             self.phases.metrics.write(first, {f"start/{name}": value for name, value in synced.items()})
             async with asyncio.TaskGroup() as tasks:
                 background = [tasks.create_task(loop.supervisor.watch(loop.sampler.engine_failed))]
+                background.append(tasks.create_task(self._note_queues(loop.sampler)))
                 if self.recipe.checkpoint.async_save:
                     background.append(tasks.create_task(loop.publish_saves()))
                 await loop.run(first)
                 for task in background:
                     task.cancel()
+
+    async def _note_queues(self, sampler: Sampler) -> None:
+        """Write what the engines work on, for `vime.top`. In a thread: a shared file system may take its time."""
+        while True:
+            await asyncio.to_thread(write_queues, self.plan.run_dir, sampler.loads())
+            await asyncio.sleep(QUEUES_SECONDS)
 
     async def _start(
         self, stack: contextlib.AsyncExitStack, trainer: TrainerGroup, engines: EngineGroup

@@ -1,0 +1,77 @@
+"""What nodes and engines of a run are busy with: small files that nodes and the driver replace, and vime.top reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vime.system.files import PRIVATE, read_json, write_json
+from vime.system.private import private_folder
+
+FOLDER, QUEUES = "usage", "queues.json"
+FRESH_SECONDS = 120.0
+"""Age from which a file says nothing about the present."""
+
+
+@dataclass(frozen=True)
+class GpuUsage:
+    """One GPU at one moment."""
+
+    index: int
+    percent: float | None
+    """Share of the last sample period with a kernel running; None where the driver does not say, as below."""
+    memory_used: float | None
+    """Bytes."""
+    memory_total: float | None
+    celsius: float | None
+
+
+@dataclass(frozen=True)
+class NodeUsage:
+    """One node at one moment."""
+
+    node: int
+    """Logical node."""
+    time: float
+    """Unix seconds."""
+    load: float
+    """Mean number of runnable processes over a minute."""
+    cores: int
+    memory_used: float
+    """Bytes of the host: total less what is available."""
+    memory_total: float
+    gpus: tuple[GpuUsage, ...] = field(default=())
+
+    @property
+    def fresh(self) -> bool:
+        return time.time() - self.time < FRESH_SECONDS
+
+
+def write_usage(run_dir: str | Path, usage: NodeUsage) -> None:
+    folder = private_folder(Path(run_dir) / FOLDER)
+    write_json(folder / f"node{usage.node:02d}.json", asdict(usage), mode=PRIVATE)
+
+
+def read_usage(run_dir: str | Path) -> list[NodeUsage]:
+    """Newest usage of every node that has written one, in the order of nodes."""
+    found = []
+    for path in sorted((Path(run_dir) / FOLDER).glob("node*.json")):
+        values = read_json(path)
+        if values is not None:
+            gpus = tuple(GpuUsage(**gpu) for gpu in values.pop("gpus"))
+            found.append(NodeUsage(**values, gpus=gpus))
+    return sorted(found, key=lambda usage: usage.node)
+
+
+def write_queues(run_dir: str | Path, loads: Sequence[Sequence[int]]) -> None:
+    """Samples under way on each data-parallel rank of each engine."""
+    write_json(Path(run_dir) / QUEUES, {"time": time.time(), "loads": [list(ranks) for ranks in loads]}, mode=PRIVATE)
+
+
+def read_queues(run_dir: str | Path) -> list[list[int]]:
+    """What `write_queues` wrote last; empty where that is long ago or never was."""
+    values: dict[str, Any] = read_json(Path(run_dir) / QUEUES) or {}
+    return values["loads"] if time.time() - values.get("time", 0.0) < FRESH_SECONDS else []
