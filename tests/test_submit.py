@@ -93,9 +93,9 @@ def test_a_plan_is_printed_for_people_and_for_programs(no_slurm: dict[str, str])
     ("words", "message"),
     [
         (["--recipe", "tiny-qwen3"], "there is no Slurm on this machine: submit from a login node, or run here with"),
-        (["--lr", "3"], "unrecognized arguments: --lr: options of the recipe stand after --"),
+        (["--lr", "3"], "unrecognized arguments: --lr: options of the recipe follow --"),
         (["--bogus"], "unrecognized arguments: --bogus: see python -m vime.submit --help"),
-        (["stray"], "unexpected argument 'stray': options of the recipe stand after --"),
+        (["stray"], "unexpected argument 'stray': options of the recipe follow --"),
         (["--nodes", "0", "--dry-run"], "--nodes is 0: give at least 1"),
         (["--nodes", "many"], "argument --nodes: 'many' is neither a number nor auto"),
         (["--nodes", "2", "--dry-run"], "16 ranks cannot hold TP8 x CP4 x PP4 = 128"),
@@ -216,7 +216,7 @@ def test_every_option_is_listed_with_its_value(no_slurm: dict[str, str], capsys:
     assert submit.main(["--recipe", "tiny-qwen3", "--list-options", "--", "--lr", "3"]) == 0
     listed = capsys.readouterr().out
     assert "--lr 3.0" in listed
-    assert "--vllm-server-concurrency 64   # Requests under way at once, a server." in listed
+    assert "--vllm-server-concurrency 64   # Requests in flight per server." in listed
 
 
 def test_a_local_run_is_recorded_before_it_starts(

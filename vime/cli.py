@@ -1,4 +1,4 @@
-"""How every command ends."""
+"""Shared by all commands: the parser of a plan's options, and how a command ends."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from vime.system.redact import redact
 
 
 def command(run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
-    """Makes a command's `main` of what it does with its arguments, by default the process's.
+    """Wrap a function of arguments as a command's `main`; without arguments it takes the process's.
 
-    A VimeError becomes one line on stderr and its exit code. A reader that has seen enough, as `| head` has, is no
-    error.
+    A VimeError becomes one line on stderr and its exit code. A closed pipe (`| head`) is no error.
     """
 
     @functools.wraps(run)
@@ -44,52 +43,43 @@ DEFAULT_RECIPE = "deepseek-r1"
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line in one line, as every other bad input."""
+    """Reports a wrong command line in one line, like any bad input."""
 
     def error(self, message: str) -> NoReturn:
         named = re.search(r"--([\w-]+)", message)
         name = named[1].replace("-", "_") if named else ""
         of_recipe = name in recipe_options() or name.startswith("vllm_")
-        raise BadInput(
-            message + (": options of the recipe stand after --" if of_recipe else f": see {self.prog} --help")
-        )
+        raise BadInput(message + (": options of the recipe follow --" if of_recipe else f": see {self.prog} --help"))
 
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The options of a plan, common to vime.submit and vime.plan."""
-    epilog = "Options of the recipe stand after --, as in: -- --lr 2e-6 --colocate"
+    epilog = "Options of the recipe follow --, as in: -- --lr 2e-6 --colocate. --list-options prints them all."
     parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
-    add("--recipe", default=DEFAULT_RECIPE, help=f"name or YAML file; there are {', '.join(files.names('recipes'))}")
+    recipes, clusters = ", ".join(files.names("recipes")), ", ".join(files.names("clusters"))
+    add("--recipe", default=DEFAULT_RECIPE, help=f"recipe: a YAML file, or one of {recipes}; default: {DEFAULT_RECIPE}")
+    add("--nodes", type=_number_or_auto, help="nodes, without spares; auto: fewest that fit; default: the recipe's")
     add(
-        "--nodes",
-        type=_number_or_auto,
-        help="nodes in all, without spares; auto: the fewest that fit; default: the recipe's",
-    )
-    add(
-        "--node-memory",
-        type=_gigabytes,
-        metavar="GB",
-        help="host memory of a node; default: the profile's, then sinfo's",
-    )
-    add("--cluster", help=f"name or YAML file of a profile ({', '.join(files.names('clusters'))}); default: ask sinfo")
-    add("--base-dir", help="the shared folder of models, data and checkpoints; default: $BASE_DIR, then the profile's")
-    add("--run-name", help="by default the recipe's name and the time")
+        "--node-memory", type=_gigabytes, metavar="GB",
+        help="host memory of a node; default: the profile's, then what sinfo shows",
+    )  # fmt: skip
+    add("--cluster", help=f"cluster profile: a YAML file, or one of {clusters}; default: ask sinfo")
+    add("--base-dir", help="shared folder of models, data and checkpoints; default: $BASE_DIR, then the profile's")
+    add("--run-name", help="name of the run; default: the recipe's name and the time")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--run-dir", help="folder of this run; one that holds a run goes on where it was saved")
-    place.add_argument("--runs-dir", help="folder in which the run's folder is made; default: $BASE_DIR/runs")
-    add("--shape", choices=("allocation", "chain"), default="allocation", help="one job, or a job a stage")
-    add("--spares", type=int, default=0, help="nodes more, which replace those that preflight refuses")
+    place.add_argument("--run-dir", help="folder of the run; one that holds a run resumes it")
+    place.add_argument("--runs-dir", help="parent of the run's folder; default: $BASE_DIR/runs")
+    add("--shape", choices=("allocation", "chain"), default="allocation", help="one Slurm job, or one job per stage")
+    add("--spares", type=int, default=0, help="extra nodes that replace any rejected by preflight; default: 0")
     add("--time", help="time limit: minutes, H:M:S or D-H; default: the profile's")
-    add("--partition", help="Slurm partition; default: the profile's, else Slurm's default")
-    add("--no-snapshot", action="store_true", help="run the code that is there when the job starts, not that of now")
+    add("--partition", help="Slurm partition; default: the profile's, then Slurm's default")
+    add("--no-snapshot", action="store_true", help="run the code as of job start instead of a copy taken now")
     add(
-        "--verify",
-        choices=("quick", "deep"),
-        default="quick",
-        help="before a stage's outputs are taken over: look at sizes, times and samples, or read and compare all bytes",
-    )
-    add("--list-options", action="store_true", help="print every option of the recipe and its value, and end")
+        "--verify", choices=("quick", "deep"), default="quick",
+        help="check of finished stages' outputs before they are reused: sizes, times and samples, or all bytes",
+    )  # fmt: skip
+    add("--list-options", action="store_true", help="print every option of the recipe with its value and meaning")
     add("flags", nargs="*", metavar="-- FLAGS", help=argparse.SUPPRESS)
     return parser
 

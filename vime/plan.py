@@ -1,4 +1,4 @@
-"""`python -m vime.plan`: prints the plan of a run that is to be, or of one that is there."""
+"""`vime plan`: print the plan of a new run or of an existing one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vime.run.registry import find_run
 @command
 def main(argv: Sequence[str]) -> int:
     own, flags = split_flags(argv)
-    parser = build_parser("python -m vime.plan", "Print the plan of a run that is to be, or of one that is there.")
-    parser.add_argument("--run", help="name or folder of a run: print its plan instead of a new one")
-    parser.add_argument("--json", action="store_true", help="the whole plan and what it needs, for programs")
-    parser.add_argument("--placement", action="store_true", help="a line a GPU: node, Megatron and engine ranks")
-    parser.add_argument("--svg", metavar="FILE", help="with --placement: write the map as SVG too")
+    parser = build_parser("python -m vime.plan", "Print the plan of a new run, or of an existing one with --run.")
+    parser.add_argument("--run", help="name or folder of an existing run: print its plan")
+    parser.add_argument("--json", action="store_true", help="print plan and needs as JSON")
+    parser.add_argument("--placement", action="store_true", help="print one line per GPU: node and ranks")
+    parser.add_argument("--svg", metavar="FILE", help="with --placement: also write the map as SVG")
     args = parser.parse_args(own)
     if args.flags:
-        raise BadInput(f"unexpected argument {args.flags[0]!r}: options of the recipe stand after --")
+        raise BadInput(f"unexpected argument {args.flags[0]!r}: options of the recipe follow --")
     if args.svg and not args.placement:
         raise BadInput(f"--svg {args.svg} is the placement map: give --placement with it")
     plan: Plan = read_plan(find_run(args.run)) if args.run else plan_from(args, flags, required=False, run_folder=False)

@@ -1,4 +1,4 @@
-"""`python -m vime.submit`: plans a run and submits it, or runs it on this machine with `--cluster local`."""
+"""`vime submit`: plan a run and submit it, or run it on this machine with `--cluster local`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vime.system.redact import redact
 
 
 def list_options(recipe: Recipe) -> str:
-    """Every option of the recipe as a flag, with its value and its meaning."""
+    """Every option of the recipe as a flag, with its value and meaning."""
     lines = []
     for name, target in recipe_options().items():
         group = getattr(recipe, target.group)
@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
     parser = build_parser(
         "python -m vime.submit", "Plan a run and submit it, or run it on this machine with --cluster local."
     )
-    parser.add_argument("--dry-run", action="store_true", help="print plan and batch script and submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the batch script, submit nothing")
     args = parser.parse_args(own)
     if args.flags:
-        raise BadInput(f"unexpected argument {args.flags[0]!r}: options of the recipe stand after --")
+        raise BadInput(f"unexpected argument {args.flags[0]!r}: options of the recipe follow --")
     if args.list_options:
         print(list_options(load_recipe(args.recipe, flags)))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -12,6 +13,7 @@ from vime.errors import BadInput
 from vime.recipe import tables
 from vime.recipe.flags import flag, parse_flags, recipe_options
 from vime.recipe.load import load_recipe
+from vime.recipe.schema import Recipe
 
 SEED_FLAGS = """
 --hf-checkpoint /data/DeepSeek-R1/ --ref-load /data/DeepSeek-R1_torch_dist/ --load /data/r1/ --save /data/r1/
@@ -124,3 +126,24 @@ def test_no_option_of_vime_hides_one_of_vllm_or_megatron():
     assert not vllm & set(recipe_options())
     assert not set(tables.MEGATRON_MODEL_FLAGS) & set(tables.MEGATRON_FLAGS)
     assert not set(tables.MEGATRON_MODEL_FLAGS) & set(recipe_options())
+
+
+def test_every_option_has_a_help_text():
+    fields = {name: type(getattr(Recipe(name="x"), target.group)) for name, target in recipe_options().items()}
+    assert not [name for name, group in fields.items() if not group.model_fields[name].description]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rollout-top-p", "0"], "--rollout-top-p is '0': input should be greater than 0"),
+        (["--eval-top-p", "1.5"], "--eval-top-p is '1.5': input should be less than or equal to 1"),
+        (["--n-samples-per-prompt", "0"], "--n-samples-per-prompt is '0': input should be greater than or equal to 1"),
+        (["--lr", "nan"], "--lr is 'nan': input should be a finite number"),
+        (["--max-staleness", "-1"], "--max-staleness is '-1'"),
+        (["--eps-clip-c", "1"], "--eps-clip-c is '1': input should be greater than 1"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused(flags: list[str], message: str):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        load_recipe("tiny-qwen3", flags)

@@ -21,7 +21,7 @@ from vime.samples import Group, Rollout, Sample
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     for values in ({0: 0.1, 1: 0.2, 2: 0.3}, {2: 0.9, 3: 1.0}):
-        writer = MetricsWriter(tmp_path, run_name="r")
+        writer = MetricsWriter(tmp_path)
         for step, reward in values.items():
             writer.write(step, {"rollout/raw_reward": reward})
         writer.close()
@@ -30,7 +30,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
 
 
 def test_a_torn_last_line_is_not_read(tmp_path):
-    writer = MetricsWriter(tmp_path, run_name="r")
+    writer = MetricsWriter(tmp_path)
     writer.write(0, {"a": 1.0})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -39,7 +39,7 @@ def test_a_torn_last_line_is_not_read(tmp_path):
 
 
 def test_values_that_are_not_finite_are_null_and_valid_json(tmp_path):
-    writer = MetricsWriter(tmp_path, run_name="r")
+    writer = MetricsWriter(tmp_path)
     writer.write(0, {"train/loss": float("nan"), "train/lr": 1.0})
     writer.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -50,7 +50,7 @@ def test_values_that_are_not_finite_are_null_and_valid_json(tmp_path):
 def test_metrics_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = MetricsWriter(tmp_path, run_name="r")
+    writer = MetricsWriter(tmp_path)
     writer.write(3, {"train/loss": 0.5})
     writer.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -99,9 +99,13 @@ def test_throughput_counts_shared_gpus_once(base_dir):
 
 WANDB_WRITER = """
 import sys
-from vime.run.metrics import MetricsWriter
+from vime.recipe.load import load_recipe
+from vime.run.metrics import MetricsWriter, wandb_settings
+flags = "--use-wandb --wandb-project p --wandb-entity team --wandb-group g --wandb-name n --wandb-tags a b"
+more = "--wandb-mode offline --env HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz --lr 0.5"
+recipe = load_recipe("tiny-qwen3", [*flags.split(), *more.split()])
 for step in (3, 4):
-    writer = MetricsWriter(sys.argv[1], run_name="r", wandb_project="p", config={"lr": 1})
+    writer = MetricsWriter(sys.argv[1], wandb=wandb_settings(recipe, "r:1"))
     writer.write(step, {"train/loss": 1 / step, "train/kl_loss": float("nan")})
     writer.close()
 """
@@ -109,7 +113,7 @@ for step in (3, 4):
 
 def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
     """Its library is real, but not its service: the library keeps what it would send. A run goes on on its page."""
-    env = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    env = {**os.environ, "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=120
     )
@@ -117,8 +121,11 @@ def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
     first, second = (list(wandb_records(path)) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")))
     for records, step in ((first, 3), (second, 4)):
         (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
-        assert (run.project, run.display_name, run.run_id) == ("p", "r", "r")
-        assert ("lr", "1") in [(item.key, item.value_json) for item in run.config.update]
+        assert (run.project, run.entity, run.run_group, run.display_name) == ("p", "team", "g", "n")
+        assert (run.run_id, list(run.tags)) == ("r-1", ["a", "b"])
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert config["optimizer"]["lr"] == 0.5
+        assert "hf_abc" not in json.dumps(config)
         (history,) = (record.history for record in records if record.WhichOneof("record_type") == "history")
         values = {item.nested_key[0]: json.loads(item.value_json) for item in history.item}
         assert values["_step"] == step
@@ -145,5 +152,5 @@ def wandb_records(path: Path):
 def test_without_its_library_the_flag_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match="--use-wandb: wandb is not installed"):
-        MetricsWriter(tmp_path, run_name="r", wandb_project="p")
+        MetricsWriter(tmp_path, wandb={"project": "p"})
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
-"""The typed recipe: groups of options, every option spelled as its flag (`lr_decay_style` is `--lr-decay-style`).
+"""The typed recipe: groups of options, each spelled as its flag (`lr_decay_style` is `--lr-decay-style`).
 
-A flag belongs to exactly one group, so a flat command line or a flat YAML mapping names it without its group.
+An option belongs to exactly one group, so a flat command line or a flat YAML mapping names it without its group. The
+string below an option is its help text; its type and bounds are checked when the recipe is read.
 """
 
 from __future__ import annotations
@@ -39,103 +40,124 @@ CorrectionName = Annotated[str, _name_in(CORRECTIONS)]
 class Options(BaseModel):
     """Base of the groups: frozen, strict about names, documented by the strings below the fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class SourceOptions(Options):
-    """Where models and data come from."""
+    """Sources of models and data."""
 
     fetch: dict[str, str] = Field(default_factory=dict)
-    """Folder in `$BASE_DIR`: repository of the Hub (`owner/name` or `datasets/owner/name`, with `@revision`)."""
+    """Downloads of `vime fetch`: folder -> repository of the Hub (`owner/name` or `datasets/owner/name`, optionally
+    with `@revision`)."""
 
 
 class ModelOptions(Options):
-    """Which model; its numbers come from the checkpoint's `config.json` or, without one, from `configs/models/`."""
+    """The model. Its sizes come from the checkpoint's `config.json`, or from `configs/models/` without a checkpoint."""
 
     model: str | None = None
-    """Name of a file in `configs/models/` (an HF `config.json` as YAML), used where no checkpoint is at hand."""
+    """File in `configs/models/` (a `config.json` as YAML), read where the checkpoint is not at hand."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Megatron model flags given by hand (`--rotary-base 10000`); one that differs from the checkpoint is an error."""
-    mtp_num_layers: int = 0
-    """Multi-token-prediction layers that are trained; 0 keeps the checkpoint's frozen."""
+    """Megatron model flags given by hand (`--rotary-base 10000`). One that contradicts the checkpoint is an error."""
+    mtp_num_layers: int = Field(default=0, ge=0)
+    """Multi-token-prediction layers to train; 0 keeps those of the checkpoint frozen."""
     bf16: bool = True
     """Train in bf16 with fp32 master weights; `--no-bf16` trains in fp32."""
 
 
 class ResourceOptions(Options):
-    """How many nodes and accelerators ("GPU slots" on machines without any) the actors take."""
+    """Nodes and accelerators of trainer and engines. On machines without GPUs a slot is a share of the processors."""
 
     actor_num_nodes: int = 1
     """Nodes of the trainer."""
     actor_num_gpus_per_node: int = 8
-    """GPUs, so trainer ranks, on each of them."""
+    """GPUs of the trainer on each of its nodes: one Megatron rank each."""
     device: Literal["gpu", "cpu"] = "gpu"
-    """`cpu`: slots are shares of the processors, and no GPUs are asked for, whatever the nodes have."""
-    rollout_num_gpus: int | None = None
-    """GPUs of all engines together; with `--colocate` always those of the trainer."""
+    """`cpu` asks Slurm for no GPUs and divides the processors instead."""
+    rollout_num_gpus: int | None = Field(default=None, ge=1)
+    """GPUs of all engines together. With `--colocate` these are the trainer's."""
     colocate: bool = False
-    """Trainer and engines take turns on the same GPUs."""
-    num_cpus_per_rank: int | None = None
-    """CPU cores a trainer rank; by default the node's cores divided by its ranks."""
+    """Run engines on the trainer's GPUs; the two take turns."""
+    num_cpus_per_rank: int | None = Field(default=None, ge=1)
+    """CPU cores per trainer rank. Default: the node's cores divided by its ranks."""
 
 
 class CheckpointOptions(Options):
-    """Where weights come from and go to."""
+    """Where weights are read and written."""
 
     hf_checkpoint: str | None = None
-    """HF folder that the engine loads; gives tokenizer and `quantization_config` too."""
+    """HF folder with the engines' first weights, the tokenizer and `quantization_config`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint, for a tokenizer or model that needs it. Read that code first."""
     ref_load: str | None = None
-    """torch_dist folder of the reference model and of the start; made by the conversion stage when missing."""
+    """torch_dist folder with the reference model and the first weights; the conversion stage makes a missing one."""
     load: str | None = None
-    """Checkpoint folder to resume from; without a tracker file in it the start is `--ref-load`, iteration 0. An HF
-    folder is a start without a conversion, and `--save` what is resumed from."""
+    """Folder to resume from; one without a checkpoint starts at `--ref-load`. An HF folder starts training there
+    without a conversion, and the run resumes from `--save`."""
     start_from: str | None = None
-    """HF folder (fp8 or bf16) that training starts from without a conversion; `--load` of such a folder means this."""
+    """HF folder (fp8 or bf16) to start from without a conversion; the same as `--load` of such a folder."""
     save: str | None = None
-    """Checkpoint folder; by default `checkpoints` in the run folder."""
-    save_interval: int | None = None
-    """Rollouts between two checkpoints; the last rollout is always saved when `--save` is set."""
-    save_keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Folder for checkpoints. Default: `checkpoints` in the run folder."""
+    save_interval: int | None = Field(default=None, ge=1)
+    """Rollouts between checkpoints. The last rollout is always saved."""
+    save_keep: int = Field(default=2, ge=1)
+    """Number of newest checkpoints to keep."""
     save_hf: str | None = None
-    """HF folder, `{rollout_id}` replaced, written beside every checkpoint."""
+    """HF folder written with every checkpoint; `{rollout_id}` in the path becomes the rollout's number."""
     async_save: bool = False
-    """Write checkpoints while training goes on."""
+    """Write checkpoints in the background while training continues."""
     conversion: Literal["one-pass", "two-stage", "direct"] = "one-pass"
-    """fp8 to torch_dist in one pass; or cast and conversion as two stages; or straight from the HF folder at start."""
+    """Way to the first weights: fp8 to torch_dist in one pass, a bf16 copy first (`two-stage`), or no conversion."""
     convert_tensor_model_parallel_size: int = 1
+    """Tensor-parallel size of the converted checkpoint. It loads at any other layout too."""
     convert_pipeline_model_parallel_size: int = 1
+    """Pipeline stages of the conversion."""
     convert_expert_model_parallel_size: int = 1
+    """Expert-parallel size of the conversion."""
     convert_expert_tensor_parallel_size: int = 1
+    """Expert tensor-parallel size of the conversion."""
     convert_decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage of the conversion. Default: an even share."""
     convert_decoder_last_pipeline_num_layers: int | None = None
-    convert_num_nodes: int = 1
+    """Layers of the last pipeline stage of the conversion. Default: an even share."""
+    convert_num_nodes: int = Field(default=1, ge=1)
     """Nodes of the conversion stage."""
-    convert_ranks_per_node: int = 1
-    """Ranks of the conversion stage on each of them."""
+    convert_ranks_per_node: int = Field(default=1, ge=1)
+    """Processes of the conversion stage per node."""
 
 
 class PerfOptions(Options):
-    """Parallel sizes, recompute, batch sizes of the trainer."""
+    """The trainer's parallel layout, recomputation and micro-batches."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices; they stay inside a node."""
     sequence_parallel: bool = False
+    """Divide activations between tensor-parallel ranks by sequence; required with experts or latent attention."""
     pipeline_model_parallel_size: int = 1
+    """Pipeline stages, each with a range of the layers."""
     context_parallel_size: int = 1
+    """Ranks that share each sequence."""
     expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each layer."""
     expert_tensor_parallel_size: int = 1
+    """Ranks that share the matrices of each expert."""
     decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage. Default: an even share."""
     decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage. Default: an even share."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations to recompute in the backward pass: whole layers (`full`), or attention alone (`selective`)."""
     recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = None
+    """With `full`: all layers in groups (`uniform`), or only the first layers of a stage (`block`)."""
+    recompute_num_layers: int | None = Field(default=None, ge=1)
+    """Layers per recomputed group (`uniform`), or recomputed layers per stage (`block`)."""
     use_dynamic_batch_size: bool = False
-    """Pack samples into micro-batches of up to CP x `--max-tokens-per-gpu` tokens."""
-    max_tokens_per_gpu: int | None = None
-    log_probs_max_tokens_per_gpu: int | None = None
-    """The same for forward-only passes; by default `--max-tokens-per-gpu`."""
-    micro_batch_size: int = 1
-    """Samples a micro-batch without `--use-dynamic-batch-size`."""
+    """Pack samples into micro-batches of up to context-parallel size x `--max-tokens-per-gpu` tokens."""
+    max_tokens_per_gpu: int | None = Field(default=None, ge=1)
+    """Tokens per GPU of a packed micro-batch. A longer sample gets a micro-batch of its own, uncut."""
+    log_probs_max_tokens_per_gpu: int | None = Field(default=None, ge=1)
+    """The same for forward-only passes. Default: `--max-tokens-per-gpu`."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Samples per micro-batch without `--use-dynamic-batch-size`."""
 
     @property
     def forward_tokens_per_gpu(self) -> int | None:
@@ -149,51 +171,65 @@ class RolloutOptions(Options):
     prompt_data: list[str] = Field(default_factory=list)
     """Training prompts: a file, a folder of shards or a saved dataset; several sets as `name=path:weight …`."""
     input_key: str = "prompt"
-    """Column of the prompt; a path (`a.b`) reaches a nested one, also in `--label-key` and `--metadata-key`."""
+    """Column of the prompt, text or chat messages; a path (`a.b`) reaches a nested one, as with the other keys."""
     label_key: str = "label"
+    """Column of the label that the reward compares with; nested fields as in `--input-key`."""
     metadata_key: str = "metadata"
+    """Column of a mapping that reaches the reward with the sample."""
     apply_chat_template: bool = False
+    """Render prompts with the tokenizer's chat template."""
     apply_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the chat template, in training and evaluation: `'{"enable_thinking": false}'`."""
+    """Variables of the chat template, for training and evaluation: `{"enable_thinking": false}`."""
     rollout_shuffle: bool = False
+    """Shuffle the prompts of every epoch, in an order that `--rollout-seed` decides."""
     rollout_seed: int = 42
+    """Seed of the prompt order and of sampling."""
     rm_type: str | None = None
-    """`deepscaler`, `math`, `dapo`, `f1`, `gpqa`, `remote`, or `package.module:function`."""
+    """Reward: `deepscaler`, `math`, `dapo`, `f1`, `gpqa`, `remote`, or a function as `package.module:function`."""
     rm_url: str | None = None
-    """Address of the reward server of `--rm-type remote`."""
-    rm_timeout: float = 10.0
+    """Address of the reward server, with `--rm-type remote`."""
+    rm_timeout: float = Field(default=10.0, gt=0)
     """Seconds for the reward of one sample."""
-    num_rollout: int = 1
-    rollout_batch_size: int = 32
-    """Groups a rollout gives to training."""
-    n_samples_per_prompt: int = 8
-    rollout_max_prompt_len: int | None = None
-    """Longer training prompts are left out and counted."""
-    rollout_max_response_len: int = 1024
+    num_rollout: int = Field(default=1, ge=0)
+    """Rollouts of the run."""
+    rollout_batch_size: int = Field(default=32, ge=1)
+    """Groups (prompts) per rollout that training receives."""
+    n_samples_per_prompt: int = Field(default=8, ge=1)
+    """Samples per prompt: the size of a group."""
+    rollout_max_prompt_len: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens; longer ones are left out of training and counted."""
+    rollout_max_response_len: int = Field(default=1024, ge=1)
+    """Longest response in tokens."""
     rollout_temperature: float = 1.0
-    rollout_top_p: float = 1.0
-    rollout_top_k: int = -1
+    """Sampling temperature; training computes log-probs at the same one."""
+    rollout_top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling: smallest set of tokens with this probability. 1 keeps all."""
+    rollout_top_k: int = Field(default=-1, ge=-1)
+    """Number of most likely tokens to sample from. -1 keeps all."""
     rollout_sample_seeds: bool = True
-    """Give every request a seed that follows from `--rollout-seed` and the sample's number, so that a rollout can be
-    repeated as far as vLLM computes the same numbers; costs vLLM one small kernel a request and token."""
+    """Seed every request from `--rollout-seed` and the sample's index, so that a rollout can be repeated as far as
+    vLLM computes the same numbers. Costs vLLM one small kernel per request and token."""
     rollout_stop: list[str] = Field(default_factory=list)
+    """Texts that end a response."""
     rollout_stop_token_ids: list[int] = Field(default_factory=list)
-    over_sampling_batch_size: int | None = None
-    """Prompts submitted at a time until the batch is full; by default `--rollout-batch-size`."""
+    """Tokens that end a response, besides the end of text."""
+    over_sampling_batch_size: int | None = Field(default=None, ge=1)
+    """Prompts submitted at a time until the batch is full. Default: `--rollout-batch-size`."""
     dynamic_sampling_filter_path: str | None = None
-    """`package.module:function` or a built-in name (`check_reward_nonzero_std`) that keeps or drops a group."""
+    """Filter that keeps or drops a group: `check_reward_nonzero_std`, or a function as `package.module:function`."""
     partial_rollout: bool = False
-    """Keep aborted samples and continue them in the next rollout."""
+    """Continue samples that a full batch aborted in the next rollout."""
     mask_offpolicy_in_partial_rollout: bool = False
-    max_staleness: int = 2
-    """Rollouts that a token's weights may be behind the trainer's when it trains on it: samples with older ones are
-    generated anew. Without `--colocate`, engines generate one rollout ahead of training unless this is 0."""
-    num_steps_per_rollout: int | None = None
-    """Optimizer steps a rollout; the global batch follows."""
-    global_batch_size: int | None = None
-    """Samples an optimizer step; the steps follow."""
-    rollout_timeout: float = 3600.0
-    """Seconds after which a rollout that is not full ends with an error."""
+    """Train a continued sample only on the tokens of its last rollout."""
+    max_staleness: int = Field(default=2, ge=0)
+    """Rollouts by which the weights behind a token may lag the trainer's; samples with older tokens are generated
+    again. Without `--colocate`, engines generate one rollout ahead of training unless this is 0."""
+    num_steps_per_rollout: int | None = Field(default=None, ge=1)
+    """Optimizer steps per rollout; the global batch size follows."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per optimizer step; the number of steps follows."""
+    rollout_timeout: float = Field(default=3600.0, gt=0)
+    """Seconds after which a rollout that is not full ends the run with an error."""
 
     @field_validator("prompt_data", mode="before")
     @classmethod
@@ -209,7 +245,7 @@ class RolloutOptions(Options):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps a rollout; one where neither the steps nor the global batch is given."""
+        """Optimizer steps per rollout; one where neither the steps nor the global batch is given."""
         if self.num_steps_per_rollout is not None:
             return self.num_steps_per_rollout
         return self.samples // self.global_batch_size if self.global_batch_size else 1
@@ -218,40 +254,53 @@ class RolloutOptions(Options):
 class EvalOptions(Options):
     """Evaluation on held-out sets."""
 
-    eval_interval: int | None = None
-    """Rollouts between two evaluations; also before the first."""
+    eval_interval: int | None = Field(default=None, ge=1)
+    """Rollouts between evaluations; the first one is before training."""
     eval_prompt_data: list[str] = Field(default_factory=list)
-    """Name and path in turn: `aime /data/aime-2024.jsonl`."""
-    n_samples_per_eval_prompt: int = 1
-    eval_max_prompt_len: int | None = None
-    """Longer evaluation prompts are left out and counted; by default as long as the engines' context."""
-    eval_max_response_len: int | None = None
-    eval_temperature: float | None = None
-    eval_top_p: float | None = None
-    eval_top_k: int | None = None
+    """Evaluation sets, a name and a path each: `aime /data/aime-2024.jsonl`."""
+    n_samples_per_eval_prompt: int = Field(default=1, ge=1)
+    """Samples per evaluation prompt."""
+    eval_max_prompt_len: int | None = Field(default=None, ge=1)
+    """Longest evaluation prompt in tokens; longer ones are left out and counted. Default: all that the engines take."""
+    eval_max_response_len: int | None = Field(default=None, ge=1)
+    """Longest evaluation response in tokens. Default: `--rollout-max-response-len`."""
+    eval_temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature of evaluations; 0 is greedy. Default: `--rollout-temperature`."""
+    eval_top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus sampling of evaluations. Default: `--rollout-top-p`."""
+    eval_top_k: int | None = Field(default=None, ge=-1)
+    """Top-k sampling of evaluations. Default: `--rollout-top-k`."""
 
 
 class AlgorithmOptions(Options):
     """Advantages, policy loss and KL."""
 
     loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
+    """Policy gradient, or supervised training on the responses."""
     advantage_estimator: EstimatorName = "grpo"
-    """A name of `vime.recipe.algorithms.ESTIMATORS`, or `package.module:function`."""
+    """Estimator of the advantage: a built-in one (docs/training.md has the formulas), or `package.module:function`."""
     policy_loss_type: PolicyLossName | None = None
-    """A name of `vime.recipe.algorithms.POLICY_LOSSES`, or `package.module:function`; by default the estimator's."""
+    """Policy loss: a built-in one, or `package.module:function`. Default: the estimator's."""
     use_kl_loss: bool = False
+    """Add the KL to the reference model to the loss; keeps a copy of the reference."""
     kl_loss_coef: float = 0.0
+    """Weight of the KL in the loss; 0 only measures it."""
     kl_loss_type: KLType = "low_var_kl"
+    """Estimator of the KL in the loss, per token."""
     kl_coef: float = 0.0
-    """Weight of the KL in the reward."""
+    """Weight of the KL that is subtracted from the reward."""
     kl_reward_type: KLType = "k1"
-    """Estimate of the KL in the reward."""
+    """Estimator of the KL in the reward, per token."""
     entropy_coef: float = 0.0
-    eps_clip: float = 0.2
-    eps_clip_high: float | None = None
-    eps_clip_c: float | None = None
-    """Dual clip; greater than 1."""
+    """Weight of the entropy that is subtracted from the loss."""
+    eps_clip: float = Field(default=0.2, ge=0)
+    """Lower clip range of the probability ratio."""
+    eps_clip_high: float | None = Field(default=None, ge=0)
+    """Upper clip range of the probability ratio. Default: `--eps-clip`."""
+    eps_clip_c: float | None = Field(default=None, gt=1)
+    """Dual clip of the ratio for negative advantages."""
     calculate_per_token_loss: bool = False
+    """Average the loss over tokens, not over each sample's mean."""
     constant_loss_length: int | None = None
     """Divide each sample's summed loss by this number of tokens instead of its own (Dr.GRPO)."""
     disable_grpo_std_normalization: bool = False
@@ -261,13 +310,14 @@ class AlgorithmOptions(Options):
     mismatch_correction: list[CorrectionName] = Field(default_factory=list)
     """Weights against the mismatch of trainer and engine, multiplied: names of
     `vime.recipe.algorithms.CORRECTIONS`, or `package.module:function`."""
-    tis_clip: float = 2.0
+    tis_clip: float = Field(default=2.0, gt=0)
     """Largest weight of `tis` and `seq_tis`; `icepop` and `seq_mis` give 0 to ratios above."""
     tis_clip_low: float = 0.0
     """Smallest weight of `tis` and `seq_tis`; `icepop` and `seq_mis` give 0 to ratios below."""
     geo_mask_low: float = 0.99
     """Smallest geometric mean of a sample's ratios that `geo_mask` keeps."""
     geo_mask_high: float = 1.01
+    """Largest geometric mean of a sample's ratios that `geo_mask` keeps."""
     opsm_delta: float = 1e-4
     """Nats a token from which `opsm` masks samples with a negative advantage."""
     use_rollout_logprobs: bool = False
@@ -279,7 +329,7 @@ class AlgorithmOptions(Options):
     normalize_advantages: bool = False
     """Whiten the advantages of all estimators over the rollout; REINFORCE++ always does."""
     normalize_advantages_over: Literal["tokens", "samples"] = "tokens"
-    """What counts once in the mean and deviation of that: each trained token, or each sample."""
+    """Unit of the mean and deviation of that whitening: each trained token, or each sample."""
 
     @property
     def corrections(self) -> tuple[str, ...]:
@@ -304,22 +354,36 @@ class AlgorithmOptions(Options):
 
 
 class OptimizerOptions(Options):
-    """Megatron's optimizer flags."""
+    """Megatron's optimizer."""
 
     optimizer: str = "adam"
-    lr: float = 1e-6
-    min_lr: float = 0.0
+    """Name of the optimizer."""
+    lr: float = Field(default=1e-6, ge=0)
+    """Learning rate after the warm-up."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_iters: int = 0
-    lr_decay_iters: int | None = None
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    """Shape of the decay."""
+    lr_warmup_iters: int = Field(default=0, ge=0)
+    """Optimizer steps of the linear warm-up."""
+    lr_decay_iters: int | None = Field(default=None, ge=1)
+    """Optimizer step at which the decay ends. Default: the run's last step."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of Adam's first moment."""
+    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
+    """Decay of Adam's second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Term added to the denominator of Adam's step."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 never clips."""
     optimizer_cpu_offload: bool = False
+    """Keep optimizer states in host memory and step there."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Overlap the host step with its transfers; needs `--optimizer-cpu-offload`."""
     use_precision_aware_optimizer: bool = False
+    """Use Megatron's precision-aware optimizer; always on with `--optimizer-cpu-offload`."""
 
     @field_validator("optimizer")
     @classmethod
@@ -335,47 +399,68 @@ class OptimizerOptions(Options):
 class EngineOptions(Options):
     """The vLLM engines."""
 
-    rollout_num_gpus_per_engine: int = 1
-    vllm_server_concurrency: int = 512
-    """Requests under way at once, a server."""
-    update_weight_buffer_size: int = 512 * 2**20
-    """Bytes of one weight-sync bucket."""
-    check_weight_sync: int = 0
-    """Every N rollouts sync twice, with all weights zeroed between, and compare the engines' checksums; 0 never."""
-    max_engine_restarts: int = 3
-    """Times that an engine which fails is restarted within one rollout, before the run ends with its failure."""
-    max_logprob_difference: float | None = None
-    """Mean difference, in nats, of an engine's log-probs from the trainer's above which it is not used; by default
-    0.1, and 0.5 for weights that were trained and then quantised."""
+    rollout_num_gpus_per_engine: int = Field(default=1, ge=1)
+    """GPUs of one engine; its tensor-parallel size is this divided by `--vllm-data-parallel-size`."""
+    vllm_server_concurrency: int = Field(default=512, ge=1)
+    """Requests in flight per server."""
+    update_weight_buffer_size: int = Field(default=512 * 2**20, ge=1)
+    """Bytes of one bucket of the weight sync."""
+    check_weight_sync: int = Field(default=0, ge=0)
+    """Verify every Nth weight sync: zero all weights, sync again, compare the engines' checksums. 0 never does."""
+    max_engine_restarts: int = Field(default=3, ge=0)
+    """Restarts of a failing engine within one rollout before the run fails."""
+    max_logprob_difference: float | None = Field(default=None, gt=0)
+    """Largest mean difference in nats between an engine's log-probs and the trainer's; an engine above it is not used.
+    Default: 0.1, or 0.5 for weights that were trained and then quantised."""
     vllm: dict[str, Any] = Field(default_factory=dict)
-    """Every other `--vllm-…` flag under vLLM's own name (`enable_expert_parallel: true`)."""
+    """Any other `--vllm-…` flag under vLLM's own name (`enable_expert_parallel: true`)."""
 
 
 class MiscOptions(Options):
-    """Other Megatron flags, seeds and what is written where."""
+    """Other Megatron options, seeds, tracking and debugging."""
 
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of attention weights."""
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of hidden states."""
     accumulate_allreduce_grads_in_fp32: bool = False
+    """Accumulate and reduce gradients in fp32."""
     attention_softmax_in_fp32: bool = False
+    """Compute the softmax of unfused attention in fp32."""
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    """Attention kernel of the trainer."""
     moe_enable_deepep: bool = False
+    """Dispatch tokens to experts with DeepEP; needs `--moe-token-dispatcher-type flex`."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    """Exchange of tokens between expert-parallel ranks."""
     seed: int = 1234
+    """Seed of the trainer."""
     use_wandb: bool = False
+    """Send metrics to Weights & Biases, with the key of the environment or of `wandb login`."""
     wandb_project: str | None = None
+    """Project. Default: vime."""
+    wandb_entity: str | None = None
+    """User or team that the project belongs to."""
+    wandb_group: str | None = None
+    """Group of runs."""
+    wandb_name: str | None = None
+    """Name of the run. Default: the run name."""
+    wandb_tags: list[str] = Field(default_factory=list)
+    """Tags of the run."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """`offline` writes to the run folder, for a later `wandb sync`. Default: $WANDB_MODE, then online."""
     save_debug_rollout_data: bool = False
-    """Write every rollout's samples to the run folder."""
+    """Write the samples of every rollout to the run folder."""
     load_debug_rollout_data: str | None = None
-    """Folder of rollouts that `--save-debug-rollout-data` wrote (`RUN/rollouts`): train on them, without engines."""
+    """Folder of rollouts that `--save-debug-rollout-data` wrote: train on these, without engines."""
     debug_rollout_only: bool = False
-    """Generate, score and write rollouts with the engines' own weights, without a trainer."""
+    """Generate, score and write rollouts, without a trainer."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment of every stage."""
+    """Environment of every stage: `NAME=VALUE`."""
 
 
 class Recipe(BaseModel):
-    """Everything a person decides about a run, besides the cluster it runs on."""
+    """All that a person decides about a run, except the cluster that it runs on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

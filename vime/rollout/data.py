@@ -49,14 +49,16 @@ class Tokenisation:
     """Longer prompts are left out."""
 
 
-def load_tokenizer(checkpoint: str | Path) -> Any:
-    """The checkpoint's tokenizer; never runs code that came with it."""
+def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer; code that came with it runs only with `trust_remote_code`."""
     from transformers import AutoTokenizer
 
     if not Path(checkpoint).is_dir():
         raise BadInput(f"--hf-checkpoint {checkpoint} is not a folder: give the folder of the HF checkpoint")
     try:
-        return AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(checkpoint), trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise BadInput(f"no tokenizer can be read from {checkpoint}: {_line(error)}") from error
 

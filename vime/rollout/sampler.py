@@ -78,7 +78,10 @@ class Sampler:
         if options.rollout_temperature <= 0:
             raise BadInput(f"--rollout-temperature {options.rollout_temperature}: give a value above 0 to learn from")
         self._settings = plan.recipe.sampling
-        tokenizer = tokenizer or load_tokenizer(plan.recipe.checkpoint.hf_checkpoint or "")
+        checkpoint = plan.recipe.checkpoint
+        tokenizer = tokenizer or load_tokenizer(
+            checkpoint.hf_checkpoint or "", trust_remote_code=checkpoint.trust_remote_code
+        )
         context = plan.context_length
         sources = training_sources(options.prompt_data)
         if not sources:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
+from vime.recipe.schema import Recipe
 from vime.system.private import private_folder
+from vime.system.redact import redacted
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,13 +28,12 @@ class MetricsWriter:
     A resumed run appends; readers keep the last line of a step.
     """
 
-    def __init__(
-        self, run_dir: str | Path, *, run_name: str, wandb_project: str | None = None, config: Any = None
-    ) -> None:
+    def __init__(self, run_dir: str | Path, *, wandb: Mapping[str, Any] | None = None) -> None:
+        """`wandb`: arguments of `wandb.init`, as `wandb_settings` makes them; None leaves W&B out."""
         from tensorboard.summary import Writer
 
         # First of all, so that a library that is missing leaves no file open.
-        self._wandb: Any = None if wandb_project is None else _wandb_run(run_dir, run_name, wandb_project, config)
+        self._wandb: Any = None if wandb is None else _wandb_run(run_dir, wandb)
         run_dir = Path(run_dir)
         path = run_dir / METRICS_FILE
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -59,8 +61,29 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def _wandb_run(run_dir: str | Path, run_name: str, project: str, config: Any) -> Any:
-    """The run's page in Weights & Biases; a resumed run continues its own."""
+def wandb_settings(recipe: Recipe, run_name: str) -> dict[str, Any] | None:
+    """Arguments of `wandb.init` for a run; None without `--use-wandb`. A resumed run continues its own page.
+
+    Secrets in the recipe are not logged.
+    """
+    options = recipe.misc
+    if not options.use_wandb:
+        return None
+    return {
+        "project": options.wandb_project or "vime",
+        "entity": options.wandb_entity,
+        "group": options.wandb_group,
+        "name": options.wandb_name or run_name,
+        "tags": options.wandb_tags or None,
+        "mode": options.wandb_mode,
+        "id": re.sub(r"[/\\#?%:]", "-", run_name),
+        "resume": "allow",
+        "config": redacted(recipe.model_dump(mode="json")),
+    }
+
+
+def _wandb_run(run_dir: str | Path, settings: Mapping[str, Any]) -> Any:
+    """The run's page in Weights & Biases."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -68,7 +91,7 @@ def _wandb_run(run_dir: str | Path, run_name: str, project: str, config: Any) ->
             "--use-wandb: wandb is not installed where the run's driver runs: pip install wandb, or leave the flag out "
             "(docs/report.md)"
         ) from error
-    return wandb.init(project=project, name=run_name, id=run_name, resume="allow", dir=str(run_dir), config=config)
+    return wandb.init(dir=str(run_dir), **settings)
 
 
 def read_metrics(run_dir: str | Path) -> dict[int, dict[str, float]]:

@@ -9,11 +9,10 @@ from typing import Any
 from vime.observe.timeline import Span, Timeline
 from vime.recipe.schema import Recipe
 from vime.rollout.sampler import Sampler
-from vime.run.metrics import MetricsWriter
+from vime.run.metrics import MetricsWriter, wandb_settings
 from vime.run.plan import Plan
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
-from vime.system.redact import redacted
 from vime.train.deadlines import PhaseDeadlines
 
 SPANS_SECONDS = 60.0
@@ -31,13 +30,7 @@ class Phases:
     @classmethod
     def of(cls, plan: Plan, deadlines: PhaseDeadlines | None = None) -> Phases:
         """Writers into the plan's run folder."""
-        misc = plan.recipe.misc
-        metrics = MetricsWriter(
-            plan.run_dir,
-            run_name=plan.run_name,
-            wandb_project=(misc.wandb_project or "vime") if misc.use_wandb else None,
-            config=redacted(plan.recipe.model_dump(mode="json")),
-        )
+        metrics = MetricsWriter(plan.run_dir, wandb=wandb_settings(plan.recipe, plan.run_name))
         return cls(plan, deadlines or PhaseDeadlines.of(plan), Timeline(plan.run_dir), metrics)
 
     def close(self) -> None:
