@@ -65,7 +65,7 @@ def render(state: RunState) -> str:
     lines = [headline(state), *(f"  {line}" for line in reasons(state))]
     for stage in state.stages:
         seconds = "" if stage.seconds is None else f"  {stage.seconds:.0f} s"
-        lines.append(f"  {_MARKS.get(stage.state, ' ')} {stage.name:12} {stage.state}{seconds}")
+        lines.append(f"  {_MARKS.get(stage.state, ' ')} {visible(stage.name):12} {visible(stage.state)}{seconds}")
     return "\n".join([*lines, *(f"  {line}" for line in progress(state))])
 
 
