@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.launch_stub import make_plan, stub
 from tests.support.preflight_findings import finding, gpu
-from vime.launch.checks import Known, problems, shared_memory_bytes
+from vime.launch.checks import Known, broken_gpus, problems, shared_memory_bytes
 from vime.run.plan import Artefact, Plan
 
 OTHERS = "as on other nodes"
@@ -170,3 +170,29 @@ def test_a_sick_gpu_is_refused(tmp_path: Path, change: dict[str, Any], text: str
     assert found[0].startswith("node02: ")
     assert text in found[0]
     assert told(plan_of(tmp_path), change, **smi(gpu())) == [], "a plan without GPUs does not look at them"
+
+
+# -- after training failed --
+
+GPU = {"bus": "9D", "name": "H100", "memory_total": 1, "memory_used": 70 * 2**30, "ecc_uncorrectable": 0,
+       "remap_pending": "No", "remap_failed": "No", "recovery_action": None, "mig": "Disabled"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "broken"),
+    [
+        ({"gpus": [GPU], "xids": []}, []),
+        (
+            {"gpus": [{**GPU, "ecc_uncorrectable": 3}], "xids": []},
+            ["GPU 0 (9D): uncorrectable ECC errors since boot 3"],
+        ),
+        ({"gpus": [], "xids": []}, ["0 of 1 GPUs are left"]),
+        (
+            {"gpus": [GPU], "xids": [{"bus": "9D", "xid": 79, "meaning": "GPU has fallen off the bus"}]},
+            ["GPU 9D: Xid 79 (GPU has fallen off the bus)"],
+        ),
+        ({"error": "nvidia-smi did not answer within 60 s"}, ["nvidia-smi did not answer within 60 s"]),
+    ],
+)
+def test_what_is_broken_of_a_nodes_gpus(tmp_path: Path, told: dict[str, Any], broken: list[str]) -> None:
+    assert broken_gpus(make_plan(tmp_path / "run", [stub("train", "pass")]), told, None) == broken

@@ -378,3 +378,31 @@ def test_a_second_controller_of_a_run_folder_is_refused(run_dir: Path) -> None:
     assert run(plan) is Cause.CANCELLED
     assert refused == [Cause.BAD_INPUT]
     assert not (run_dir / "owner.json").exists()
+
+
+NVIDIA_SMI = """#!/bin/sh
+# Stands for nvidia-smi of a node with one GPU: no machine of the tests has one that can be broken on request.
+cat <<'XML'
+<nvidia_smi_log><driver_version>580.1</driver_version><gpu id="00000000:9D:00.0">
+<product_name>NVIDIA H100 80GB HBM3</product_name><gpu_recovery_action>{action}</gpu_recovery_action>
+<ecc_errors><volatile><dram_uncorrectable>{errors}</dram_uncorrectable></volatile></ecc_errors>
+</gpu></nvidia_smi_log>
+XML
+"""
+
+
+@pytest.mark.parametrize(("action", "errors", "cause"), [("None", 0, "CODE_ERROR"), ("GPU Reset", 2, "NODE_FAILURE")])
+def test_gpus_are_looked_at_after_training_failed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, errors: int, cause: str
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI.format(action=action, errors=errors))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    code = "raise RuntimeError('CUDA error: an illegal memory access was encountered')"
+    gpus = {"gpu_request": "gpus-per-node", "gpus_per_node": 1}
+    run(make_plan(run_dir, [stub("train", code)], cluster=gpus))
+    end = last(run_dir)
+    assert (end.data["cause"], end.stage) == (cause, "train")
+    assert ("has a broken GPU: GPU 0 (00000000:9D:00.0)" in end.text) is (errors > 0)
+    assert ("stage-end", "post-mortem") in journal(run_dir)

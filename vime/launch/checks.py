@@ -134,7 +134,7 @@ def _addresses(plan: Plan, findings: Findings) -> Iterator[Problem]:
 def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
     if not plan.on_gpu:
         return
-    used = {number for node in plan.nodes for number in host_gpus(plan, node.index, node_slots(plan, node.index))}
+    used = _used(plan)
     count = len(used)
     for place, found in sorted(findings.items()):
         told, host = found["gpus"], found["host"]
@@ -157,6 +157,11 @@ def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
         yield from _odd_ones(label, kinds, findings)
 
 
+def _used(plan: Plan) -> set[int]:
+    """Numbers of the GPUs that the run takes on any host."""
+    return {number for node in plan.nodes for number in host_gpus(plan, node.index, node_slots(plan, node.index))}
+
+
 def _planned(
     gpus: Sequence[Mapping[str, Any]], used: Collection[int], visible: str | None
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -167,6 +172,25 @@ def _planned(
         return
     numbers = {int(name) for place, name in enumerate(names) if place in used} if names else used
     yield from ((number, gpu) for number, gpu in enumerate(gpus) if number in numbers)
+
+
+def broken_gpus(plan: Plan, told: Mapping[str, Any], visible: str | None) -> list[str]:
+    """What is broken of the run's GPUs on a node after training failed; empty when nothing is.
+
+    `told` is what `vime.node.gpus.gpu_facts` gave, `visible` the node's CUDA_VISIBLE_DEVICES.
+
+    Preflight found them whole, so what is seen now came with the run. Memory in use is no fault: the run's own is.
+    """
+    if "gpus" not in told:
+        return [told.get("error", "nvidia-smi is missing")]
+    used = _used(plan)
+    missing = [f"{len(told['gpus'])} of {len(used)} GPUs are left"] if len(told["gpus"]) < len(used) else []
+    faults = [
+        f"GPU {number} ({gpu['bus']}): {check} {value}"
+        for number, gpu in _planned(told["gpus"], used, visible)
+        for check, value, _ in _gpu_faults({**gpu, "memory_used": 0, "mig": None})
+    ]
+    return missing + faults + [f"GPU {xid['bus']}: Xid {xid['xid']} ({xid['meaning']})" for xid in told["xids"]]
 
 
 def _gpu_faults(gpu: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -19,11 +19,13 @@ from typing import NoReturn
 from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
+from vime.launch.checks import broken_gpus
 from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, late, was_refused
 from vime.launch.lead import TimeLeft
 from vime.launch.signals import Signals
 from vime.launch.steps import AllocatedNode, Runner, Step
 from vime.launch.witness import running_stage, witnessed
+from vime.node.post_mortem import post_mortem_stage
 from vime.node.sweep import SWEEP_S, sweep_stage
 from vime.run import history
 from vime.run.chain import Link, find_link, part
@@ -52,6 +54,8 @@ STEP_PATIENCE_S = 60.0
 REQUEUE_PATIENCE_S = 60.0
 """How long a requeue waits for Slurm's controller."""
 HURRIED_PATIENCE_S = 3.0
+MAY_BE_A_GPU = (Cause.CRASH, Cause.CODE_ERROR, Cause.DEADLINE)
+"""How a broken GPU shows before its node is looked at."""
 MOST_SAVE_S = 3600.0
 """How long training may take to save when the allocation goes on, or has no end."""
 
@@ -336,10 +340,29 @@ class Controller:
             facts = facts_of(step, code, self._allocation.node_names())
         else:
             facts = Facts(step.stage.name, service=service, late=late, said=tuple(step.told()))
-        return decide(replace(facts, service=service, lost=self._allocation.lost_nodes()))
+        facts = replace(facts, service=service, lost=self._allocation.lost_nodes())
+        failure = decide(facts)
+        if self._plan.on_gpu and step.stage.saves_on_request and failure.cause in MAY_BE_A_GPU:
+            return decide(replace(facts, faulty=self._faulty_nodes()))
+        return failure
 
     def _judged_alone(self, service: Step) -> Failure:
         return decide(facts_of(service, service.poll() or 0))
+
+    def _faulty_nodes(self) -> dict[str, str]:
+        """Nodes whose GPUs are broken now, and what is. A node that does not tell in time is left out."""
+        stage = post_mortem_stage(self._plan)
+        self._event("stage-start", "are GPUs broken?", stage=stage.name)
+        step = self._runner.start(stage, self._allocation.places(stage))
+        ended = step.wait(stage.deadline_s)
+        self._runner.stop(step, HURRIED_GRACE_S)
+        told = {step.name_of(report.rank): report.data for report in step.of_kind("result")}
+        found = {node: broken_gpus(self._plan, data["gpus"], data["visible_gpus"]) for node, data in told.items()}
+        broken = {node: faults for node, faults in found.items() if faults}
+        silent = "" if ended else f"; not in time: {', '.join(p.name for p in step.places if p.name not in told)}"
+        text = "; ".join(f"{node}: {', '.join(faults)}" for node, faults in broken.items()) or "none is"
+        self._event("stage-end", text + silent, stage=stage.name)
+        return {node: f"has a broken GPU: {', '.join(faults)}" for node, faults in broken.items()}
 
     def _others(self, step: Step) -> bool:
         return any(other is not step for other in self._steps)

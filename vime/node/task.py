@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.node.leftovers import OWNER
+from vime.node.post_mortem import POST_MORTEM, post_mortem_stage
 from vime.node.scratch import NodeFolder
 from vime.node.supervise import Supervisor
 from vime.node.sweep import SWEEP, sweep_stage
@@ -127,12 +128,14 @@ def task_env(
 
 
 def stage_of(plan: Plan, name: str) -> Stage:
-    """The plan's stage of this name, or the sweep."""
+    """The plan's stage of this name, or one that the controller adds: the sweep, the post-mortem."""
     for stage in plan.stages:
         if stage.name == name:
             return stage
     if name == SWEEP:
         return sweep_stage(tuple(node.index for node in plan.nodes))
+    if name == POST_MORTEM:
+        return post_mortem_stage(plan)
     raise BadInput(f"the plan has no stage {name!r}: it has {', '.join(stage.name for stage in plan.stages)}")
 
 
