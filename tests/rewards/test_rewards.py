@@ -123,12 +123,12 @@ async def test_the_built_in_functions_run_in_worker_processes():
     assert [each.reward for each in group.samples] == [1.0, 1.0, 0.0, 1.0]
 
 
-async def test_an_answer_that_hangs_the_parser_counts_as_wrong_and_the_others_are_scored():
+async def test_a_degenerate_answer_counts_as_wrong_and_costs_no_worker():
     async with Scorer("math", limit_s=3, workers=1) as scorer:
-        group = Group(0, [sample("9^{9^{9^{9^9}}}", "x+2"), sample("2+x", "x+2")])
+        group = Group(0, [sample("9^{9^{9^{9^9}}}", "x+2"), sample("2+x", "x+2"), sample("7" * 5000, "7")])
         await scorer.score(group)
-        assert [each.reward for each in group.samples] == [0.0, 1.0]
-        assert scorer.take_metrics()["rollout/reward_timeouts"] == 1.0
+        assert [each.reward for each in group.samples] == [0.0, 1.0, 0.0]
+        assert scorer.workers_replaced == 0
 
 
 @pytest.mark.parametrize(

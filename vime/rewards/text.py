@@ -8,19 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from vime.rewards.extract import chosen_letter, final_part
 from vime.samples import Sample
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CHOICE_PATTERNS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*\(?([A-Z])\)?\s*\}",
-        r"answer\s*(?:is|:|=)?\s*[:=]?\s*\**\s*\$?\(?([A-Z])\)?(?![A-Za-z])",
-        r"(?:choice|option)\s*(?:is|:)?\s*\(?([A-Z])\)?(?![A-Za-z])",
-    )
-)
-_LAST_LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?\s*[.!]?\s*$")
 
 
 def f1(sample: Sample) -> float:
@@ -54,16 +46,7 @@ def gpqa(sample: Sample) -> float:
     """
     choices = [str(choice) for choice in sample.metadata.get("choices", ())]
     wanted = _letter(sample.label, choices)
-    return float(chosen_letter(final_part(sample.response)) == wanted)
-
-
-def chosen_letter(text: str) -> str | None:
-    """The last letter that the text names as its answer; boxed before `answer: C` before a bare letter at the end."""
-    for pattern in _CHOICE_PATTERNS:
-        if found := pattern.findall(text):
-            return found[-1].upper()
-    last = _LAST_LETTER.search(text.strip())
-    return last.group(1) if last else None
+    return float(chosen_letter(final_part(sample.response), choices) == wanted)
 
 
 def _letter(label: Any, choices: Sequence[str]) -> str:
@@ -76,8 +59,3 @@ def _letter(label: Any, choices: Sequence[str]) -> str:
     if len(bare) != 1 or not bare.isalpha():
         raise ValueError(f"label {label!r} is neither a letter, nor a number, nor one of the choices")
     return bare.upper()
-
-
-def final_part(response: str) -> str:
-    """What follows the thinking; all of it where there is none."""
-    return response.rpartition("</think>")[2]
