@@ -1,10 +1,12 @@
 """Metrics and timelines read back what was written, whatever stopped the writer."""
 
+import errno
 import json
 import os
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from vime.planning.cluster import load_cluster
 from vime.recipe.load import load_recipe
 from vime.run.metrics import MetricsWriter, read_metrics, series
 from vime.samples import Group, Rollout, Sample
+from vime.system.json_lines import LineFile
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
@@ -36,6 +39,75 @@ def test_a_torn_last_line_is_not_read(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "a": 2')
     assert list(read_metrics(tmp_path)) == [0]
+
+
+def test_damage_costs_its_lines_only_and_is_counted(tmp_path):
+    good = '{"step":0,"time":1.0,"perf/save_time":3.0}\n'
+    torn = '{"step":1,"time":2.0,"per{"step":2,"time":3.0,"a":3.0}\n'
+    others = "\x00" * 100 + '\n[1]\n{"step":"x"}\n{"step":4,"a":"text"}\n{"step":1e999}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + torn + others + '{"step":3,"a":1.0}\n{"step":5,"a"')
+    damage = Counter()
+    assert read_metrics(tmp_path, damage) == {0: {"time": 1.0, "perf/save_time": 3.0}, 3: {"a": 1.0}}
+    assert damage == {"metrics.jsonl": 6}
+    writer = MetricsWriter(tmp_path)
+    writer.write(6, {"a": 2.0})
+    writer.close()
+    assert read_metrics(tmp_path)[6]["a"] == 2.0
+
+
+def test_a_run_that_was_set_back_counts_the_branch_that_lives(tmp_path):
+    for first, last in ((0, 5), (3, 4)):
+        writer = MetricsWriter(tmp_path)
+        writer.start(first)
+        assert max(read_metrics(tmp_path), default=-1) == first - 1
+        for step in range(first, last):
+            writer.write(step, {"rollout/raw_reward": step + first / 10})
+        writer.close()
+    assert series(read_metrics(tmp_path), "rollout/raw_reward") == [(0, 0), (1, 1), (2, 2), (3, 3.3)]
+
+
+def test_a_full_disk_loses_values_and_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    writer = MetricsWriter(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LineFile, "append", full)
+    for step in range(3):
+        writer.write(step, {"a": 1.0})
+    monkeypatch.undo()
+    writer.write(3, {"a": 1.0})
+    writer.close()
+    assert list(read_metrics(tmp_path)) == [3]
+    assert capsys.readouterr().out.count("metrics.jsonl takes no metrics, values are lost") == 1
+
+
+def test_a_board_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    writer = MetricsWriter(tmp_path)
+
+    def fails(*_):
+        raise RuntimeError("its thread died")
+
+    monkeypatch.setattr(writer._board, "add_scalar", fails)
+    writer.write(0, {"a": 1.0})
+    writer.write(1, {"a": 1.0})
+    writer.close()
+    assert list(read_metrics(tmp_path)) == [0, 1]
+    assert capsys.readouterr().out.count("TensorBoard takes no metrics") == 1
+
+
+def test_a_damaged_timeline_keeps_its_other_spans(tmp_path):
+    timeline = Timeline(tmp_path)
+    timeline.add(Span("train", 0, "driver", 1.0, 2.0))
+    timeline.close()
+    with open(tmp_path / "timeline.jsonl", "a") as file:
+        file.write('{"name":"x"}\n{"rollout_id":1,"ranks":[[["a",1]]]}\n\x00\x00\n{"rollout_id":9e999}\n{"torn"')
+    timeline = Timeline(tmp_path)
+    timeline.add(Span("train", 1, "driver", 3.0, 4.0))
+    timeline.close()
+    damage = Counter()
+    assert [span.rollout_id for span in read_timeline(tmp_path, rank_rollouts=5, damage=damage)] == [0, 1]
+    assert damage == {"timeline.jsonl": 5}
 
 
 def test_values_that_are_not_finite_are_null_and_valid_json(tmp_path):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vime.observe.markup import escape, table
 from vime.samples import Rollout
+from vime.system.json_lines import LineFile, Lines
 
 LENGTHS_FILE = "lengths.jsonl"
 ROLLOUTS = 20
@@ -40,31 +41,36 @@ def append_lengths(run_dir: str | Path, rollout: Rollout) -> None:
         "tokens": [tokens for tokens, _ in scored],
         "rewards": [reward for _, reward in scored],
     }
-    descriptor = os.open(Path(run_dir) / LENGTHS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, separators=(",", ":")) + "\n")
+    file = LineFile(Path(run_dir) / LENGTHS_FILE)
+    try:
+        file.add(line)
+    finally:
+        file.close()
 
 
-def read_lengths(run_dir: str | Path, count: int = ROLLOUTS) -> Lengths | None:
-    """Samples of the first and newest `count` rollouts; None without records. Repeated rollouts count once."""
-    path = Path(run_dir) / LENGTHS_FILE
-    if not path.is_file():
-        return None
-    by_id: dict[int, str] = {}
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            if text.endswith("\n"):
-                by_id[int(text.partition(":")[2].partition(",")[0])] = text
+def read_lengths(run_dir: str | Path, count: int = ROLLOUTS, damage: Counter[str] | None = None) -> Lengths | None:
+    """Samples of the first and newest `count` rollouts; None without records. Repeated rollouts count once.
+
+    Lines that are no record are left out, and counted in `damage` under the file's name.
+    """
+    lines = Lines(Path(run_dir) / LENGTHS_FILE)
+    by_id: dict[int, list[Scored]] = {}
+    for number, scored in lines.read(_record):
+        by_id[number] = scored
+    if damage is not None:
+        damage[LENGTHS_FILE] += lines.skipped
     ids = sorted(by_id)
     if not ids:
         return None
     first, newest = ids[:count], ids[-count:]
-    return Lengths(_scored(by_id, first), _scored(by_id, newest), (first[0], first[-1]), (newest[0], newest[-1]))
+    ends = (first[0], first[-1]), (newest[0], newest[-1])
+    return Lengths([s for n in first for s in by_id[n]], [s for n in newest for s in by_id[n]], *ends)
 
 
-def _scored(by_id: dict[int, str], ids: Sequence[int]) -> list[Scored]:
-    lines = [json.loads(by_id[number]) for number in ids]
-    return [pair for line in lines for pair in zip(line["tokens"], line["rewards"], strict=True)]
+def _record(line: dict[str, Any]) -> tuple[int, list[Scored]]:
+    """Rollout and samples of a line. Raises KeyError, TypeError or ValueError for one that is no record."""
+    pairs = zip(line["tokens"], line["rewards"], strict=True)
+    return int(line["rollout_id"]), [(int(tokens), float(reward)) for tokens, reward in pairs]
 
 
 def reward_classes(rewards: Sequence[float]) -> list[tuple[str, Callable[[float], bool]]]:

@@ -22,6 +22,7 @@ from vime.planning.svg import STYLE as MAP_STYLE
 from vime.planning.svg import placement_svg
 from vime.run.metrics import series
 from vime.run.resume import resume_command
+from vime.system.json_lines import damage_note
 
 STYLE = files("vime.observe").joinpath("report.css").read_text(encoding="utf-8")
 
@@ -285,7 +286,8 @@ def _checkpoints(run: RunSummary) -> str:
 def _configuration(run: RunSummary) -> str:
     plan = run.plan
     recipe = yaml.safe_dump(plan.recipe.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in plan.notes)
+    lost = damage_note(run.damage)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*plan.notes, *([lost] if lost else [])))
     command = shlex.join(("python", "-m", "vime.submit", *plan.command)) if plan.command else ""
     stages = [
         {"stage": stage.name, "nodes": len(stage.nodes), "command": shlex.join(("python", *stage.command))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from vime.observe.lengths import append_lengths
 from vime.observe.markup import shortened
 from vime.samples import Group, Rollout, Sample
 from vime.system.files import PRIVATE, draft
+from vime.system.json_lines import Lines
 from vime.system.private import private_folder
 
 SHOWN_PER_ROLLOUT = 4
@@ -29,18 +32,30 @@ def notable(rollout: Rollout) -> list[dict[str, Any]]:
 
 
 def write_samples(run_dir: str | Path, rollout: Rollout, *, everything: bool = False) -> Path:
-    """Write a rollout's notable samples, or `everything` of all of them, and the lengths and rewards of all."""
-    folder = private_folder(Path(run_dir) / "rollouts")
-    path = folder / f"{rollout.rollout_id:06d}.jsonl"
+    """Write a rollout's notable samples, or `everything` of all of them, and the lengths and rewards of all.
+
+    Raises OSError with `everything` alone: no run ends because samples for a person to read could not be written.
+    """
+    path = Path(run_dir) / "rollouts" / f"{rollout.rollout_id:06d}.jsonl"
     rows = [{**_shown(s), **s.values()} for s in rollout.samples] if everything else notable(rollout)
+    try:
+        _write_rows(path, rows)
+        append_lengths(run_dir, rollout)
+    except OSError as error:
+        if everything:
+            raise
+        print(f"warning: samples of rollout {rollout.rollout_id} are not written: {error.strerror}", flush=True)
+    return path
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    private_folder(path.parent)
     with (
         draft(path, mode=PRIVATE) as number,
         os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as file,
     ):
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    append_lengths(run_dir, rollout)
-    return path
 
 
 def read_rollout(folder: str | Path, rollout_id: int) -> Rollout:
@@ -62,16 +77,27 @@ def read_rollout(folder: str | Path, rollout_id: int) -> Rollout:
     return Rollout(rollout_id, list(groups.values()))
 
 
-def read_samples(path: str | Path, most: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a rollout's file for a person to read: prompts are text. At most `most`: the best and the worst."""
+def read_samples(path: str | Path, most: int | None = None, damage: Counter[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a rollout's file for a person to read: prompts are text. At most `most`: the best and the worst.
+
+    Lines that hold no sample are left out, and counted in `damage` under the file's name.
+    """
     rows: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            rows.append({**{name: row.get(name) for name in _READ}, "prompt": prompt_text(row["prompt"])})
-            if most is not None and len(rows) > 2 * most:
-                rows = _ends(rows, most)
+    lines = Lines(Path(path))
+    for row in lines.read(_readable):
+        rows.append(row)
+        if most is not None and len(rows) > 2 * most:
+            rows = _ends(rows, most)
+    if damage is not None:
+        damage[Path(path).name] += lines.skipped
     return rows if most is None else _ends(rows, most)
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """What a person reads of a row. Raises KeyError, TypeError or ValueError for one that is no sample."""
+    reward = None if row["reward"] is None else float(row["reward"])
+    shown = {name: row.get(name) for name in _READ}
+    return {**shown, "prompt": prompt_text(row["prompt"]), "reward": reward}
 
 
 def _ends(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -84,8 +110,11 @@ def _ends(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    lines = Lines(path)
+    rows = list(lines.read(dict))
+    if lines.skipped:
+        raise BadInput(f"{path} has {lines.skipped} damaged lines: write the rollouts again")
+    return rows
 
 
 def _shown(sample: Sample) -> dict[str, Any]:

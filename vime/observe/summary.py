@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from vime.observe.browse import chosen
 from vime.observe.lengths import Lengths, read_lengths
 from vime.observe.samples import read_samples
 from vime.observe.timeline import Span, read_timeline
-from vime.run.checkpoints import iteration_of
+from vime.run.checkpoints import iteration_of, tracked, tracks_iteration
 from vime.run.folder import read_binding, read_plan
 from vime.run.metrics import read_metrics, series
 from vime.run.plan import Binding, Plan
@@ -50,6 +51,8 @@ class RunSummary:
     preflight: list[dict[str, Any]] = field(default_factory=list)
     binding: Binding | None = None
     lengths: Lengths | None = None
+    damage: Counter[str] = field(default_factory=Counter)
+    """Lines that could not be read, by file."""
 
     @property
     def starts(self) -> list[tuple[float, float | None]]:
@@ -101,25 +104,31 @@ def read_run(run_dir: str | Path, events: list[dict[str, Any]]) -> RunSummary:
     """Summary of a run's folder. `events`: the journal, as mappings."""
     folder = Path(run_dir)
     plan = read_plan(folder)
-    steps = read_metrics(folder)
+    steps = read_metrics(folder, damage := Counter())
+    lengths = read_lengths(folder, damage=damage)
+    spans = read_timeline(folder, rank_rollouts=TRACED_ROLLOUTS, damage=damage)
     return RunSummary(
         plan=plan,
         steps=steps,
-        spans=read_timeline(folder, rank_rollouts=TRACED_ROLLOUTS),
+        spans=spans,
         events=events,
-        samples=_samples(folder),
+        samples=_samples(folder, max(steps, default=-1), damage),
+        damage=damage,
         checkpoints=list(_checkpoints(Path(plan.recipe.checkpoint.save or folder / "checkpoints"))),
         preflight=_preflight(events),
         binding=_binding(folder),
-        lengths=read_lengths(folder),
+        lengths=lengths,
     )
 
 
-def _samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    paths = {int(path.stem): path for path in (folder / "rollouts").glob("*.jsonl")}
+def _samples(folder: Path, last: int, damage: Counter[str]) -> dict[int, list[dict[str, Any]]]:
+    """Shown samples of some rollouts up to `last`; later ones are of a branch from before the run was set back."""
+    found = {int(path.stem): path for path in (folder / "rollouts").glob("*.jsonl") if path.stem.isdecimal()}
+    paths = {number: path for number, path in found.items() if number <= last}
     sizes = {number: path.stat().st_size for number, path in paths.items()}
     kept = chosen({number: min(size, LARGE_BYTES) for number, size in sizes.items()})
-    return {number: read_samples(paths[number], OF_LARGE if sizes[number] > LARGE_BYTES else None) for number in kept}
+    most = {number: OF_LARGE if sizes[number] > LARGE_BYTES else None for number in kept}
+    return {number: read_samples(paths[number], most[number], damage) for number in kept}
 
 
 def _preflight(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,10 +146,15 @@ def _binding(folder: Path) -> Binding | None:
 
 
 def _checkpoints(root: Path) -> list[Checkpoint]:
+    """Published checkpoints up to the tracked one; newer ones are of a branch from before the run was set back."""
     found = []
+    try:
+        newest = int(tracked(root)) if tracks_iteration(root) else -1
+    except BadInput:
+        newest = -1
     for path in sorted(root.glob("iter_*")) if root.is_dir() else []:
         number = iteration_of(path.name)
-        if number is not None:
+        if number is not None and number <= newest:
             sizes = [entry.stat().st_size for entry in os.scandir(path) if entry.is_file()]
             found.append(Checkpoint(str(path), number, sum(sizes), path.stat().st_mtime))
     return found

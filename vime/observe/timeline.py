@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from vime.system.json_lines import LineFile, Lines
 
 TIMELINE_FILE = "timeline.jsonl"
 WAIT = "wait"
@@ -35,8 +36,8 @@ class Timeline:
     """Appends spans; keeps the current rollout's so that their durations can be logged."""
 
     def __init__(self, run_dir: str | Path, track: str = "driver") -> None:
-        descriptor = os.open(Path(run_dir) / TIMELINE_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = os.fdopen(descriptor, "a", encoding="utf-8")
+        self._file = LineFile(Path(run_dir) / TIMELINE_FILE)
+        self._failed = False
         self._track = track
         self._recent: list[Span] = []
 
@@ -51,14 +52,21 @@ class Timeline:
 
     def add(self, span: Span) -> None:
         self._recent.append(span)
-        self._file.write(json.dumps(asdict(span), separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._write(asdict(span))
 
     def add_ranks(self, rollout_id: int, ranks: Sequence[Sequence[tuple[str, float, float]]]) -> None:
         """Spans (name, start, end) of every trainer rank, in rank order, as one line, since a long run has millions."""
         shown = [[[name, round(start, 3), round(end, 3)] for name, start, end in spans] for spans in ranks]
-        self._file.write(json.dumps({"rollout_id": rollout_id, "ranks": shown}, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._write({"rollout_id": rollout_id, "ranks": shown})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.add(line)
+        except OSError as error:
+            # A run does not end for want of its timeline.
+            if not self._failed:
+                print(f"warning: {TIMELINE_FILE} takes no spans ({error.strerror}): they are lost", flush=True)
+            self._failed = True
 
     def take_metrics(self) -> dict[str, float]:
         """`perf/<phase>_time` in seconds of this track's spans since the last call."""
@@ -74,26 +82,38 @@ class Timeline:
         self._file.close()
 
 
-def read_timeline(run_dir: str | Path, *, rank_rollouts: int | None = None) -> list[Span]:
-    """All complete spans of a run in the order they ended; of ranks, only the newest `rank_rollouts` (None: all)."""
+def read_timeline(
+    run_dir: str | Path, *, rank_rollouts: int | None = None, damage: Counter[str] | None = None
+) -> list[Span]:
+    """All spans of a run in the order they ended; of ranks, only the newest `rank_rollouts` (None: all).
+
+    Lines that hold no spans are left out, and counted in `damage` under the file's name.
+    """
     path = Path(run_dir) / TIMELINE_FILE
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(text) for text in file if text.endswith("\n")]
-    newest = max((line["rollout_id"] for line in lines), default=0)
-    first = -1 if rank_rollouts is None else newest - rank_rollouts + 1
-    spans: list[Span] = []
-    for line in lines:
-        if "ranks" not in line:
-            spans.append(Span(**line))
-        elif line["rollout_id"] >= first:
-            spans += [
-                Span(name, line["rollout_id"], f"rank {rank}", start, end)
-                for rank, found in enumerate(line["ranks"])
-                for name, start, end in found
-            ]
+    first = -1
+    if rank_rollouts is not None:
+        # Once for the newest rollout, so that the spans of all ranks of a long run are never held at once.
+        newest = max(Lines(path).read(lambda line: int(line["rollout_id"])), default=0)
+        first = newest - rank_rollouts + 1
+    lines = Lines(path)
+    spans = [span for found in lines.read(lambda line: _spans(line, first)) for span in found]
+    if damage is not None:
+        damage[TIMELINE_FILE] += lines.skipped
     return spans
+
+
+def _spans(line: dict[str, Any], first: int) -> list[Span]:
+    """Spans of a line; of ranks, from rollout `first` on. Raises ValueError, KeyError or TypeError."""
+    rollout_id = int(line["rollout_id"])
+    if "ranks" not in line:
+        return [Span(str(line["name"]), rollout_id, str(line["track"]), float(line["start"]), float(line["end"]))]
+    if rollout_id < first:
+        return []
+    return [
+        Span(str(name), rollout_id, f"rank {rank}", float(start), float(end))
+        for rank, found in enumerate(line["ranks"])
+        for name, start, end in found
+    ]
 
 
 def waits(spans: Sequence[Span]) -> dict[str, float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from vime.system.json_lines import LineFile, Lines
 from vime.system.redact import redact, redacted
 
 EVENTS_FILE = "events.jsonl"
@@ -59,13 +61,11 @@ class Journal:
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         """Raises OSError where the journal cannot be opened."""
-        self._path = Path(run_dir) / EVENTS_FILE
         self._reserve = Path(run_dir) / RESERVE_FILE
         self._waiting = b""
         self.error: OSError | None = None
         """Error that keeps events in memory; None while there is none."""
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._end_torn_line()
+        self._file = LineFile(Path(run_dir) / EVENTS_FILE)
         self._keep_reserve()
 
     def write(self, kind: Kind, text: str = "", *, sync: bool = True, **fields: Any) -> Event:
@@ -88,7 +88,7 @@ class Journal:
                 self._reserve.unlink()
                 self._write_waiting()
             if sync:
-                os.fsync(self._descriptor)
+                self._file.sync()
         except OSError as error:
             self.error = error
             return False
@@ -96,17 +96,11 @@ class Journal:
         return True
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
     def _write_waiting(self) -> None:
         while self._waiting:
-            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
-
-    def _end_torn_line(self) -> None:
-        """A writer that was killed inside its last line leaves it open; the next event starts on a line of its own."""
-        size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            os.write(self._descriptor, b"\n")
+            self._waiting = self._waiting[self._file.append(self._waiting) :]
 
     def _keep_reserve(self) -> None:
         """Blocks that are the run's already when the disk is full; without them the last word would have no room."""
@@ -118,22 +112,12 @@ class Journal:
                 os.close(descriptor)
 
 
-def read_events(run_dir: str | os.PathLike[str]) -> list[Event]:
-    """Every event of a run, oldest first. A line that its writer did not finish is left out."""
-    return parse_events(_text(Path(run_dir) / EVENTS_FILE))
-
-
-def parse_events(text: str) -> list[Event]:
-    """The events of a journal's text."""
-    events = []
-    for line in text.split("\n"):
-        if not line:
-            continue
-        try:
-            events.append(Event.model_validate_json(line))
-        except ValidationError:
-            # Only a killed writer leaves such a line; events follow it.
-            continue
+def read_events(run_dir: str | os.PathLike[str], damage: Counter[str] | None = None) -> list[Event]:
+    """Every event of a run, oldest first. Other lines are left out, and counted in `damage` under the file's name."""
+    lines = Lines(Path(run_dir) / EVENTS_FILE)
+    events = list(lines.read(Event.model_validate))
+    if damage is not None:
+        damage[EVENTS_FILE] += lines.skipped
     return events
 
 
@@ -150,10 +134,3 @@ def last_start(events: list[Event]) -> list[Event]:
             current = starts[index] = []
         current.append(event)
     return [event for index in sorted(starts) for event in starts[index]] if starts else before
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""

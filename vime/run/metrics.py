@@ -5,27 +5,30 @@ Names are those that users of such systems know: `rollout/…`, `train/…`, `pe
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
 from vime.recipe.schema import Recipe
+from vime.system.json_lines import LineFile, Lines
 from vime.system.private import private_folder
 from vime.system.redact import redacted
 
 METRICS_FILE = "metrics.jsonl"
+START = "start"
+"""Key of a line that marks a start of training, with its first step."""
 
 
 class MetricsWriter:
     """Writes scalars of one rollout at a time to every sink.
 
-    A resumed run appends; readers keep the last line of a step.
+    A resumed run appends; readers keep the last line of a step. Metrics never end a run: a sink that fails, as on a
+    full disk, loses values and is named once.
     """
 
     def __init__(self, run_dir: str | Path, *, wandb: Mapping[str, Any] | None = None) -> None:
@@ -35,30 +38,51 @@ class MetricsWriter:
         # First of all, so that a library that is missing leaves no file open.
         self._wandb: Any = None if wandb is None else _wandb_run(run_dir, wandb)
         run_dir = Path(run_dir)
-        path = run_dir / METRICS_FILE
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = os.fdopen(descriptor, "a", encoding="utf-8")
+        self._file = LineFile(run_dir / METRICS_FILE)
         board = private_folder(run_dir / "tensorboard")
         self._board = Writer(str(board))
+        self._failed: set[str] = set()
+        # TensorBoard's thread hands on here what it met.
+        self._errors = (OSError, RuntimeError, ValueError, *(() if self._wandb is None else (_wandb_error(),)))
+
+    def start(self, step: int) -> None:
+        """Marks a start of training at this step: lines of this step and later ones before it are of a dead branch."""
+        self._to(METRICS_FILE, lambda: self._file.add({START: step, "time": round(time.time(), 3)}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step` (the number of the rollout). A value that is not finite is written as null."""
         clean = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, "time": round(time.time(), 3), **clean}
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
+        finite = {name: value for name, value in clean.items() if value is not None}
+        self._to(METRICS_FILE, lambda: self._file.add(line))
+        self._to("TensorBoard", lambda: self._to_board(step, finite))
         if self._wandb is not None:
-            self._wandb.log({name: value for name, value in clean.items() if value is not None}, step=step)
+            self._to("Weights & Biases", lambda: self._wandb.log(finite, step=step))
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        self._to(METRICS_FILE, self._file.close)
+        self._to("TensorBoard", self._board.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to("Weights & Biases", self._wandb.finish)
+
+    def _to_board(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def _to(self, sink: str, send: Callable[[], object]) -> None:
+        try:
+            send()
+        except self._errors as error:
+            if sink not in self._failed:
+                print(f"warning: {sink} takes no metrics, values are lost: {error}", flush=True)
+            self._failed.add(sink)
+
+
+def _wandb_error() -> type[Exception]:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    return wandb.Error
 
 
 def wandb_settings(recipe: Recipe, run_name: str) -> dict[str, Any] | None:
@@ -94,25 +118,32 @@ def _wandb_run(run_dir: str | Path, settings: Mapping[str, Any]) -> Any:
     return wandb.init(dir=str(run_dir), **settings)
 
 
-def read_metrics(run_dir: str | Path) -> dict[int, dict[str, float]]:
-    """All steps of a run, in order, later lines of a step merged over earlier ones (a resumed run repeats steps)."""
+def read_metrics(run_dir: str | Path, damage: Counter[str] | None = None) -> dict[int, dict[str, float]]:
+    """All steps of the run's living branch, in order, later lines of a step merged over earlier ones.
+
+    A start at a step drops this step and later ones: the run was set back to a checkpoint before them. Lines that are
+    no metrics are left out, and counted in `damage` under the file's name.
+    """
     steps: dict[int, dict[str, float]] = {}
-    for line in _lines(Path(run_dir) / METRICS_FILE):
-        step = int(line.pop("step"))
-        steps.setdefault(step, {}).update({name: value for name, value in line.items() if value is not None})
+    lines = Lines(Path(run_dir) / METRICS_FILE)
+    for step, values in lines.read(_step):
+        if values is None:
+            steps = {number: known for number, known in steps.items() if number < step}
+        else:
+            steps.setdefault(step, {}).update(values)
+    if damage is not None:
+        damage[METRICS_FILE] += lines.skipped
     return dict(sorted(steps.items()))
+
+
+def _step(line: dict[str, Any]) -> tuple[int, dict[str, float] | None]:
+    """Step and values of a line; None for the values of a start. Raises ValueError, KeyError or TypeError."""
+    if START in line:
+        return int(line[START]), None
+    step = int(line.pop("step"))
+    return step, {name: float(value) for name, value in line.items() if value is not None}
 
 
 def series(steps: Mapping[int, Mapping[str, float]], name: str) -> list[tuple[int, float]]:
     """(step, value) of one metric, without the steps that lack it."""
     return [(step, values[name]) for step, values in steps.items() if name in values]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            if not text.endswith("\n"):
-                return  # the writer was stopped inside its last line
-            yield json.loads(text)

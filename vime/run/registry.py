@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from vime.errors import BadInput
 from vime.run.folder import PLAN
+from vime.system.json_lines import LineFile, Lines
 from vime.system.private import private_folder
 
 
@@ -33,14 +33,14 @@ def registry_path() -> Path:
 def record_run(run_dir: str | os.PathLike[str]) -> None:
     """Appends a run; a line is one write, so that submissions at the same time do not mix."""
     path, folder = registry_path(), Path(run_dir).absolute()
-    line = json.dumps({"run_name": folder.name, "run_dir": str(folder), "time": time.time()}) + "\n"
+    line = {"run_name": folder.name, "run_dir": str(folder), "time": time.time()}
     try:
         private_folder(path.parent)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = LineFile(path)
         try:
-            os.write(descriptor, line.encode())
+            file.add(line)
         finally:
-            os.close(descriptor)
+            file.close()
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}: set XDG_STATE_HOME to a folder of your own") from error
 
@@ -68,16 +68,10 @@ def find_run(name: str) -> Path:
 
 
 def _lines() -> Iterator[Run]:
-    """The entries in order of writing. A line that a crash or a full disk cut is skipped: its run has its path."""
+    """The entries in order of writing. A damaged one is skipped: its run is still found by its path."""
     try:
-        text = registry_path().read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return
+        yield from Lines(registry_path()).read(
+            lambda entry: Run(str(entry["run_name"]), Path(entry["run_dir"]), float(entry["time"]))
+        )
     except OSError as error:
         raise BadInput(f"cannot read {registry_path()}: {error.strerror}") from error
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            yield Run(entry["run_name"], Path(entry["run_dir"]), float(entry["time"]))
-        except (ValueError, KeyError, TypeError):
-            continue

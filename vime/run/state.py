@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from vime.run.journal import Event, last_start, read_events
 from vime.run.metrics import read_metrics
 from vime.run.plan import Plan
 from vime.run.scheduler import JobState, Scheduler, find_scheduler
+from vime.system.json_lines import damage_note
 from vime.system.processes import start_ticks
 
 ENDED = ("succeeded", "failed", "lost")
@@ -95,7 +97,7 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     """Read the state of a run, from its folder alone where the scheduler does not answer. BadInput without a plan."""
     plan = read_plan(run_dir)
     jobs = read_jobs(run_dir)
-    events = of_jobs(last_start(read_events(run_dir)), jobs)
+    events = of_jobs(last_start(read_events(run_dir, damage := Counter())), jobs)
     now = current_job(jobs, events)
     found = RunState(run=plan.run_name, run_dir=plan.run_dir, state="planned", job=now.job_id if now else None)
     found.num_rollout = plan.recipe.rollout.num_rollout
@@ -109,7 +111,9 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     except SchedulerError as error:
         found.note = str(error)
     _judge(found, events, job)
-    _read_metrics(found, plan)
+    _read_metrics(found, plan, damage)
+    if lost := damage_note(damage):
+        found.note = f"{found.note}; {lost}" if found.note else lost
     return found
 
 
@@ -234,8 +238,8 @@ def controller_is_here(events: list[Event]) -> int | None:
     return pid if start_ticks(pid) == start.data.get("pid_start") else None
 
 
-def _read_metrics(found: RunState, plan: Plan) -> None:
-    steps = read_metrics(Path(plan.run_dir))
+def _read_metrics(found: RunState, plan: Plan, damage: Counter[str]) -> None:
+    steps = read_metrics(Path(plan.run_dir), damage)
     trained = [step for step, values in steps.items() if "rollout/raw_reward" in values]
     if not trained:
         return

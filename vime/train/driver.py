@@ -68,6 +68,7 @@ class Driver:
                 loop.sampler.load_state_dict(start.extra["sampler"])
             loop.supervisor.version = first
             synced = await loop.sync()
+            self.phases.metrics.start(first)
             self.phases.metrics.write(first, {f"start/{name}": value for name, value in synced.items()})
             async with asyncio.TaskGroup() as tasks:
                 background = [tasks.create_task(loop.supervisor.watch(loop.sampler.engine_failed))]
@@ -138,6 +139,7 @@ class Driver:
         """Train on rollouts that another run wrote."""
         trainer = TrainerGroup(self.plan, group)
         start = await self._trainer_up(trainer)
+        self.phases.metrics.start(start.next_rollout_id)
         for rollout_id in range(start.next_rollout_id, self.recipe.rollout.num_rollout):
             trained = await self.phases.train(trainer.call, read_rollout(folder, rollout_id))
             if saves_after(self.recipe, rollout_id):
