@@ -14,7 +14,9 @@ import vime
 from tests.support.browser import open_page
 from tests.support.synthetic import HOSTILE, synthetic_run
 from vime.observe.browse import SCRIPT, policy
-from vime.observe.page import CHARTS, STYLE
+from vime.observe.charts import COLOURS
+from vime.observe.document import STYLE
+from vime.observe.page import CHARTS
 from vime.report import main, write_report
 
 
@@ -154,7 +156,15 @@ def test_text_has_the_contrast_of_wcag_aa_and_lines_that_of_graphics(mode):
             assert contrast(found[text], found[ground]) >= 4.5, (text, ground)
     for name in ("good", "bad", "warn"):
         assert contrast(found[name], found[f"{name}bg"]) >= 4.5, name
-    for line in ("s0", "s1", "s2", "s3", "p-generate", "p-train", "p-sync", "p-save", "p-log_probs", "p-reward"):
+    for line in (
+        *(f"s{n}" for n in range(COLOURS)),
+        "p-generate",
+        "p-train",
+        "p-sync",
+        "p-save",
+        "p-log_probs",
+        "p-reward",
+    ):
         assert contrast(found[line], found["card"]) >= 3, line
 
 

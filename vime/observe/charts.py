@@ -14,6 +14,8 @@ MAX_POINTS = 400
 SMOOTHED_FROM = 24
 """Points from which a single line is drawn smoothed over its raw values."""
 TABLE_ROWS = 12
+COLOURS = 8
+"""Colours of lines in report.css, `s0` …; each also has its own dashes."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
         "</svg>",
     ]
     if len(lines) > 1:
-        keys = "".join(f'<span><i class="key s{n % 4}"></i>{escape(line.label)}</span>' for n, line in enumerate(lines))
+        keys = "".join(
+            f'<span><i class="key s{n % COLOURS}"></i>{escape(line.label)}</span>' for n, line in enumerate(lines)
+        )
         parts.append(f'<div class="legend">{keys}</div>')
     return "".join([*parts, details("values", _values(title, whole)), "</figure>"])
 
@@ -148,7 +152,7 @@ def _axes(scale: _Scale) -> list[str]:
 
 def _path(line: Series, number: int, scale: _Scale, more: str = "") -> str:
     points = [f"{scale.x(x)},{scale.y(y)}" for x, y in line.points]
-    kind = f"s{number % 4} {more}".strip()
+    kind = f"s{number % COLOURS} {more}".strip()
     if len(points) == 1:
         x, y = points[0].split(",")
         return f'<circle class="{kind}" cx="{x}" cy="{y}" r="3"/>'

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import shlex
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 import yaml
 
 from vime.observe import lengths, phases, spent, verdict
-from vime.observe.browse import browser, policy
+from vime.observe.browse import browser
 from vime.observe.charts import Series, line_chart
+from vime.observe.document import document, time_text
 from vime.observe.markup import cards, details, escape, facts, pre, shortened, table
 from vime.observe.outcome import Outcome, outcome
 from vime.observe.summary import RunSummary
 from vime.planning.show import size
-from vime.planning.svg import STYLE as MAP_STYLE
 from vime.planning.svg import placement_svg
 from vime.run.metrics import series
 from vime.run.resume import resume_command
 from vime.system.json_lines import damage_note
-
-STYLE = files("vime.observe").joinpath("report.css").read_text(encoding="utf-8")
 
 SHOWN_SAMPLES = 8
 """Rollouts whose best and worst samples stand in the page itself, shortened."""
@@ -70,25 +66,13 @@ def page(run: RunSummary) -> str:
         "Configuration": _configuration(run),
         "Events": _events(run.events),
     }
-    present = {name: body for name, body in sections.items() if body}
-    links = "".join(f'<li><a href="#{name.lower()}">{name}</a></li>' for name in present)
-    body = "".join(
-        f'<section id="{n.lower()}" aria-labelledby="h-{n.lower()}"><h2 id="h-{n.lower()}">{n}</h2>{b}</section>'
-        for n, b in present.items()
-    )
-    name = escape(run.plan.run_name)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy())}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f'<style>{STYLE}{MAP_STYLE}</style></head><body><a class="skip" href="#outcome">To the outcome</a>'
-        f'<div class="wrap"><header class="top"><div class="title"><h1>{name}</h1>'
-        f'<span class="pill {result.kind}">{escape(result.word)}</span></div>{_subtitle(run)}</header>'
-        f'<nav class="sections" aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main>'
-        f"<footer>Written by vime on {_time(datetime.datetime.now().timestamp())}. "
-        "The same run opens in Perfetto from trace.json and in TensorBoard from the folder tensorboard.</footer>"
-        "</div></body></html>"
+    badge = f'<span class="pill {result.kind}">{escape(result.word)}</span>'
+    return document(
+        run.plan.run_name,
+        badge,
+        _subtitle(run),
+        sections,
+        "The same run opens in Perfetto from trace.json and in TensorBoard from the folder tensorboard.",
     )
 
 
@@ -162,8 +146,8 @@ def _facts(run: RunSummary) -> str:
     return facts(
         {
             "job": job,
-            "started": _time(times[0]) if times else None,
-            "last event": _time(times[-1]) if times else None,
+            "started": time_text(times[0]) if times else None,
+            "last event": time_text(times[-1]) if times else None,
             "starts": f"{len(starts)} (resubmitted or requeued)" if len(starts) > 1 else None,
             "run folder": plan.run_dir,
             "checkpoint": plan.recipe.checkpoint.hf_checkpoint,
@@ -266,7 +250,7 @@ def _sample(name: str, sample: dict[str, Any]) -> str:
 
 def _checkpoints(run: RunSummary) -> str:
     rows = [
-        {"after rollout": c.rollout_id, "size": size(c.bytes), "written": _time(c.time), "path": c.path}
+        {"after rollout": c.rollout_id, "size": size(c.bytes), "written": time_text(c.time), "path": c.path}
         for c in run.checkpoints
     ]
     listed = table(rows, numbers=("after rollout", "size"), caption="Checkpoints on disk when this was written")
@@ -305,7 +289,7 @@ def _configuration(run: RunSummary) -> str:
 def _events(events: list[dict[str, Any]]) -> str:
     rows = [
         {
-            "time": _time(float(e["time"])),
+            "time": time_text(float(e["time"])),
             "event": e["kind"],
             "stage": e.get("stage"),
             "node": e.get("node"),
@@ -314,7 +298,3 @@ def _events(events: list[dict[str, Any]]) -> str:
         for e in events[-200:]
     ]
     return table(rows, caption="The newest events of the journal" if len(events) > 200 else "The run's journal")
-
-
-def _time(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
