@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.launch_stub import make_plan, stub
 from vime import submit
+from vime.launch.prepare import start
 from vime.run.folder import read_plan
 from vime.run.registry import last_run
 
@@ -252,3 +254,14 @@ def test_a_folder_too_long_for_sockets_is_refused_at_once(
     profile.write_text(f"kind: slurm\nenv: {{VIME_NODE_TMP: /scratch/{'project-' * 6}}}\n")
     assert submit.main(["--dry-run", "--cluster", str(profile)]) == 2
     assert "VIME_NODE_TMP is /scratch/project-" in capsys.readouterr().err
+
+
+def test_a_registry_that_cannot_be_written_costs_a_note(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """On compute nodes the home folder may be read-only, or full."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    plan = make_plan(run_dir, [stub("train", "")])
+    start(plan)
+    assert "note: the run is not in the list of runs, so give its folder to vime.status" in capsys.readouterr().out

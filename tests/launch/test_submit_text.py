@@ -17,7 +17,8 @@ import pytest
 
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from vime.errors import BadInput, Cause
-from vime.launch.runner_slurm import cause_of_message
+from vime.launch.container import environment, srun_options, wrap
+from vime.launch.runner_slurm import cause_of_message, site_comment, with_comment
 from vime.launch.srun import attach_argv, srun_argv, step_python
 from vime.launch.submission import (
     check_container,
@@ -291,3 +292,34 @@ def test_a_job_is_read_from_what_scontrol_says() -> None:
     assert (job.comment, job.nodelist, job.end) == ("vime: ray-head of a run", "", None)
     assert job.start is not None
     assert re.match(r"\d+\.0", str(job.start))
+
+
+@pytest.mark.parametrize(
+    ("comment", "site", "shown"),
+    [
+        ("", "", "vime: train"),
+        ("vime: ray-head", "", "vime: train"),
+        ("exempt-from-reaper", "exempt-from-reaper", "exempt-from-reaper; vime: train"),
+        ("exempt; vime: cast", "exempt", "exempt; vime: train"),
+        ('{"reaper": "exempt"}', '{"reaper": "exempt"}', None),
+    ],
+)
+def test_what_a_site_reads_in_the_comment_stays(comment: str, site: str, shown: str | None) -> None:
+    assert site_comment(comment) == site
+    assert with_comment(site, "vime: train") == shown
+
+
+def test_an_image_replaces_none_of_the_runs_variables(tmp_path: Path) -> None:
+    """Images of vendors set PYTHONPATH; secrets do not stand on a command line."""
+    own = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "a-secret"}
+    environ = {**own, "PYTHONPATH": "/shared/run/code", "PYTHONSAFEPATH": "1", "HOME": "/home/ada"}
+    pyxis = plan_of(tmp_path, env=own, container=CONTAINERS["pyxis"])
+    (option,) = [word for word in srun_options(pyxis) if word.startswith("--container-env=")]
+    assert {"NCCL_DEBUG", "WANDB_API_KEY", "PYTHONPATH", "PYTHONSAFEPATH", "VIME_PLACES"} <= set(option[16:].split(","))
+    assert environment(pyxis, environ) == {}
+    apptainer = plan_of(tmp_path, env=own, container=CONTAINERS["apptainer"])
+    inside = environment(apptainer, environ)
+    assert inside["APPTAINERENV_PYTHONPATH"] == "/shared/run/code"
+    assert inside["APPTAINERENV_PYTHONNOUSERSITE"] == "1"
+    assert "APPTAINERENV_HOME" not in inside
+    assert "a-secret" not in " ".join(wrap(apptainer, stub("train", ""), ["python3"]))

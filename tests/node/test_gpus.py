@@ -13,6 +13,7 @@ from vime.node.gpus import gpu_facts, parse_smi, parse_xids
 HEALTHY = """
     <gpu id="00000000:00:06.0">
         <product_name>NVIDIA H100 80GB HBM3</product_name>
+        <uuid>GPU-1a2b</uuid>
         <mig_mode><current_mig>Disabled</current_mig><pending_mig>Disabled</pending_mig></mig_mode>
         <gpu_recovery_action>None</gpu_recovery_action>
         <fb_memory_usage><total>81559 MiB</total><reserved>480 MiB</reserved><used>0 MiB</used></fb_memory_usage>
@@ -54,7 +55,8 @@ def test_a_healthy_gpu_and_a_sick_one() -> None:
     assert (found["driver"], found["cuda"]) == ("580.159.04", "13.0")
     healthy, sick = found["gpus"]
     assert healthy == {
-        "bus": "00000000:00:06.0", "name": "NVIDIA H100 80GB HBM3", "memory_total": 81559 * 2**20, "memory_used": 0,
+        "bus": "00000000:00:06.0", "uuid": "GPU-1a2b", "name": "NVIDIA H100 80GB HBM3",
+        "memory_total": 81559 * 2**20, "memory_used": 0,
         "ecc_uncorrectable": 0, "remap_pending": "No", "remap_failed": "No", "recovery_action": None, "mig": "Disabled",
     }  # fmt: skip
     changed = {name: sick[name] for name in sick if sick[name] != healthy[name]}
@@ -67,7 +69,8 @@ def test_a_healthy_gpu_and_a_sick_one() -> None:
 def test_what_a_gpu_does_not_tell_is_none() -> None:
     (gpu,) = parse_smi(xml(OLD))["gpus"]
     assert [name for name in gpu if gpu[name] is None] == [
-        "memory_total", "memory_used", "ecc_uncorrectable", "remap_pending", "remap_failed", "recovery_action", "mig",
+        "uuid", "memory_total", "memory_used", "ecc_uncorrectable", "remap_pending", "remap_failed", "recovery_action",
+        "mig",
     ]  # fmt: skip
 
 

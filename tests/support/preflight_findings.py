@@ -7,7 +7,8 @@ from typing import Any
 
 def gpu(**changes: Any) -> dict[str, Any]:
     facts = {
-        "bus": "00000000:00:06.0", "name": "NVIDIA H100 80GB HBM3", "memory_total": 81559 * 2**20, "memory_used": 0,
+        "bus": "00000000:00:06.0", "uuid": "GPU-1a2b", "name": "NVIDIA H100 80GB HBM3",
+        "memory_total": 81559 * 2**20, "memory_used": 0,
         "ecc_uncorrectable": 0, "remap_pending": "No", "remap_failed": "No", "recovery_action": None, "mig": "Disabled",
     }  # fmt: skip
     return {**facts, **changes}

@@ -165,13 +165,15 @@ def _used(plan: Plan) -> set[int]:
 def _planned(
     gpus: Sequence[Mapping[str, Any]], used: Collection[int], visible: str | None
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The GPUs of a host that the run takes; all of them where the caller named them otherwise than by number."""
+    """The GPUs of a host that the run takes, named by number or UUID; all of them where no name is known here."""
     names = [name.strip() for name in (visible or "").split(",") if name.strip()]
-    if not all(name.isdigit() for name in names):
-        yield from enumerate(gpus)
-        return
-    numbers = {int(name) for place, name in enumerate(names) if place in used} if names else used
-    yield from ((number, gpu) for number, gpu in enumerate(gpus) if number in numbers)
+    taken = [name for place, name in enumerate(names) if place in used] if names else [str(number) for number in used]
+    chosen = [
+        (number, gpu)
+        for number, gpu in enumerate(gpus)
+        if any(name == str(number) or (name.startswith("GPU-") and gpu["uuid"] == name) for name in taken)
+    ]
+    yield from chosen or enumerate(gpus)
 
 
 def broken_gpus(plan: Plan, told: Mapping[str, Any], visible: str | None) -> list[str]:

@@ -5,12 +5,17 @@ Text only: which words stand in the srun call, and what is mounted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vime.errors import BadInput
+from vime.node.task import JOB, PLACES
+from vime.run.canary import CANARY
+from vime.run.folder import BINDING_VARIABLE
 from vime.run.plan import Container, Plan, Stage
 
 NODE_TMP = "/tmp"
+OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH", PLACES, JOB, CANARY, BINDING_VARIABLE)
+"""Variables that vime hands to a task, which an image must not replace."""
 
 
 def mounts(plan: Plan, container: Container) -> tuple[str, ...]:
@@ -34,8 +39,24 @@ def srun_options(plan: Plan) -> list[str]:
         f"--container-image={container.image}",
         f"--container-mounts={','.join(mounts(plan, container))}",
         "--no-container-mount-home",
+        # pyxis keeps a variable that the image sets, unless it is named here.
+        f"--container-env={','.join(sorted({*plan.cluster.env, *OWN_VARIABLES}))}",
         *container.options,
     ]
+
+
+def environment(plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that apptainer turns into those inside, whatever the image sets; none for pyxis.
+
+    Values do not stand on the command line, where everybody could read them.
+    """
+    container = plan.cluster.container
+    if container is None or container.runtime != "apptainer":
+        return {}
+    inside = {name: environ[name] for name in (*OWN_VARIABLES, *plan.cluster.env) if name in environ}
+    # Packages of `pip install --user` would shadow the image's.
+    inside["PYTHONNOUSERSITE"] = "1"
+    return {f"APPTAINERENV_{name}": value for name, value in inside.items()}
 
 
 def wrap(plan: Plan, stage: Stage, command: Sequence[str]) -> list[str]:
@@ -47,6 +68,7 @@ def wrap(plan: Plan, stage: Stage, command: Sequence[str]) -> list[str]:
         "apptainer",
         "exec",
         *(["--nv"] if stage.gpus_per_node else []),
+        "--no-home",
         f"--bind={','.join(mounts(plan, container))}",
         *container.options,
         container.image,

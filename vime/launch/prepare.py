@@ -42,7 +42,11 @@ def start(plan: Plan) -> None:
     claim_folder(plan)
     write_code(plan)
     write_plan(plan)
-    record_run(plan.run_dir)
+    try:
+        record_run(plan.run_dir)
+    except BadInput as error:
+        # A home folder that is read-only or full: commands then need the run's folder.
+        print(f"note: the run is not in the list of runs, so give its folder to vime.status: {error}")
     print(f"run {plan.run_name}: {plan.run_dir}")
     for note in plan.notes:
         print(f"note: {note}")

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Sequence
 
 from vime.errors import Cause
+from vime.launch import container
 from vime.launch.srun import srun_argv, step_name, step_python
 from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
 from vime.node.task import JOB, PLACES
@@ -19,7 +20,6 @@ from vime.slurm import queue as slurm
 from vime.slurm.client import SlurmError, step_environment
 from vime.slurm.hostlist import expand_hosts
 from vime.slurm.reach import unreachable
-from vime.system.redact import redact
 
 _MESSAGE = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
 _STATES = {
@@ -47,6 +47,25 @@ def cause_of_message(text: str) -> Cause | None:
     return _REASONS.get(found[-1], Cause.CANCELLED) if found else None
 
 
+_COMMENT = "vime: "
+
+
+def site_comment(comment: str) -> str:
+    """The part of a job's comment that is not vime's: what a site's programs read."""
+    before, _, after = comment.rpartition(f"; {_COMMENT}")
+    if before or after != comment:
+        return before
+    return "" if comment.startswith(_COMMENT) else comment
+
+
+def with_comment(site: str, text: str) -> str | None:
+    """The comment that shows vime's text, which begins with `vime: `; None where the site's part takes no addition."""
+    if site.startswith(("{", "[")):
+        # JSON, which a program reads whole.
+        return None
+    return f"{site}; {text}" if site else text
+
+
 class SlurmRunner:
     """Runs on the batch host, inside the job."""
 
@@ -55,6 +74,8 @@ class SlurmRunner:
         self.job = os.environ["SLURM_JOB_ID"]
         self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), True
         self.environment: dict[str, str] = {}
+        self._own_comment: str | None = None
+        """The job's comment without vime's part; None: not asked yet."""
         self._cpus = slurm.cpus_per_node()
         # A requeued job appends to the output of its first start.
         self._output_start = os.fstat(1).st_size
@@ -71,6 +92,7 @@ class SlurmRunner:
             cpus_per_node=self._cpus,
         )
         env = {**step_environment(os.environ), **self.environment, PLACES: places_text(places), JOB: self.job}
+        env |= container.environment(self._plan, env)
         log = launcher_log(self._plan.run_dir, stage.name)
         offset = log_size(log)
         process = launch(argv, env, self._plan.run_dir, stage.name)
@@ -148,4 +170,10 @@ class SlurmRunner:
         slurm.exclude(self.job, nodes, seconds=2.0)
 
     def show(self, text: str) -> None:
-        slurm.set_comment(self.job, redact(text))
+        if self._plan.cluster.job_comment == "keep":
+            return
+        if self._own_comment is None:
+            job = slurm.query_job(self.job)
+            self._own_comment = "" if job is None else site_comment(job.comment)
+        if (comment := with_comment(self._own_comment, text)) is not None:
+            slurm.set_comment(self.job, comment)

@@ -67,6 +67,7 @@ def _parse_gpu(gpu: ElementTree.Element) -> dict[str, Any]:
     action = _told(gpu.findtext("gpu_recovery_action"))
     return {
         "bus": gpu.get("id", ""),
+        "uuid": gpu.findtext("uuid"),
         "name": gpu.findtext("product_name"),
         "memory_total": _mebibytes(gpu.find("fb_memory_usage/total")),
         "memory_used": _mebibytes(gpu.find("fb_memory_usage/used")),

@@ -8,6 +8,12 @@ from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
 _LISTENING = "0A"
+_OUTSIDE = "192.0.2.1"
+"""An address of no network (RFC 5737); nothing is sent there."""
+_VIRTUAL = ("docker", "br-", "virbr", "veth", "cni", "flannel", "podman", "lxc", "tun", "tap")
+"""Beginnings of names of interfaces that other nodes do not reach."""
+ALONE_ADDRESS = "127.0.0.2"
+"""Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
 
 
 def interfaces() -> dict[str, str]:
@@ -34,11 +40,15 @@ def own_address(others: list[str], wanted_interface: str | None) -> tuple[str, s
     if wanted_interface is not None:
         return by_name.get(wanted_interface, ""), wanted_interface
     addresses = {address: name for name, address in by_name.items()}
-    for host in [*others, socket.gethostname()]:
+    # The host's own name may be a loopback address (127.0.1.1 on Debian): then the way out of this network counts.
+    for host in [*others, socket.gethostname(), _OUTSIDE]:
         address = _address_towards(host)
         if address in addresses and not address.startswith("127."):
             return address, addresses[address]
-    return "127.0.0.1", addresses.get("127.0.0.1")
+    real = [name for name in by_name if not by_name[name].startswith("127.") and not name.startswith(_VIRTUAL)]
+    if real:
+        return by_name[real[0]], real[0]
+    return ALONE_ADDRESS, addresses.get("127.0.0.1")
 
 
 def _address_towards(host: str) -> str | None:

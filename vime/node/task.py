@@ -21,6 +21,7 @@ from vime.node.scratch import NodeFolder
 from vime.node.supervise import Supervisor
 from vime.node.sweep import SWEEP, sweep_stage
 from vime.run.canary import CANARY
+from vime.run.devices import VISIBLE
 from vime.run.environment import resolve
 from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
@@ -95,6 +96,9 @@ def task_env(
     env = {name: value for name, value in environ.items() if not name.startswith(_FOREIGN)}
     env.update(resolve({**plan.cluster.env, **stage.env}, environ))
     job = environ.get(JOB, "local")
+    if visible := environ.get(VISIBLE) or environ.get("CUDA_VISIBLE_DEVICES"):
+        # The GPUs that the scheduler gave the job here; Ray and the ranks narrow CUDA's own variable.
+        env[VISIBLE] = visible
     env.update(
         RANK=str(seat.rank),
         WORLD_SIZE=str(seat.world_size),

@@ -158,7 +158,8 @@ def _environment(
     cpus: Sequence[int],
     visible: str | None,
 ) -> dict[str, str]:
-    env = dict(plan.recipe.misc.env)
+    # Interfaces and NCCL's settings of the profile are in the environment of every task already.
+    env = {name: value for name, value in plan.recipe.misc.env.items() if name not in plan.cluster.env}
     env |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight updates, pausing and sleeping
         "VLLM_NO_USAGE_STATS": "1",
@@ -168,8 +169,6 @@ def _environment(
     if engine.data_parallel_size > 1:
         # The leader looks for free ports from here on, for its ranks to meet; the first is the handshake's.
         env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)
-    if here.interface:
-        env |= {"GLOO_SOCKET_IFNAME": here.interface, "NCCL_SOCKET_IFNAME": here.interface}
     if plan.on_gpu:
         env |= device_variables(plan, engine.nodes[position], engine.gpus[position], visible)
         if (plan.model_config_hf.get("quantization_config") or {}).get("scale_fmt") != "ue8m0":

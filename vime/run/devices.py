@@ -13,7 +13,7 @@ VISIBLE = "VIME_VISIBLE_GPUS"
 
 def host_gpus(plan: Plan, node: int, slots: Iterable[int]) -> tuple[int, ...]:
     """Numbers of the slots' GPUs on their host. The logical nodes of a local run take one machine's GPUs in turn."""
-    first = node * plan.cluster.gpus_per_node if plan.cluster.kind == "local" else 0
+    first = node * plan.cluster.gpus_per_node if plan.cluster.one_machine else 0
     return tuple(first + slot for slot in slots)
 
 

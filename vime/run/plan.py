@@ -205,6 +205,8 @@ class Cluster(Frozen):
     """More shell lines before Python starts."""
     env: dict[str, str] = Field(default_factory=dict)
     extra_sbatch: dict[str, Any] = Field(default_factory=dict)
+    job_comment: Literal["append", "keep"] = "append"
+    """Whether the job's comment shows what the run does, after what the site reads there; a JSON comment is kept."""
     python: str | None = None
     """Interpreter on the nodes; by default the virtual environment's, else the one that runs vime.submit."""
 
