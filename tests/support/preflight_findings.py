@@ -22,6 +22,6 @@ def finding(number: int, **changes: Any) -> dict[str, Any]:
         "limits": {"open_files": 65536, "locked_memory": None}, "run_folder": None,
         "node_local": {"shared_memory": 10**12, "folder": "/tmp/vime-1000", "free": 10**12, "socket": 80},
         "canary": "word", "space": {},
-        "listening": [], "time": 1000.0,
+        "listening": [], "time": 1000.0, "visible_gpus": None,
     }  # fmt: skip
     return {**facts, **changes}
