@@ -136,22 +136,43 @@ class CoreAttention(MegatronModule):
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel that gives logits where it would give the loss, so that MTP layers can be trained beside the policy.
+    """A GPTModel that gives the policy's logits, [1, t, V / TP], and in training also those of its draft layers.
 
-    With labels Megatron adds the loss of the MTP layers to the graph, weighted by `loss_mask`, and then asks for the
-    main loss, in whose place the logits, [1, t, V / TP], are handed on.
+    Draft layers (multi-token prediction) learn from detached hidden states through a detached embedding and output
+    layer, so that no gradient of theirs reaches the policy. Layer k, from 1, predicts at each position the token k + 1
+    positions later.
     """
 
-    _main_labels: torch.Tensor | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._draft: list[torch.Tensor] = []
 
-    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> torch.Tensor:
-        self._main_labels = labels
-        return super().forward(*args, labels=labels, **kwargs)
+    def take_draft(self) -> list[torch.Tensor]:
+        """Logits, [t, V / TP], of each draft layer in the last forward pass; none without gradients."""
+        draft, self._draft = self._draft, []
+        return draft
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if labels is self._main_labels:
-            return logits.transpose(0, 1).contiguous()
-        return super().compute_language_model_loss(labels, logits)
+    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if not kwargs["mtp_in_postprocess"]:
+            return super()._postprocess(hidden_states, **kwargs)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=tied)
+        if self.training and torch.is_grad_enabled():
+            self._draft = self._predict(hidden_states, self.output_layer.weight if tied is None else tied, kwargs)
+        return logits.transpose(0, 1).contiguous()
+
+    def _predict(self, hidden: torch.Tensor, weight: torch.Tensor, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        """Logits of every draft layer from the trunk's output, [t / TP, 1, hidden]."""
+        names = ("input_ids", "position_ids", "attention_mask", "packed_seq_params")
+        names += ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "sequence_len_offset")
+        states = self.mtp(
+            # A leaf that asks for its gradient: recomputation gives none to inputs that ask for none.
+            hidden_states=hidden.detach().requires_grad_(),
+            embedding=lambda **given: self.embedding(**given).detach(),
+            **{name: arguments[name] for name in names},
+        )
+        layers = torch.chunk(states, 1 + self.config.mtp_num_layers, dim=0)[1:]
+        return [self.output_layer(layer, weight=weight.detach())[0].squeeze(1) for layer in layers]
 
 
 _REPLACED: dict[Any, Any] = {WrappedTorchNorm: RMSNorm, DotProductAttention: CoreAttention}

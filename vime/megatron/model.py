@@ -35,10 +35,11 @@ class BuildOptions:
     attention_backend: str = "auto"
     moe_enable_deepep: bool = False
     moe_token_dispatcher_type: str = "alltoall"
+    use_routing_replay: bool = False
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> BuildOptions:
-        values = {**recipe.perf.model_dump(), **recipe.misc.model_dump()}
+        values = {**recipe.perf.model_dump(), **recipe.misc.model_dump(), **recipe.algorithm.model_dump()}
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
@@ -162,6 +163,7 @@ def _moe_values(options: BuildOptions, layout: ParallelLayout, device: backend.B
         dispatcher = "alltoall"
     values: dict[str, Any] = {
         "moe_token_dispatcher_type": dispatcher,
+        "moe_enable_routing_replay": options.use_routing_replay,
         # Grouped matrix products and the fused permutation are Transformer Engine's.
         "moe_grouped_gemm": device.transformer_engine,
         "moe_permute_fusion": device.transformer_engine,

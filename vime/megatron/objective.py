@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vime.megatron import losses
 from vime.megatron.corrections import RatioTerms
-from vime.megatron.logprobs import token_log_probs
+from vime.megatron.logprobs import draft_cross_entropy, token_log_probs
 from vime.megatron.microbatch import PackedBatch
 from vime.megatron.plugins import function_of
 from vime.megatron.policy_losses import TokenTerms
@@ -29,9 +29,12 @@ METRICS = (
     "train_rollout_logprob_abs_diff",
     "tis",
     "tis_masked",
+    "draft_loss",
+    "draft_acceptance",
 )
 """Means over the global batch with the loss's own weights, in this order. `ppo_kl` is the mean of log π_old - log π,
-`tis` of the mismatch corrections' weights, `tis_masked` the share of tokens that they give the weight 0."""
+`tis` of the mismatch corrections' weights, `tis_masked` the share of tokens that they give the weight 0,
+`draft_acceptance` the chance that a token of the first draft layer is accepted."""
 
 Columns = Mapping[str, Tensor]
 """fp32 [slots] each: `weights`; for the policy loss `advantages`; where there are any `old` (the trainer's log-probs
@@ -64,6 +67,21 @@ class Objective:
             loss = losses.weighted_sum(-log_probs, weights)
             return loss, self._metrics({"loss": loss, "entropy": losses.weighted_sum(entropy, weights)}, loss)
         return self._policy(log_probs, entropy, weights, batch, columns)
+
+    def draft(
+        self, draft: Sequence[Tensor], policy: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of the draft layers, a scalar with gradient, and the `METRICS` that it adds to.
+
+        For each layer: its logits and the policy's of the same tokens, both [t, V / TP], and the tokens' weights, [t].
+        """
+        entropies, accepted = [], []
+        for mine, theirs, shares in zip(draft, policy, weights, strict=True):
+            entropy, chance = draft_cross_entropy(mine, theirs, temperature=self.temperature, group=self.tensor_group)
+            entropies.append(losses.weighted_sum(entropy, shares))
+            accepted.append(losses.weighted_sum(chance, shares))
+        loss = torch.stack(entropies).mean()
+        return loss, self._metrics({"draft_loss": loss, "draft_acceptance": accepted[0]}, loss)
 
     def _policy(
         self, log_probs: Tensor, entropy: Tensor, weights: Tensor, batch: PackedBatch, columns: Columns

@@ -17,6 +17,7 @@ from vime.recipe.schema import OptimizerOptions, Recipe
 
 MAX_SKIPPED_STEPS = 3
 _NAMED_GRADIENTS = 3
+_DRAFT = "mtp.layers."
 
 
 class GradientsNotFinite(VimeError):
@@ -75,6 +76,7 @@ class Optimizer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
         self._options, self._total_steps = recipe.optimizer, total_steps
+        self._trains_draft = recipe.model.mtp_num_layers > 0
         bf16, self._cpu = recipe.model.bf16, backend.setup().cpu
         # fp32 accumulation costs nothing on a CPU, and bf16 sums over many ranks lose what small steps need.
         in_fp32 = recipe.misc.accumulate_allreduce_grads_in_fp32 or self._cpu
@@ -87,7 +89,8 @@ class Optimizer:
             from vime.megatron import host_adam
 
             host_adam.install()
-        self.megatron: Any = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
+        overrides: Any = get_standard_config_overrides(config) | self._draft_overrides()
+        self.megatron: Any = get_megatron_optimizer(config, self.chunks, overrides)
         if self._cpu:
             for group in self.megatron.param_groups:
                 group["fused"] = True
@@ -98,6 +101,19 @@ class Optimizer:
         self._global_name = global_name
         self.steps = 0
         self._skipped = 0
+
+    def _draft_overrides(self) -> dict[Any, dict[str, float]]:
+        """Learning rate of the draft layers, whose gradients are also left out of the norm that clips the policy's."""
+        from megatron.core.optimizer.optimizer_config import ParamKey
+
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                if _DRAFT in name:
+                    # Megatron's mark of a copy, which its norm of the gradients passes over.
+                    parameter.shared = True
+        if self._options.mtp_lr is None or not self._trains_draft:
+            return {}
+        return {ParamKey(name=f"*{_DRAFT}*"): {"lr_mult": self._options.mtp_lr / self._options.lr}}
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from vime.megatron.objective import METRICS, Columns, Objective
 from vime.megatron.packing import fixed_micro_batches, micro_batches
 from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.recipe.schema import PerfOptions
+
+Around = Callable[[int], contextlib.AbstractContextManager[None]]
+"""A context for the forward pass of a micro-batch, by its number."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,21 @@ class ModelPasses:
         self._device = backend.setup().device
         self._padding = Padding.of(packer.layout)
 
-    def log_probs(self, data: RolloutTokens, tokens_per_gpu: int | None) -> torch.Tensor:
-        """The model's log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank."""
-        column = torch.zeros(data.slots, device=self._device)
-        batches = self._batches(data, range(len(data.sequences)), tokens_per_gpu)
+    def log_probs(
+        self,
+        data: RolloutTokens,
+        tokens_per_gpu: int | None,
+        samples: Sequence[int] | None = None,
+        around: Around | None = None,
+    ) -> torch.Tensor:
+        """The model's log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank.
 
-        def measure(batch: PackedBatch, output: torch.Tensor) -> Any:
+        With `samples` only theirs, and 0 elsewhere. `around` gives a context for the forward pass of a micro-batch.
+        """
+        column = torch.zeros(data.slots, device=self._device)
+        batches = self._batches(data, range(len(data.sequences)) if samples is None else samples, tokens_per_gpu)
+
+        def measure(batch: PackedBatch, draft: list[torch.Tensor], output: torch.Tensor) -> Any:
             found = self.objective.log_probs(output[0], batch)
             here = batch.slots >= 0
             column[batch.slots[here]] = found[here]
@@ -68,26 +81,36 @@ class ModelPasses:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            self._run(batches, measure, None, forward_only=True)
+            self._run(batches, measure, around, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         return self._over_all_ranks(column).cpu()
 
     def gradients(
-        self, data: RolloutTokens, samples: Sequence[int], columns: Columns, tokens_per_gpu: int | None
+        self,
+        data: RolloutTokens,
+        samples: Sequence[int],
+        columns: Columns,
+        tokens_per_gpu: int | None,
+        around: Around | None = None,
     ) -> dict[str, float]:
         """Adds the gradients of one global batch to the chunks' buffers, reduced over ranks; returns the `METRICS`."""
         batches = self._batches(data, samples, tokens_per_gpu)
         columns = {name: column.to(self._device) for name, column in columns.items()}
         sums = torch.zeros(len(METRICS), device=self._device)
 
-        def measure(batch: PackedBatch, output: torch.Tensor) -> Any:
+        def measure(batch: PackedBatch, draft: list[torch.Tensor], output: torch.Tensor) -> Any:
             loss, metrics = self.objective(output[0], batch, columns)
             sums.add_(metrics)
+            if draft:
+                later = self._later(output[0].detach(), batch.column(columns["weights"]), batch, len(draft))
+                draft_loss, metrics = self.objective.draft(draft, *later)
+                loss = loss + draft_loss
+                sums.add_(metrics)
             # With a token count of 0 Megatron sums gradients over ranks and divides by nothing.
             return loss, _no_tokens(), {}
 
-        self._run(batches, measure, columns, forward_only=False)
+        self._run(batches, measure, around, forward_only=False)
         return dict(zip(METRICS, self._over_all_ranks(sums).tolist(), strict=True))
 
     def _batches(self, data: RolloutTokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[PackedBatch]:
@@ -107,34 +130,51 @@ class ModelPasses:
     def _run(
         self,
         batches: list[PackedBatch],
-        measure: Callable[[PackedBatch, torch.Tensor], Any],
-        columns: Columns | None,
+        measure: Callable[[PackedBatch, list[torch.Tensor], torch.Tensor], Any],
+        around: Around | None,
         *,
         forward_only: bool,
     ) -> None:
-        from megatron.core.packed_seq_params import PackedSeqParams
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        def forward(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
-            batch = next(iterator)
-            extra: dict[str, Any] = {}
-            if model.config.mtp_num_layers:
-                weights = batch.column(columns["weights"]) if columns else torch.zeros_like(batch.targets).float()
-                extra = {"labels": batch.targets[None], "loss_mask": weights[None]}
-            bounds, longest = batch.bounds, batch.longest
-            packed = PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
-            output = model(batch.tokens, batch.positions, None, packed_seq_params=packed, **extra)
-            return output, functools.partial(measure, batch)
+        def forward(iterator: Iterator[tuple[int, PackedBatch]], model: Any) -> tuple[torch.Tensor, Any]:
+            number, batch = next(iterator)
+            with around(number) if around else contextlib.nullcontext():
+                output = model(batch.tokens, batch.positions, None, packed_seq_params=_packed(batch))
+            return output, functools.partial(measure, batch, _unwrapped(model).take_draft())
 
         get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(batches),
+            data_iterator=iter(enumerate(batches)),
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.size(1) * self._layout.cp,
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    @staticmethod
+    def _later(
+        logits: torch.Tensor, weights: torch.Tensor, batch: PackedBatch, layers: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """For each draft layer the policy's logits, [t, V / TP], and weights, [t], of the tokens that it predicts.
+
+        They are those of one position later in the same sequence for every layer, over the borders of
+        context-parallel chunks; at the end of a sequence the weight is 0.
+        """
+        from megatron.core import parallel_state as ps
+        from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+        found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        columns = logits.t()
+        for _ in range(layers):
+            group: Any = ps.get_context_parallel_group()
+            rolled = {"cp_group": group, "packed_seq_params": _packed(batch)}
+            columns, _ = roll_tensor(columns.contiguous(), **rolled)
+            weights, _ = roll_tensor(weights, **rolled)
+            found[0].append(columns.t())
+            found[1].append(weights)
+        return found
 
     def _over_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data- and context-parallel ranks of the last pipeline stage, then from there to the others."""
@@ -145,6 +185,21 @@ class ModelPasses:
             stages: Any = ps.get_pipeline_model_parallel_group()
             dist.broadcast(values, src=ps.get_pipeline_model_parallel_last_rank(), group=stages)
         return values
+
+
+def _packed(batch: PackedBatch) -> Any:
+    """Megatron's description of where the sequences of a micro-batch begin."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds, longest = batch.bounds, batch.longest
+    return PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside of Megatron's wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _no_tokens() -> torch.Tensor:

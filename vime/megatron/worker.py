@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vime.megatron.parallel import destroy_parallel, init_parallel
 from vime.megatron.passes import ModelPasses, Packer
 from vime.megatron.reference import HostWeights
 from vime.megatron.residence import Residence
+from vime.megatron.routes import Routes
 from vime.megatron.spans import SpanRecorder
 from vime.models.flops import utilisation
 from vime.models.local import global_name
@@ -46,6 +48,8 @@ class _Parts:
     residence: Residence
     checkpointer: Checkpointer
     passes: ModelPasses
+    routes: Routes
+    """Routes to experts; empty without `--use-routing-replay`."""
     reference: HostWeights | None = None
     """Weights of the reference model, where a KL needs them."""
     weights: WeightSource | None = None
@@ -105,7 +109,7 @@ class TrainWorker:
             background=recipe.checkpoint.async_save,
         )
         residence = Residence(adam.chunks, adam.megatron, self.node)
-        return _Parts(chunks, adam, residence, checkpointer, self._make_passes(adam.chunks))
+        return _Parts(chunks, adam, residence, checkpointer, self._make_passes(adam.chunks), Routes(adam.chunks))
 
     def _make_passes(self, chunks: Sequence[Any]) -> ModelPasses:
         from megatron.core import parallel_state as ps
@@ -176,7 +180,8 @@ class TrainWorker:
         masks = [loss_mask(sample) for sample in samples]
         steps = optimizer_steps(len(samples), self.recipe.rollout.steps)
         with self._clock.span("train"):
-            results = [self._step(data, step, masks, columns) for step in steps]
+            results = [self._step(data, number, step, masks, columns) for number, step in enumerate(steps)]
+        self._ready.routes.forget()
         self._trained_since_save = True
         metrics = _means(results)
         times, lengths = self._clock.seconds(), [len(sequence) for sequence in data.sequences]
@@ -216,13 +221,37 @@ class TrainWorker:
             columns["old"] = columns["rollout"]
         elif self.recipe.rollout.steps > 1 or "old" in algorithm.needed_columns:
             with self._clock.span("log_probs"):
-                columns["old"] = parts.passes.log_probs(data, limit)
+                columns["old"] = self._old_log_probs(data)
         longest = self.recipe.rollout.rollout_max_response_len
         columns["advantages"] = advantage_column(rollout, data, columns, algorithm, longest)
         return columns
 
+    def _old_log_probs(self, data: RolloutTokens) -> torch.Tensor:
+        """Log-probs before the first step; with routing replay in the micro-batches of the steps, to keep routes."""
+        parts, perf = self._ready, self.recipe.perf
+        if not self.recipe.algorithm.use_routing_replay:
+            return parts.passes.log_probs(data, perf.forward_tokens_per_gpu)
+        parts.routes.forget()
+        column = torch.zeros(data.slots)
+        for number, step in enumerate(optimizer_steps(len(data.sequences), self.recipe.rollout.steps)):
+            around = functools.partial(self._recording, number)
+            column += parts.passes.log_probs(data, perf.max_tokens_per_gpu, step, around)
+        parts.routes.rewind()
+        return column
+
+    def _recording(self, step: int, micro_batch: int) -> AbstractContextManager[None]:
+        return self._ready.routes.recording((step, micro_batch))
+
+    def _replaying(self, step: int, micro_batch: int) -> AbstractContextManager[None]:
+        return self._ready.routes.replaying((step, micro_batch))
+
     def _step(
-        self, data: RolloutTokens, step: Sequence[int], masks: list[torch.Tensor], columns: dict[str, torch.Tensor]
+        self,
+        data: RolloutTokens,
+        number: int,
+        step: Sequence[int],
+        masks: list[torch.Tensor],
+        columns: dict[str, torch.Tensor],
     ) -> dict[str, float]:
         """One optimizer step on these samples."""
         weights = torch.zeros(data.slots)
@@ -234,9 +263,12 @@ class TrainWorker:
             weights[data.response(sample)] = value
         parts = self._ready
         parts.optimizer.zero_grad()
+        replays = options.use_routing_replay and options.loss_type == "policy_loss"
+        around = functools.partial(self._replaying, number) if replays else None
         measured = parts.passes.gradients(
-            data, step, {**columns, "weights": weights}, self.recipe.perf.max_tokens_per_gpu
+            data, step, {**columns, "weights": weights}, self.recipe.perf.max_tokens_per_gpu, around
         )
+        parts.routes.rewind()
         done = parts.optimizer.step()
         values = {f"train/{name}": measured[name] for name in self._reported}
         values |= {"train/grad_norm": done.grad_norm, "train/lr": done.learning_rate}
@@ -250,6 +282,8 @@ class TrainWorker:
         absent = {"tis", "tis_masked"} if not algorithm.corrections else set()
         if self._ready.reference is None:
             absent.add("kl_loss")
+        if not self.recipe.model.mtp_num_layers:
+            absent |= {"draft_loss", "draft_acceptance"}
         return [name for name in METRICS if name not in absent]
 
     def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vime.errors import BadInput
+from vime.models.arguments import ignored_args
 from vime.models.config import ModelConfig
 from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
@@ -136,6 +137,11 @@ def _check_losses(recipe: Recipe) -> None:
             f"--use-rollout-logprobs leaves {', '.join(idle)} of --mismatch-correction nothing to correct: the old "
             "policy is the engine's then; give one of them"
         )
+    if algorithm.use_rollout_logprobs and algorithm.use_routing_replay:
+        raise BadInput(
+            "--use-routing-replay replays the routes of the old log-probs' pass, which --use-rollout-logprobs leaves "
+            "out: give one of them"
+        )
     if algorithm.constant_loss_length is not None and algorithm.calculate_per_token_loss:
         raise BadInput("--constant-loss-length and --calculate-per-token-loss reduce the loss in two ways: give one")
     buffer, longest = algorithm.overlong_buffer_len, recipe.rollout.rollout_max_response_len
@@ -167,6 +173,13 @@ def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[s
     """What a person should know about the recipe as given."""
     optimizer, algorithm = recipe.optimizer, recipe.algorithm
     found = _engine_arguments(recipe, config)[1]
+    found += ignored_args(recipe.model.model_args)
+    rollout = recipe.rollout
+    if algorithm.loss_type == "policy_loss" and (rollout.rollout_top_p < 1 or rollout.rollout_top_k > 0):
+        found.append(
+            "--rollout-top-p and --rollout-top-k draw from a part of the vocabulary, and the trainer's probabilities "
+            "are those of all of it: they differ from the engine's by 0.1 to 0.3 nat a token"
+        )
     if algorithm.use_kl_loss and algorithm.kl_loss_coef == 0:
         found.append(
             "--use-kl-loss with --kl-loss-coef 0 measures the KL only; it costs a copy of the reference model "
@@ -181,6 +194,10 @@ def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[s
             "the MTP layer is loaded, exported and synced, but not trained; --mtp-num-layers "
             f"{config.mtp_layers} trains it"
         )
+    if algorithm.use_routing_replay and not config.moe:
+        found.append("--use-routing-replay has no effect: the model has no experts")
+    elif algorithm.use_routing_replay and recipe.rollout.steps == 1:
+        found.append("--use-routing-replay changes nothing with one optimizer step a rollout, and costs a forward pass")
     if recipe.misc.moe_token_dispatcher_type == "flex" and not config.moe:
         found.append("--moe-token-dispatcher-type has no effect: the model has no experts")
     return found

@@ -59,7 +59,8 @@ class ModelOptions(Options):
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Megatron model flags given by hand (`--rotary-base 10000`). One that contradicts the checkpoint is an error."""
     mtp_num_layers: int = Field(default=0, ge=0)
-    """Multi-token-prediction layers to train; 0 keeps those of the checkpoint frozen."""
+    """Multi-token-prediction layers to train, as drafts of the policy and without a gradient to it; 0 keeps those of the
+    checkpoint frozen."""
     bf16: bool = True
     """Train in bf16 with fp32 master weights; `--no-bf16` trains in fp32."""
 
@@ -322,6 +323,8 @@ class AlgorithmOptions(Options):
     """Nats a token from which `opsm` masks samples with a negative advantage."""
     use_rollout_logprobs: bool = False
     """Take the engine's log-probs for those of the old policy, which saves a forward pass a rollout."""
+    use_routing_replay: bool = False
+    """Send every token to the experts of the old log-probs' pass in all optimizer steps of its rollout."""
     overlong_buffer_len: int | None = None
     """Tokens before `--rollout-max-response-len` over which the reward falls (DAPO's soft overlong punishment)."""
     overlong_penalty_factor: float = 1.0
@@ -346,6 +349,8 @@ class AlgorithmOptions(Options):
         found: set[Column] = {*chosen.columns, *loss.columns}
         if self.use_kl_loss:
             found.add("reference")
+        if self.use_routing_replay:
+            found.add("old")
         if self.kl_coef:
             found |= {"old", "reference"}
         if self.corrections or self.use_rollout_logprobs:
@@ -368,6 +373,8 @@ class OptimizerOptions(Options):
     """Optimizer steps of the linear warm-up."""
     lr_decay_iters: int | None = Field(default=None, ge=1)
     """Optimizer step at which the decay ends. Default: the run's last step."""
+    mtp_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of layers that `--mtp-num-layers` trains, with the same warm-up and decay. Default: `--lr`."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
