@@ -11,19 +11,30 @@ from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.families import gpt_arguments, megatron_config
 
-# Choices of training or of an implementation: no checkpoint decides them.
-_FREE = {
-    "init_method_std",
-    "make_vocab_size_divisible_by",
-    "max_position_embeddings",
-    "moe_aux_loss_coeff",
-    "moe_grouped_gemm",
-    "moe_permute_fusion",
-    "moe_router_bias_update_rate",
-    "moe_router_dtype",
-    "moe_router_load_balancing_type",
-    "no_rope_fusion",
+# Choices of training or of an implementation that no checkpoint decides: the value that vime trains with (None: it
+# has none), and the reason why another one changes nothing.
+_NO_BALANCE = "no balancing loss is trained"
+_FREE: dict[str, tuple[Any, str]] = {
+    "init_method_std": (None, "weights are loaded"),
+    "make_vocab_size_divisible_by": (None, "the vocabulary is not padded"),
+    "max_position_embeddings": (None, "config.json decides it"),
+    "moe_aux_loss_coeff": (0, _NO_BALANCE),
+    "moe_grouped_gemm": (True, "it follows from Transformer Engine being installed"),
+    "moe_permute_fusion": (True, "it follows from Transformer Engine being installed"),
+    "moe_router_bias_update_rate": (0, "the router's bias is frozen"),
+    "moe_router_dtype": ("fp32", "the router computes in fp32"),
+    "moe_router_load_balancing_type": (None, _NO_BALANCE),
+    "no_rope_fusion": (True, "rope is not fused"),
 }
+
+
+def ignored_args(given: Mapping[str, Any]) -> list[str]:
+    """Notes about flags that are accepted and change nothing."""
+    return [
+        f"--{name.replace('_', '-')} {_show(value)} has no effect: {_FREE[name][1]}"
+        for name, value in given.items()
+        if name in _FREE and not _same(value, _FREE[name][0])
+    ]
 
 
 def check_model_args(config: ModelConfig, given: Mapping[str, Any]) -> None:
