@@ -115,6 +115,8 @@ def _check_optimizer(recipe: Recipe) -> None:
     options = recipe.optimizer
     if options.min_lr > options.lr:
         raise BadInput(f"--min-lr {options.min_lr} is above --lr {options.lr}: give a smaller one")
+    if options.mtp_lr is not None and (not options.lr or not recipe.model.mtp_num_layers):
+        raise BadInput("--mtp-lr needs --mtp-num-layers, and an --lr above 0 whose warm-up and decay it follows")
     end = options.lr_decay_iters or recipe.rollout.num_rollout * recipe.rollout.steps
     if options.lr_decay_style != "constant" and options.lr_warmup_iters >= end:
         raise BadInput(

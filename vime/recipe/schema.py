@@ -59,7 +59,7 @@ class ModelOptions(Options):
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Megatron model flags given by hand (`--rotary-base 10000`). One that contradicts the checkpoint is an error."""
     mtp_num_layers: int = Field(default=0, ge=0)
-    """Multi-token-prediction layers to train, as drafts of the policy and without a gradient to it; 0 keeps those of the
+    """Multi-token-prediction layers to train as drafts of the policy, without a gradient to it; 0 keeps those of the
     checkpoint frozen."""
     bf16: bool = True
     """Train in bf16 with fp32 master weights; `--no-bf16` trains in fp32."""
@@ -302,7 +302,7 @@ class AlgorithmOptions(Options):
     """Dual clip of the ratio for negative advantages."""
     calculate_per_token_loss: bool = False
     """Average the loss over tokens, not over each sample's mean."""
-    constant_loss_length: int | None = None
+    constant_loss_length: int | None = Field(default=None, ge=1)
     """Divide each sample's summed loss by this number of tokens instead of its own (Dr.GRPO)."""
     disable_grpo_std_normalization: bool = False
     """GRPO's advantages are not divided by the group's standard deviation (Dr.GRPO)."""
@@ -313,13 +313,13 @@ class AlgorithmOptions(Options):
     `vime.recipe.algorithms.CORRECTIONS`, or `package.module:function`."""
     tis_clip: float = Field(default=2.0, gt=0)
     """Largest weight of `tis` and `seq_tis`; `icepop` and `seq_mis` give 0 to ratios above."""
-    tis_clip_low: float = 0.0
+    tis_clip_low: float = Field(default=0.0, ge=0)
     """Smallest weight of `tis` and `seq_tis`; `icepop` and `seq_mis` give 0 to ratios below."""
-    geo_mask_low: float = 0.99
+    geo_mask_low: float = Field(default=0.99, ge=0)
     """Smallest geometric mean of a sample's ratios that `geo_mask` keeps."""
-    geo_mask_high: float = 1.01
+    geo_mask_high: float = Field(default=1.01, gt=0)
     """Largest geometric mean of a sample's ratios that `geo_mask` keeps."""
-    opsm_delta: float = 1e-4
+    opsm_delta: float = Field(default=1e-4, ge=0)
     """Nats a token from which `opsm` masks samples with a negative advantage."""
     use_rollout_logprobs: bool = False
     """Take the engine's log-probs for those of the old policy, which saves a forward pass a rollout."""
@@ -327,7 +327,7 @@ class AlgorithmOptions(Options):
     """Send every token to the experts of the old log-probs' pass in all optimizer steps of its rollout."""
     overlong_buffer_len: int | None = None
     """Tokens before `--rollout-max-response-len` over which the reward falls (DAPO's soft overlong punishment)."""
-    overlong_penalty_factor: float = 1.0
+    overlong_penalty_factor: float = Field(default=1.0, ge=0)
     """Reward that a response of full length loses."""
     normalize_advantages: bool = False
     """Whiten the advantages of all estimators over the rollout; REINFORCE++ always does."""
