@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Literal, NoReturn
 
 from vime.errors import BadInput, VimeError
 from vime.recipe import files
-from vime.recipe.flags import recipe_options
+from vime.recipe.flags import flag, recipe_options
 from vime.system.redact import redact
 
 
@@ -48,8 +49,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         named = re.search(r"--([\w-]+)", message)
         name = named[1].replace("-", "_") if named else ""
-        of_recipe = name in recipe_options() or name.startswith("vllm_")
-        raise BadInput(message + (": options of the recipe follow --" if of_recipe else f": see {self.prog} --help"))
+        if name in recipe_options() or name.startswith("vllm_"):
+            raise BadInput(f"{message}: options of the recipe follow --")
+        word = flag(name) if name else ""
+        near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near and near[0] != word else f"see {self.prog} --help"
+        raise BadInput(f"{message}: {hint}")
 
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -170,7 +170,7 @@ def test_disk_keys_are_megatrons_with_transformer_engine():
         (["--num-layer", "4"], "--num-layers"),
         (["--num-layers", "5"], "--num-layers is 5, but config.json means 4"),
         (["--pipeline-model-parallel-size", "3"], "1 ranks cannot hold"),
-        (["--lr", "1"], "--lr has no meaning"),
+        (["--rm-type", "math"], "--rm-type has no meaning"),
         (["--expert-model-parallel-size", "many"], "many"),
     ],
 )

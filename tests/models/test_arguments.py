@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from tests.support import hf_configs
+from vime import plan
 from vime.errors import BadInput
-from vime.models.arguments import check_model_args, expected_args, read_layer_frequency
+from vime.models.arguments import check_model_args, expected_args, read_layer_frequency, shell_arguments
 from vime.models.config import ModelConfig
+from vime.recipe import files
+from vime.recipe.flags import parse_flags
 from vime.recipe.tables import MEGATRON_MODEL_FLAGS
 
 R1 = ModelConfig.from_hf(hf_configs.DEEPSEEK_R1)
@@ -91,3 +96,17 @@ def test_layer_frequency_is_an_expression_of_lists_only():
     assert read_layer_frequency(2, 4) == [1, 0, 1, 0]
     with pytest.raises(BadInput, match="moe-layer-freq"):
         read_layer_frequency("__import__('os').getcwd()", 4)
+
+
+@pytest.mark.parametrize("name", files.names("models"))
+def test_the_printed_arguments_of_a_model_describe_it(name):
+    config = ModelConfig.from_hf(files.read(files.find("models", name)))
+    check_model_args(config, dict(parse_flags(shell_arguments(config))))
+
+
+def test_the_printed_arguments_are_one_shell_line(capsys):
+    assert plan.main(["--print-model-args", "deepseek-v3"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    words = shlex.split(line)
+    assert words[words.index("--moe-layer-freq") + 1] == "[0]*3+[1]*58"
+    assert "--multi-latent-attention" in words

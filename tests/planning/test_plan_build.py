@@ -205,7 +205,6 @@ def test_a_model_flag_that_differs_from_the_checkpoint_is_refused_with_both_valu
         (("--max-tokens-per-gpu", "none"), "needs --max-tokens-per-gpu"),
         (("--vllm-max-model-len", "8"), "leaves no room for a prompt"),
         (("--mtp-num-layers", "2"), "the checkpoint has 1 MTP layers"),
-        (("--moe-enable-deepep",), "needs --moe-token-dispatcher-type flex"),
         (("--expert-model-parallel-size", "2"), "1 ranks cannot hold ETP1 x EP2"),
         (("--actor-num-gpus-per-node", "3", "--expert-model-parallel-size", "3"), "8 experts do not divide by"),
         (("--actor-num-gpus-per-node", "2", "--pipeline-model-parallel-size", "2"), "3 layers do not divide over 2"),

@@ -90,7 +90,7 @@ def test_megatron_model_flags_are_kept_apart_for_the_comparison_with_the_checkpo
         (["--vllm-max-num-seq", "3"], "did you mean --vllm-max-num-seqs?"),
         (["--tensor-parallel-size", "3"], "unknown option --tensor-parallel-size"),
         (["--train-iters", "3"], "--train-iters is a flag of Megatron that vime does not use"),
-        (["--use-distributed-optimizer"], "is a flag of Megatron that vime does not use"),
+        (["--fp16"], "--fp16 is a flag of Megatron that vime does not use"),
         (["--vllm-port", "80"], "--vllm-port cannot be given: the plan decides the ports"),
         (["--vllm-tensor-parallel-size", "8"], "it is --rollout-num-gpus-per-engine divided by"),
         (["--vllm-data-parallel-rank", "1"], "the plan decides where each rank sits"),

@@ -35,7 +35,7 @@ from vime.models.disk import DiskPlace, disk_place, extra_states
 from vime.models.families import params_of, stage_of
 from vime.models.namemap import Join, Param
 from vime.models.shards import Piece, check_layout, local_shape, pieces
-from vime.recipe.flags import flag, parse_flags
+from vime.recipe.flags import find_target, flag, parse_flags
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.tables import MEGATRON_MODEL_FLAGS
 from vime.run.checkpoints import RELEASE
@@ -44,6 +44,11 @@ from vime.run.checkpoints import RELEASE
 MAX_THREADS = 8
 TIMEOUT = datetime.timedelta(hours=6)
 VERIFY = "--verify"
+_OF_TRAINING = {
+    "accumulate_allreduce_grads_in_fp32", "attention_backend", "attention_dropout", "attention_softmax_in_fp32", "bf16",
+    "hidden_dropout", "moe_enable_deepep", "moe_token_dispatcher_type", "mtp_num_layers", "seed",
+}  # fmt: skip
+"""Megatron's flags that vime's recipe knows and a conversion does not need."""
 _LAYOUT_FLAGS = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
@@ -232,12 +237,13 @@ def _read(checkpoint: HFCheckpoint, param: Param, piece: Piece, dtype: torch.dty
 
 def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, Path, ParallelLayout]:
     """The tool's command line: model flags (compared with `config.json`), parallel sizes, --hf-checkpoint, --save."""
-    given = dict(parse_flags([word for word in argv if word != VERIFY]))
+    given = dict(parse_flags([word for word in argv if word != VERIFY], megatron=True))
     paths = {name: given.pop(name, None) for name in ("hf_checkpoint", "save")}
     sizes = {ours: given.pop(name) for name, ours in _LAYOUT_FLAGS.items() if name in given}
     model = {name: given.pop(name) for name in list(given) if name in MEGATRON_MODEL_FLAGS}
     for name in given:
-        raise BadInput(f"{flag(name)} has no meaning for the conversion: leave it out")
+        if not _says_nothing(name):
+            raise BadInput(f"{flag(name)} has no meaning for the conversion: leave it out")
     for name, path in paths.items():
         if path is None:
             raise BadInput(f"{flag(name)} is missing: give a folder")
@@ -246,6 +252,17 @@ def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, 
     checkpoint = HFCheckpoint(str(paths["hf_checkpoint"]))
     check_model_args(checkpoint.config, model)
     return checkpoint, Path(str(paths["save"])), layout
+
+
+def ignored_flags(argv: Sequence[str]) -> list[str]:
+    """Flags of the command line that Megatron knows, and that say nothing about a conversion."""
+    names = dict(parse_flags([word for word in argv if word != VERIFY], megatron=True))
+    return [flag(name) for name in names if name not in _LAYOUT_FLAGS and _says_nothing(name)]
+
+
+def _says_nothing(name: str) -> bool:
+    target = find_target(name, megatron=True)
+    return target.group in ("", "perf", "optimizer") or name in _OF_TRAINING
 
 
 def _whole(name: str, value: Any) -> int:
@@ -261,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         ranks = from_environment()
         checkpoint, save_dir, layout = read_arguments(words, ranks.world_size)
+        if ranks.rank == 0 and (ignored := ignored_flags(words)):
+            print(f"note: no meaning for the conversion: {', '.join(ignored)}", flush=True)
         if VERIFY in words:
             verify(checkpoint, save_dir, layout, ranks.rank)
             return 0

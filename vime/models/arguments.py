@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.families import gpt_arguments, megatron_config
+from vime.recipe.tables import MEGATRON_MODEL_FLAGS
 
 # Choices of training or of an implementation that no checkpoint decides: the value that vime trains with (None: it
 # has none), and the reason why another one changes nothing.
@@ -41,7 +43,7 @@ def check_model_args(config: ModelConfig, given: Mapping[str, Any]) -> None:
     """Raises BadInput for the first flag (named with underscores) that describes another model than `config.json`."""
     expected = expected_args(config)
     for name, value in given.items():
-        if name in _FREE:
+        if name in _FREE or (name == "kv_channels" and config.mla):  # latent attention has no such size
             continue
         flag = "--" + name.replace("_", "-")
         wanted = expected.get(name)
@@ -75,6 +77,20 @@ def expected_args(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling_factor": config.rope.factor if gpt["rope_scaling"] else None,
     }
     return {**megatron, **names}
+
+
+def shell_arguments(config: ModelConfig) -> list[str]:
+    """The model as words of Megatron's command line, for those who call Megatron by hand."""
+    words = []
+    for name, value in expected_args(config).items():
+        if name not in MEGATRON_MODEL_FLAGS or value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, list):
+            words.append("+".join(f"[{each}]*{sum(1 for _ in run)}" for each, run in itertools.groupby(value)))
+        elif value is not True:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return words
 
 
 def read_layer_frequency(value: Any, layers: int) -> list[int]:

@@ -11,7 +11,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ from pydantic import BaseModel
 
 from vime.errors import BadInput
 from vime.recipe import tables
-from vime.recipe.neighbours import ALWAYS_SO
+from vime.recipe.neighbours import ALWAYS_SO, NO_MATTER, NO_PLACE, RENAMED, advice
 from vime.recipe.schema import Recipe
 
-Kind = Literal["bool", "value", "list", "dict"]
+Kind = Literal["bool", "value", "list", "dict", "any"]
+"""`any`: whatever words follow, which nothing reads."""
 Setting = tuple[str, Any]
 """Name with underscores, without leading dashes, and value."""
 
@@ -34,7 +35,7 @@ class Target:
     """Where a setting goes: a field of a group, or a key of an open mapping (`engine.vllm`, `model.model_args`)."""
 
     group: str
-    """Empty for a switch that changes nothing."""
+    """Empty for a setting that changes nothing."""
     field: str
     kind: Kind
     key: str | None = None
@@ -72,8 +73,11 @@ def _kind(annotation: Any) -> tuple[Kind, bool]:
     return kinds.get(origin, "value"), optional
 
 
-def find_target(name: str) -> Target:
-    """Where the option `name` goes; BadInput for one that vime does not take, with the reason or the nearest name."""
+def find_target(name: str, *, megatron: bool = False) -> Target:
+    """Where the option `name` goes; BadInput for one that vime does not take, with the reason or the nearest name.
+
+    `megatron`: take every flag that Megatron knows, also those that change nothing here.
+    """
     options = recipe_options()
     if name in options:
         return options[name]
@@ -82,11 +86,21 @@ def find_target(name: str) -> Target:
     if name in tables.MEGATRON_MODEL_FLAGS:
         kind: Kind = "bool" if tables.MEGATRON_MODEL_FLAGS[name] == "bool" else "value"
         return Target("model", "model_args", kind, key=name)
-    if name in ALWAYS_SO:
-        return Target("", name, "bool")
-    if name in tables.MEGATRON_FLAGS:
+    if name in ALWAYS_SO or name in NO_MATTER or (megatron and is_megatron(name)):
+        return Target("", name, "any")
+    if (here := advice(name)) is not None:
+        raise BadInput(f"unknown option {flag(name)}: {here}")
+    if is_megatron(name):
         raise BadInput(f"{flag(name)} is a flag of Megatron that vime does not use: leave it out")
     raise BadInput(f"unknown option {flag(name)}{_nearest(name)}")
+
+
+def is_megatron(name: str) -> bool:
+    """True for a flag of Megatron, also for the negation of one of its switches."""
+    flags = tables.MEGATRON_FLAGS
+    return name in flags or any(
+        name.startswith(no) and flags.get(name.removeprefix(no)) == "bool" for no in ("no_", "disable_")
+    )
 
 
 def _vllm_target(name: str) -> Target:
@@ -105,19 +119,26 @@ def _vllm_target(name: str) -> Target:
 
 
 def _nearest(name: str) -> str:
-    known = [*recipe_options(), *tables.MEGATRON_MODEL_FLAGS, *(f"vllm_{each}" for each in tables.VLLM_ARGS)]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (
-        f": did you mean {flag(near[0])}?"
-        if near
-        else ": python -m vime.submit --list-options prints them all (docs/recipes.md)"
-    )
+    """A hint for a name that nothing knows. vime's own options weigh more than Megatron's and vLLM's."""
+    elsewhere = [*tables.MEGATRON_MODEL_FLAGS, *(f"vllm_{each}" for each in tables.VLLM_ARGS)]
+    pools = (([*RENAMED, *NO_PLACE], 0.85, 0.1), (list(recipe_options()), 0.6, 0.15), (elsewhere, 0.75, 0.0))
+    found = [
+        (difflib.SequenceMatcher(None, name, near).ratio() + bonus, near)
+        for names, cutoff, bonus in pools
+        for near in difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    ]
+    if not found:
+        return ": python -m vime.submit --list-options prints them all (docs/recipes.md)"
+    near = max(found)[1]
+    here = advice(near)
+    return f": did you mean {flag(near)}?" + (f" ({here})" if here else "")
 
 
-def parse_flags(argv: Sequence[str]) -> Iterator[Setting]:
+def parse_flags(argv: Sequence[str], *, megatron: bool = False) -> Iterator[Setting]:
     """The settings of a flat command line (`--lr 1e-6 --colocate --no-bf16 --rollout-stop a b`), in order.
 
-    A value is the next argument, or stands after `=`; a list takes all arguments up to the next flag.
+    A value is the next argument, or stands after `=`; a list takes all arguments up to the next flag. `megatron`: take
+    every flag that Megatron knows.
     """
     position = 0
     while position < len(argv):
@@ -126,7 +147,7 @@ def parse_flags(argv: Sequence[str]) -> Iterator[Setting]:
         if not word.startswith("--") or word == "--":
             raise BadInput(f"unexpected argument {word!r}: options are written --name value")
         name, equals, given = word.removeprefix("--").partition("=")
-        name, target, negated = _read_name(name.replace("-", "_"))
+        name, target, negated = _read_name(name.replace("-", "_"), megatron)
         values = [given] if equals else []
         if not equals:
             while position < len(argv) and not argv[position].startswith("--"):
@@ -135,7 +156,7 @@ def parse_flags(argv: Sequence[str]) -> Iterator[Setting]:
         yield name, _read_value(name, target, values, negated)
 
 
-def _read_name(name: str) -> tuple[str, Target, bool]:
+def _read_name(name: str, megatron: bool) -> tuple[str, Target, bool]:
     """The option a flag names; `--no-…` of a boolean option is that option, negated."""
     positive = name.removeprefix("no_") if name.startswith("no_") else None
     if positive is None and name.startswith("vllm_no_"):
@@ -146,7 +167,7 @@ def _read_name(name: str) -> tuple[str, Target, bool]:
         recipe = recipe_options().get(positive)
         if is_vllm == "bool" or (recipe and recipe.kind == "bool"):
             return positive, find_target(positive), True
-    return name, find_target(name), False
+    return name, find_target(name, megatron=megatron), False
 
 
 def _read_value(name: str, target: Target, values: list[str], negated: bool) -> Any:
@@ -156,6 +177,8 @@ def _read_value(name: str, target: Target, values: list[str], negated: bool) -> 
         if len(values) == 1 and not negated and values[0].lower() in _TRUE | _FALSE:
             return values[0].lower() in _TRUE
         raise BadInput(f"{flag(name)} is a switch and takes no value, given {values[0]!r}")
+    if target.kind == "any":
+        return " ".join(values) or True
     if target.kind == "list":
         parsed = _json(values[0]) if len(values) == 1 else None
         return parsed if isinstance(parsed, list) else values
@@ -192,16 +215,19 @@ def read_mapping(mapping: Mapping[Any, Any]) -> Iterator[Setting]:
         yield str(key).replace("-", "_"), value
 
 
-def collect(settings: Iterator[Setting], into: dict[str, dict[str, Any]]) -> list[str]:
+def collect(settings: Iterable[Setting], into: dict[str, dict[str, Any]]) -> list[str]:
     """Writes settings into `into` (group -> field -> value); a later one wins, mappings are merged by key.
 
     Returns a note for every setting that changes nothing.
     """
-    notes = []
+    notes, no_matter = [], []
     for name, value in settings:
         target = find_target(name)
         if not target.group:
-            notes.append(f"{flag(name)} changes nothing: {ALWAYS_SO[name]}")
+            if name in ALWAYS_SO:
+                notes.append(f"{flag(name)} changes nothing: {ALWAYS_SO[name]}")
+            else:
+                no_matter.append(flag(name))
             continue
         fields = into.setdefault(target.group, {})
         if target.key is not None:
@@ -212,4 +238,6 @@ def collect(settings: Iterator[Setting], into: dict[str, dict[str, Any]]) -> lis
             fields[target.field] = {**fields.get(target.field, {}), **value}
         else:
             fields[target.field] = value
+    if no_matter:
+        notes.append(f"without effect, since vime chooses how it is computed: {', '.join(no_matter)}")
     return notes

@@ -44,11 +44,27 @@ def load_with_notes(name_or_path: str, flags: Sequence[str] = ()) -> Loaded:
         notes = collect(read_mapping(files.read(path)), values)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
-    notes += collect(parse_flags(flags), values)
+    given = list(parse_flags(flags))
+    notes += collect(given, values)
+    notes += _settle_dispatcher([name for name, _ in given], values.get("misc", {}))
     try:
         return Loaded(Recipe(name=path.stem, **values), tuple(notes))
     except ValidationError as error:
         raise BadInput(first_problem(error)) from error
+
+
+def _settle_dispatcher(given: Sequence[str], misc: dict[str, Any]) -> list[str]:
+    """Resolves DeepEP against another dispatcher: the later wins, and a flag is later than the recipe's file."""
+    deepep, dispatcher = "moe_enable_deepep", "moe_token_dispatcher_type"
+    kind = misc.get(dispatcher, "flex")
+    if not misc.get(deepep) or kind == "flex" or not {deepep, dispatcher} & set(given):
+        return []
+    last = max((number, name) for number, name in enumerate(given) if name in (deepep, dispatcher))[1]
+    if last == dispatcher:
+        misc[deepep] = False
+        return [f"--moe-token-dispatcher-type {kind} is later than --moe-enable-deepep and wins: DeepEP is off"]
+    misc[dispatcher] = "flex"
+    return [f"--moe-enable-deepep is later than --moe-token-dispatcher-type {kind} and wins: the dispatcher is flex"]
 
 
 def first_problem(error: ValidationError) -> str:
