@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vime
+from tests.support import hf_configs
 from tests.support.docs_commands import KINDS, PAGES, ROOT, Block, blocks, person, run, with_dry_run
 from tests.support.floors import FLOOR_OF
+from tests.support.plans import plan_of
 from tests.support.synthetic import synthetic_run
-from vime.errors import Cause
+from vime.errors import BadInput, Cause
+from vime.megatron.estimators import ScoredSamples
+from vime.megatron.policy_losses import TokenTerms
+from vime.models import config as model_config
 from vime.observe.outcome import ADVICE
+from vime.recipe import optimizers
+from vime.recipe.schema import AlgorithmOptions
 from vime.run.registry import record_run
 from vime.samples import Group, Prompt, Sample, new_group
 
@@ -97,17 +105,62 @@ def answered(*rewards: float) -> Group:
     return group
 
 
-def test_the_example_of_a_reward_rewards():
-    for page in ("extending.md", "rewards.md"):
+@pytest.fixture
+def extending(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page's examples define; what they register is forgotten after the test."""
+    for module, table in ((optimizers, "_KINDS"), (model_config, "_FAMILIES")):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    return examples("extending.md")
+
+
+def test_the_example_of_an_estimator_gives_advantages(extending: dict[str, Any]):
+    rewards = [torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)]
+    samples = ScoredSamples(tuple(rewards), tuple(torch.ones(2) for _ in range(4)))
+    found = extending["less_median"](samples, AlgorithmOptions())
+    assert [values.tolist() for values in found] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def test_the_example_of_a_policy_loss_is_the_policy_gradient(extending: dict[str, Any]):
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    terms = TokenTerms(log_probs, log_probs.detach(), torch.tensor([1.0, -3.0]), torch.ones(2), lambda values: values)
+    loss = extending["plain_policy_gradient"](terms, AlgorithmOptions())
+    loss.loss.sum().backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == [-1.0, 3.0]
+    assert not loss.clipped.any()
+
+
+def test_the_example_of_an_optimizer_is_one_that_can_be_chosen(extending: dict[str, Any]):
+    assert extending["register"] is optimizers.register
+    assert "lion" in optimizers.optimizer_names()
+
+
+def test_the_example_of_a_family_reads_its_config(extending: dict[str, Any]):
+    hf = {**hf_configs.LLAMA_3_1_8B, "architectures": ["ToyForCausalLM"], "toy_norm": True}
+    assert model_config.ModelConfig.from_hf(hf).qk_layernorm
+
+
+def test_the_example_of_a_scheduler_refuses_a_reserved_machine(extending: dict[str, Any], tmp_path: Path):
+    scheduler = extending["Reserved"]()
+    plan = plan_of("tiny-qwen3", nodes=1)
+    scheduler.note = tmp_path / "reserved"
+    scheduler.check(plan)
+    scheduler.note.touch()
+    with pytest.raises(BadInput, match="is reserved: run elsewhere"):
+        scheduler.check(plan)
+
+
+def test_the_example_of_a_reward_rewards(extending: dict[str, Any]):
+    for found in (extending, examples("rewards.md")):
         sample: Sample = answered(0.0).samples[0]
-        reward = examples(page)["right_and_short"]
+        reward = found["right_and_short"]
         assert reward(sample) == pytest.approx(1 - 0.002)
         sample.response = "3"
         assert reward(sample) == pytest.approx(-0.002)
 
 
-def test_the_example_of_a_filter_keeps_groups_of_unequal_rewards():
-    keep = examples("extending.md")["keep"]
+def test_the_example_of_a_filter_keeps_groups_of_unequal_rewards(extending: dict[str, Any]):
+    keep = extending["keep"]
     assert keep(answered(0.0, 1.0))
     assert not keep(answered(1.0, 1.0))
 

@@ -44,7 +44,7 @@ def test_two_runs_share_their_charts(tmp_path, capsys):
     assert "<script" not in text
     assert (one / "compare.html").stat().st_mode & 0o777 == 0o600
     assert "<td>lr</td><td>1e-06</td><td>5e-06</td>" in text
-    first = text.split("Mean reward, all finished groups")[1].split("</figure>")[0]
+    first = text.split("<figcaption>Mean reward, all finished groups")[1].split("</figure>")[0]
     assert first.count("<polyline") == 2
     assert "30 of 3000" in text
     assert "20 of 3000" in text
