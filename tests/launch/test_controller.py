@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.launch_stub import folder, make_plan, preflight, service, stub, write_code
 from vime.errors import Cause
+from vime.launch import controller
 from vime.launch.controller import Controller
 from vime.launch.runner_local import LocalRunner
 from vime.node.preflight import LOCAL_ADDRESS
@@ -298,6 +299,19 @@ def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
     end = last(run_dir)
     assert (end.kind, end.stage, end.data["cause"]) == ("run-end", "train", "CODE_ERROR")
     assert "the controller was killed" in end.text
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_driver_that_stops_answering_ends_the_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    monkeypatch.setattr(controller, "DRIVER_SILENCE_S", 2.0)
+    code = "from vime.run.messages import report; import os, signal, time\n"
+    code += "for beat in range(8): report('alive'); time.sleep(0.5)\n"
+    code += "os.kill(os.getpid(), signal.SIGSTOP)" if stops else "report('result')"
+    plan = make_plan(run_dir, [stub("train", code, tells_end=True)])
+    assert run(plan) is (Cause.CRASH if stops else Cause.SUCCESS)
+    assert ("the driver has not answered for 2 s" in last(run_dir).text) is stops
 
 
 # -- who is to blame, and who owns the folder --

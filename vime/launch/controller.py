@@ -20,7 +20,7 @@ from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
 from vime.launch.checks import broken_gpus
-from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, late, was_refused
+from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, was_refused
 from vime.launch.lead import TimeLeft
 from vime.launch.signals import Signals
 from vime.launch.steps import AllocatedNode, Runner, Step
@@ -54,6 +54,8 @@ STEP_PATIENCE_S = 60.0
 REQUEUE_PATIENCE_S = 60.0
 """How long a requeue waits for Slurm's controller."""
 HURRIED_PATIENCE_S = 3.0
+DRIVER_SILENCE_S = 600.0
+"""Without a sign of life from training's driver, after which it hangs. Writing the samples of a rollout blocks it."""
 MAY_BE_A_GPU = (Cause.CRASH, Cause.CODE_ERROR, Cause.DEADLINE)
 """How a broken GPU shows before its node is looked at."""
 MOST_SAVE_S = 3600.0
@@ -301,6 +303,8 @@ class Controller:
                 if (more := self._more_time(stage)) <= 0:
                     raise RunFailed(self._judge(step, late=late(step, stage.deadline_s)))
                 deadline = time.monotonic() + more
+            if (silent := step.silent_s) is not None and silent > DRIVER_SILENCE_S:
+                raise RunFailed(self._judge(step, late=hung(step, silent)))
             self._watching()
             self._signals.wait([fd for step in self._steps for fd in step.descriptors()], POLL_S)
 

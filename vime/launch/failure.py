@@ -232,6 +232,12 @@ def late(step: Step, seconds: float) -> Failure:
     return _failure(facts, Cause.DEADLINE, f"not {what} after {seconds:.0f} s: {missing}", node, rank, step.told())
 
 
+def hung(step: Step, seconds: float) -> Failure:
+    """A driver that has stopped answering: its process is stopped, or its event loop blocked."""
+    text = f"the driver has not answered for {seconds:.0f} s"
+    return _failure(Facts(step.stage.name), Cause.CRASH, text, step.name_of(0), 0, step.told())
+
+
 def _first_killed(said: Sequence[str]) -> str | None:
     for line in said:
         if match := _KILLED_TASK.search(line):

@@ -42,6 +42,7 @@ class Step:
     started_at: float = field(default_factory=time.time)
     """Unix time."""
     reports: list[Report] = field(default_factory=list)
+    _alive: float | None = None
     _assemblers: list[Assembler] = field(default_factory=list)
     _open: list[bool] = field(default_factory=list)
 
@@ -63,8 +64,15 @@ class Step:
                 if not data:
                     self._open[i] = False
                 new.extend(self._assemblers[i].feed(data))
-        self.reports.extend(new)
+        if any(report.kind == "alive" for report in new):
+            self._alive = time.monotonic()
+        self.reports.extend(report for report in new if report.kind != "alive")
         return new
+
+    @property
+    def silent_s(self) -> float | None:
+        """Seconds since a task last reported that it is alive; None where none ever did."""
+        return None if self._alive is None else time.monotonic() - self._alive
 
     def descriptors(self) -> list[int]:
         """Descriptors that become readable when something is reported."""

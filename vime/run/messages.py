@@ -18,7 +18,7 @@ MARK = "~vime"
 REPORT_FD = "VIME_REPORT_FD"
 """Environment variable with the descriptor on which a stage's command reports to its task."""
 
-Kind = Literal["start", "ready", "waiting", "result", "failure", "exit"]
+Kind = Literal["start", "ready", "waiting", "result", "failure", "alive", "exit"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Report:
 
     `start`: the task runs (host, pid, step). `waiting`: a service is not ready (missing). `ready`: a service serves.
     `result`: what the command found (preflight). `failure`: why the driver of training ends (cause, text, nodes, rank).
-    `exit`: the command ended (code, signal, stopped, tail).
+    `alive`: the driver of training answers, every few seconds. `exit`: the command ended (code, signal, stopped, tail).
     """
 
     rank: int

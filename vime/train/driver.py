@@ -11,6 +11,7 @@ from vime.observe.samples import read_rollout, write_samples
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
+from vime.run.messages import report
 from vime.run.plan import Binding, Plan
 from vime.run.usage import write_queues
 from vime.sync.ranks import StartState, TrainerCall, WorkerMethods
@@ -25,8 +26,17 @@ from vime.train.placement import reserve
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
 
+BEAT_SECONDS = 10.0
+"""Between two signs of life for the controller."""
 QUEUES_SECONDS = 10.0
 """Between two writes of what the engines work on."""
+
+
+async def _beat() -> None:
+    """Tell the controller that the event loop turns, for as long as it does."""
+    while True:
+        report("alive")
+        await asyncio.sleep(BEAT_SECONDS)
 
 
 class Driver:
@@ -42,9 +52,10 @@ class Driver:
         """Train, or do what a debug flag asks for instead."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                watch = tasks.create_task(watch_nodes(self.plan, self.binding))
+                watches = [tasks.create_task(watch_nodes(self.plan, self.binding)), tasks.create_task(_beat())]
                 await self._run(await reserve(self.plan, deadline_s=self.deadlines.placement))
-                watch.cancel()
+                for watch in watches:
+                    watch.cancel()
         finally:
             self.phases.close()
 
