@@ -6,8 +6,8 @@ import contextlib
 import pytest
 
 from tests.support.stub_engine import END, KEY, CharacterTokenizer, StubEngine, answer_of, encode
-from vime.errors import BadInput, DataError, VimeError
-from vime.rollout.client import EngineClient, EngineStatus, RequestDeadlines
+from vime.errors import BadInput, Cause, DataError, VimeError
+from vime.rollout.client import EngineClient, EngineStatus, EngineTimeout, RequestDeadlines
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
 from vime.samples import Status
@@ -283,6 +283,31 @@ async def test_an_engine_killed_in_the_middle_is_recovered_and_its_requests_are_
     assert recovered == [(0, "EngineUnreachable")]
     assert rollout.metrics["rollout/request_retries"] == 24
     assert [group.index for group in rollout.groups] == list(range(6))
+
+
+async def test_the_time_limit_of_a_rollout_does_not_count_the_recovery_of_an_engine(sums):
+    flags = ("--over-sampling-batch-size", "6", "--rollout-timeout", "3")
+    async with StubEngine(tokens_per_s=20) as engine:
+
+        async def recover(_index, _error):
+            await asyncio.sleep(4)
+            await engine.listen(engine.port)
+            engine.tokens_per_s = None
+
+        async with sampler_of(sums(*flags), engine, recover=recover) as sampler:
+            round_ = asyncio.create_task(sampler.generate(0))
+            await engine.has_requests(24)
+            await engine.die()
+            assert_whole(await round_)
+
+
+async def test_a_rollout_that_an_engine_holds_up_names_it_and_blames_no_data(sums):
+    patience = Patience(recovery=20.0, stall=60.0, watch=0.1, abort=20.0)
+    slow = sums("--rollout-timeout", "2")
+    async with StubEngine(fault=lambda *_: "hang") as engine, sampler_of(slow, engine, patience=patience) as sampler:
+        with pytest.raises(EngineTimeout, match=r"no token from engine 0 \(\d s\), within the limit of 2 s") as failure:
+            await sampler.generate(0)
+    assert failure.value.cause is Cause.CRASH
 
 
 async def test_an_engine_that_came_back_with_old_weights_is_not_used_until_it_has_the_current_ones(sums):

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import aiohttp
 import msgspec
 
-from vime.errors import VimeError
+from vime.errors import Cause, VimeError
 from vime.recipe.sampling import SamplingSettings
 from vime.rollout.command import MODEL_NAME
 from vime.samples import Sample, Status
@@ -34,9 +34,13 @@ class EngineError(VimeError):
 class EngineUnreachable(EngineError):
     """No connection, or one that broke before the answer was whole."""
 
+    cause = Cause.CRASH
+
 
 class EngineTimeout(EngineError):
     """No answer within the call's deadline."""
+
+    cause = Cause.CRASH
 
 
 class EngineStatus(EngineError):

@@ -7,11 +7,12 @@ and values. A group waits while every engine has as many requests as its server 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -89,6 +90,24 @@ class Seat:
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+class _Clock:
+    """Runs `expire` after `seconds` of time in which it was not stopped."""
+
+    def __init__(self, seconds: float, expire: Callable[[], None]) -> None:
+        self._loop, self._left, self._expire = asyncio.get_running_loop(), seconds, expire
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._left, self._expire)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._left = max(0.0, self._timer.when() - self._loop.time())
+            self._timer.cancel()
+            self._timer = None
+
+
 class Dispatcher:
     """All engines of a run. An async context manager; of one event loop.
 
@@ -109,6 +128,7 @@ class Dispatcher:
         self._waiting: deque[tuple[Seat, asyncio.Future[None]]] = deque()
         self._tasks: set[asyncio.Future[None]] = set()
         self._recoveries: set[asyncio.Future[None]] = set()
+        self._clocks: set[_Clock] = set()
         self._stopping = False
         self._fatal: VimeError | None = None
         self._began = time.monotonic()
@@ -125,6 +145,41 @@ class Dispatcher:
         for task in (*self._tasks, *(call for engine in self._engines for call in engine.calls)):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def time_limit(self, seconds: float) -> AsyncIterator[None]:
+        """As `asyncio.timeout`, with a clock that stands still while an engine recovers: that has its own limit.
+
+        Raises TimeoutError, or EngineTimeout with the engines that had requests and made no token for long.
+        """
+        silent: list[str] = []
+
+        def expire() -> None:
+            # Before the round's requests are cancelled, which no engine shows any more afterwards.
+            silent.extend(self._silent())
+            limit.reschedule(asyncio.get_running_loop().time())
+
+        clock = _Clock(seconds, expire)
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._clocks.add(clock)
+                if not self._recoveries:
+                    clock.start()
+                try:
+                    yield
+                finally:
+                    clock.stop()
+                    self._clocks.discard(clock)
+        except TimeoutError:
+            if silent:
+                raise EngineTimeout(f"no token from {', '.join(silent)}, within the limit of {seconds:g} s") from None
+            raise
+
+    def _silent(self) -> list[str]:
+        """Engines that had requests and made no token between three looks, and for how long."""
+        now = time.monotonic()
+        times = {e: now - max(e.progress_at, e.busy_from) for e in self._engines if e.up and e.calls}
+        return [f"engine {e.index} ({s:.0f} s)" for e, s in times.items() if s > 3 * self.patience.watch]
 
     @property
     def stopping(self) -> bool:
@@ -358,7 +413,14 @@ class Dispatcher:
             call.cancel()
         recovery = self._spawn(self._bring_back(engine, error))
         self._recoveries.add(recovery)
-        recovery.add_done_callback(self._recoveries.discard)
+        for clock in self._clocks:
+            clock.stop()
+        recovery.add_done_callback(self._recovered)
+
+    def _recovered(self, recovery: asyncio.Future[None]) -> None:
+        self._recoveries.discard(recovery)
+        for clock in self._clocks if not self._recoveries else ():
+            clock.start()
 
     async def _bring_back(self, engine: _Engine, error: EngineError) -> None:
         try:

@@ -148,7 +148,7 @@ class Sampler:
         round_ = _Round(options.rollout_batch_size)
         self._kept = [self._fresh_enough(group, rollout_id) for group in self._kept]
         try:
-            async with asyncio.timeout(options.rollout_timeout):
+            async with self._dispatcher.time_limit(options.rollout_timeout):
                 await self._fill(round_)
         except TimeoutError:
             limit = f"--rollout-timeout {options.rollout_timeout:g} s"
@@ -182,7 +182,7 @@ class Sampler:
         limit = self._recipe.rollout.rollout_timeout
         await self._dispatcher.begin()
         try:
-            async with asyncio.timeout(limit):
+            async with self._dispatcher.time_limit(limit):
                 return await evaluate(
                     self._generator,
                     self._eval_sets,

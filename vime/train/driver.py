@@ -126,7 +126,11 @@ class Driver:
         """The loop, with a sampler and a supervisor of these engines."""
         limits = self.deadlines
         # A recovery may have to wait until the trainer has time for a sync.
-        patience = Patience(recovery=limits.engine_start + limits.train + limits.save + 2 * limits.sync)
+        patience = Patience(
+            recovery=limits.engine_start + limits.train + limits.save + 2 * limits.sync,
+            # Found and restarted within the time of a rollout.
+            stall=min(Patience.stall, self.recipe.rollout.rollout_timeout / 3),
+        )
 
         async def recover(engine: int, error: EngineError) -> None:
             with self.phases.timeline.phase("recover", supervisor.version):
