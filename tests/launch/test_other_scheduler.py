@@ -113,3 +113,14 @@ def test_the_protocols_own_module_loads_neither_scheduler() -> None:
     code = "import vime.run.state, sys; print([name for name in sys.modules if name.startswith('vime.launch')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_attached_command_sees_nothing_of_the_allocation_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vime.attach from a shell of a debug session, which has options and GPUs of its own."""
+    for name in ("SLURM_JOB_ID", "SLURM_GPUS_PER_NODE", "SLURM_CPUS_PER_GPU", "SLURM_MEM_PER_CPU", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "5")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/slurm.conf")
+    call, env = Slurm().attach("77", "n1", ["nvidia-smi"], run_dir="/shared/run", terminal=False)
+    assert call[0] == "srun"
+    assert "--jobid=77" in call
+    assert {name: env[name] for name in env if name.startswith("SLURM_")} == {"SLURM_CONF": "/etc/slurm/slurm.conf"}

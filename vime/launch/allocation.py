@@ -29,7 +29,7 @@ def known_as(node: str, names: Sequence[str]) -> str:
 
 
 class Allocation:
-    """From the names of its nodes to the binding. `event` writes to the journal, `say` tells a person."""
+    """The way from node names to the binding. `event` writes to the journal, `say` prints a line."""
 
     def __init__(self, plan: Plan, runner: Runner, *, event: Callable[..., None], say: Callable[[str], None]) -> None:
         self._plan, self._runner, self._event, self._say = plan, runner, event, say
@@ -99,7 +99,7 @@ class Allocation:
         self._bind(everyone=any(stage.name == RING for stage in self._plan.stages))
 
     def _drop_slow(self, step: Step) -> None:
-        """The binding anew, without the nodes whose network is too slow."""
+        """Bind again, without the nodes whose network is too slow."""
         assert self.binding is not None
         places = [node.slurm_index for node in self.binding.nodes]
         floor = self._plan.cluster.min_network_gbit or 0.0

@@ -50,7 +50,7 @@ def examine(plan: Plan, step: Step, known: Known, switches: Mapping[int, str]) -
 
 
 def require_enough(plan: Plan, examined: Examined) -> Examined:
-    """The same, when there are nodes enough. Raises RunFailed with every problem."""
+    """Return `examined` where enough nodes are fit. Raises RunFailed with every problem otherwise."""
     if len(examined.fit) >= len(plan.nodes):
         return examined
     first, told = examined.problems[0], "; ".join(map(str, examined.problems))
@@ -77,7 +77,7 @@ def bind(plan: Plan, runner: Runner, examined: Examined, *, end_time: float | No
 
 
 def by_switch(places: Sequence[int], switches: Mapping[int, str], span: int) -> list[int]:
-    """Nodes of one switch beside each other, so that `span` consecutive ones, an engine, share it where they can.
+    """Nodes of one switch next to each other, so that `span` consecutive ones, an engine, share it where they can.
 
     Switches come in the order of their first nodes; what is left of each after whole groups of `span` comes last.
     """
@@ -137,7 +137,7 @@ def table(examined: Examined) -> list[dict[str, Any]]:
 
 
 def write_report(run_dir: Path, examined: Examined, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`<run>/preflight.json`: the table, every problem and all that the nodes told."""
+    """`<run>/preflight.json`: the table, every problem and all reports of the nodes."""
     content = {
         "nodes": rows,
         "problems": [asdict(problem) | {"cause": problem.cause.name} for problem in examined.problems],

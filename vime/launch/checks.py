@@ -1,4 +1,4 @@
-"""What keeps a node from taking part, from preflight's findings: pure functions, one a check."""
+"""Checks of preflight's findings: reasons that keep a node from taking part. Pure functions, one per check."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vime.run.node_local import NODE_TMP, SOCKET_CHARACTERS
 from vime.run.plan import Plan
 
 Findings = Mapping[int, Mapping[str, Any]]
-"""What vime.node.preflight reported, by place in the allocation."""
+"""Reports of vime.node.preflight by place in the allocation."""
 
 CLOCK_SKEW_S = 2.0
 """Times of logs, of files and of tokens are compared between nodes."""
 OPEN_FILES = 8192
-"""What Ray's and the engines' processes of a node open at the same time."""
+"""Files that the processes of Ray and of the engines on a node have open at the same time."""
 ENGINE_SHARED_MEMORY, RANK_SHARED_MEMORY = 160 * 2**20, 32 * 2**20
 """Bytes of /dev/shm of a vLLM engine (its message queue) and of a trainer rank (NCCL)."""
 NODE_LOCAL_BYTES, NODE_LOCAL_BYTES_GPU = 2 * 10**8, 4 * 10**9
@@ -46,18 +46,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Known:
-    """What the controller knows of the nodes besides what they tell themselves."""
+    """Facts about the nodes that the controller has from elsewhere than their reports."""
 
     job_memory: Mapping[int, int] = field(default_factory=dict)
     """Bytes that Slurm gives the job on a node, by place."""
     moments: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     """Unix time before a node looked at its clock, and after, by place."""
     canary: str = ""
-    """What every node must have read in the run folder."""
+    """Word that every node must have read in the run folder."""
     unseen: Sequence[int] = ()
     """Places whose own file in the run folder the controller does not see."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """How often a host has failed in this run, for those that failed too often."""
+    """Failures in this run by host, for hosts that failed too often."""
 
 
 def problems(plan: Plan, findings: Findings, known: Known) -> list[Problem]:
@@ -177,7 +177,7 @@ def _planned(
 
 
 def broken_gpus(plan: Plan, told: Mapping[str, Any], visible: str | None) -> list[str]:
-    """What is broken of the run's GPUs on a node after training failed; empty when nothing is.
+    """Faults of the run's GPUs on a node after training failed; empty when there are none.
 
     `told` is what `vime.node.gpus.gpu_facts` gave, `visible` the node's CUDA_VISIBLE_DEVICES.
 
@@ -233,7 +233,7 @@ def _rdma(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def uses_rdma(plan: Plan) -> bool:
-    """Whether NCCL may use RDMA: the profile or the recipe can switch it off."""
+    """False where the profile or the recipe switches off RDMA for NCCL."""
     env = {**plan.cluster.env, **plan.recipe.misc.env}
     return env.get("NCCL_IB_DISABLE", "0") == "0" and env.get("NCCL_NET", "").lower() != "socket"
 
@@ -249,7 +249,7 @@ def _limits(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def shared_memory_bytes(plan: Plan) -> int:
-    """What the processes of the fullest node take of /dev/shm: Ray's object store, vLLM's queues, NCCL's buffers."""
+    """Bytes of /dev/shm taken on the fullest node: Ray's object store, vLLM's queues, NCCL's buffers."""
     engines = max((len(node.engines) for node in plan.nodes), default=0)
     ranks = max((len(node.ranks) for node in plan.nodes), default=0) if plan.on_gpu else 0
     return object_store_bytes(plan.recipe) + engines * ENGINE_SHARED_MEMORY + ranks * RANK_SHARED_MEMORY
@@ -305,7 +305,7 @@ def gb(number: int) -> str:
 def slow_nodes(reports: Sequence[Report], places: Sequence[int], floor_gbit: float) -> Iterator[Problem]:
     """Nodes below the floor: those whose links to both neighbours are slow, else the sender of a slow link.
 
-    A slow node slows its neighbours' links too, so one slow link alone does not tell which end it is.
+    A slow node slows its neighbours' links too, so one slow link alone does not show which end is slow.
     """
     ring = sorted(reports, key=lambda told: told.rank)
     incoming = [told.data["received"] * 8 / 1e9 for told in ring]

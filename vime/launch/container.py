@@ -1,6 +1,6 @@
 """Stages in a container: pyxis (options of srun) or apptainer (a program before Python). The controller stays outside.
 
-Text only: which words stand in the srun call, and what is mounted.
+Text only: words of the srun call, mounts, variables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH", PLACES, JOB, CANARY, BINDING_VA
 
 
 def mounts(plan: Plan, container: Container) -> tuple[str, ...]:
-    """What a stage must see: the run's folder and the base folder, node-local files (services meet there), and more.
+    """Mounts of a stage: run folder, base folder, node-local files (services meet there), and those of the profile.
 
     Raises BadInput for a path that the syntax of mounts cannot say.
     """

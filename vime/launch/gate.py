@@ -1,4 +1,4 @@
-"""Whether a stage's outputs are what this stage makes of these inputs: then it is skipped.
+"""Verification of a stage's outputs against its command and inputs; a stage that verifies is skipped.
 
 Every output folder gets a manifest, `.vime-artefact.json`, when its stage has ended well: the stage's fingerprint, and
 the marks (`vime.launch.marks`) of all files of inputs and outputs. A folder without one, or one that no longer agrees,
@@ -29,7 +29,7 @@ _NAMED = 3
 
 
 def is_gated(stage: Stage) -> bool:
-    """Whether the stage makes artefacts that a later run can take over."""
+    """True for a stage that makes artefacts which a later run can take over."""
     return bool(stage.outputs) and all(output.kind != "run" for output in stage.outputs)
 
 
@@ -81,8 +81,8 @@ def _changed(before: Marks, now: Marks, parts: int = len(_PARTS)) -> str:
 def prepare(stage: Stage, run_dir: str) -> list[str]:
     """Makes room for the outputs; returns what was moved aside.
 
-    What this very stage left when it was interrupted stays: its tool goes on from there. What vime made otherwise, and
-    is not right, is moved aside. A folder that vime did not make is left alone; the stage then says that it exists.
+    Partial output of this very stage stays: its tool resumes from there. Other output of vime that does not verify is
+    moved aside. A folder that vime did not make is left alone; the stage then says that it exists.
     """
     moved, claim = [], _claim(stage, run_dir)
     for output in stage.outputs:
@@ -122,7 +122,7 @@ def seal(stage: Stage, run_dir: str) -> None:
 
 
 def _claim(stage: Stage, run_dir: str) -> dict:
-    """Which stage makes an output, and of what."""
+    """Fingerprint of the stage and marks of its inputs."""
     return {"fingerprint": fingerprint(stage, run_dir), "inputs": _content(stage.inputs)}
 
 

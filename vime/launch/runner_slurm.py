@@ -131,7 +131,7 @@ class SlurmRunner:
         return Cause.PREEMPTED if state is not None and state.restarts > self.restart else Cause.CANCELLED
 
     def _own_output(self) -> str:
-        """What this start of the job, and Slurm about it, have written to the job's output file."""
+        """Lines that this start of the job, and Slurm about it, have written to the job's output file."""
         if not stat.S_ISREG(os.fstat(1).st_mode):
             return ""
         with open("/proc/self/fd/1", "rb") as output:

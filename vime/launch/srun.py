@@ -49,7 +49,7 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
 
 
 def gpu_options(cluster: Cluster, count: int) -> dict[str, str]:
-    """How this cluster wants to be asked for GPUs of a node, for sbatch and srun alike."""
+    """Options of sbatch and srun that request GPUs of a node in the way of this cluster."""
     if not count or cluster.gpu_request == "none":
         return {}
     kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
@@ -57,7 +57,7 @@ def gpu_options(cluster: Cluster, count: int) -> dict[str, str]:
 
 
 def attach_argv(job: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool) -> list[str]:
-    """The srun call that runs a command beside what runs on a node of the job, for a person who looks."""
+    """The srun call that runs a command on a node of the job, next to the running stages."""
     argv = [
         "srun",
         f"--jobid={job}",

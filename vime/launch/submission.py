@@ -35,7 +35,7 @@ MAX_SIGNAL_LEAD_S = 65535
 
 
 class ControllerJob:
-    """What submitit pickles: the path of the run folder and the name of the link, nothing else."""
+    """Pickled by submitit: path of the run folder and name of the link, nothing else."""
 
     def __init__(self, run_dir: str, link: str | None = None) -> None:
         self.run_dir, self.link = run_dir, link

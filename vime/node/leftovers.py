@@ -1,4 +1,4 @@
-"""What a dead job's processes left on this node: processes that outlived their supervisor, and shared memory.
+"""Leftovers of a dead job on this node: processes that outlived their supervisor, and shared memory.
 
 Called by whoever holds the lock of the job's node-local folder alone (vime.node.scratch): then no task of the job
 lives here. Only what belongs to this user is looked at.

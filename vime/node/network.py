@@ -1,4 +1,4 @@
-"""What a node tells about its network: addresses, listening ports, RDMA ports."""
+"""Facts about a node's network: addresses, listening ports, RDMA ports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def interfaces() -> dict[str, str]:
 def own_address(others: list[str], wanted_interface: str | None) -> tuple[str, str | None]:
     """(address, interface) at which the other nodes reach this one.
 
-    The interface that is asked for, else the one on the way to another node, else that of the host's own name.
+    The requested interface, else the one on the route to another node, to the host's own name, or out of the network.
     """
     by_name = interfaces()
     if wanted_interface is not None:

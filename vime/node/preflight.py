@@ -103,7 +103,7 @@ def run_folder(run_dir: str) -> str | None:
 
 
 def space(plan: Plan) -> dict[str, dict[str, int]]:
-    """Of the run folder and of every place where a stage writes: device, free bytes, bytes that are there already."""
+    """Device, free bytes and bytes already present, for the run folder and each folder that a stage writes to."""
     outputs = [output for stage in plan.stages for output in stage.outputs if output.path]
     found = {plan.run_dir: _space_at(Path(plan.run_dir), 0)}
     for output in outputs:
@@ -148,7 +148,7 @@ def node_local() -> dict[str, Any]:
 
 
 def look(plan: Plan) -> dict[str, Any]:
-    """Everything that this node tells about itself, as JSON."""
+    """All findings about this node, as JSON."""
     local = plan.cluster.one_machine
     here = socket.gethostname()
     names = [entry.partition("=")[2] for entry in os.environ.get(PLACES, "").split(",") if entry]

@@ -1,7 +1,7 @@
-"""`python -m vime.node.ring --run DIR`: every node sends to the next one, all at once, and says how fast that went.
+"""`python -m vime.node.ring --run DIR`: every node sends to the next one, all at once, and reports the bandwidth.
 
-torch.distributed with gloo over TCP: what it finds is a cable, a switch port or a route that is far from what it should
-be. NCCL's own bandwidth is not its matter.
+torch.distributed with gloo over TCP: it finds a cable, a switch port or a route that is far too slow. It does not
+measure NCCL's own bandwidth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RING = "ring"
 """Name of the stage."""
 BYTES, PROBE_BYTES = 64 * 2**20, 2**20
 ROUND_S = 0.5
-"""What a round takes on the slowest link."""
+"""Duration of a round on the slowest link, in seconds."""
 ROUNDS = 3
 """The best one counts: a node may be busy for a moment."""
 JOIN_S = 120.0

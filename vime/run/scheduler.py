@@ -1,4 +1,4 @@
-"""What vime asks of the program that owns the machines: one protocol, one class for each scheduler.
+"""Protocol of the program that owns the machines; one class implements it for each scheduler.
 
 `slurm` and `local` (this machine alone) ship with vime. Another one is a class that a cluster profile names as
 `kind: package.module:Class`; nothing outside of such a class knows which scheduler runs.
@@ -28,7 +28,7 @@ class JobState:
     state: str
     """The scheduler's own word, for people: `PENDING`, `NODE_FAIL`, …"""
     phase: Phase
-    """What vime acts on. `waiting`: not started, or to be started again. A phase that is unknown is not `ended`."""
+    """Meaning of the state. `waiting`: to be started, perhaps again. A state that is not known is never `ended`."""
     reason: str = ""
     """Why it waits; empty where the scheduler gives no reason."""
     start: float | None = None
@@ -38,7 +38,7 @@ class JobState:
 
     @property
     def active(self) -> bool:
-        """Whether the job can still run: cancelling it has a point."""
+        """True until the job has ended."""
         return self.phase != "ended"
 
 
@@ -58,7 +58,7 @@ class OwnJob:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks of the machines, before the profile is completed."""
+    """Machines that a request asks for, before the profile is completed."""
 
     nodes: int
     """Spares included."""
@@ -86,7 +86,7 @@ class Scheduler(Protocol):
     """
 
     copies_code: bool
-    """Whether a run takes a copy of vime's code, since its jobs start later than their submission."""
+    """True where jobs start later than their submission, so that a run takes a copy of vime's code."""
 
     def resolve(self, cluster: Cluster, wanted: Wanted, *, timeout_s: float) -> tuple[Cluster, list[str]]:
         """Complete a profile with what the scheduler knows of its nodes.
@@ -97,7 +97,7 @@ class Scheduler(Protocol):
         ...
 
     def preview(self, plan: Plan) -> list[Preview]:
-        """What a submission would hand over, for `--dry-run`. Asks the scheduler nothing and writes nothing."""
+        """Texts that a submission would hand over, for `--dry-run`. Asks the scheduler nothing and writes nothing."""
         ...
 
     def write_scripts(self, plan: Plan) -> list[Path]:

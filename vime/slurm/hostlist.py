@@ -9,12 +9,12 @@ from vime.errors import SchedulerError
 
 
 def expand_hosts(nodelist: str) -> tuple[str, ...]:
-    """Names of a list in its order; leading zeros and several brackets in a name count. Raises SchedulerError."""
+    """Names of a list in its order; leading zeros are kept, a name may have several brackets. Raises SchedulerError."""
     return tuple(name for entry in _entries(nodelist) for name in _expand(entry))
 
 
 def _entries(nodelist: str) -> Iterator[str]:
-    """What stands between the commas outside of brackets."""
+    """Entries between the commas that are outside brackets."""
     entry, depth = "", 0
     for character in nodelist:
         depth += (character == "[") - (character == "]")

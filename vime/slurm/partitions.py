@@ -13,7 +13,7 @@ from vime.slurm.queue import parse_limit
 FORMAT = "%R|%P|%a|%D|%c|%m|%G|%l|%f"
 """Partition, the same with `*` for the default, availability, nodes, CPUs, MB of memory, GRES, time limit, features."""
 UNCONFIGURED_MB = 1
-"""What sinfo shows as memory where RealMemory is not configured: at most this."""
+"""Largest memory that sinfo shows where RealMemory is not configured, in MB."""
 _SLICE = re.compile(r"\d+g\.\d+gb", re.IGNORECASE)
 """In the type of a MIG slice: `1g.10gb`, `nvidia_h100_80gb_hbm3_3g.40gb`."""
 
@@ -65,7 +65,7 @@ def count(kinds: Iterable[NodeKind]) -> int:
 
 
 def has_slurm() -> bool:
-    """Whether jobs can be submitted from here."""
+    """True where sbatch and sinfo are installed."""
     return shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
 
 
@@ -137,7 +137,7 @@ def _features(text: str) -> frozenset[str]:
 
 
 def satisfies(constraint: str, features: frozenset[str]) -> bool | None:
-    """Whether a node with these features can serve a constraint, as `h100&(ib|roce)`; None: the syntax is not known.
+    """True if a node with these features can serve a constraint such as `h100&(ib|roce)`; None for unknown syntax.
 
     `[a|b]` and counts (`a*4`) are about all nodes together: each node serves one of the alternatives.
     """

@@ -46,14 +46,14 @@ class JobState:
 
     @property
     def phase(self) -> Literal["waiting", "running", "ended"]:
-        """Whether the job has yet to start (again), runs, or has ended."""
+        """Meaning of the state: the job has yet to start (again), runs, or has ended."""
         if self.state in ENDED:
             return "ended"
         return "running" if self.state in RUNNING else "waiting"
 
     @property
     def active(self) -> bool:
-        """Whether the job has not ended."""
+        """True until the job has ended."""
         return self.phase != "ended"
 
 
@@ -128,7 +128,7 @@ def job_state(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
 
 
 def query_job(job_id: str, *, seconds: float = CALL_SECONDS) -> JobState | None:
-    """The same; raises SlurmError where slurmctld does not answer and slurmdbd does not know the job."""
+    """As `job_state`. Raises SlurmError where slurmctld does not answer and slurmdbd does not know the job."""
     silent: SlurmError | None = None
     try:
         if (found := parse_job(call("scontrol", "show", "job", "-o", job_id, seconds=seconds))) is not None:
@@ -216,7 +216,7 @@ def node_states(nodelist: str, *, seconds: float = CALL_SECONDS) -> dict[str, st
 
 
 def is_lost(state: str) -> bool:
-    """Whether a node in this state has failed: `*` says that it does not answer."""
+    """True for the state of a failed node; a trailing `*` marks one that does not answer."""
     return state.endswith("*") or state.startswith(("down", "fail", "error", "unknown"))
 
 
