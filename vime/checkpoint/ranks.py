@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from vime.errors import BadInput
+from vime.system.rendezvous import group_store
 
 # Above the ports of services, below the ephemeral range.
 _FIRST_PORT, _PORTS = 20000, 10000
@@ -57,10 +58,9 @@ def process_group(ranks: Ranks, timeout: datetime.timedelta) -> Iterator[None]:
     if ranks.address is None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
-        host = f"[{ranks.address}]" if ":" in ranks.address else ranks.address
         dist.init_process_group(
             "gloo",
-            init_method=f"tcp://{host}:{ranks.port}",
+            store=group_store(ranks.address, ranks.port, ranks.rank, ranks.world_size, timeout),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timeout,

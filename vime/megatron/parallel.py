@@ -13,6 +13,7 @@ from vime.megatron import backend
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
 from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.system.rendezvous import group_store
 
 
 def refuse_wrong(config: ModelConfig, layout: ParallelLayout) -> None:
@@ -58,13 +59,13 @@ def init_parallel(
     address = master_address or os.environ["MASTER_ADDR"]
     port = master_port or int(os.environ["MASTER_PORT"])
     if not dist.is_initialized():
-        host = f"[{address}]" if ":" in address else address
+        timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group(
             device.distributed,
-            init_method=f"tcp://{host}:{port}",
+            store=group_store(address, port, rank, layout.world_size, timeout),
             rank=rank,
             world_size=layout.world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
+            timeout=timeout,
             # No `device_id`: with it every group makes its communicator at once, 0.4 GB of GPU memory for each of
             # Megatron's 17, of which a run uses a few.
         )

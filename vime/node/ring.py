@@ -30,7 +30,11 @@ def measure(rank: int, world: int) -> float:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=JOIN_S))
+    from vime.system.rendezvous import group_store
+
+    timeout = datetime.timedelta(seconds=JOIN_S)
+    store = group_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world, timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     first = torch.tensor(_round(rank, world, PROBE_BYTES))
     dist.all_reduce(first, dist.ReduceOp.MIN)
     # A network that is far too slow is seen with few bytes; a fast one needs many.
