@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch_stub import make_plan, ray_stages
+from vime.node.network import listening_ports
 from vime.run.folder import write_binding
 from vime.run.last_words import telling_line
 from vime.run.messages import REPORT_FD
@@ -128,6 +129,11 @@ def test_it_starts_what_a_run_needs_and_ends_it_when_told_to(head: Head) -> None
         assert needed in lines
     for idle in ("dashboard/dashboard.py", "monitor.py --logs-dir", "ray.util.client.server"):
         assert idle not in lines
+    # The agent serves no metrics, which its exporter would do for everyone, on every interface.
+    assert "--disable-metrics-collection" in lines
+    exporter = re.search(r"--metrics-export-port=(\d+)", lines)
+    assert exporter is not None
+    assert int(exporter[1]) not in listening_ports()
     begin = time.monotonic()
     head.process.send_signal(signal.SIGTERM)
     assert ends_with_everything(head, 20) == 128 + signal.SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -191,3 +192,49 @@ def test_inputs_that_change_under_a_stage_are_an_error(sealed: Stage) -> None:
     with pytest.raises(BadInput, match=rf"changed while cast read it \({SHARD} has another time"):
         gate.seal(sealed, RUN)
     assert gate.difference(sealed, RUN) is not None
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_a_manifest_is_as_readable_as_its_artefact(tmp_path: Path, folder_mode: int, mode: int) -> None:
+    stage = make_stage(write_shards(tmp_path / "fp8", 1, 1000), tmp_path / "bf16")
+    gate.prepare(stage, RUN)
+    write_shards(tmp_path / "bf16", 1, 1000).chmod(folder_mode)
+    gate.seal(stage, RUN)
+    assert (tmp_path / "bf16" / marks.MANIFEST).stat().st_mode & 0o777 == mode
+
+
+def test_what_another_user_keeps_from_us_is_not_verified_and_not_moved(
+    sealed: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a second person in a shared folder; the tests' own user may be root, who can read everything."""
+    manifest = Path(sealed.outputs[0].path, marks.MANIFEST)
+    read = Path.read_text
+
+    def refuse(path: Path, *args: str, **options: str) -> str:
+        if path == manifest:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert gate.difference(sealed, RUN) == f"{manifest} cannot be read (Permission denied), so nothing is verified"
+    with pytest.raises(BadInput, match=r"ask the owner of the folder .* or give a --base-dir of your own"):
+        gate.prepare(sealed, RUN)
+    assert manifest.exists()
+
+
+def test_one_run_at_a_time_makes_the_outputs(tmp_path: Path) -> None:
+    stage = make_stage(tmp_path / "fp8", tmp_path / "base" / "bf16")
+    first, second = gate.OutputLock(stage), gate.OutputLock(stage)
+    assert first.take()
+    assert not second.take()
+    first.release()
+    assert second.take()
+    second.release()
+
+
+def test_a_file_system_without_locks_lets_everybody_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(gate.fcntl, "flock", none)
+    assert gate.OutputLock(make_stage(tmp_path / "fp8", tmp_path / "bf16")).take()

@@ -235,6 +235,31 @@ class Controller:
     # -- stages --
 
     def _stage(self, stage: Stage) -> None:
+        with contextlib.ExitStack() as held:
+            if gate.is_gated(stage):
+                self._take_outputs(stage, lock := gate.OutputLock(stage))
+                held.callback(lock.release)
+            self._make(stage)
+
+    def _take_outputs(self, stage: Stage, lock: gate.OutputLock) -> None:
+        """Waits while another run makes the same outputs. Raises RunFailed at the stage's deadline or on a signal."""
+        deadline, told = time.monotonic() + stage.deadline_s, False
+        while not lock.take():
+            if not told:
+                self._say(f"{stage.name} waits: another run makes {stage.outputs[0].path}")
+                self._show(f"{stage.name} waits for another run")
+                told = True
+            if (number := self._signals.take()) is not None:
+                self._hurried = number is not signal.SIGUSR2
+                cause = Cause.TIME_LIMIT if number is signal.SIGUSR2 else self._runner.why_ended()
+                cause = Cause.CANCELLED if number is signal.SIGINT else cause
+                raise RunFailed(Failure(cause, f"{stage.name} was ended by {number.name} as it waited", stage.name))
+            if time.monotonic() > deadline:
+                text = f"{stage.name} waited {stage.deadline_s:.0f} s for another run to make {stage.outputs[0].path}"
+                raise RunFailed(Failure(Cause.DEADLINE, text, stage.name))
+            self._signals.wait([], POLL_S)
+
+    def _make(self, stage: Stage) -> None:
         why = ""
         if gate.is_gated(stage):
             why = gate.difference(stage, self._plan.run_dir)

@@ -7,16 +7,19 @@ verifies nothing.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.launch.marks import MANIFEST, Marks, mark_artefact
 from vime.run.plan import Artefact, Stage
-from vime.system.files import PRIVATE, write_json
+from vime.system.files import READABLE, write_json
 from vime.system.visible import appears
 
 VERSION = 3
@@ -40,8 +43,63 @@ def fingerprint(stage: Stage, run_dir: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+class OutputLock:
+    """Lets one run at a time make a stage's outputs, for people who share their folder.
+
+    A file lock, which the system gives back when its holder ends. Where the file system has none, nobody waits.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._paths = [Path(output.path) for output in stage.outputs]
+        self._files: list[int] = []
+
+    def take(self) -> bool:
+        """Takes the lock; False while another run holds it. Raises BadInput where its file cannot be made."""
+        self.release()
+        for path in self._paths:
+            try:
+                self._files.append(_open_lock(path))
+                fcntl.flock(self._files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                return False
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    self.release()
+                    raise _not_ours(path, error) from error
+        return True
+
+    def release(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+
+def _open_lock(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name, flags = path.with_name(f".{path.name}.vime-lock"), os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, os.O_RDWR | os.O_CREAT | flags, READABLE)
+    except PermissionError:
+        # Another user's: a reader may lock it too, at least on this host's own file systems.
+        return os.open(name, os.O_RDONLY | flags)
+
+
+def _not_ours(path: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"{path} cannot be made here ({error.filename or path}: {error.strerror}): ask the owner of the folder for "
+        "the artefact and the right to read it, or give a --base-dir of your own"
+    )
+
+
 def difference(stage: Stage, run_dir: str) -> str | None:
     """Why the outputs do not verify, in one line with the files that differ; None when they do."""
+    try:
+        return _difference(stage, run_dir)
+    except PermissionError as error:
+        return f"{error.filename} cannot be read ({error.strerror}), so nothing is verified"
+
+
+def _difference(stage: Stage, run_dir: str) -> str | None:
     manifests = {output.path: _read(Path(output.path)) for output in stage.outputs}
     for path, manifest in manifests.items():
         if manifest is None:
@@ -83,7 +141,15 @@ def prepare(stage: Stage, run_dir: str) -> list[str]:
 
     Partial output of this very stage stays: its tool resumes from there. Other output of vime that does not verify is
     moved aside. A folder that vime did not make is left alone; the stage then says that it exists.
+    Raises BadInput where another user's folder or file is in the way.
     """
+    try:
+        return _prepare(stage, run_dir)
+    except PermissionError as error:
+        raise _not_ours(Path(stage.outputs[0].path), error) from error
+
+
+def _prepare(stage: Stage, run_dir: str) -> list[str]:
     moved, claim = [], _claim(stage, run_dir)
     for output in stage.outputs:
         path, marker = Path(output.path), _marker(output)
@@ -94,7 +160,7 @@ def prepare(stage: Stage, run_dir: str) -> list[str]:
             moved.append(f"{path} moved to {aside.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Says who makes the folder, should the controller end before the manifest is written.
-        write_json(marker, claim, mode=PRIVATE)
+        write_json(marker, claim, mode=READABLE)
     return moved
 
 
@@ -117,7 +183,9 @@ def seal(stage: Stage, run_dir: str) -> None:
         if not path.is_dir() or not files:
             raise VimeError(f"stage {stage.name} ended too early, without its output {path}: look at its log")
         content = {"version": VERSION, "stage": stage.name, **claim, "files": files}
-        write_json(path / MANIFEST, content, mode=PRIVATE)
+        write_json(path / MANIFEST, content, mode=READABLE)
+        # Who may read the artefact may see that it is whole.
+        (path / MANIFEST).chmod(stat.S_IMODE(path.stat().st_mode) & 0o644)
         _marker(output).unlink(missing_ok=True)
 
 

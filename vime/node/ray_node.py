@@ -45,6 +45,8 @@ def ray_environment(run_dir: str) -> dict[str, str]:
         # Draining a node that ends with the whole run would wait half a minute for nothing.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Its exporter would serve metrics to everyone, on every interface.
+        "RAY_enable_metrics_collection": "0",
         "RAY_DEDUP_LOGS": "0",
         # Ray would put its actors, which are the run itself, behind everything else on the node.
         "RAY_worker_niceness": "0",
