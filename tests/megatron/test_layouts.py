@@ -67,9 +67,14 @@ LOSSES: dict[str, dict[str, dict[str, Any]]] = {
     "reinforce_tis_kl_reward": with_algorithm(
         advantage_estimator="reinforce_plus_plus", use_tis=True, tis_clip=1.1, kl_coef=0.1, entropy_coef=0.01
     ),
+    "sequence_masks": with_algorithm(
+        mismatch_correction=["seq_tis", "geo_mask"], tis_clip=10.0, geo_mask_low=0.5, geo_mask_high=1.2
+    ),
     "sft": with_algorithm(loss_type="sft_loss"),
 }
 MTP = {**RECIPE, "model": {"mtp_num_layers": 1}}
+REPLAY = with_algorithm(use_routing_replay=True)
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MTP_SPLIT = {"world_size": 4, "pp": 2, "ep": 2}
 SPLIT = {"world_size": 4, "cp": 2, "pp": 2, "first_stage_layers": 1}
 
@@ -88,6 +93,8 @@ def cases_of(model: str, folder: Path, checkpoint: str, full: bool) -> list[Case
     if model == "deepseek":
         found += [case(name, {}, recipe) for name, recipe in SAME.items()]
         found += [case("mtp", {}, MTP), case("mtp_split", MTP_SPLIT, {**MTP, "perf": FIXED})]
+        found += [case("mtp_context", SPLIT, {**MTP, "perf": FIXED}), case("replay", {}, REPLAY)]
+        found += [case("replay_split", MTP_SPLIT, {**REPLAY, "perf": {**FIXED, **RECOMPUTED}})]
     if model == "qwen3":
         for name, recipe in LOSSES.items():
             found += [case(name, {}, recipe), case(f"{name}_split", SPLIT, {**recipe, "perf": FIXED})]
@@ -166,10 +173,17 @@ def test_options_without_effect_on_a_cpu_are_named(results: tuple[Path, dict[str
     assert len([line for line in said if line.startswith("note: ") and flag in line]) == 1
 
 
-def test_multi_token_prediction_trains_the_same_over_stages_and_experts(
+@pytest.mark.parametrize("split", ["mtp_split", "mtp_context"])
+def test_multi_token_prediction_trains_the_same_over_stages_experts_and_context_ranks(
+    results: tuple[Path, dict[str, Result]], split: str
+) -> None:
+    same(*results, "deepseek", split, "mtp")
+
+
+def test_replayed_routes_train_the_same_over_stages_and_experts_and_in_recomputation(
     results: tuple[Path, dict[str, Result]],
 ) -> None:
-    same(*results, "deepseek", "mtp_split", "mtp")
+    same(*results, "deepseek", "replay_split", "replay")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

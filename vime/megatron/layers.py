@@ -158,7 +158,9 @@ class PolicyModel(GPTModel):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=tied)
         if self.training and torch.is_grad_enabled():
-            self._draft = self._predict(hidden_states, self.output_layer.weight if tied is None else tied, kwargs)
+            weight = self.output_layer.weight if tied is None else tied
+            assert weight is not None
+            self._draft = self._predict(hidden_states, weight, kwargs)
         return logits.transpose(0, 1).contiguous()
 
     def _predict(self, hidden: torch.Tensor, weight: torch.Tensor, arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -171,7 +173,7 @@ class PolicyModel(GPTModel):
             embedding=lambda **given: self.embedding(**given).detach(),
             **{name: arguments[name] for name in names},
         )
-        layers = torch.chunk(states, 1 + self.config.mtp_num_layers, dim=0)[1:]
+        layers = torch.chunk(states, 1 + (self.config.mtp_num_layers or 0), dim=0)[1:]
         return [self.output_layer(layer, weight=weight.detach())[0].squeeze(1) for layer in layers]
 
 
