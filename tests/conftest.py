@@ -12,11 +12,15 @@ CLUSTER_MODULES = ("test_slurm_", "test_docs_commands", "test_engine_nodes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run every Slurm fault at 16 nodes and every layout too")
+    parser.addoption("--full", action="store_true", help="run every Slurm fault at 16 nodes, and every layout too")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "e2e" in item.keywords)
+    if not config.getoption("--full"):
+        later = [item for item in items if "full" in item.keywords]
+        items[:] = [item for item in items if item not in later]
+        config.hook.pytest_deselected(items=later)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

@@ -2,7 +2,7 @@
 # Sets up .venv and passes the tests.
 #   tools/test.sh            lint, types, then every test, fast ones first
 #   tools/test.sh --fast     without the tests that start clusters, engines or several processes
-#   tools/test.sh --full     every fault of the Slurm tests at 16 nodes and every layout of the trainer too
+#   tools/test.sh --full     every fault at 16 nodes, and of a real training, and every layout of the trainer too
 #   tools/test.sh … -- ARGS  ARGS go to pytest
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
