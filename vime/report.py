@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vime.cli import command
 from vime.errors import BadInput
-from vime.observe.compare import compare_page
-from vime.observe.page import page
-from vime.observe.summary import read_run
-from vime.observe.timeline import chrome_trace
-from vime.run.journal import read_events
+from vime.observe.pages import write_comparison, write_report
 from vime.run.registry import find_run, last_run
-from vime.system.files import PRIVATE, write_file
-from vime.system.redact import redact
-
-
-def write_report(run_dir: str | Path) -> str:
-    """Write `report.html` and `trace.json` (Perfetto) into the run folder; return the run's last line."""
-    folder = Path(run_dir)
-    run = read_run(folder, [event.model_dump() for event in read_events(folder)])
-    write_file(folder / "trace.json", json.dumps(chrome_trace(run.spans)), mode=PRIVATE)
-    write_file(folder / "report.html", redact(page(run)), mode=PRIVATE)
-    return run.last_line(folder / "report.html")
-
-
-def write_comparison(run_dirs: Sequence[Path], target: Path, title: str) -> str:
-    """Write a page that compares runs; return a line that says where. Raises BadInput where it cannot be written."""
-    runs = [read_run(folder, [event.model_dump() for event in read_events(folder)]) for folder in run_dirs]
-    try:
-        write_file(target, compare_page(runs, title), mode=PRIVATE)
-    except OSError as error:
-        raise BadInput(f"--output {target}: {error.strerror}: give a file that can be written") from error
-    return f"{len(runs)} runs compared: {target}"
 
 
 @command

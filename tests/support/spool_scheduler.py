@@ -64,6 +64,9 @@ class Spool:
         print(f"job {process.pid}: python -m vime.status shows it")
         return 0
 
+    def after(self, plan: Plan, job_id: str) -> Plan:
+        raise BadInput("the spool cannot order jobs")
+
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
         try:
             phase = (spool() / job_id).read_text()

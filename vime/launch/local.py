@@ -48,6 +48,10 @@ class Local:
         forget_jobs(plan.run_dir)
         return run(plan)
 
+    def after(self, plan: Plan, job_id: str) -> Plan:
+        # `submit` returns when the run has ended: one always follows the other.
+        return plan
+
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
         return None
 

@@ -48,6 +48,12 @@ class Slurm:
         submission.check_free(plan.run_dir)
         sbatch.check_accepted([script.text for script in submission.scripts(plan)])
 
+    def after(self, plan: Plan, job_id: str) -> Plan:
+        if plan.shape != "allocation":
+            raise BadInput("--shape chain orders its own jobs: runs that wait for each other take --shape allocation")
+        more = {**plan.cluster.extra_sbatch, "dependency": f"afterany:{job_id}"}
+        return plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"extra_sbatch": more})})
+
     def submit(self, plan: Plan) -> int:
         submitted = submission.submit_jobs(plan)
         jobs = ", ".join(f"{job.job_id} ({job.link})" if job.link else job.job_id for job in submitted)

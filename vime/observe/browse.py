@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from vime.observe.markup import escape
+from vime.system.redact import redact
 from vime.system.text import visible
 
 SCRIPT = files("vime.observe").joinpath("report.js").read_text(encoding="utf-8")
@@ -59,7 +60,7 @@ def browser(samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
                     "start": visible(row.get("response"))[:_START],
                 }
             )
-        whole = json.dumps([[visible(row.get("prompt")), visible(row.get("response"))] for row in scored])
+        whole = json.dumps([[redact(visible(row.get(name))) for name in ("prompt", "response")] for row in scored])
         packed = base64.b64encode(gzip.compress(whole.encode(), 5, mtime=0)).decode()
         texts.append(f'<script type="text/plain" id="texts-{rollout_id}">{packed}</script>')
     if not index:

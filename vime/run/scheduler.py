@@ -116,6 +116,13 @@ class Scheduler(Protocol):
         """
         ...
 
+    def after(self, plan: Plan, job_id: str) -> Plan:
+        """The plan of a run whose job starts only once another job has ended, however that ends.
+
+        Raises BadInput where the scheduler cannot order jobs.
+        """
+        ...
+
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
         """State of a job, running or ended; None where the scheduler does not know it any more."""
         ...
