@@ -19,7 +19,7 @@ from vime.errors import Cause
 from vime.launch import controller
 from vime.launch.controller import Controller
 from vime.launch.runner_local import LocalRunner
-from vime.node.preflight import LOCAL_ADDRESS
+from vime.node.network import ALONE_ADDRESS
 from vime.run import tokens as run_tokens
 from vime.run.control import answer_checkpoint, request_checkpoint
 from vime.run.folder import make_run_folder, read_binding
@@ -71,7 +71,7 @@ def test_a_run_goes_through_its_stages_in_order_and_keeps_services_up(run_dir: P
     assert said == ["0", "1", "2", "3"]
     assert (run_dir / "logs" / "current.log").resolve() == (run_dir / "logs/train/node00.log").resolve()
     binding = read_binding(run_dir)
-    assert [(node.index, node.address) for node in binding.nodes] == [(0, LOCAL_ADDRESS), (1, LOCAL_ADDRESS)]
+    assert [(node.index, node.address) for node in binding.nodes] == [(0, ALONE_ADDRESS), (1, ALONE_ADDRESS)]
 
 
 def test_services_stop_before_a_stage_that_does_not_need_them(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""A task: its seat from the plan's places, its environment, its command supervised to the last descendant."""
+"""A task: its rank from the plan's places, its environment, its command supervised to the last descendant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.support.launch_stub import make_plan, stub
 from vime.errors import BadInput
 from vime.node.sweep import sweep_stage
-from vime.node.task import find_seat, stage_of, task_env
+from vime.node.task import find_rank, stage_of, task_env
 from vime.run.logs import Follower, find_logs, merge
 from vime.run.messages import FRAME_CHARACTERS, Assembler, Report, encode
 from vime.run.plan import Binding, BoundNode
@@ -28,14 +28,14 @@ from vime.system.processes import descendants, start_ticks
 def test_rank_follows_the_places_and_not_slurms_numbers(name: str, local: str, rank: int, node: int) -> None:
     stage = stub("convert", "", nodes=(2, 0), tasks_per_node=2)
     environ = {"VIME_PLACES": "2=node03,0=node01", "SLURMD_NODENAME": name, "SLURM_LOCALID": local, "SLURM_NODEID": "7"}
-    seat = find_seat(stage, environ)
-    assert (seat.rank, seat.node, seat.world_size, seat.local_rank) == (rank, node, 4, int(local))
+    task = find_rank(stage, environ)
+    assert (task.rank, task.node, task.world_size, task.local_rank) == (rank, node, 4, int(local))
 
 
 def test_a_task_on_a_node_that_the_controller_did_not_name_refuses() -> None:
     environ = {"VIME_PLACES": "0=node01", "SLURMD_NODENAME": "node09", "SLURM_LOCALID": "0"}
     with pytest.raises(BadInput, match="node09"):
-        find_seat(stub("cast", ""), environ)
+        find_rank(stub("cast", ""), environ)
 
 
 def test_the_command_sees_ranks_and_the_stages_variables_and_nothing_of_slurm(run_dir: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_command_sees_ranks_and_the_stages_variables_and_nothing_of_slurm(ru
         "SLURM_PROCID": "3", "SLURM_JOB_ID": "7", "PMI_RANK": "3", "PMIX_RANK": "3", "SRUN_DEBUG": "3",
     }  # fmt: skip
     stage = plan.stages[0]
-    env = task_env(plan, stage, find_seat(stage, environ), Binding(nodes=(node,), port_offset=1000), environ)
+    env = task_env(plan, stage, find_rank(stage, environ), Binding(nodes=(node,), port_offset=1000), environ)
     assert not [name for name in env if name.startswith(("SLURM", "SRUN", "PMI"))]
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["NODE_RANK"]) == ("0", "1", "0", "0")
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.0.0.1", str(plan.ports.stage_master + 1000))
@@ -58,7 +58,7 @@ def test_caches_of_compiled_kernels_are_on_the_nodes_own_disk(run_dir: Path) -> 
     plan = make_plan(run_dir, [stub("train", "")], cluster={"env": {"VLLM_CACHE_ROOT": "/nvme/vllm"}})
     environ = {"VIME_PLACES": "0=a", "VIME_LOCAL_PLACE": "0", "VIME_LOCAL_RANK": "0", "VIME_JOB": "7"}
     given = {**environ, "HOME": "/home/ada", "CUDA_CACHE_PATH": "/scratch/cuda"}
-    env = task_env(plan, plan.stages[0], find_seat(plan.stages[0], environ), None, given)
+    env = task_env(plan, plan.stages[0], find_rank(plan.stages[0], environ), None, given)
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "FLASHINFER_WORKSPACE_BASE"):
         assert env[name].startswith(f"{env['TMPDIR']}/"), name
     assert (env["VLLM_CACHE_ROOT"], env["CUDA_CACHE_PATH"]) == ("/nvme/vllm", "/scratch/cuda"), "somebody's own choice"

@@ -49,7 +49,7 @@ class TaskRank:
     """Place of the node among the stage's nodes."""
 
 
-def find_seat(stage: Stage, environ: Mapping[str, str]) -> TaskRank:
+def find_rank(stage: Stage, environ: Mapping[str, str]) -> TaskRank:
     """From `VIME_PLACES` (`0=node01,1=node03`: the stage's nodes in order) and the name of this node.
 
     Slurm's own numbers of nodes and tasks count inside the step, so they say nothing about the plan.
@@ -87,7 +87,7 @@ write to at once; here they are folders of the job's node-local files, unless so
 
 
 def task_env(
-    plan: Plan, stage: Stage, seat: TaskRank, binding: Binding | None, environ: Mapping[str, str]
+    plan: Plan, stage: Stage, task: TaskRank, binding: Binding | None, environ: Mapping[str, str]
 ) -> dict[str, str]:
     """The command's environment: this one without Slurm's and MPI's variables; the profile's, the stage's, the ranks.
 
@@ -100,13 +100,13 @@ def task_env(
         # The GPUs that the scheduler gave the job here; Ray and the ranks narrow CUDA's own variable.
         env[VISIBLE] = visible
     env.update(
-        RANK=str(seat.rank),
-        WORLD_SIZE=str(seat.world_size),
-        LOCAL_RANK=str(seat.local_rank),
-        LOCAL_WORLD_SIZE=str(seat.local_world_size),
-        NODE_RANK=str(seat.node_rank),
+        RANK=str(task.rank),
+        WORLD_SIZE=str(task.world_size),
+        LOCAL_RANK=str(task.local_rank),
+        LOCAL_WORLD_SIZE=str(task.local_world_size),
+        NODE_RANK=str(task.node_rank),
         VIME_RUN=plan.run_dir,
-        VIME_NODE=str(seat.node),
+        VIME_NODE=str(task.node),
         **{name: environ[name] for name in (PLACES, JOB, CANARY, BINDING_VARIABLE) if name in environ},
         TMPDIR=str(base_folder() / job),
         **{OWNER: job},
@@ -116,7 +116,7 @@ def task_env(
     for name, folder in CACHES.items():
         env.setdefault(name, f"{env['TMPDIR']}/cache/{folder}")
     if binding is not None:
-        here, first = binding.nodes[seat.node], binding.nodes[stage.nodes[0]]
+        here, first = binding.nodes[task.node], binding.nodes[stage.nodes[0]]
         env.update(
             MASTER_ADDR=first.address,
             MASTER_PORT=str(plan.ports.stage_master + binding.port_offset),
@@ -147,14 +147,14 @@ def run_task(run_dir: str, stage_name: str) -> int:
     """Runs the task to its end; the command's exit code."""
     plan = read_plan(run_dir)
     stage = stage_of(plan, stage_name)
-    seat = find_seat(stage, os.environ)
+    task = find_rank(stage, os.environ)
     binding = find_binding(run_dir)
-    env = task_env(plan, stage, seat, binding, os.environ)
+    env = task_env(plan, stage, task, binding, os.environ)
     for artefact in stage.inputs:
         # The stage before may have written it on another node. One that does not appear is the command's to report.
         appears(artefact.path)
     folder = NodeFolder(Path(env["TMPDIR"]).name)
-    log = task_log(run_dir, stage_name, seat.node, seat.rank, stage.tasks_per_node)
+    log = task_log(run_dir, stage_name, task.node, task.rank, stage.tasks_per_node)
     private_folder(log.parent)
 
     def send(report: Report) -> None:
@@ -162,16 +162,16 @@ def run_task(run_dir: str, stage_name: str) -> int:
 
     def pass_on(line: bytes) -> None:
         kind, data = json.loads(line)
-        send(Report(seat.rank, kind, data))
+        send(Report(task.rank, kind, data))
 
     step = os.environ.get("SLURM_STEP_ID")
     host = socket.gethostname()
-    send(Report(seat.rank, "start", {"node": seat.node, "host": host, "pid": os.getpid(), "step": step}))
+    send(Report(task.rank, "start", {"node": task.node, "host": host, "pid": os.getpid(), "step": step}))
     supervisor = Supervisor((sys.executable, *stage.command), env, log, on_report=pass_on, report_variable=REPORT_FD)
     end = supervisor.run()
     folder.leave()
-    data = {"node": seat.node, "host": host, "code": end.code, "signal": end.signal, "stopped": end.stopped}
-    send(Report(seat.rank, "exit", {**data, "meaning": end.meaning, "tail": end.tail}))
+    data = {"node": task.node, "host": host, "code": end.code, "signal": end.signal, "stopped": end.stopped}
+    send(Report(task.rank, "exit", {**data, "meaning": end.meaning, "tail": end.tail}))
     return end.code
 
 
