@@ -13,6 +13,7 @@ import collections.abc
 import dataclasses
 import importlib.metadata
 import sys
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -271,9 +272,58 @@ def vllm_arguments() -> dict[str, str]:
     return arguments
 
 
+NESTED = {
+    "compilation_config": "CompilationConfig",
+    "eplb_config": "EPLBConfig",
+    "kv_transfer_config": "KVTransferConfig",
+    "speculative_config": "SpeculativeConfig",
+    "structured_outputs_config": "StructuredOutputsConfig",
+}
+"""Arguments of vLLM that are mappings, and the class of its configuration that says what stands in them."""
+
+
+def vllm_choices() -> dict[str, list[str]]:
+    """Values of every enumerated argument of vLLM, nested ones as `argument.key`."""
+    import vllm.config
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    found: dict[str, list[str]] = {}
+    for action in make_arg_parser(FlexibleArgumentParser())._actions:
+        if action.choices and action.dest not in VLLM_OWNED:
+            found[action.dest] = sorted({str(choice) for choice in action.choices} - {"None"})
+    for argument, name in NESTED.items():
+        config = getattr(vllm.config, name)
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            if values := _literals(hints[field.name]):
+                found[f"{argument}.{field.name}"] = sorted({str(value) for value in values})
+    return found
+
+
+def _literals(hint: Any) -> list[Any]:
+    """The values of a Literal, or of a union of nothing but Literals and None; else none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return list(typing.get_args(hint))
+    members = _members(hint)
+    if members == [hint]:
+        return []
+    values = [_literals(member) for member in members]
+    return [value for each in values for value in each] if all(values) else []
+
+
 def table(name: str, entries: dict[str, str], docstring: str) -> str:
     lines = [f'    "{key}": "{value}",' for key, value in sorted(entries.items())]
     return "\n".join([f"{name}: dict[str, str] = {{", *lines, "}", f'"""{docstring}"""', ""])
+
+
+def lists(name: str, entries: dict[str, list[str]], docstring: str) -> str:
+    lines = []
+    for key, values in sorted(entries.items()):
+        words = ", ".join(f'"{value}"' for value in values) + ("," if len(values) == 1 else "")
+        lines += [f'    "{key}": (', *(f"        {line}" for line in textwrap.wrap(words, 108)), "    ),"]
+    body = "\n".join([f"{name}: dict[str, tuple[str, ...]] = {{", *lines, "}  # fmt: skip"])
+    return f'{body}\n"""{docstring}"""\n'
 
 
 def build() -> str:
@@ -302,6 +352,7 @@ def build() -> str:
             table("MEGATRON_FLAGS", others, "Flags that vime does not use."),
             table("VLLM_ARGS", taken, "Arguments that `--vllm-…` may set, by vLLM's name: how the value is read."),
             table("VLLM_OWNED", VLLM_OWNED, "Arguments that the plan sets, and why a person cannot."),
+            lists("VLLM_CHOICES", vllm_choices(), "Values of vLLM's enumerated arguments; `a.b` is the key b of a."),
         ]
     )
 

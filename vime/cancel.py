@@ -26,7 +26,7 @@ _PATIENCE_S = 60.0
 def cancel(run_dir: Path) -> str:
     """End the run and wait until it has ended; return one line that says what was done. Raises DeadlineExceeded."""
     state = run_state(run_dir)
-    if state.state in ("succeeded", "failed", "planned"):
+    if state.state in ("succeeded", "failed", "cancelled", "planned"):
         return f"{state.run}: nothing to cancel, it is {state.state}"
     if jobs := read_jobs(run_dir):
         ended = cancel_jobs(find_scheduler(read_plan(run_dir).cluster.kind), [job.job_id for job in jobs])

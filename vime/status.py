@@ -24,7 +24,8 @@ _SHOWN = (
 
 _MARKS = {"done": "+", "skipped": "-", "ready": "*", "running": ">", "failed": "!", "stopped": "x"}
 _COLOURS = {"failed": "red", "lost": "red", "succeeded": "green", "done": "green", "running": "cyan", "ready": "cyan",
-            "waiting": "dim", "skipped": "dim", "pending": "yellow", "requeued": "yellow"}  # fmt: skip
+            "waiting": "dim", "skipped": "dim", "pending": "yellow", "requeued": "yellow",
+            "cancelled": "yellow"}  # fmt: skip
 
 
 def headline(state: RunState) -> str:

@@ -202,7 +202,7 @@ def test_a_run_that_is_submitted_again_waits_whatever_became_of_it_before(
     write_events(run_dir, *TRAINS, ("run-end", "train", {"cause": "CANCELLED"}))
     write_jobs(run_dir, [Job("8")])
     monkeypatch.setattr(slurm, "query_job", lambda job, seconds: slurm.JobState(job, "PENDING", reason="Priority"))
-    assert run_state(run_dir).state == "failed"
+    assert run_state(run_dir).state == "cancelled"
     write_jobs(run_dir, [Job("12")])
     found = run_state(run_dir)
     assert (found.state, found.job, found.reason) == ("pending", "12", "Priority")
@@ -213,8 +213,8 @@ def test_a_run_that_is_submitted_again_waits_whatever_became_of_it_before(
     ("jobs", "queue", "events", "state", "reason"),
     [
         (CHAIN, "PENDING", CONVERTED, "pending", "Dependency"),
-        (CHAIN, "CANCELLED", CONVERTED, "failed", "the job is CANCELLED, and it never started"),
-        (CHAIN, "CANCELLED", [], "failed", "the job is CANCELLED, and it never started"),
+        (CHAIN, "CANCELLED", CONVERTED, "cancelled", "the job is CANCELLED, and it never started"),
+        (CHAIN, "CANCELLED", [], "cancelled", "the job is CANCELLED, and it never started"),
         (CHAIN[:1], "COMPLETED", CONVERTED, "pending", "the next job of the chain has not started"),
         (CHAIN, "PENDING", CONVERTED + TRAINS, "requeued", "Dependency"),
         (CHAIN, "RUNNING", CONVERTED + TRAINS, "running", ""),

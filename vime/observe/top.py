@@ -38,7 +38,14 @@ _BARS = "▁▂▃▄▅▆▇█"
 _KEPT_LINES = 400
 _STATE_SECONDS = 5.0
 _MARKS = {"done": "✓", "skipped": "-", "ready": "●", "running": "▶", "failed": "✗", "stopped": "×"}
-_STYLES = {"failed": "red", "lost": "red", "succeeded": "green", "running": "cyan", "pending": "yellow"}
+_STYLES = {
+    "failed": "red",
+    "cancelled": "yellow",
+    "lost": "red",
+    "succeeded": "green",
+    "running": "cyan",
+    "pending": "yellow",
+}
 
 
 @dataclass

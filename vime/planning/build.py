@@ -17,6 +17,8 @@ from vime.planning import derive, gpu_memory, gpu_moments, layout, memory, ports
 from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
 from vime.planning.inputs import check_shards, read_json
+from vime.planning.plugins import check_plugins
+from vime.planning.teaching import teaching_notes
 from vime.recipe import files
 from vime.recipe.load import absolute_path, change, uses_base_dir, with_absolute_paths
 from vime.recipe.parallel import ParallelLayout
@@ -72,7 +74,9 @@ def make_plan(
     check_model_args(config, recipe.model.model_args)
     if checks.inputs:
         check_installed(recipe.engine.vllm)
+    found += check_plugins(recipe, required=checks.inputs and cluster.container is None and not cluster.interpreter)
     found += check_prompt_data(recipe, required=checks.inputs)
+    found += teaching_notes(recipe)
 
     cluster = _with_devices(cluster, recipe)
     per_node = _gpus_per_node(recipe, cluster)

@@ -7,6 +7,7 @@ from typing import Any
 from vime.errors import BadInput
 from vime.models.arguments import ignored_args
 from vime.models.config import ModelConfig
+from vime.planning.engines import check_values
 from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
@@ -80,6 +81,12 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
     if perf.use_dynamic_batch_size and not perf.max_tokens_per_gpu:
         raise BadInput("--use-dynamic-batch-size needs --max-tokens-per-gpu: give the tokens a GPU can hold")
     _check_optimizer(recipe)
+    check_values(recipe.engine.vllm)
+    if rollout.rollout_temperature <= 0:
+        raise BadInput(
+            f"--rollout-temperature is {rollout.rollout_temperature:g}: must be above 0, greedy sampling gives nothing "
+            "to learn from"
+        )
     _check_losses(recipe)
     if perf.sequence_parallel and layout.tp == 1:
         raise BadInput("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")

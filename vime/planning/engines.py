@@ -1,11 +1,14 @@
-"""Layouts of engines that vLLM takes and then computes wrong, refused before anything is submitted."""
+"""Arguments and layouts of engines that vLLM refuses or computes wrong, refused before anything is submitted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vime.errors import BadInput
+from vime.recipe.flags import flag
+from vime.recipe.tables import VLLM_CHOICES, VLLM_VERSION
 from vime.run.plan import EnginePlan
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
@@ -25,3 +28,35 @@ def check_engine(engine: EnginePlan, hf_config: Mapping[str, Any], *, on_gpu: bo
             f"--vllm-data-parallel-size {engine.data_parallel_size} with a mixture of experts on processors: "
             "vLLM dies at the first request there; use more engines of one rank instead"
         )
+
+
+EXCLUSIVE = (
+    ("enforce_eager", "cudagraph_capture_sizes"),
+    ("enforce_eager", "max_cudagraph_capture_size"),
+    ("speculative_config", "spec_method"),
+)
+"""Pairs of vLLM's arguments of which one makes the other meaningless."""
+
+
+def check_values(arguments: Mapping[str, Any]) -> None:
+    """Raises BadInput for a value that vLLM does not list, nested or not, and for arguments that exclude each other."""
+    for name, value in _flat(arguments):
+        if (known := VLLM_CHOICES.get(name)) is None or value is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if str(one) not in known:
+                near = difflib.get_close_matches(str(one), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(known[:12])}"
+                option, _, key = name.partition(".")
+                where = f"{flag('vllm_' + option)}" + (f" {key!r}" if key else "")
+                raise BadInput(f"{where} is {one!r}, which vLLM {VLLM_VERSION} does not know: {hint}")
+    for first, second in EXCLUSIVE:
+        if arguments.get(first) and arguments.get(second):
+            raise BadInput(f"{flag('vllm_' + first)} and {flag('vllm_' + second)} exclude each other: give one of them")
+
+
+def _flat(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", each) for key, each in value.items())

@@ -725,3 +725,190 @@ VLLM_OWNED: dict[str, str] = {
     "worker_extension_cls": "the weight sync needs its own extension in the workers",
 }
 """Arguments that the plan sets, and why a person cannot."""
+
+VLLM_CHOICES: dict[str, tuple[str, ...]] = {
+    "all2all_backend": (
+        "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency", "deepep_v2",
+        "flashinfer_all2allv", "flashinfer_nvlink_one_sided", "flashinfer_nvlink_two_sided", "moonep",
+        "mori_high_throughput", "mori_low_latency", "naive", "nixl_ep", "pplx"
+    ),
+    "anthropic_disabled_thinking_effort": (
+        "auto", "high", "low", "max", "medium", "none", "xhigh"
+    ),
+    "chat_template_content_format": (
+        "auto", "openai", "string"
+    ),
+    "collect_detailed_traces": (
+        "all", "model", "worker"
+    ),
+    "compilation_config.compile_cache_save_format": (
+        "binary", "unpacked"
+    ),
+    "convert": (
+        "auto", "classify", "embed", "none"
+    ),
+    "dcp_comm_backend": (
+        "a2a", "ag_rs"
+    ),
+    "dtype": (
+        "auto", "bfloat16", "float", "float16", "float32", "half"
+    ),
+    "eplb_config.communicator": (
+        "nixl", "pynccl", "torch_gloo", "torch_nccl", "torch_xccl"
+    ),
+    "eplb_config.policy": (
+        "default",
+    ),
+    "expert_placement_strategy": (
+        "linear", "round_robin"
+    ),
+    "fingerprint_mode": (
+        "custom", "full", "hash", "none"
+    ),
+    "gdn_prefill_backend": (
+        "aiter_flydsl", "cutedsl", "flashinfer", "triton"
+    ),
+    "jit_monitor_mode": (
+        "error", "warn"
+    ),
+    "kda_decode_backend": (
+        "auto", "flashinfer", "native", "triton"
+    ),
+    "kda_prefill_backend": (
+        "auto", "flashinfer", "flashkda", "fused", "triton"
+    ),
+    "kv_cache_dtype": (
+        "auto", "bfloat16", "float16", "fp8", "fp8_ds_mla", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_per_token_head",
+        "int4_per_token_head", "int8_per_token_head", "nvfp4", "nvfp4_4over6", "nvfp4_ds_mla", "turboquant_3bit_nc",
+        "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_k8v4", "ultraquant_4bit"
+    ),
+    "kv_offloading_backend": (
+        "lmcache", "native"
+    ),
+    "kv_transfer_config.kv_load_failure_policy": (
+        "fail", "recompute"
+    ),
+    "kv_transfer_config.kv_role": (
+        "kv_both", "kv_consumer", "kv_producer"
+    ),
+    "linear_backend": (
+        "aiter", "auto", "b12x", "conch", "cutlass", "deep_gemm", "emulation", "exllama", "fbgemm",
+        "flashinfer_b12x", "flashinfer_cudnn", "flashinfer_cutedsl", "flashinfer_cutlass", "flashinfer_trtllm",
+        "humming", "machete", "marlin", "torch", "triton", "xpu", "xpu_woq"
+    ),
+    "log_level": (
+        "CRITICAL", "DEBUG", "ERROR", "INFO", "NOTSET", "WARNING"
+    ),
+    "lora_dtype": (
+        "auto", "bfloat16", "float16"
+    ),
+    "mamba_cache_dtype": (
+        "auto", "bfloat16", "float16", "float32"
+    ),
+    "mamba_cache_mode": (
+        "align", "none"
+    ),
+    "mamba_ssm_cache_dtype": (
+        "auto", "bfloat16", "float16", "float32"
+    ),
+    "mamba_ssu_algorithm": (
+        "auto", "horizontal", "simple", "vertical"
+    ),
+    "max_lora_rank": (
+        "1", "128", "16", "256", "32", "320", "512", "64", "8"
+    ),
+    "mm_encoder_attn_dtype": (
+        "fp8",
+    ),
+    "mm_encoder_tp_mode": (
+        "data", "weights"
+    ),
+    "mm_hasher_algorithm": (
+        "blake3", "sha256", "sha512"
+    ),
+    "mm_processor_cache_type": (
+        "lru", "shm"
+    ),
+    "mm_processor_device": (
+        "auto", "cpu"
+    ),
+    "mm_tensor_ipc": (
+        "direct_rpc", "torch_shm"
+    ),
+    "moe_backend": (
+        "aiter", "aiter_mega_moe", "aiter_triton_mxfp4_bf16", "auto", "b12x", "batched_triton", "cutlass",
+        "deep_gemm", "deep_gemm_mega_moe", "emulation", "flashinfer_b12x", "flashinfer_cutedsl",
+        "flashinfer_cutlass", "flashinfer_moe_ep_cutedsl", "flashinfer_moe_ep_mega_deep_gemm", "flashinfer_trtllm",
+        "flydsl", "hpc", "humming", "marlin", "rdna3", "triton", "triton_unfused"
+    ),
+    "offload_backend": (
+        "auto", "prefetch", "uva"
+    ),
+    "per_request_spec_decode_metrics": (
+        "detailed", "none", "summary"
+    ),
+    "performance_mode": (
+        "balanced", "interactivity", "throughput"
+    ),
+    "prefix_caching_hash_algo": (
+        "sha256", "sha256_cbor", "xxhash", "xxhash_cbor"
+    ),
+    "runner": (
+        "auto", "draft", "generate", "pooling"
+    ),
+    "safetensors_load_strategy": (
+        "eager", "lazy", "prefetch", "torchao"
+    ),
+    "scheduling_policy": (
+        "fcfs", "priority"
+    ),
+    "sparse_indexer_topk_backend": (
+        "aiter", "auto", "cooperative", "deep_select", "flashinfer", "per_row", "persistent", "torch"
+    ),
+    "spec_method": (
+        "bailing_hybrid_mtp", "bailing_hybrid_v3_mtp", "custom_class", "deepseek_mtp", "dflash", "dots3_note_mtp",
+        "draft_model", "dspark", "eagle", "eagle3", "ernie_mtp", "exaone4_5_mtp", "exaone_moe_mtp",
+        "extract_hidden_states", "gemma4_mtp", "glm4_moe_lite_mtp", "glm4_moe_mtp", "glm5_next_mtp", "glm_ocr_mtp",
+        "hy_v3_mtp", "hy_v4_mtp", "inkling_mtp", "kimi_k3_mtp", "longcat_flash_mtp", "medusa", "mimo_mtp",
+        "mimo_v2_mtp", "minimax_m3_mtp", "mlp_speculator", "mtp", "nemotron_h_mtp", "ngram", "ngram_gpu",
+        "pangu_ultra_moe_mtp", "qwen3_5_mtp", "qwen3_next_mtp", "qwen4_exp_mtp", "step3p5_mtp", "suffix"
+    ),
+    "speculative_config.draft_sample_method": (
+        "greedy", "probabilistic"
+    ),
+    "speculative_config.kv_cache_dtype": (
+        "auto", "bfloat16", "float16", "fp8", "fp8_ds_mla", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_per_token_head",
+        "int4_per_token_head", "int8_per_token_head", "nvfp4", "nvfp4_4over6", "nvfp4_ds_mla", "turboquant_3bit_nc",
+        "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_k8v4", "ultraquant_4bit"
+    ),
+    "speculative_config.method": (
+        "bailing_hybrid_mtp", "bailing_hybrid_v3_mtp", "custom_class", "deepseek_mtp", "dflash", "dots3_note_mtp",
+        "draft_model", "dspark", "eagle", "eagle3", "ernie_mtp", "exaone4_5_mtp", "exaone_moe_mtp",
+        "extract_hidden_states", "gemma4_mtp", "glm4_moe_lite_mtp", "glm4_moe_mtp", "glm5_next_mtp", "glm_ocr_mtp",
+        "hy_v3_mtp", "hy_v4_mtp", "inkling_mtp", "kimi_k3_mtp", "longcat_flash_mtp", "medusa", "mimo_mtp",
+        "mimo_v2_mtp", "minimax_m3_mtp", "mlp_speculator", "mtp", "nemotron_h_mtp", "ngram", "ngram_gpu",
+        "pangu_ultra_moe_mtp", "qwen3_5_mtp", "qwen3_next_mtp", "qwen4_exp_mtp", "step3p5_mtp", "suffix"
+    ),
+    "speculative_config.moe_backend": (
+        "aiter", "aiter_mega_moe", "aiter_triton_mxfp4_bf16", "auto", "b12x", "batched_triton", "cutlass",
+        "deep_gemm", "deep_gemm_mega_moe", "emulation", "flashinfer_b12x", "flashinfer_cutedsl",
+        "flashinfer_cutlass", "flashinfer_moe_ep_cutedsl", "flashinfer_moe_ep_mega_deep_gemm", "flashinfer_trtllm",
+        "flydsl", "hpc", "humming", "marlin", "rdna3", "triton", "triton_unfused"
+    ),
+    "speculative_config.rejection_sample_method": (
+        "block", "standard", "synthetic"
+    ),
+    "structured_outputs_config.backend": (
+        "auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"
+    ),
+    "tool_strict_level": (
+        "auto", "function", "parameter"
+    ),
+    "uvicorn_log_level": (
+        "critical", "debug", "error", "info", "trace", "warning"
+    ),
+    "video_pruning_method": (
+        "evs", "vidcom2"
+    ),
+}  # fmt: skip
+"""Values of vLLM's enumerated arguments; `a.b` is the key b of a."""

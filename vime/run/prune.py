@@ -13,7 +13,7 @@ from vime.run.checkpoints import is_partial, iteration_of, tracked
 from vime.run.plan import Plan
 from vime.run.state import RunState
 
-_OVER = ("succeeded", "failed")
+_OVER = ("succeeded", "failed", "cancelled")
 
 
 @dataclass(frozen=True)

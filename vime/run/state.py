@@ -21,7 +21,7 @@ from vime.run.scheduler import JobState, Scheduler, find_scheduler
 from vime.system.json_lines import damage_note
 from vime.system.processes import start_ticks
 
-ENDED = ("succeeded", "failed", "lost")
+ENDED = ("succeeded", "failed", "cancelled", "lost")
 _PATIENCE_S = 10.0
 """Deadline of a question to the scheduler, in seconds; the journal tells the rest."""
 
@@ -187,7 +187,7 @@ def _judge(found: RunState, events: list[Event], job: JobState | None) -> None:
     begun = bool(events) and events[-1].kind != "job-end"
     if end is not None:
         found.cause, found.reason = end.data.get("cause"), end.text
-        found.state = "succeeded" if found.cause == "SUCCESS" else "failed"
+        found.state = {"SUCCESS": "succeeded", "CANCELLED": "cancelled"}.get(found.cause or "", "failed")
     elif job is not None and job.phase == "waiting":
         found.state = "requeued" if begun else "pending"
         found.reason, found.expected_start = job.reason, job.start
@@ -197,7 +197,8 @@ def _judge(found: RunState, events: list[Event], job: JobState | None) -> None:
         # Of a chain that was submitted by hand, each job is known from its start on.
         found.state, found.reason = "pending", "the next job of the chain has not started"
     elif job is not None and not begun:
-        found.state, found.reason = "failed", f"the job is {job.state}, and it never started"
+        found.state = "cancelled" if job.state.startswith("CANCELLED") else "failed"
+        found.reason = f"the job is {job.state}, and it never started"
     elif job is not None:
         found.state, found.reason = "lost", f"the job is {job.state} and its controller left no last word"
     elif found.note:

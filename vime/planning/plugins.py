@@ -1,0 +1,141 @@
+"""Names of rewards, filters and losses, checked before anything is queued; plug-ins are read, not imported."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from vime.errors import BadInput
+from vime.recipe import neighbours
+from vime.recipe.schema import Recipe
+from vime.rewards.names import BUILT_IN, GROUP_PREFIX, REMOTE
+
+FILTERS = ("check_reward_nonzero_std",)
+"""Built-in filters (`vime.rewards.filters`)."""
+
+
+def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
+    """Checks the reward, the filter and every `package.module:function` of a recipe. Raises BadInput.
+
+    A module that is not found here is refused where the job runs in this environment (`required`); otherwise a note
+    says that it was not found.
+    """
+    notes = []
+    for option, target in _targets(recipe):
+        missing = check_target(option, target)
+        if missing and required:
+            raise BadInput(f"{missing}: run from the folder that has it, set PYTHONPATH, or mend the name")
+        if missing:
+            notes.append(f"{missing}; a submission from here would be refused")
+    return notes
+
+
+def _targets(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(option, `module:function`) of every plug-in. Raises BadInput for a name that is neither one nor built in."""
+    algorithm, rollout = recipe.algorithm, recipe.rollout
+    if algorithm.loss_type == "policy_loss" and not recipe.misc.load_debug_rollout_data:
+        yield from _reward(recipe)
+        path = rollout.dynamic_sampling_filter_path
+        if path is not None and path not in FILTERS:
+            yield "--dynamic-sampling-filter-path", _named("--dynamic-sampling-filter-path", path, FILTERS, _FILTERS)
+    named = {
+        "--advantage-estimator": [algorithm.advantage_estimator],
+        "--policy-loss-type": [algorithm.policy_loss_type or ""],
+        "--mismatch-correction": algorithm.mismatch_correction,
+    }
+    for option, values in named.items():
+        yield from ((option, value) for value in values if ":" in value)
+
+
+_FILTERS, _REWARDS = neighbours.FILTERS, neighbours.REWARDS
+
+
+def _reward(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    name, known = recipe.rollout.rm_type, (*BUILT_IN, REMOTE)
+    if name is None:
+        raise BadInput(f"--rm-type is not set: give one of {', '.join(known)}, or package.module:function")
+    if name == REMOTE:
+        _check_address(recipe.rollout.rm_url)
+    elif name not in BUILT_IN:
+        yield "--rm-type", _named("--rm-type", name.removeprefix(GROUP_PREFIX), known, _REWARDS)
+
+
+def _check_address(url: str | None) -> None:
+    if not url:
+        raise BadInput("--rm-type remote needs --rm-url, the address of the reward server")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise BadInput(f"--rm-url is {url!r}: give an address such as http://host:8000/score")
+
+
+def _named(option: str, value: str, known: Sequence[str], elsewhere: dict[str, str]) -> str:
+    """The value where it is `module:function`; else BadInput with what it is called here."""
+    module, colon, function = value.partition(":")
+    if colon:
+        if all(part.isidentifier() for part in (*module.split("."), function)):
+            return value
+        raise BadInput(f"{option} is {value!r}: write package.module:function")
+    if value in elsewhere:
+        hint = f"here it is {elsewhere[value]}"
+    elif plug_in := neighbours.plug_in(value):
+        hint = f"a function is written {plug_in}"
+    else:
+        hint = f"give one of {', '.join(known)}, or package.module:function"
+    raise BadInput(f"{option} {value} is unknown: {hint}")
+
+
+def check_target(option: str, target: str) -> str | None:
+    """A sentence where the module is not found here; None where it is. BadInput where it lacks the function."""
+    module, _, function = target.partition(":")
+    file = _source(module)
+    if file is None:
+        return f"{option} {target}: there is no module {module} here"
+    if file.suffix != ".py":
+        return None
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        raise BadInput(f"{option} {target}: {file} cannot be read as Python ({error}): mend it") from error
+    defined = set(_defined(tree))
+    if "*" not in defined and function not in defined:
+        raise BadInput(f"{option} {target}: {file} defines no {function}: mend the name")
+    return None
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, found part by part without importing a package."""
+    path: Sequence[str] | None = [os.getcwd(), *sys.path]
+    spec = None
+    parts = module.split(".")
+    for number in range(len(parts)):
+        if path is None:
+            return None
+        spec = PathFinder.find_spec(".".join(parts[: number + 1]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    """Names that a module's top level defines or imports, those in `if` and `try` too; `*` for a star import."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif not isinstance(node, ast.expr) or isinstance(node, ast.Tuple | ast.List):
+            pending.extend(ast.iter_child_nodes(node))
