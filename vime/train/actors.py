@@ -188,10 +188,16 @@ class EngineGroup:
 
 
 async def _all(what: str, references: Sequence[Any], deadline_s: float) -> list[Any]:
+    """Results in the order of the references. Raises the first error, or DeadlineExceeded with who did not end."""
+    answers = [asyncio.ensure_future(reference) for reference in references]
     try:
-        return list(await asyncio.wait_for(asyncio.gather(*references), deadline_s))
+        return list(await asyncio.wait_for(asyncio.gather(*answers), deadline_s))
     except TimeoutError:
-        raise DeadlineExceeded(f"{what} did not end within {deadline_s:.0f} s on {len(references)} actors") from None
+        late = [str(number) for number, answer in enumerate(answers) if answer.cancelled() or not answer.done()]
+        some = f"{', '.join(late[:8])}{', …' if len(late) > 8 else ''}"
+        raise DeadlineExceeded(
+            f"{what} did not end within {deadline_s:.0f} s on {len(late)} of {len(answers)} actors ({some})"
+        ) from None
 
 
 def master(plan: Plan, binding: Binding) -> tuple[str, int]:
