@@ -172,12 +172,12 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
     try:
         weight_map: Any = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{index} is not a valid index ({error}): fetch it again") from error
     headers = {}
     for name in files:
-        if Path(name).name != name:
-            raise BadInput(f"{index} names {name}, which is not a file of its folder: fetch it again")
+        if Path(name).name != name or len(name) > 255:
+            raise BadInput(f"{index} names {name[:100]}, which is not a file of its folder: fetch it again")
         if not (path / name).exists():
             raise BadInput(f"{path / name} is missing, but {INDEX} names it: fetch the checkpoint again")
         headers[name] = read_header(path / name)

@@ -68,7 +68,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         for name, entry in header.items():
             tensors[name] = info = _info(file, name, entry, start)
             end = max(end, info.end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{file} has no valid safetensors header ({error}): fetch it again") from error
     if size != end:
         what = "truncated" if size < end else "longer than its header says"

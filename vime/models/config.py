@@ -102,20 +102,27 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """The model of a `config.json`. Raises BadInput for an architecture or an option that vime does not train."""
-        architecture = (hf.get("architectures") or ["(none)"])[0]
+        named = hf.get("architectures") or ["(none)"]
+        architecture = str(named[0] if isinstance(named, list) else named)[:100]
         if architecture not in _FAMILIES:
             raise BadInput(
                 f"config.json names the architecture {architecture}, which vime does not know: "
                 f"use one of {', '.join(sorted(_FAMILIES))} (docs/families.md)"
             )
-        return _FAMILIES[architecture].read(hf)
+        _check_sizes(hf)
+        try:
+            return _FAMILIES[architecture].read(hf)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            raise BadInput(
+                f"config.json describes no {architecture} ({type(error).__name__}: {error}): fetch the checkpoint again"
+            ) from error
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """The model of `<path>/config.json`."""
         file = Path(path) / "config.json"
         try:
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise BadInput(f"cannot read {file} ({error.strerror}): give the folder of an HF checkpoint") from error
         try:
@@ -124,6 +131,8 @@ class ModelConfig:
             raise BadInput(
                 f"{file} is not JSON (line {error.lineno}: {error.msg}): fetch the checkpoint again"
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{file} is not JSON ({type(error).__name__}): fetch the checkpoint again") from error
         if not isinstance(hf, dict):
             raise BadInput(f"{file} holds no JSON object: fetch the checkpoint again")
         return cls.from_hf(hf)
@@ -180,3 +189,32 @@ def register(family: Family) -> None:
 def family_of(config: ModelConfig) -> Family:
     """The family of a model."""
     return _FAMILIES[config.architecture]
+
+
+_SIZES = {
+    "num_hidden_layers": 10**4,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "moe_intermediate_size": 10**7,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "n_routed_experts": 10**5,
+    "num_experts": 10**5,
+    "vocab_size": 10**8,
+    "max_position_embeddings": 10**9,
+}
+"""Numbers of a config.json from which memory is taken, and far above every model the largest that is believed."""
+
+
+def _check_sizes(hf: Mapping[str, Any]) -> None:
+    """Raises BadInput for a number that no model has; families read the rest."""
+    for name, most in _SIZES.items():
+        value = hf.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise BadInput(f"config.json: {name} is {str(value)[:50]!r}: it must be a whole number from 1 to {most}")
+    quantisation = hf.get("quantization_config")
+    block = quantisation.get("weight_block_size") if isinstance(quantisation, Mapping) else None
+    if block is not None:
+        whole = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+        if not whole:
+            raise BadInput(f"config.json: weight_block_size is {str(block)[:50]}: it must be two numbers above 0")

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadInput(f"there is no {path}: give the folder of an HF checkpoint") from error
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: download the checkpoint again") from error
     if not isinstance(content, dict):
         raise BadInput(f"{path} is not a JSON object: download the checkpoint again")
