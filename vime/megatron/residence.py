@@ -13,6 +13,41 @@ from vime.sync.ranks import Free, Part
 from vime.system.memory import memory_available
 
 
+class PinnedRoom:
+    """Host memory for copies of device tensors, kept from one rollout to the next.
+
+    It is registered with CUDA, so copies run at the speed of the bus: pageable memory took 15 s for 20 GB. torch's own
+    pinned buffers would take the next power of two.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def places(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A host tensor for each, of its shape and type; valid until the next call with tensors of other sizes."""
+        starts = list(itertools.accumulate((_padded(tensor.nbytes) for tensor in tensors), initial=0))
+        if not tensors:
+            return []
+        if starts[-1] != self._memory.numel():
+            self._release()
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), starts[-1], 0))
+        return [
+            self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=False)
+        ]
+
+    def _release(self) -> None:
+        if self._memory.numel():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+def _padded(size: int) -> int:
+    """A size as a multiple of 512 bytes, as every type and the copy engines like it."""
+    return -(-size // 512) * 512
+
+
 class Residence:
     """The data-parallel buffers of the chunks and the optimizer's states.
 
@@ -27,6 +62,7 @@ class Residence:
         self._optimizer = optimizer
         self._cpu = backend.setup().cpu
         self._states_on_host: list[tuple[torch.Tensor, torch.device]] = []
+        self._room = PinnedRoom()
         self.away: set[Part] = set()
 
     def leave(self, part: Part) -> None:
@@ -65,13 +101,17 @@ class Residence:
     def _states_leave(self) -> None:
         """Move moments and master weights off the device. Megatron's own way would also move back what never was
         there: the states of an optimizer on the host, and Adam's counts of steps."""
+        leaving: list[torch.Tensor] = []
         for optimizer in self._optimizer.chained_optimizers:
             masters = itertools.chain(*getattr(optimizer, "shard_fp32_from_float16_groups", []))
             states = (value for state in optimizer.optimizer.state.values() for value in state.values())
             for tensor in (*masters, *states):
                 if torch.is_tensor(tensor) and tensor.is_cuda:
-                    self._states_on_host.append((tensor, tensor.device))
-                    tensor.data = tensor.data.to("cpu")
+                    leaving.append(tensor)
+        for tensor, place in zip(leaving, self._room.places(leaving), strict=True):
+            self._states_on_host.append((tensor, tensor.device))
+            place.copy_(tensor.data, non_blocking=True)
+            tensor.data = place
 
     def _synchronise(self) -> None:
         if not self._cpu:

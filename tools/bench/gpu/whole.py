@@ -56,6 +56,7 @@ colocate: true
 hf-checkpoint: $BASE_DIR/dense
 conversion: direct
 save-interval: 1000
+save-keep: 1
 recompute-granularity: full
 recompute-method: uniform
 recompute-num-layers: 1
@@ -78,7 +79,7 @@ clip-grad: 1.0
 rollout-num-gpus-per-engine: 1
 vllm-server-concurrency: 256
 vllm-max-model-len: 2048
-check-weight-sync: 2
+check-weight-sync: 4
 save-debug-rollout-data: true
 accumulate-allreduce-grads-in-fp32: true
 attention-softmax-in-fp32: true
@@ -285,6 +286,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="for model, data and run; some 5 GB")
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="of the recipe, after --")
     args = parser.parse_args()
@@ -292,7 +294,11 @@ def main() -> int:
     if args.peer:
         print(json.dumps(PEERS[args.peer](folder)))
         return 0
-    make_dense(folder, args.layers)
+    if args.make:
+        make_dense(folder, args.layers)
+        return 0
+    # In a process of its own: preflight refuses a GPU on which somebody holds memory.
+    subprocess.run([sys.executable, __file__, "--folder", folder, "--layers", str(args.layers), "--make"], check=True)
     return compare(run(folder, args.rollouts, args.flags))
 
 
