@@ -144,7 +144,7 @@ def without_the_engines_log_probs(rollout: Rollout) -> None:
         (without_samples, "rollout 0 has no samples to train on"),
         (with_a_reward_of_nan, "sample 5 of group 1 has the reward nan, not a finite number"),
         (with_an_endless_response, "more than the model's 512 positions: lower --rollout-max-response-len"),
-        (without_the_engines_log_probs, "--use-tis needs the engine's log-probs of every response token"),
+        (without_the_engines_log_probs, "need the engine's log-probs of every response token, and some are missing"),
     ],
 )
 def test_a_rollout_that_cannot_be_trained_on_is_refused_and_changes_nothing(
