@@ -84,6 +84,30 @@ def test_the_architecture_shows_every_room_on_its_floor():
     assert {room: int(floor) for floor, room in rows} == FLOOR_OF
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_are_there(page: Path):
+    text = page.read_text()
+    for name in set(re.findall(r"`((?:vime|tests|tools|configs|slurm)/[\w./-]+)`", text)):
+        assert "NAME" in name or (ROOT / name).exists(), name
+    for room in set(re.findall(r"`((?:[a-z]+)/[a-z_]+\.py)`", text)) if page.name == "architecture.md" else ():
+        assert (ROOT / "vime" / room).is_file() or (ROOT / room).is_file(), room
+    for name in set(re.findall(r"`vime((?:\.\w+)+)`", text)):
+        assert name == ".json" or names_something(name.strip(".").split(".")), name
+
+
+def names_something(parts: list[str]) -> bool:
+    """A module of vime, or a name that a module defines."""
+    path = ROOT / "vime"
+    for number, part in enumerate(parts):
+        if (path / f"{part}.py").is_file():
+            rest = parts[number + 1 :]
+            return not rest or re.search(rf"\b{rest[0]}\b", (path / f"{part}.py").read_text()) is not None
+        path /= part
+        if not path.is_dir():
+            return False
+    return True
+
+
 def test_the_glossary_is_short():
     lines = (ROOT / "docs" / "architecture.md").read_text().partition("## Glossary")[2].splitlines()
     rows = [line for line in lines if line.startswith("| ")]

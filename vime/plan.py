@@ -51,8 +51,18 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(as_json(plan, needs), indent=1))
     else:
-        print(f"{render(plan)}\n{render_needs(plan, needs)}", end="")
+        _show(f"{render(plan)}\n{render_needs(plan, needs)}")
     return 0
+
+
+def _show(text: str) -> None:
+    """Print a plan: with rich on a terminal, as it is to a file or pipe."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from vime.observe.terminal import print_sections
+
+    print_sections(text)
 
 
 def read_model(name: str) -> ModelConfig:
