@@ -26,12 +26,12 @@ def cells_of(path):
         ("a.jsonl", LINES.encode()),
         ("a.jsonl", ("\ufeff" + LINES).encode()),
         ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.json", LINES.encode()),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", json.dumps(ROWS, indent=2).encode()),
         ("a.json", "\n".join(json.dumps(row, indent=2) for row in ROWS).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=4).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=4).encode(), mtime=0)),
     ],
 )
 def test_every_way_of_writing_json_gives_the_same_rows(tmp_path, name, content):
@@ -122,7 +122,7 @@ def test_a_dataset_that_was_saved_is_read(tmp_path):
         ("a.json", b"[" * 100000, "row 1 is nested too deeply"),
         ("a.csv", b"a,b\n", "neither JSON lines nor parquet"),
         ("a.jsonl.gz", LINES.encode(), "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be read"),
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )  # fmt: skip
