@@ -236,7 +236,8 @@ class Controller:
 
     def _stage(self, stage: Stage) -> None:
         with contextlib.ExitStack() as held:
-            if gate.is_gated(stage):
+            # Who only takes an artefact over needs no right to make it.
+            if gate.is_gated(stage) and gate.difference(stage, self._plan.run_dir) is not None:
                 self._take_outputs(stage, lock := gate.OutputLock(stage))
                 held.callback(lock.release)
             self._make(stage)
