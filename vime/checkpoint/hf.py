@@ -15,6 +15,7 @@ from vime.checkpoint.safetensors_file import Mapped, TensorInfo, read_header
 from vime.errors import BadInput
 from vime.fp8.quantise import dequantise, scale_name, scale_shape
 from vime.models.config import ModelConfig
+from vime.models.folder import check_names, fitted, other_kind
 from vime.models.namemap import HFTensor, Param
 
 INDEX = "model.safetensors.index.json"
@@ -41,8 +42,10 @@ class HFCheckpoint:
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        """The model of `config.json`."""
-        return ModelConfig.from_folder(self.path)
+        """The model of `config.json`, with as many MTP layers as there are tensors of."""
+        config = ModelConfig.from_folder(self.path)
+        hf, notes = fitted(config.hf, self.tensors.keys())
+        return ModelConfig.from_hf(hf) if notes else config
 
     @property
     def block(self) -> tuple[int, int]:
@@ -133,6 +136,7 @@ class HFCheckpoint:
 
     def check(self, params: Iterable[Param]) -> None:
         """Compares all headers with a model's parameters; raises BadInput for the first tensor that does not fit."""
+        check_names(self.path, self.tensors.keys())
         known: set[str] = set()
         for param in params:
             for part in param.parts:
@@ -167,7 +171,7 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
     index = path / INDEX
     if not index.exists():
         if not (path / SINGLE).exists():
-            raise BadInput(f"{path} has neither {INDEX} nor {SINGLE}: give the folder of an HF checkpoint")
+            raise BadInput(other_kind(path))
         return read_header(path / SINGLE)
     try:
         weight_map: Any = json.loads(index.read_text())["weight_map"]

@@ -12,6 +12,7 @@ from vime.data.check import check_prompt_data
 from vime.errors import BadInput
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
+from vime.models.folder import check_names, check_quantisation, check_tokenizer, fitted, tensor_names
 from vime.models.shards import check_layout
 from vime.planning import derive, gpu_memory, gpu_moments, layout, memory, ports, stages
 from vime.planning.engines import check_engine
@@ -203,13 +204,19 @@ def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:
     if folder is None:
         raise BadInput("--hf-checkpoint is not set: give the folder of the HF checkpoint")
     if required or (Path(folder) / "config.json").is_file():
-        config = ModelConfig.from_hf(read_json(Path(folder) / "config.json"))
+        hf = read_json(Path(folder) / "config.json")
+        ModelConfig.from_hf(hf)
         if required:
             check_shards(folder)
-        return config, []
+        names = tensor_names(Path(folder))
+        check_names(Path(folder), names)
+        check_quantisation(Path(folder), hf, names)
+        check_tokenizer(Path(folder), trust_remote_code=recipe.checkpoint.trust_remote_code)
+        hf, notes = fitted(hf, names)
+        return ModelConfig.from_hf(hf), notes
     if recipe.model.model is None:
         raise BadInput(f"there is no {folder}/config.json: give --hf-checkpoint, or --model to plan without one")
-    hf: dict[str, Any] = files.read(files.find("models", recipe.model.model))
+    hf = files.read(files.find("models", recipe.model.model))
     note = f"planned from configs/models/{recipe.model.model}.yaml: there is no {folder}/config.json here"
     return ModelConfig.from_hf(hf), [note]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
+from vime.models.folder import INDEX, SINGLE, other_kind
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LARGEST_HEADER = 100 * 10**6
 """The format's own limit."""
 
@@ -24,7 +24,7 @@ def _shards(folder: Path) -> Iterator[Path]:
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
-            raise BadInput(f"{folder} has neither {INDEX} nor {SINGLE}: download the checkpoint again")
+            raise BadInput(other_kind(folder))
         yield folder / SINGLE
         return
     content = read_json(index)

@@ -15,6 +15,7 @@ from typing import Any, Never
 from vime.data.files import Row, read_rows
 from vime.data.rows import Cells, Columns, characters, read_cells
 from vime.errors import BadInput, DataError
+from vime.models.folder import check_tokenizer
 from vime.samples import Prompt
 
 MOST_CHARACTERS = 2**22
@@ -55,6 +56,7 @@ def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -
 
     if not Path(checkpoint).is_dir():
         raise BadInput(f"--hf-checkpoint {checkpoint} is not a folder: give the folder of the HF checkpoint")
+    check_tokenizer(Path(checkpoint), trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(
             str(checkpoint), trust_remote_code=trust_remote_code, local_files_only=True

@@ -1,0 +1,116 @@
+"""What an HF model folder is, by its files and the names of its tensors; what it is when it is not what is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vime.errors import BadInput
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EMBEDDING = "model.embed_tokens.weight"
+"""A tensor of every model that vime reads: names without it say nothing about the model."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+def other_kind(folder: Path) -> str:
+    """One sentence about a folder that has neither an index nor a single safetensors file, and what to do."""
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter, not a model: merge it into its base model and save that"
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return f"{folder} has shards such as {shards[0].name}, but its index is missing: fetch {INDEX} or save it again"
+    if others := sorted(folder.glob("*.safetensors")):
+        return f"{folder} has {others[0].name}, but neither {INDEX} nor {SINGLE}: give the folder of an HF checkpoint"
+    if weights := sorted(folder.glob("*.bin")):
+        return f"{folder} has weights in {weights[0].name}: save them in the safetensors format (save_pretrained does)"
+    if (weights := sorted(folder.glob("*.gguf"))) or (weights := sorted(folder.glob("*.pth"))):
+        return f"{folder} has weights in {weights[0].name}: give the checkpoint in the safetensors format"
+    if (folder / ".metadata").is_file() or (folder / "latest_checkpointed_iteration.txt").is_file():
+        return f"{folder} is a torch_dist checkpoint: give it as --ref-load or --load, and an HF folder here"
+    return f"{folder} has neither {INDEX} nor {SINGLE}: give the folder of an HF checkpoint"
+
+
+def tensor_names(folder: Path) -> Collection[str]:
+    """Names of a folder's tensors, from its index or the header of its single file; empty where neither can be read."""
+    try:
+        if (folder / INDEX).is_file():
+            return json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].keys()
+        return header(folder / SINGLE).keys() - {"__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file. Raises OSError or ValueError."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > 100 * 10**6:
+            raise ValueError("not a safetensors file")
+        return json.loads(file.read(length))
+
+
+def check_names(folder: Path, names: Collection[str]) -> None:
+    """Raises BadInput for names of another kind of checkpoint."""
+    for name in names:
+        if name.startswith("base_model."):
+            raise BadInput(f"{folder}: {name} is a name of an adapter: merge it into its base model and save that")
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            raise BadInput(
+                f"{folder}: {name} holds all experts fused, as transformers 5 saves them: save one tensor per expert "
+                "(transformers 4, or the published checkpoint)"
+            )
+
+
+def check_quantisation(folder: Path, hf: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises BadInput where `quantization_config` promises block fp8 and no tensor has a scale."""
+    if hf.get("quantization_config") and _EMBEDDING in names and not any(name.endswith("_scale_inv") for name in names):
+        raise BadInput(
+            f"{folder}: config.json has a quantization_config, but no tensor has a scale: the weights are not "
+            "quantised; remove quantization_config from config.json"
+        )
+
+
+def fitted(hf: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """`config.json` with the number of MTP layers that the tensors have, and a note where it said another."""
+    layers = hf.get("num_hidden_layers")
+    counted = int(hf.get("num_nextn_predict_layers") or 0)
+    if _EMBEDDING not in names or not isinstance(layers, int):
+        return dict(hf), []
+    present = len({int(match[1]) for name in names if (match := _LAYER.fullmatch(name)) and int(match[1]) >= layers})
+    if present == counted:
+        return dict(hf), []
+    told = f"config.json counts {counted} layers for multi-token prediction, the checkpoint has {present}"
+    note = f"{told}: these are taken" if present > counted else f"{told}: the run goes on without the others"
+    return {**hf, "num_nextn_predict_layers": present}, [note]
+
+
+def code_of_its_own(folder: Path) -> Iterator[str]:
+    """Reasons for which the folder's tokenizer needs Python code that comes with it."""
+    try:
+        options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(options, dict) and "AutoTokenizer" in (options.get("auto_map") or {}):
+        yield f"auto_map names {options['auto_map']['AutoTokenizer']}"
+        present = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+        if not present:
+            yield f"there is none of {', '.join(_TOKENIZER_FILES)}"
+
+
+def check_tokenizer(folder: Path, *, trust_remote_code: bool) -> None:
+    """Raises BadInput for a tokenizer that needs the checkpoint's own code, unless that code is trusted.
+
+    Without the code, transformers puts another tokenizer in its place, whose token ids are others. A `tokenizer.json`
+    says all by itself, so a leftover `auto_map` beside it does no harm.
+    """
+    if trust_remote_code or (folder / "tokenizer.json").is_file():
+        return
+    if reasons := list(code_of_its_own(folder)):
+        raise BadInput(
+            f"the tokenizer of {folder} needs code that comes with the checkpoint ({'; '.join(reasons)}): read that "
+            "code, then give --trust-remote-code, or add a tokenizer.json"
+        )
