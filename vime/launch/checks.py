@@ -9,7 +9,7 @@ from typing import Any
 
 from vime.errors import Cause
 from vime.planning.memory import object_store_bytes
-from vime.run.devices import host_gpus, node_slots
+from vime.run.devices import node_slots
 from vime.run.messages import Report
 from vime.run.node_local import NODE_TMP, SOCKET_CHARACTERS
 from vime.run.plan import Plan
@@ -159,7 +159,7 @@ def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 def _used(plan: Plan) -> set[int]:
     """Numbers of the GPUs that the run takes on any host."""
-    return {number for node in plan.nodes for number in host_gpus(plan, node.index, node_slots(plan, node.index))}
+    return {slot for node in plan.nodes for slot in node_slots(plan, node.index)}
 
 
 def _planned(

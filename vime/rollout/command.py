@@ -170,7 +170,7 @@ def _environment(
         # The leader looks for free ports from here on, for its ranks to meet; the first is the handshake's.
         env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)
     if plan.on_gpu:
-        env |= device_variables(plan, engine.nodes[position], engine.gpus[position], visible)
+        env |= device_variables(engine.gpus[position], visible)
         if (plan.model_config_hf.get("quantization_config") or {}).get("scale_fmt") != "ue8m0":
             # DeepGEMM would round the scales of every weight up to powers of two and quantise the weights again: the
             # engine would compute with other numbers than those that were synced.

@@ -1,4 +1,4 @@
-"""Which GPUs of a host a logical node's slots are, as numbers of the host and as CUDA's environment variables."""
+"""Which GPUs of a host a logical node's slots are, as CUDA's environment variables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ VISIBLE = "VIME_VISIBLE_GPUS"
 """Environment variable with the CUDA_VISIBLE_DEVICES of whoever started a local run; Ray changes the original."""
 
 
-def host_gpus(plan: Plan, node: int, slots: Iterable[int]) -> tuple[int, ...]:
-    """Numbers of the slots' GPUs on their host. The logical nodes of a local run take one machine's GPUs in turn."""
-    first = node * plan.cluster.gpus_per_node if plan.cluster.one_machine else 0
-    return tuple(first + slot for slot in slots)
-
-
 def node_slots(plan: Plan, node: int) -> tuple[int, ...]:
     """Slots of a node that a trainer rank or an engine takes."""
     used = {rank.gpu for rank in plan.trainer_ranks if rank.node == node}
@@ -26,13 +20,13 @@ def node_slots(plan: Plan, node: int) -> tuple[int, ...]:
     return tuple(sorted(used))
 
 
-def device_variables(plan: Plan, node: int, slots: Iterable[int], visible: str | None) -> dict[str, str]:
+def device_variables(slots: Iterable[int], visible: str | None) -> dict[str, str]:
     """CUDA's variables for a process on these slots; `visible` are the caller's devices, None or empty: all.
 
     Raises BadInput where the caller left too few.
     """
     names = [name.strip() for name in (visible or "").split(",") if name.strip()]
-    numbers = host_gpus(plan, node, slots)
+    numbers = tuple(slots)
     if names and max(numbers) >= len(names):
         raise BadInput(
             f"the run takes {max(numbers) + 1} GPUs, and CUDA_VISIBLE_DEVICES={visible} leaves {len(names)}: name more"

@@ -42,7 +42,7 @@ class RankActor:
         verify_here(binding, place.node, f"trainer rank {rank}")
         # Ray sets one thread for an actor with a fraction of a CPU; CPU Adam runs at the speed of its threads.
         threads = threads_per_rank(plan, place.node, len(os.sched_getaffinity(0)))
-        os.environ.update(device_variables(plan, place.node, [place.gpu], os.environ.get(VISIBLE)))
+        os.environ.update(device_variables([place.gpu], os.environ.get(VISIBLE)))
         os.environ.update(OMP_NUM_THREADS=str(threads))
         given = {name: value for name, value in plan.recipe.misc.env.items() if name not in os.environ}
         os.environ.update(resolve(given, os.environ))
