@@ -1,16 +1,21 @@
 """Rewards: what counts as right, and that no function, however bad, stops a run."""
 
 import asyncio
+import socket
 import time
 from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
-from vime.errors import BadInput, DataError
+from vime.errors import BadInput, DataError, VimeError
 from vime.rewards import math_answer, text
+from vime.rewards import scorer as scorer_module
 from vime.rewards.filters import check_reward_nonzero_std
-from vime.rewards.scorer import Scorer
+from vime.rewards.names import BuiltIn
+from vime.rewards.scorer import Scorer, no_answer_warning
+from vime.rewards.worker import answer
+from vime.rollout.mixture import PromptHistory
 from vime.samples import Group, Sample, Status
 
 
@@ -232,3 +237,73 @@ async def test_a_reward_server_is_asked_again_when_it_is_busy_but_not_when_it_re
     assert group.samples[0].reward == reward
     assert server.bodies[0] == {"prompt": "?", "response": "4", "label": "4", "metadata": {}}
     assert not server.answers
+
+
+async def test_a_reward_server_that_is_away_is_waited_for_with_one_line(monkeypatch, caplog):
+    monkeypatch.setattr("vime.rewards.remote.FIRST_PAUSE_SECONDS", 0.01)
+    answers = (*[503] * 5, 1.0, 1.0, 1.0, 1.0)
+    async with RewardServer(*answers) as server, Scorer("remote", rm_url=server.url, limit_s=5, workers=1) as scorer:
+        group = sums("1", "2", "3", "4")
+        await scorer.score(group)
+    assert [each.reward for each in group.samples] == [1.0] * 4
+    assert [record.message.split(server.url)[1].split()[:2] for record in caplog.records] == [
+        ["is", "away"], ["is", "back"],
+    ]  # fmt: skip
+
+
+async def test_a_reward_server_that_stays_away_ends_the_run_with_a_cause_that_requeues(monkeypatch):
+    monkeypatch.setattr("vime.rewards.remote.FIRST_PAUSE_SECONDS", 0.01)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # a port that refuses: bound, and not listened on
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        async with Scorer("remote", rm_url=url, limit_s=5, workers=1, patience_s=0.2) as scorer:
+            with pytest.raises(VimeError, match=r"was away for 0.2 s \(--rm-patience\)") as caught:
+                await scorer.score(sums("1", "2"))
+    assert caught.value.cause.requeue_mends
+
+
+async def test_a_built_in_grader_that_raises_on_a_response_means_a_wrong_answer(monkeypatch):
+    broken = BuiltIn("reward_plugins:always_raises", -1.0)
+    monkeypatch.setattr(scorer_module, "BUILT_IN", {"math": broken})
+    async with Scorer("math", limit_s=5, workers=1) as scorer:
+        group = sums(*"123456")
+        await scorer.score(group)
+        assert [each.reward for each in group.samples] == [-1.0] * 6
+        assert scorer.take_metrics().items() >= {"rollout/reward_errors": 6.0, "rollout/reward_failures": 0.0}.items()
+
+
+async def test_a_built_in_grader_that_cannot_use_a_label_is_a_failure_and_no_zero():
+    async with Scorer("gpqa", limit_s=5, workers=1) as scorer:
+        with pytest.raises(DataError, match="neither a letter"):
+            await scorer.score(Group(0, [sample("A", "green", index=number) for number in range(8)]))
+
+
+@pytest.mark.parametrize(("response", "share"), [("<think>a</think>\\boxed{1}", 0.0), ("\\boxed{1}", 1.0)])
+async def test_responses_without_an_end_of_thinking_are_counted_for_deepscaler(response, share):
+    async with Scorer("deepscaler", limit_s=5, workers=1) as scorer:
+        group = Group(0, [sample(response, "1", index=number) for number in range(4)])
+        await scorer.score(group)
+        assert scorer.take_metrics()["rollout/no_answer_share"] == share
+        assert [each.reward for each in group.samples] == [1.0 - share] * 4
+    assert "--rm-type math" in no_answer_warning("deepscaler")
+
+
+def test_a_built_in_grader_may_not_fill_the_memory(monkeypatch):
+    def fills(_):
+        return len(bytearray(2**27))
+
+    monkeypatch.setattr("vime.rewards.worker.MOST_BYTES_ADDED", 2**26)
+    assert answer(fills, None, 60) == {"value": 2.0**27}
+    monkeypatch.setattr(fills, "__module__", "vime.rewards.math_answer")
+    assert answer(fills, None, 60) == {"error": "MemoryError"}
+
+
+async def test_a_curriculum_runs_in_a_worker_and_a_bad_one_is_named():
+    histories = [PromptHistory("a", 0, [1.0]), PromptHistory("a", 1, [0.0])]
+    async with Scorer("math", limit_s=5, workers=1, curriculum="reward_plugins:unsolved_first") as scorer:
+        assert await scorer.chances(histories) == [0.25, 1.0]
+    async with Scorer("math", limit_s=5, workers=1, curriculum="reward_plugins:always_raises") as scorer:
+        with pytest.raises(DataError, match=r"--curriculum: .*LookupError: never"):
+            await scorer.chances(histories)
+    with pytest.raises(BadInput, match="--curriculum easy is no function"):
+        Scorer("math", limit_s=5, workers=1, curriculum="easy")

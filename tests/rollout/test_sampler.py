@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import pytest
 
@@ -429,3 +430,56 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(sums):
     ):
         with pytest.raises(BadInput, match=reason):
             Sampler(sums(*flags), [EngineClient("http://nowhere", KEY)], tokenizer=CharacterTokenizer())
+
+
+async def test_two_training_sets_share_a_rollout_by_weight_and_have_metrics_of_their_own(sums, tmp_path):
+    for name, first in (("low", 0), ("high", 5)):
+        rows = [{"prompt": f"{a}+{b}=", "label": str(a + b)} for a in range(first, first + 3) for b in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ("--prompt-data", f"low={tmp_path}/low.jsonl:1", f"high={tmp_path}/high.jsonl:2")
+
+    async def run(rollouts, state=None):
+        plan = sums(*sets, "--over-sampling-batch-size", "6", "--max-staleness", "10")
+        async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+            if state:
+                sampler.load_state_dict(json.loads(json.dumps(state)))
+            return [await sampler.generate(number) for number in range(rollouts)], sampler.state_dict()
+
+    whole, _ = await run(4)
+    first, state = await run(2)
+    rest, _ = await run(2, state)
+    assert [prompts_of(rollout) for rollout in whole] == [prompts_of(rollout) for rollout in (*first, *rest)]
+    assert sum(int(prompt[0]) >= 5 for prompt in prompts_of(whole[0])) == 4
+    assert whole[0].metrics["rollout/low/num_finished_groups"] == 2
+    assert whole[0].metrics["rollout/high/raw_reward"] == 1.0
+
+
+async def test_settled_prompts_are_left_out_and_counted(sums):
+    plan = sums(
+        "--skip-settled", "1", "--over-sampling-batch-size", "6", "--rollout-batch-size", "6", "--max-staleness", "99"
+    )
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        rollouts = [await sampler.generate(number) for number in range(8)]  # 40 prompts, all of them solved always
+    # Prompts of the round under way are not settled yet when their turn comes again.
+    assert 34 <= sum(rollout.metrics["rollout/prompts_skipped"] for rollout in rollouts) <= 40
+
+
+async def test_a_rollout_without_any_answer_is_warned_of_once(sums, caplog):
+    plan = sums("--rm-type", "deepscaler", "--over-sampling-batch-size", "6", "--max-staleness", "99")
+    async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
+        rollouts = [await sampler.generate(number) for number in range(2)]
+    assert [rollout.metrics["rollout/no_answer_share"] for rollout in rollouts] == [1.0, 1.0]
+    assert ["none has </think>" in record.message for record in caplog.records] == [True]
+
+
+async def test_evaluation_measures_rows_that_training_leaves_out_and_counts_its_own(sums, tmp_path):
+    rows = [{"prompt": "1+1=", "label": "2"}, {"prompt": "1+1+1=", "label": "3"}, {"prompt": "1+1+1+1=", "label": "4"}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--eval-prompt-data", "long", str(tmp_path / "long.jsonl"), "--rollout-max-prompt-len", "4")
+
+    async def left_out(*more):
+        async with StubEngine() as engine, sampler_of(sums(*flags, *more), engine) as sampler:
+            return (await sampler.evaluate(0))["eval/long/prompts_too_long"]
+
+    assert await left_out() == 0
+    assert await left_out("--eval-max-prompt-len", "6") == 1

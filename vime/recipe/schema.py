@@ -191,6 +191,12 @@ class RolloutOptions(Options):
     """Address of the reward server, with `--rm-type remote`."""
     rm_timeout: float = Field(default=10.0, gt=0)
     """Seconds for the reward of one sample."""
+    rm_patience: float = Field(default=900.0, gt=0)
+    """Seconds that groups wait for a reward server that is away; then the run ends with a cause that requeues."""
+    skip_settled: int = Field(default=0, ge=0)
+    """Turns that a prompt misses after a group whose rewards were all equal; 0 takes every prompt."""
+    curriculum: str | None = None
+    """`package.module:function` that gives visited prompts, by their rewards so far, a chance from 0 to 1."""
     num_rollout: int = Field(default=1, ge=0)
     """Rollouts of the run."""
     rollout_batch_size: int = Field(default=32, ge=1)

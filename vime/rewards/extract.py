@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 _BOX = re.compile(r"\\f?boxed\s*(?=\{)|\\boxed\s+(?P<bare>[^\s{}$\\]+)")
 _OPEN, _CLOSE = "<think>", "</think>"
+ANSWER_MARKERS = ("</think>", "###Response")
+"""Ends of the thinking, behind which `deepscaler` looks for the box."""
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
 _PHRASE = re.compile(
     r"(?:answer|result|solution|total)s?(?:[*_`\s]*(?:is|are|=|:|equals))+[*_`\s:]*(?P<rest>[^\n]+)", re.IGNORECASE
@@ -33,6 +35,19 @@ def final_part(response: str, *, cut_off: bool = False) -> str:
     if not opened or len(before) > len(response) - len(after):
         return after
     return after if after.strip() else before
+
+
+class BadLabel(ValueError):
+    """The label cannot be compared with; any other error of a built-in reward means a wrong answer."""
+
+
+def has_answer(reward: str, response: str) -> bool:
+    """True where a response has something that the built-in reward can grade."""
+    if reward == "deepscaler":
+        return any(marker in response for marker in ANSWER_MARKERS)
+    if reward == "dapo":
+        return "answer" in response.lower()
+    return bool(final_part(response).strip())
 
 
 def last_boxed(text: str) -> str | None:

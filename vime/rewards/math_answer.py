@@ -11,13 +11,20 @@ from sympy import Basic
 
 from vime.rewards.answer_reader import readings
 from vime.rewards.answer_values import Items, Named, Node, Quantity, Value, Words, equal
-from vime.rewards.extract import after_hashes, candidates, final_part, last_boxed, without_emphasis
+from vime.rewards.extract import (
+    ANSWER_MARKERS,
+    BadLabel,
+    after_hashes,
+    candidates,
+    final_part,
+    last_boxed,
+    without_emphasis,
+)
 from vime.rewards.latex_tokens import NoAnswer, Unreadable
 from vime.samples import Sample
 
 CUT_OFF = "grade_cut_off_thinking"
 """Key of a row's metadata: true gives credit for an answer in thinking that never ended."""
-_MARKERS = ("</think>", "###Response")
 _DAPO_TAIL = 300
 _DAPO_ANSWER = re.compile(r"answer[\s*_`]*:\s*([^\n]+)", re.IGNORECASE)
 _MOST_FOR_LIBRARY = 2000
@@ -42,7 +49,7 @@ def deepscaler(sample: Sample) -> float:
 
 
 def _after_thinking(sample: Sample) -> str | None:
-    for marker in _MARKERS:
+    for marker in ANSWER_MARKERS:
         _, found, final = sample.response.rpartition(marker)
         if found:
             return last_boxed(final)
@@ -77,7 +84,7 @@ def dapo(sample: Sample) -> float:
 def label_of(sample: Sample) -> str:
     """The right answer as text, out of its box or from behind its `####`."""
     if sample.label is None:
-        raise ValueError("the sample has no label to compare with: check --label-key")
+        raise BadLabel("the sample has no label to compare with: check --label-key")
     text = str(sample.label)
     boxed = last_boxed(text)
     return boxed if boxed is not None else after_hashes(text) or text

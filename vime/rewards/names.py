@@ -22,5 +22,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "f1": BuiltIn("vime.rewards.text:f1", 0.0),
     "gpqa": BuiltIn("vime.rewards.text:gpqa", 0.0),
 }
+BAD_LABEL = "BadLabel"
+"""Name of the error of a label that cannot be compared with, in a worker's answer."""
 GROUP_PREFIX = "group:"
 REMOTE = "remote"

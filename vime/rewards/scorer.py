@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from vime.errors import BadInput, DataError
+from vime.rewards.extract import has_answer
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
-from vime.rewards.names import BUILT_IN, GROUP_PREFIX
+from vime.rewards.names import BAD_LABEL, BUILT_IN, GROUP_PREFIX
 from vime.rewards.pool import CallFailed, CallTimeout, ProcessPool
 from vime.rewards.remote import RemoteReward
 from vime.samples import Group, Sample, Status
+
+log = logging.getLogger(__name__)
 
 MOST_FAILURES = 0.1
 """Share of the samples whose reward may fail before the run ends."""
@@ -38,6 +42,8 @@ class Scorer:
         rm_url: str | None = None,
         filter_path: str | None = None,
         workers: int | None = None,
+        curriculum: str | None = None,
+        patience_s: float = 900.0,
     ) -> None:
         if rm_type is None:
             raise BadInput(
@@ -52,16 +58,21 @@ class Scorer:
         if rm_type == "remote" and not rm_url:
             raise BadInput("--rm-type remote needs --rm-url, the address of the reward server")
         self._rm_type, self._limit_s = rm_type, limit_s
-        self._remote = RemoteReward(rm_url) if rm_type == "remote" and rm_url else None
+        self._remote = RemoteReward(rm_url, patience_s=patience_s) if rm_type == "remote" and rm_url else None
         self._filter = filter_path if filter_path and filter_path not in BUILT_IN_FILTERS else None
         targets = [built_in.target for name, built_in in BUILT_IN.items() if name == rm_type]
         if rm_type not in BUILT_IN and self._remote is None:
             targets.append(rm_type.removeprefix(GROUP_PREFIX))
         if self._filter:
             targets.append(self._filter)
+        if curriculum is not None and ":" not in curriculum:
+            raise BadInput(f"--curriculum {curriculum} is no function: give package.module:function")
+        self._curriculum = curriculum
+        if curriculum:
+            targets.append(curriculum)
         self._pool = ProcessPool(targets, workers)
         self._stack = contextlib.AsyncExitStack()
-        self.scored = self.failed = self.timed_out = 0
+        self.scored = self.failed = self.timed_out = self.raised = self.unanswered = 0
         self.first_failure = ""
         self._window: tuple[float, float] | None = None
         self._under_way, self._busy_s, self._busy_from = 0, 0.0, 0.0
@@ -108,6 +119,7 @@ class Scorer:
         """Set the reward of one sample; as `score`. Not for group rewards."""
         self.scored += 1
         name = sample.metadata.get("rm_type", self._rm_type)
+        self.unanswered += name in BUILT_IN and not has_answer(name, sample.response)
         if name != self._rm_type and name not in BUILT_IN:
             self._fail([sample], f"metadata rm_type {name!r} is none of {', '.join(BUILT_IN)}")
             return
@@ -121,7 +133,12 @@ class Scorer:
             self.timed_out += 1
             sample.reward = BUILT_IN[name].wrong
         except CallFailed as error:
-            self._fail([sample], str(error))
+            if name not in BUILT_IN or BAD_LABEL in str(error):
+                self._fail([sample], str(error))
+                return
+            self.raised += 1
+            sample.reward = BUILT_IN[name].wrong
+            log.debug("sample %d of group %d: %s", sample.index, sample.group_index, error)
 
     async def keeps(self, group: Group) -> bool:
         """The plug-in filter's verdict; its failure drops the group and counts as one."""
@@ -133,14 +150,28 @@ class Scorer:
             self._fail([], f"filter: {error}")
             return False
 
+    async def chances(self, histories: Sequence[Any]) -> list[float]:
+        """The curriculum's chance of every prompt to be taken. Raises DataError where its function fails."""
+        assert self._curriculum is not None
+        try:
+            found = await self._pool.call(self._curriculum, list(histories), limit_s=self._limit_s)
+        except (CallTimeout, CallFailed) as error:
+            raise DataError(f"--curriculum: {error}") from error
+        if not isinstance(found, list):
+            raise DataError(f"--curriculum {self._curriculum} gave {found!r:.100}, not a list of numbers")
+        return [float(chance) for chance in found]
+
     def take_metrics(self) -> dict[str, float]:
         """Counts since the last call."""
         metrics = {
             "rollout/reward_failures": float(self.failed),
             "rollout/reward_timeouts": float(self.timed_out),
+            "rollout/reward_errors": float(self.raised),
             "perf/reward_time": self._busy_s,
         }
-        self.scored = self.failed = self.timed_out = 0
+        if self.scored and self._rm_type in BUILT_IN:
+            metrics["rollout/no_answer_share"] = self.unanswered / self.scored
+        self.scored = self.failed = self.timed_out = self.raised = self.unanswered = 0
         self._busy_s = 0.0
         return metrics
 
@@ -202,6 +233,16 @@ class Scorer:
         if self.failed > MOST_FAILURES * max(self.scored, _FEWEST_FOR_A_SHARE):
             counts = f"{self.failed} of {self.scored} rewards failed, more than {MOST_FAILURES:.0%}"
             raise DataError(f"{counts}; first: {self.first_failure}")
+
+
+def no_answer_warning(rm_type: str) -> str:
+    """What to look at when not one response of a rollout had an answer for the reward to grade."""
+    if rm_type == "deepscaler":
+        return (
+            "--rm-type deepscaler gives 0 to every response of this rollout: none has </think>. For a model "
+            "that does not think give --rm-type math; for one that does, a longer --rollout-max-response-len"
+        )
+    return f"--rm-type {rm_type} found no answer in any response of this rollout: look at the samples in the report"
 
 
 def _text_of(sample: Sample) -> Sample:

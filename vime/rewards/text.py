@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from vime.rewards.extract import chosen_letter, final_part
+from vime.rewards.extract import BadLabel, chosen_letter, final_part
 from vime.samples import Sample
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -57,5 +57,5 @@ def _letter(label: Any, choices: Sequence[str]) -> str:
         return string.ascii_uppercase[int(text)]
     bare = text.strip("().")
     if len(bare) != 1 or not bare.isalpha():
-        raise ValueError(f"label {label!r} is neither a letter, nor a number, nor one of the choices")
+        raise BadLabel(f"label {label!r} is neither a letter, nor a number, nor one of the choices")
     return bare.upper()

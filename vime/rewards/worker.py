@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import pickle
+import resource
 import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, BinaryIO, Never
 
@@ -26,6 +27,7 @@ from vime.system.processes import end_with_parent
 
 LENGTH = struct.Struct("!I")
 _TRACE_CHARACTERS = 600
+MOST_BYTES_ADDED = 2**30
 
 
 class TimeUp(BaseException):
@@ -53,10 +55,12 @@ def load(target: str) -> Callable[..., Any]:
 
 def answer(function: Callable[..., Any], argument: Any, limit_s: float) -> dict[str, Any]:
     """Outcome of the call: `{"value": …}`, `{"timeout": …}` or `{"error": text}`."""
+    own = getattr(function, "__module__", "").startswith("vime.")
     try:
         signal.setitimer(signal.ITIMER_REAL, limit_s)
         try:
-            value = function(argument)
+            with _bounded_memory() if own else contextlib.nullcontext():
+                value = function(argument)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         return {"value": _plain(value)}
@@ -68,6 +72,20 @@ def answer(function: Callable[..., Any], argument: Any, limit_s: float) -> dict[
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
         return {"error": text[:_TRACE_CHARACTERS]}
+
+
+@contextlib.contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Limit how much vime's own rewards may add to the process: a degenerate answer must not take the node's memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    limit = now + MOST_BYTES_ADDED
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(soft, limit), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _plain(value: Any) -> Any:

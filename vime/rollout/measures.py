@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vime.samples import Group, Sample, Status
 
@@ -20,6 +20,16 @@ def finished_metrics(finished: Sequence[Group]) -> dict[str, float]:
         metrics["rollout/zero_std_share"] = len(equal) / len(finished)
         metrics["rollout/group_reward_std"] = statistics.fmean(_deviation(group) for group in finished)
     return metrics | length_metrics("rollout", samples)
+
+
+def by_set_metrics(groups: Mapping[str, Sequence[Group]]) -> dict[str, float]:
+    """The reward, its spread and the lengths of each prompt set's finished groups, `rollout/<set>/…`."""
+    metrics: dict[str, float] = {}
+    for name, finished in groups.items():
+        of_set = finished_metrics(finished)
+        shown = ("raw_reward", "zero_std_share", "num_finished_groups", "response_length", "truncated_share")
+        metrics |= {f"rollout/{name}/{key}": of_set[f"rollout/{key}"] for key in shown if f"rollout/{key}" in of_set}
+    return metrics
 
 
 def length_metrics(prefix: str, samples: Sequence[Sample]) -> dict[str, float]:

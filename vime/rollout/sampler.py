@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,19 @@ from vime.errors import BadInput, DataError
 from vime.recipe.prompt_sources import evaluation_sources, training_sources
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
 from vime.rewards.filters import check_filter_path
-from vime.rewards.scorer import Scorer
+from vime.rewards.scorer import Scorer, no_answer_warning
 from vime.rollout.client import UNVERSIONED, EngineClient, EngineError
 from vime.rollout.counters import EngineCounters
 from vime.rollout.data import PromptStream, Tokenisation, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
 from vime.rollout.evaluate import evaluate
 from vime.rollout.generation import Generator
-from vime.rollout.measures import finished_metrics, training_metrics
+from vime.rollout.measures import by_set_metrics, finished_metrics, training_metrics
+from vime.rollout.mixture import PromptMixture
 from vime.run.plan import Plan
 from vime.samples import Group, Prompt, Rollout, Status, new_group
+
+log = logging.getLogger(__name__)
 
 TRIES_OF_A_PROMPT = 2
 """Tries of every prompt of the set after which a round counts as impossible to fill."""
@@ -39,6 +43,8 @@ class _Round:
     passed_at: list[float] = field(default_factory=list)
     """Monotonic times at which the groups of `passed` passed."""
     finished: list[Group] = field(default_factory=list)
+    by_set: dict[str, list[Group]] = field(default_factory=dict)
+    """The groups of `finished`, by the name of their prompt set."""
     dropped: int = 0
     failed: int = 0
     active: dict[asyncio.Task[bool], Group] = field(default_factory=dict)
@@ -94,10 +100,18 @@ class Sampler:
         )
         longest = min(plan.recipe.eval.eval_max_prompt_len or context - 1, context - 1)
         columns = Columns.of(plan.recipe)
-        self._stream = PromptStream(
-            load_prompts(sources[0].path, training, columns=columns, name=sources[0].name),
-            options.rollout_shuffle,
-            options.rollout_seed,
+        self._mixture = PromptMixture(
+            {
+                source.name: PromptStream(
+                    load_prompts(source.path, training, columns=columns, name=source.name),
+                    options.rollout_shuffle,
+                    options.rollout_seed,
+                )
+                for source in sources
+            },
+            {source.name: source.weight for source in sources},
+            skip_settled=options.skip_settled,
+            remembers=options.curriculum is not None,
         )
         self._eval_sets = [
             load_prompts(source.path, replace(training, max_tokens=longest), columns=columns, name=source.name)
@@ -112,6 +126,8 @@ class Sampler:
             limit_s=options.rm_timeout,
             rm_url=options.rm_url,
             filter_path=options.dynamic_sampling_filter_path,
+            curriculum=options.curriculum,
+            patience_s=options.rm_patience,
         )
         self._generator = Generator(
             self._dispatcher,
@@ -123,8 +139,9 @@ class Sampler:
         )
         self._next_group = 0
         self._kept: list[Group] = []
-        self._rows: dict[int, int] = {}
-        """Row in the prompt set of every unfinished group."""
+        self._rows: dict[int, tuple[str, int]] = {}
+        """Prompt set, and row in it, of every unfinished group."""
+        self._warned = False
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -147,6 +164,8 @@ class Sampler:
         await self._dispatcher.begin()
         round_ = _Round(options.rollout_batch_size)
         self._kept = [self._fresh_enough(group, rollout_id) for group in self._kept]
+        if options.curriculum and (histories := self._mixture.histories()):
+            self._mixture.set_chances(await self._scorer.chances(histories))
         try:
             async with self._dispatcher.time_limit(options.rollout_timeout):
                 await self._fill(round_)
@@ -163,18 +182,25 @@ class Sampler:
         metrics = {
             **finished_metrics(round_.finished),
             **training_metrics(groups, rollout_id),
+            **by_set_metrics(round_.by_set if len(self._mixture.names) > 1 else {}),
             **self._scorer.take_metrics(),
+            **self._mixture.take_metrics(),
             **self._dispatcher.take_metrics(),
             **await self._counters.take_rates(),
             "rollout/filter_drops": float(round_.dropped),
             "rollout/failed_groups": float(round_.failed),
             "rollout/unfinished_groups": float(len(self._kept)),
-            "rollout/prompts_too_long": float(self._stream.data.too_long),
-            "rollout/epoch": self._stream.epoch + self._stream.position / len(self._stream.data),
             "rollout/tail_time": tail,
             "perf/rollout_tokens_per_s": tokens / seconds,
         }
+        self._warn_once(metrics)
         return Rollout(rollout_id, groups, metrics)
+
+    def _warn_once(self, metrics: Mapping[str, float]) -> None:
+        """Say after the first rollout that its reward found no answer at all."""
+        if not self._warned and metrics.get("rollout/no_answer_share") == 1.0:
+            log.warning("%s", no_answer_warning(self._recipe.rollout.rm_type or ""))
+        self._warned = True
 
     async def evaluate(self, rollout_id: int) -> dict[str, float]:
         """`eval/<name>` of every evaluation set, with the engines' current weights."""
@@ -199,7 +225,8 @@ class Sampler:
 
     def probes(self, count: int) -> list[list[int]]:
         """Token ids of the shortest prompts of the set, for requests that check an engine."""
-        shortest = sorted(self._stream.data.prompts, key=lambda prompt: (len(prompt.token_ids), prompt.number))
+        prompts = [prompt for name in self._mixture.names for prompt in self._mixture.prompts(name)]
+        shortest = sorted(prompts, key=lambda prompt: (len(prompt.token_ids), prompt.number))
         return [list(prompt.token_ids) for prompt in shortest[:count]]
 
     def engine_failed(self, engine: int, error: EngineError) -> None:
@@ -217,19 +244,20 @@ class Sampler:
     def state_dict(self) -> dict[str, Any]:
         """Start of the next rollout as plain values: data cursor, counters and waiting groups."""
         return {
-            "stream": self._stream.state_dict(),
+            "stream": self._mixture.state_dict(),
             "next_group": self._next_group,
             "kept": [_packed(group, self._rows[group.index]) for group in self._kept],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume where `state_dict` was taken."""
-        self._stream.load_state_dict(state["stream"])
+        self._mixture.load_state_dict(state["stream"])
         self._next_group = int(state["next_group"])
-        rows = {prompt.number: prompt for prompt in self._stream.data.prompts}
+        names = self._mixture.names
+        rows = {(name, prompt.number): prompt for name in names for prompt in self._mixture.prompts(name)}
         samples = self._recipe.rollout.n_samples_per_prompt
-        self._kept = [_unpacked(packed, rows[packed["row"]], samples) for packed in state["kept"]]
-        self._rows = {packed["index"]: packed["row"] for packed in state["kept"]}
+        self._rows = {packed["index"]: (packed.get("set", names[0]), packed["row"]) for packed in state["kept"]}
+        self._kept = [_unpacked(packed, rows[self._rows[packed["index"]]], samples) for packed in state["kept"]]
 
     async def _fill(self, round_: _Round) -> None:
         """Submit prompts and take finished groups until enough have passed."""
@@ -244,6 +272,9 @@ class Sampler:
                 round_.failed += 1
             else:
                 round_.finished.append(group)
+                name, row = self._rows[group.index]
+                round_.by_set.setdefault(name, []).append(group)
+                self._mixture.record(name, row, [s.reward for s in group.samples if s.reward is not None])
                 round_.dropped += not passes
                 if passes:
                     round_.passed.append(group)
@@ -266,9 +297,9 @@ class Sampler:
 
     def _check_fillable(self, round_: _Round) -> None:
         tried = len(round_.finished) + round_.failed
-        if tried >= TRIES_OF_A_PROMPT * len(self._stream.data) + round_.wanted:
+        if tried >= TRIES_OF_A_PROMPT * len(self._mixture) + round_.wanted:
             raise DataError(
-                f"no rollout can be filled: after every one of {len(self._stream.data)} prompts was tried "
+                f"no rollout can be filled: after every one of {len(self._mixture)} prompts was tried "
                 f"{TRIES_OF_A_PROMPT} times, {round_.counts()}; mean reward "
                 f"{finished_metrics(round_.finished).get('rollout/raw_reward', float('nan')):.3g}"
             )
@@ -278,9 +309,9 @@ class Sampler:
         options = self._recipe.rollout
         count = options.over_sampling_batch_size or options.rollout_batch_size
         groups, self._kept = self._kept[:count], self._kept[count:]
-        for prompt in self._stream.take(count - len(groups)):
+        for name, prompt in self._mixture.take(count - len(groups)):
             groups.append(new_group(self._next_group, prompt, options.n_samples_per_prompt))
-            self._rows[self._next_group] = prompt.number
+            self._rows[self._next_group] = (name, prompt.number)
             self._next_group += 1
         for group in groups:
             task = asyncio.create_task(self._work(group))
@@ -321,11 +352,12 @@ def _without_answers(group: Group) -> Group:
     return Group(group.index, [sample.without_response() for sample in group.samples])
 
 
-def _packed(group: Group, row: int) -> dict[str, Any]:
+def _packed(group: Group, source: tuple[str, int]) -> dict[str, Any]:
     """A waiting group as plain values; its prompt stays in the data set."""
     fresh = all(sample.status == Status.PENDING for sample in group.samples)
     samples = [] if fresh else [sample.response_values() for sample in group.samples]
-    return {"index": group.index, "row": row, "samples": samples}
+    name, row = source
+    return {"index": group.index, "set": name, "row": row, "samples": samples}
 
 
 def _unpacked(packed: Mapping[str, Any], prompt: Prompt, samples: int) -> Group:
