@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from vime.errors import BadInput
@@ -51,6 +52,36 @@ def load_with_notes(name_or_path: str, flags: Sequence[str] = ()) -> Loaded:
         return Loaded(Recipe(name=path.stem, **values), tuple(notes))
     except ValidationError as error:
         raise BadInput(first_problem(error)) from error
+
+
+def load_flags(name: str, flags: Sequence[str]) -> Loaded:
+    """A recipe of flags alone, with the defaults of vime for all others. Raises BadInput as `load_with_notes`."""
+    values: dict[str, Any] = {}
+    given = list(parse_flags(flags))
+    notes = collect(given, values)
+    notes += _settle_dispatcher([option for option, _ in given], values.get("misc", {}))
+    try:
+        return Loaded(Recipe(name=name, **values), tuple(notes))
+    except ValidationError as error:
+        raise BadInput(first_problem(error)) from error
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe's file: one `option: value` for every option that was given."""
+    lines: dict[str, Any] = {}
+    for group in Recipe.model_fields:
+        if group == "name":
+            continue
+        options = getattr(recipe, group)
+        for name in sorted(options.model_fields_set):
+            value = getattr(options, name)
+            if (group, name) == ("engine", "vllm"):
+                lines |= {f"vllm-{key.replace('_', '-')}": each for key, each in value.items()}
+            elif (group, name) == ("model", "model_args"):
+                lines |= {key.replace("_", "-"): each for key, each in value.items()}
+            else:
+                lines[name.replace("_", "-")] = value
+    return yaml.safe_dump(lines, sort_keys=False, allow_unicode=True)
 
 
 def _settle_dispatcher(given: Sequence[str], misc: dict[str, Any]) -> list[str]:
