@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / 'it\'s a "run" & größe $HOME'
 
 
-def start(run_dir: Path, *stages: Stage, nodes: int = 4, **options: object) -> str:
+def start(run_dir: Path, *stages: Stage, nodes: int = 4, **options: Any) -> str:
     """Submits a run; the job's id."""
     plan = make_plan(run_dir, [preflight(run_dir, nodes), *stages], nodes=nodes, kind="slurm", **options)
     record_run(run_dir)

@@ -112,7 +112,7 @@ def test_the_state_is_that_of_the_last_start(run_dir: Path) -> None:
         ("run-start", None, {"restart": 1}), ("stage-skip", "cast", {}), ("stage-start", "train", {}),
         ("run-end", "train", {"cause": "DATA_ERROR"}),
     ):  # fmt: skip
-        journal.write(kind, stage=stage, data=data)
+        journal.write(kind, stage=stage, data=data)  # pyright: ignore[reportArgumentType]
     journal.close()
     state = run_state(run_dir)
     assert (state.state, state.cause, state.restart) == ("failed", "DATA_ERROR", 1)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -90,7 +91,7 @@ def test_reports_survive_mixing_and_cutting_on_their_way(sent: list[Report], dat
 class Task:
     """A task of a one-stage plan, as the local runner starts it."""
 
-    def __init__(self, run_dir: Path, code: str, **options: object) -> None:
+    def __init__(self, run_dir: Path, code: str, **options: Any) -> None:
         make_plan(run_dir, [stub("cast", code, **options)])
         env = {**os.environ, "VIME_PLACES": "0=here", "VIME_LOCAL_PLACE": "0", "VIME_LOCAL_RANK": "0", "VIME_JOB": "t"}
         argv = [sys.executable, "-m", "vime.node.task", "--run", str(run_dir), "--stage", "cast"]
