@@ -207,6 +207,7 @@ PATHOLOGICAL = {
     "numbers": ",".join(map(str, range(20000))),
     "exponent": "1e999999999",
     "signs": "-" * 100000 + "1",
+    "dollars": "$" * 200000,
     "escapes": "\\" * 9999,
     "sines": r"\sin(" * 300 + "1" + ")" * 300,
     "NUL": "\x00\x01\ud800 12",

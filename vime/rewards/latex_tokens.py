@@ -107,6 +107,8 @@ class _Lexer:
         self.text, self.commas = text, commas
         self.place, self.depth, self.spaced = 0, 0, False
         self.tokens: list[Token] = []
+        self.dollars_pair = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
+        """True where unescaped dollars delimit mathematics; a dollar without a partner is money."""
 
     def run(self) -> list[Token]:
         while self.place < len(self.text):
@@ -202,15 +204,10 @@ class _Lexer:
             names = {"π": "pi", "∞": "infinity", "∅": "empty", "θ": "theta"}
             self._add("function", "sqrt") if character == "√" else self._add("symbol", names[character])
         elif character in "$€£":
-            if character != "$" or not self._closes_dollar():
+            if character != "$" or not self.dollars_pair:
                 self._add("mark", "currency")
         else:
             raise Unreadable(character)
-
-    def _closes_dollar(self) -> bool:
-        """True for a dollar that delimits mathematics: they come in pairs."""
-        unescaped = len(re.findall(r"(?<!\\)\$", self.text))
-        return unescaped % 2 == 0
 
     def _escape(self) -> None:
         found = _LETTERS.match(self.text, self.place + 1)
