@@ -31,7 +31,7 @@ class PinnedRoom:
         if starts[-1] != self._memory.numel():
             self._release()
             self._memory = torch.empty(starts[-1], dtype=torch.uint8)
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), starts[-1], 0))
+            torch.cuda.check_error(_cudart().cudaHostRegister(self._memory.data_ptr(), starts[-1], 0))
         return [
             self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for start, tensor in zip(starts, tensors, strict=False)
@@ -39,8 +39,13 @@ class PinnedRoom:
 
     def _release(self) -> None:
         if self._memory.numel():
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+            torch.cuda.check_error(_cudart().cudaHostUnregister(self._memory.data_ptr()))
         self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+def _cudart() -> Any:
+    """CUDA's runtime; torch's types say that there may be none."""
+    return torch.cuda.cudart()
 
 
 def _padded(size: int) -> int:

@@ -148,7 +148,7 @@ def peer_generation(run_dir: Path) -> dict[str, float]:
     rollout = read_rollout(run_dir / "rollouts", plan.recipe.rollout.num_rollout - 1)
     options = {name: value for name, value in plan.recipe.engine.vllm.items() if value is not None}
     engine = LLM(str(plan.recipe.checkpoint.hf_checkpoint), logprobs_mode="processed_logprobs", **options)
-    prompts = [{"prompt_token_ids": list(sample.prompt_ids)} for sample in rollout.samples]
+    prompts: Any = [{"prompt_token_ids": list(sample.prompt_ids)} for sample in rollout.samples]
     lengths = [len(sample.response_ids) for sample in rollout.samples]
     asked = [
         SamplingParams(max_tokens=n, ignore_eos=True, temperature=1.0, logprobs=0, detokenize=False) for n in lengths
