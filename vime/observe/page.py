@@ -184,8 +184,14 @@ def _evaluation(run: RunSummary) -> str:
         more = sorted({n for values in run.steps.values() for n in values if n.startswith(f"{name}/pass@")})
         lines = [Series("mean", series(run.steps, name))]
         lines += [Series(n.rsplit("/", 1)[1], series(run.steps, n)) for n in more if not n.endswith("pass@1")][:3]
-        charts.append(line_chart(name.removeprefix("eval/"), lines))
+        charts.append(line_chart(name.removeprefix("eval/") + _left_out(run, name), lines))
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def _left_out(run: RunSummary, name: str) -> str:
+    """Rows of an evaluation set that were too long to be measured, for its title."""
+    counts = [values[key] for values in run.steps.values() if (key := f"{name}/prompts_too_long") in values]
+    return f" ({counts[-1]:.0f} rows left out as too long)" if counts and counts[-1] else ""
 
 
 def _timeline(run: RunSummary) -> str:
