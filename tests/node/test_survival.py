@@ -64,8 +64,8 @@ class Allocation(LocalRunner):
         if self.refusals >= 0:
             raise SlurmError("Unable to contact slurm controller")
 
-    def exclude(self, hosts: Any) -> None:
-        self.excluded += hosts
+    def exclude(self, nodes: Any) -> None:
+        self.excluded += nodes
 
     def show(self, text: str) -> None:
         self.said.append(text)
