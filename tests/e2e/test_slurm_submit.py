@@ -132,7 +132,7 @@ def test_without_accounting_a_whole_chain_is_seen_and_cancelled(
     assert [wait_for_end(job.job_id, 60) for job in jobs] == ["CANCELLED", "CANCELLED"]
     assert not (run_dir / "logs" / "train").exists()
     assert status.main([]) == 0
-    assert ": failed, job" in capsys.readouterr().out
+    assert ": cancelled, job" in capsys.readouterr().out
     assert logs.main(["--stage", "controller"]) == 0
     assert "run-end convert convert was ended by SIGTERM: cancelled" in capsys.readouterr().out
 

@@ -88,7 +88,7 @@ def test_a_run_is_queued_watched_attached_to_and_cancelled(
         time.sleep(0.1)
     assert cancel.main([]) == 0
     assert "cancelled" in capsys.readouterr().out
-    wait_for(run_dir, "failed")
+    wait_for(run_dir, "cancelled")
     assert read_events(run_dir)[-1].data["cause"] == "CANCELLED"
 
 
