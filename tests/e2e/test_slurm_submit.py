@@ -244,7 +244,8 @@ def test_a_written_script_that_is_submitted_by_hand_runs_its_stages_in_the_conta
     assert read_jobs(run_dir) == (Job(job),)
     calls = (fake.parent / "calls").read_text().splitlines()
     assert len(calls) == 4
-    assert all(call.startswith(f"exec --bind={run_dir}:{run_dir},/tmp:/tmp /images/vime.sif") for call in calls)
+    begin = f"exec --no-home --bind={run_dir}:{run_dir},/tmp:/tmp /images/vime.sif"
+    assert all(call.startswith(begin) for call in calls)
     assert [(run_dir / f"logs/train/node0{node}.log").read_text().split()[-1] for node in range(2)] == [
         "node01", "node02"
     ]  # fmt: skip

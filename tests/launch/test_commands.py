@@ -69,7 +69,7 @@ def test_a_run_is_seen_followed_and_cancelled(
     assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
 
     assert status.main([str(run_dir)]) == 0
-    assert ": failed" in capsys.readouterr().out
+    assert ": cancelled" in capsys.readouterr().out
     assert cancel.main([]) == 0
     assert "nothing to cancel" in capsys.readouterr().out
 
