@@ -13,7 +13,7 @@ from vime.planning.request import check_fits, plan_from
 from vime.planning.show import render
 from vime.recipe.flags import flag, recipe_options
 from vime.recipe.load import as_yaml, load_flags, load_recipe
-from vime.recipe.schema import Recipe
+from vime.recipe.schema import Recipe, help_texts
 from vime.recipe.script import read_script, render_script
 from vime.run.folder import write_plan
 from vime.run.plan import Plan
@@ -26,7 +26,7 @@ def list_options(recipe: Recipe) -> str:
     lines = []
     for name, target in recipe_options().items():
         group = getattr(recipe, target.group)
-        about = type(group).model_fields[target.field].description
+        about = help_texts(type(group)).get(target.field)
         lines.append(f"{flag(name)} {getattr(group, target.field)}" + (f"   # {about}" if about else ""))
     return "\n".join(lines)
 

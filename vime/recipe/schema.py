@@ -6,7 +6,11 @@ string below an option is its help text; its type and bounds are checked when th
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -40,7 +44,19 @@ CorrectionName = Annotated[str, _name_in(CORRECTIONS)]
 class Options(BaseModel):
     """Base of the groups: frozen, strict about names, documented by the strings below the fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@functools.cache
+def help_texts(options: type[BaseModel]) -> dict[str, str]:
+    """Option -> the string below it, on one line. Read from the source on demand: pydantic would at every import."""
+    (group,) = ast.parse(inspect.getsource(options)).body
+    assert isinstance(group, ast.ClassDef)
+    found = {}
+    for field, text in itertools.pairwise(group.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return found
 
 
 class SourceOptions(Options):

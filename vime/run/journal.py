@@ -38,7 +38,7 @@ Kind = Literal[
 class Event(BaseModel):
     """One line of the journal."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
     time: float = Field(default_factory=time.time)
     """Unix seconds."""

@@ -13,7 +13,7 @@ from vime.recipe.schema import Recipe
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Item(Frozen):
