@@ -4,6 +4,7 @@ tests/e2e/test_engine_faults.py kills real ones."""
 import asyncio
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from tests.support.fake_engine import FakeEngine
 from tests.support.plans import plan_of
@@ -164,6 +165,17 @@ async def test_an_engine_that_fails_too_often_ends_the_run_with_the_cause():
         await world.supervisor.sync()
     assert caught.value.cause == Cause.CODE_ERROR
     assert [entry[0] for entry in world.journal].count("restart") == 2
+
+
+async def test_a_start_that_fails_in_an_actor_ends_the_run_with_the_cause_inside_rays_wrapper():
+    world = World("--max-engine-restarts", "1")
+    await world.supervisor.sync()
+    inner = EngineStuck("engine 1 ran out of memory", 1, Cause.OUT_OF_MEMORY)
+    world.start_faults = [RayTaskError("start", "traceback", inner).as_instanceof_cause()]
+    world.broken = {1}
+    with pytest.raises(EngineLost) as caught:
+        await world.supervisor.recover(1, EngineUnreachable("engine 1 exited with -9"))
+    assert caught.value.cause is Cause.OUT_OF_MEMORY
 
 
 async def test_failures_of_earlier_rollouts_do_not_count():

@@ -13,6 +13,7 @@ from vime.rollout.client import EngineClient, EngineError, EngineTimeout, Engine
 from vime.run.plan import Plan
 from vime.sync.ranks import TrainerCall, WorkerMethods
 from vime.sync.session import SyncFailed
+from vime.train.causes import cause_of
 from vime.train.handover import EngineStuck, Handover
 from vime.train.trust import EngineDistrusted, check_trust, differences, probe_settings
 
@@ -209,7 +210,7 @@ class EngineSupervisor:
         return [engine for engine, good in zip(engines, answers, strict=True) if not good] or list(engines)
 
     async def _restart(self, engines: Sequence[int], blamed: int, error: VimeError) -> None:
-        """Start these engines anew; a start that fails counts as a failure of the blamed one too."""
+        """Restart these engines. A start that fails counts as a failure of the blamed one too."""
         limit = self._plan.recipe.engine.max_engine_restarts
         names = ", ".join(map(str, engines))
         while True:
@@ -219,7 +220,7 @@ class EngineSupervisor:
                 raise EngineLost(
                     f"engine {blamed} failed {count} times within one rollout, and --max-engine-restarts is {limit}: "
                     f"{error}; its log is {self._plan.run_dir}/logs/engines/engine-{blamed}-*.log",
-                    error.cause,
+                    cause_of(error),
                 ) from error
             self._say(f"engine {blamed} failed ({error}): restarting engine {names}, {count} of {limit} times")
             try:
