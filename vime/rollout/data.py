@@ -61,7 +61,8 @@ def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -
         return AutoTokenizer.from_pretrained(
             str(checkpoint), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # The library does not check the types in the files that it reads.
         raise BadInput(f"no tokenizer can be read from {checkpoint}: {_line(error)}") from error
 
 
