@@ -80,7 +80,7 @@ def test_cause_and_culprit_of_facts(facts: Facts, cause: Cause, node: str | None
 
 
 SRUN = [
-    # (what srun and slurmstepd wrote, srun's exit code, cause, node); recorded from Slurm 20.11 to 23.11, other names
+    # (what srun and slurmstepd wrote, srun's exit code, cause, node), in the words of Slurm 20.11 to 23.11
     ("srun: error: Node failure on gpu007\nsrun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
      143, Cause.NODE_FAILURE, "gpu007"),
     ("srun: error: Node failure on gpu007", 0, Cause.NODE_FAILURE, "gpu007"),
