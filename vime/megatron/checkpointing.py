@@ -20,6 +20,7 @@ from vime.models.disk import extra_states
 from vime.models.local import fill, local_tensors
 from vime.models.transform import shard
 from vime.recipe.parallel import Coordinates, ParallelLayout
+from vime.system.memory import return_free_memory
 
 # Transformer Engine's states of modules; of grouped experts one for each, numbered from the second on.
 _EXTRA_STATE = re.compile(r"\b_extra_state\d*$")
@@ -73,6 +74,7 @@ class Checkpointer:
         else:
             request.add_finalize_fn(publish)
             self._calls().schedule_async_request(request)
+        return_free_memory()
         return folders.folder_of(root, state.rollout_id)
 
     def poll(self) -> bool:
