@@ -1,5 +1,4 @@
-"""Where buckets lie: a receiver's two buffers, in shared memory of a trainer's node or in the memory of a GPU, and the
-tensors in them."""
+"""Bucket buffers, two per receiver, in shared memory of a trainer's node or in GPU memory, with views of tensors."""
 
 from __future__ import annotations
 
@@ -20,46 +19,46 @@ from vime.sync.segment import Segment, segment_name
 from vime.sync.wire import Block, torch_type
 
 Views = dict[int, dict[str, tuple[Tensor, Tensor | None]]]
-"""By receiver and HF name: the tensor in the receiver's buffer, and its scales."""
+"""Receiver to HF name to (tensor, scales), both views of the receiver's buffer."""
 
 
 @dataclass
 class Buffer:
-    """A bucket's place for one receiver."""
+    """Memory for one bucket of one receiver."""
 
     data: Tensor
     """uint8 [capacity]."""
     segment: Segment | None
-    """The shared memory that it is; None on a GPU."""
+    """Shared memory behind `data`; None on a GPU."""
     owned: bool
-    """Whether there is a name that this rank has to remove."""
+    """True if this rank has to remove the segment's name."""
     handle: list[Any] | None = None
-    """What another process needs to map it, on a GPU."""
+    """CUDA handle with which another process maps it; None off the GPU."""
 
     def unlink(self) -> None:
-        """Nobody finds the memory by its name any more."""
+        """Remove the segment's name; existing mappings stay."""
         if self.segment is not None and self.owned:
             self.segment.unlink()
             self.owned = False
 
 
 class Buffers:
-    """The buffers that one rank reaches: those on its node, or on its GPU.
+    """The buffers that one rank can access: those on its node, or on its GPU.
 
-    All ranks call `prepare` at the same time. Buffers of far receivers in the memory of the host stay from one sync to
-    the next: nobody needs their names once the node's ranks have mapped them, and pages cost more to make than to fill.
+    All ranks call `prepare` at the same time. Host buffers of far receivers are kept between syncs: their names are not
+    needed once the node's ranks have mapped them, and allocating pages costs more than filling them.
     """
 
     def __init__(self, schedule: Schedule, rank: int, run: str, device: torch.device) -> None:
         self._schedule, self._rank, self._run, self._device = schedule, rank, run, device
         self._now: dict[tuple[int, int], Buffer] = {}
-        """By receiver and slot."""
+        """(receiver, slot) to buffer."""
         self._kept: dict[tuple[int, int], Buffer] = {}
         self._makings, self._kept_since = 0, 0
-        """How often buffers to be kept were made, and the time that `_kept` is of; 0: there are none."""
+        """Generation counter, and the generation of `_kept` (0: none)."""
 
     def prepare(self) -> None:
-        """Have all buffers of a sync."""
+        """Create or reuse all buffers of a sync."""
         everyone = set(range(len(self._schedule.receivers)))
         far = {number for number in everyone if self._stays(number)}
         if far and self._all_kept():
@@ -76,23 +75,23 @@ class Buffers:
             self._make(everyone - far)
 
     def of(self, bucket: int, receiver: int) -> Buffer:
-        """The buffer of a bucket."""
+        """A receiver's buffer for a bucket."""
         return self._now[receiver, bucket % SLOTS]
 
     def views(self, bucket: int, receiver: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """By HF name: the tensor and its scales in the receiver's buffer."""
+        """HF name to (tensor, scales), views of the receiver's buffer."""
         places, _ = self._schedule.places(bucket, receiver)
         data = self.of(bucket, receiver).data
         return {place.entry.name: entry_views(data, place, self._schedule.block) for place in places}
 
     def finish(self) -> None:
-        """Give all memory back but what stays."""
+        """Free all buffers except those kept for the next sync."""
         for buffer in self._now.values():
             buffer.unlink()
         self._now.clear()
 
     def forget(self) -> None:
-        """Let what stays go too: somebody may still read it."""
+        """Drop the kept buffers too, because a failed sync may still read them."""
         self._kept, self._kept_since = {}, 0
 
     def _stays(self, number: int) -> bool:
@@ -100,7 +99,7 @@ class Buffers:
         return not receiver.local and not receiver.on_gpu
 
     def _all_kept(self) -> bool:
-        """Whether every rank still has what was made at the same time; one that saw a sync fail has not."""
+        """True if all ranks keep buffers of the same generation; a rank that saw a sync fail keeps none."""
         times = torch.tensor([self._kept_since, -self._kept_since], device=self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(times, dist.ReduceOp.MIN)
@@ -108,7 +107,7 @@ class Buffers:
         return first == -last > 0
 
     def _make(self, numbers: Collection[int]) -> None:
-        """Make the buffers of some receivers and map those that other ranks of the node have made."""
+        """Create this rank's buffers of some receivers and map those created by other ranks of the node."""
         slots = range(min(SLOTS, len(self._schedule.buckets)))
         for number in numbers:
             for slot in slots:
@@ -126,8 +125,8 @@ class Buffers:
                     self._now[number, slot] = Buffer(_bytes(segment), segment, owned=False)
 
     def _maker(self, number: int, slot: int) -> int:
-        """The rank that makes a buffer: the publisher on GPUs; else the node's ranks share the work, most of which is
-        the kernel's, clearing pages."""
+        """The rank that creates a buffer: the publisher on GPUs; otherwise the node's ranks take turns by slot, sharing
+        the kernel's work of clearing pages."""
         if self._schedule.receivers[number].on_gpu:
             return self._schedule.receivers[number].publishers[0]
         home = self._schedule.home(number)
@@ -160,7 +159,7 @@ def entry_views(data: Tensor, place: EntrySlice, block: Block) -> tuple[Tensor, 
 
 
 def barrier() -> None:
-    """Wait for all trainer ranks, where there are several."""
+    """Wait for all trainer ranks, if there are several."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 

@@ -1,7 +1,7 @@
-"""Buckets between nodes: one group of a publisher and the engine workers of one node, gloo for the memory of hosts and
-NCCL for that of GPUs.
+"""Bucket transport between nodes: a process group of a publisher and one node's engine workers, gloo for host memory
+and NCCL for GPU memory.
 
-The store and every connection of gloo are bound to the nodes' own addresses; NCCL takes its interface from
+The store and gloo's connections are bound to the nodes' own addresses; NCCL takes its interface from
 NCCL_SOCKET_IFNAME.
 """
 
@@ -24,7 +24,7 @@ ABORT_SECONDS = 10.0
 
 
 class Listener:
-    """The publisher's end before the workers have come: a bound port."""
+    """The publisher's end before the workers join: a bound port."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -35,7 +35,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self, workers: int, timeout_s: float, device: torch.device = CPU) -> Channel:
-        """The group, once all workers have joined, for tensors on `device`. Raises DeadlineExceeded."""
+        """Wait until all workers have joined; the group for tensors on `device`. Raises DeadlineExceeded."""
         return Channel(self.address, self.port, 0, workers + 1, timeout_s, device, listener=self._socket.detach())
 
 
@@ -77,19 +77,19 @@ class Channel:
     def _nccl(self, store: dist.Store, rank: int, size: int) -> Any:
         torch.cuda.set_device(self._device)
         options = dist.ProcessGroupNCCL.Options()
-        # At the group's own timeout torch's watchdog ends the process; `_finish` breaks the group before.
+        # At the group's own timeout torch's watchdog ends the process; `_finish` aborts the group earlier.
         options._timeout = 4 * self._timeout + timedelta(minutes=10)
         group = dist.ProcessGroupNCCL(store, rank, size, options)
-        # NCCL connects at the first message: here every member waits for all others, as with gloo.
+        # NCCL connects at the first message: this one makes every member wait for all others, as gloo does.
         self._finish(group, group.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device), 0))
         return group
 
     def _finish(self, group: Any, work: Any) -> None:
-        """Wait for a message over NCCL. Raises RuntimeError at the deadline; the group is of no use from then on."""
+        """Wait for a message over NCCL. Raises RuntimeError at the deadline; the group is unusable afterwards."""
         end = time.monotonic() + self._timeout.total_seconds()
         while not work.is_completed():
             if time.monotonic() > end:
-                # NCCL may wait for other members even here.
+                # The abort may itself wait for other members, hence the thread.
                 breaking = threading.Thread(target=group.abort, name="weights-abort", daemon=True)
                 breaking.start()
                 breaking.join(ABORT_SECONDS)
@@ -98,11 +98,11 @@ class Channel:
         work.wait()
 
     def move(self, data: torch.Tensor) -> None:
-        """Send a tensor of bytes (rank 0), or fill it with what is sent; it is there, or its memory free for other
-        bytes, when this returns. Raises VimeError when a member is gone."""
+        """Send a uint8 tensor (rank 0) or receive into it (other ranks). On return the data has arrived, or may be
+        overwritten by its sender. Raises VimeError when a member is gone."""
         try:
             if self._device.type == "cuda":
-                # CUDA's current device is a thread's own; this may be the source's sending thread.
+                # CUDA's current device is set per thread; this may be the source's sending thread.
                 torch.cuda.set_device(self._device)
                 self._finish(self._group, self._group.broadcast(data, 0))
             else:
@@ -112,7 +112,7 @@ class Channel:
 
 
 def _own_address(address: str, port: int) -> str:
-    """The address of this node from which the other one is reached; asks the routing table, sends nothing."""
+    """This node's address on the route to `address`, from the routing table; sends nothing."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))

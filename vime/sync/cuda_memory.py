@@ -1,6 +1,6 @@
-"""GPU memory of one process in another one on the same GPU, as plain data: no pickle, no tensor per name.
+"""GPU memory shared between processes on one GPU through plain data: no pickle, no handle per tensor.
 
-A handle is what CUDA needs to map the memory, with torch's counter of its users, as JSON can carry it.
+A handle is a JSON list of what CUDA needs to map the memory and of torch's reference counter.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 def share(memory: Tensor) -> list[Any]:
-    """A handle of a contiguous CUDA tensor (uint8), for one other process, which has to map it and let it go again."""
+    """Handle of a contiguous CUDA tensor (uint8) for one other process, which must map it and release it."""
     shared = memory.untyped_storage()._share_cuda_()
     return [*(_to_json(value) for value in shared), memory.storage_offset(), memory.numel()]
 
 
 def map_shared(handle: list[Any]) -> Tensor:
-    """The memory of a handle as uint8 on this process's GPU, which must be the same one. It is mapped until the tensor
-    and all views of it are gone."""
+    """Map a handle as a uint8 tensor on this process's GPU, which must be the sender's. The mapping lasts until the
+    tensor and all its views are freed."""
     _, *shared, offset, size = (_from_json(value) for value in handle)
-    # The sender's number of the GPU is not this process's.
+    # The sender's GPU index is dropped: this process may number the same GPU differently.
     storage = torch.UntypedStorage._new_shared_cuda(torch.cuda.current_device(), *shared)
     return torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage, offset, (size,), (1,))
 

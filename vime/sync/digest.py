@@ -1,7 +1,7 @@
-"""Digests of the stream's tensors, made from the trainer's weights without the sync's own schedule, to check it.
+"""Digests of the trainer's weights, computed without the sync's moves and buffers, to check a sync.
 
-For every parameter the first rank that holds its first shard gathers the others, quantises the whole tensors, and takes
-their fingerprints as an engine's worker does of what reached it.
+For each parameter, the first rank that holds shard 0 gathers the other shards, quantises the whole tensors and
+fingerprints them, as an engine's worker fingerprints what it received.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from vime.sync.schedule import Schedule
 def trainer_digests(
     schedule: Schedule, rank: int, tensors: Mapping[str, Tensor], checkpoint: HFCheckpoint | None
 ) -> dict[str, str]:
-    """By HF name: the digests of the tensors that fall to this rank. All ranks call it at the same time.
+    """HF name to digest of the tensors assigned to this rank. All ranks call it at the same time.
 
-    `tensors`: this rank's shards by name of the global parameter. Raises NotFinite.
+    `tensors`: this rank's shards by name of the global parameter. Raises WeightNotFinite.
     """
     found: dict[str, str] = {}
     for param, entries in _by_param(schedule).items():
@@ -54,7 +54,7 @@ def _by_param(schedule: Schedule) -> dict[Param, list[Entry]]:
 
 
 def _gather(param: Param, holders: list[int], rank: int, tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """All shards, on the holder of the first one; None on every other rank."""
+    """All shards on the rank that holds the first one; None on every other rank."""
     if rank not in holders:
         return None
     own = tensors[param.name].detach().contiguous()

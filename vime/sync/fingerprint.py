@@ -1,9 +1,9 @@
-"""Fingerprints of tensors' bytes, computed where the tensor lies: a check of gigabytes takes milliseconds on a GPU.
+"""Fingerprints of tensors' bytes, computed on the tensor's device: gigabytes take milliseconds on a GPU.
 
-They find faults, not forgers. The bytes are taken as 64-bit words w_i. The fingerprint is two sums over all words,
-modulo 2^64: of w_i * k_i and of w_i * l_i, with odd k_i and l_i that are mixed from the word's place i. A word that
-differs changes both sums, since a product with an odd number is one-to-one; several differences cancel in both by a
-chance of about 2^-126.
+They detect faults, not forgery. The bytes are read as 64-bit words w_i. The fingerprint is two sums over all words,
+modulo 2^64: of w_i * k_i and of w_i * l_i, with odd k_i and l_i hashed from the word's index i. One differing word
+changes both sums, because multiplying by an odd number is one-to-one; several differences cancel in both sums with a
+probability of about 2^-126.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 CHUNK_WORDS = 1 << 23
-"""Words at a time: the work takes about 4 x 64 MB of memory."""
+"""Words processed at once; needs about 4 x 64 MB of memory."""
 _MIX = (-0x61C8864680B583EB, -0x4B47D0C5C0A2D4A7, -0x3B314601E57A13AD, 0x2545F4914F6CDD1D)
 """Odd 64-bit constants as signed numbers."""
 
 
 def fingerprint(*tensors: Tensor | None) -> str:
-    """64 hexadecimal digits for each tensor, in order; None adds nothing. The same on every kind of device."""
+    """64 hexadecimal digits for each tensor, in order; None adds nothing. Equal on every kind of device."""
     return "".join(_one(tensor) for tensor in tensors if tensor is not None)
 
 
@@ -36,9 +36,9 @@ def _one(tensor: Tensor) -> str:
 
 
 def _words(data: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(place of the first word, int64 words) of the bytes, in chunks; the last word is filled up with zeros."""
+    """Chunks (index of the first word, int64 words) of the bytes; the last word is padded with zeros."""
     whole = data.numel() // 8
-    # Views of another type need an address that fits it.
+    # An int64 view needs an address and an offset that are multiples of 8.
     aligned = data if data.data_ptr() % 8 == data.storage_offset() % 8 == 0 else data.clone()
     words = aligned[: 8 * whole].view(torch.int64)
     for first in range(0, whole, CHUNK_WORDS):
@@ -50,7 +50,7 @@ def _words(data: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _odd(place: Tensor, first: int, second: int) -> Tensor:
-    """An odd number for every place, mixed by multiplications and shifts modulo 2^64."""
+    """Hash each index to an odd number, by multiplications and shifts modulo 2^64."""
     mixed = (place + 1) * first
     mixed = (mixed ^ (mixed >> 29)) * second
     return (mixed ^ (mixed >> 32)) | 1

@@ -1,4 +1,4 @@
-"""Order of the tensors of a weight sync, and how they fill buckets."""
+"""Order of a weight sync's tensors, and their division into buckets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vime.sync.parts import OPEN_BUCKETS, Entry, Receiver, _scale_bytes, padded
 def _policy(
     config: ModelConfig, expert_turns: Mapping[int, int], layer_turns: Sequence[tuple[int, int]]
 ) -> Iterator[Entry]:
-    """What the policy's model in the engine loads: all but MTP layers, in turns from the embedding to the head.
+    """Entries of the engine's policy model, from the embedding to the head: everything except MTP layers.
 
-    Layers of one turn are mixed: what is not an expert of each, then the first expert of each, and so on.
+    Layers of equal turns are interleaved: first the non-expert tensors of each, then the first expert of each, …
     """
     place = {Where.EMBEDDING: 0, Where.DECODER: 1, Where.HEAD: 2}
     seen: Counter[tuple[Where, int | None, int | None]] = Counter()
@@ -39,8 +39,8 @@ def _policy(
 def _layer_turns(
     config: ModelConfig, layout: ParallelLayout, receivers: Sequence[Receiver], limit: int
 ) -> list[tuple[int, int]]:
-    """By decoder layer: its turn. Each stage's first layer, each stage's second, …, in as many groups of stages as the
-    engines' memory asks for."""
+    """Turn of each decoder layer, (index in its stage, group of stages): each stage's first layer, then each second.
+    OPEN_BUCKETS limits the groups, because engines hold all layers of one turn in memory at once."""
     stages = layout.stage_layers(config.num_layers)
     sizes = [0] * len(receivers)
     for param in params_of(config):
@@ -58,7 +58,7 @@ def _layer_turns(
 
 
 def _expert_turns(config: ModelConfig, layout: ParallelLayout, receivers: Sequence[Receiver]) -> dict[int, int]:
-    """By expert: its place among those that go from the same source to the same receiver."""
+    """Turn of each expert: its index among the experts with the same source and receiver."""
     experts = config.moe.num_experts if config.moe is not None else 0
     first: dict[int, int] = {}
     for number, receiver in enumerate(receivers):
@@ -74,7 +74,7 @@ def _expert_turns(config: ModelConfig, layout: ParallelLayout, receivers: Sequen
 
 
 def _draft(config: ModelConfig, trained: bool) -> Iterator[Entry]:
-    """What the MTP draft loads: its layers, and the shared embedding and head under the names that they have there."""
+    """Entries of the MTP draft model: its layers, and the shared embedding and head under their names there."""
     for param in params_of(config):
         for part, tensor in enumerate(param.parts):
             if param.where == Where.MTP:

@@ -11,14 +11,14 @@ from vime.models.namemap import Param
 from vime.models.shards import Piece
 
 SLOTS = 2
-"""Buckets of a receiver that may be under way at once; bucket b uses slot b mod SLOTS."""
+"""Buckets in flight at once for a receiver; bucket b uses slot b mod SLOTS."""
 
 
 ALIGNMENT = 64
 
 
 OPEN_BUCKETS = 8
-"""An engine keeps the tensors of a layer until it has all of them: layers that go by turns are at most that large."""
+"""Limit, in buckets, on layers sent interleaved: an engine keeps a layer's tensors until it has all of them."""
 
 
 _BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -28,33 +28,33 @@ Target = Literal["policy", "draft"]
 
 
 RECEIVED = "received."
-"""Of the names under which an engine's checksums show the digests of what its workers received."""
+"""Prefix of checksum names that hold digests of received tensors."""
 
 
 @dataclass(frozen=True)
 class Receiver:
-    """A node with engine workers, or one worker on a GPU."""
+    """A destination of buckets: a node with engine workers, or one worker on a GPU."""
 
     node: int
     engines: tuple[int, ...]
     experts: frozenset[int] | None
-    """Routed experts that its workers hold; None: all."""
+    """Routed experts held by its workers; None: all."""
     publishers: tuple[int, ...]
-    """Trainer ranks that take turns in giving it a bucket: those on the node, or one rank elsewhere."""
+    """Trainer ranks that take turns publishing its buckets: those on the node, or one rank elsewhere."""
     local: bool
-    """Whether the publishers sit on the node, so that its engines find buckets in shared memory."""
+    """True if the publishers are on the node, so its engines find buckets in shared memory."""
     gpu: int | None = None
     """Slot of the GPU that the worker shares with its only publisher; None: a node."""
     on_gpu: bool = False
-    """Whether buckets lie in the memory of the only publisher's GPU, from where the worker there maps them or a group
-    brings them to a far node; otherwise in shared memory of the host."""
+    """True if buckets are in the only publisher's GPU memory, mapped by the worker there or sent to a far node by a
+    group; otherwise they are in shared host memory."""
 
     def publisher(self, bucket: int) -> int:
-        """The rank that gives it this bucket."""
+        """The rank that publishes this bucket to it."""
         return self.publishers[bucket % len(self.publishers)]
 
     def needs(self, entry: Entry) -> bool:
-        """Whether its workers load the tensor."""
+        """True if its workers load the tensor."""
         return entry.param.expert is None or self.experts is None or entry.param.expert in self.experts
 
 
@@ -69,7 +69,7 @@ class Entry:
     dtype: str
     """Type in the stream: `float8_e4m3fn` (with fp32 scales), `bfloat16` or `float32`."""
     frozen: bool = False
-    """Not trained: it comes from the checkpoint as it is."""
+    """Not trained: copied unchanged from the checkpoint."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,13 +81,13 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Of the tensor, without its scales."""
+        """Size of the tensor without its scales."""
         return math.prod(self.shape) * _BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class EntrySlice:
-    """Where an entry lies in a receiver's buffer, in bytes."""
+    """Byte offsets of an entry and its scales in a receiver's buffer."""
 
     entry: Entry
     offset: int
@@ -96,7 +96,7 @@ class EntrySlice:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What is sent at once."""
+    """Tensors sent together."""
 
     index: int
     target: Target
@@ -105,29 +105,29 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Move:
-    """One box of a tensor from the rank that holds it to a receiver."""
+    """Transfer of one box of a tensor from a rank that holds it to a receiver."""
 
     receiver: int
     """Index into `Schedule.receivers`."""
     entry: Entry
     piece: Piece
     source: int
-    """Rank."""
+    """Trainer rank that sends the box."""
     on_shard: bool
-    """Whether the source quantises it: its edges are edges of blocks. Otherwise the publisher does, from all boxes."""
+    """True if the source quantises it, because its edges are block edges; else the publisher does, from all boxes."""
 
 
 @dataclass(frozen=True)
 class FarGroup:
-    """The workers of one engine on a node without trainer ranks, and the publisher that sends to them."""
+    """One engine's workers on a node without trainer ranks, and the address of their publisher."""
 
     receiver: int
     """Index into `Schedule.receivers`."""
     engine: int
     address: str
-    """Of the publisher's node."""
+    """Address of the publisher's node."""
     first_worker: int
-    """Number of the first of these workers in the engine."""
+    """Index of the first of these workers in the engine."""
     workers: int
 
 
@@ -136,5 +136,5 @@ def _scale_bytes(entry: Entry, block: tuple[int, int]) -> int:
 
 
 def padded(size: int) -> int:
-    """Bytes up to where the next tensor may begin."""
+    """`size` in bytes, rounded up to ALIGNMENT, where the next tensor may begin."""
     return -(-size // ALIGNMENT) * ALIGNMENT

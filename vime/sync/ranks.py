@@ -1,7 +1,7 @@
-"""Methods that the driver calls on every trainer rank, with their types and without torch.
+"""Typed signatures, free of torch, of the methods that the driver calls on every trainer rank.
 
-A call names a method of one of these protocols, so that a misspelt method or a wrong argument fails in the type
-checker: `await call(60.0, SourceMethods.prepare, version)`. The rank's own objects implement them:
+A call names a method of one of these protocols, so the type checker rejects a misspelt method or a wrong argument:
+`await call(60.0, SourceMethods.prepare, version)`. The rank's objects implement them:
 `vime.megatron.worker.TrainWorker`, its `weights` (`vime.sync.source.WeightSource`) and its `residence`
 (`vime.megatron.residence.Residence`).
 """
@@ -19,19 +19,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Part = Literal["weights", "gradients"]
-"""Memory of a trainer rank that can leave its GPU."""
+"""Memory of a trainer rank that can move off its GPU."""
 Free = tuple[int, int | None, int]
 """Logical node, free bytes of one GPU there (None without GPUs), available bytes of its host."""
 
 
 @dataclass(frozen=True)
 class StartState:
-    """Where training starts."""
+    """State from which training starts or resumes."""
 
     next_rollout_id: int
     loaded_from: str
     extra: dict[str, Any] = field(default_factory=dict)
-    """The driver's state as given to `save`; empty at the start of a run."""
+    """Driver state passed to `save`; empty at the start of a run."""
 
 
 class WorkerMethods(Protocol):
@@ -47,7 +47,7 @@ class WorkerMethods(Protocol):
 
 
 class ResidenceMethods(Protocol):
-    """Memory of one rank."""
+    """Moves one rank's memory off its GPU and back, and reports free memory."""
 
     def leave(self, part: Part) -> None: ...
     def come_back(self, part: Part) -> None: ...
@@ -67,7 +67,7 @@ class SourceMethods(Protocol):
 
 
 class TrainerCall(Protocol):
-    """Calls a method on every trainer rank at the same time; results in rank order.
+    """Calls a method on every trainer rank at the same time; returns results in rank order.
 
     Raises DeadlineExceeded after `deadline_s` seconds, and the first error of any rank.
     """
@@ -81,6 +81,6 @@ _PARTS = {WorkerMethods: "worker", ResidenceMethods: "residence", SourceMethods:
 
 
 def address(method: Callable[..., Any]) -> tuple[str, str]:
-    """The part of a rank that a protocol's method belongs to (`worker`, `residence`, `weights`), and its name."""
+    """(part, name) of a protocol's method; part is `worker`, `residence` or `weights`."""
     owner, _, name = method.__qualname__.rpartition(".")
     return {protocol.__name__: part for protocol, part in _PARTS.items()}[owner], name

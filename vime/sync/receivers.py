@@ -1,4 +1,4 @@
-"""Receivers of the weight sync: which workers of the engines sit where, and which experts they hold."""
+"""Receivers of the weight sync: placement of the engines' workers, and the experts they hold."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def receivers_of(
     experts_anywhere: bool = False,
     gpus: Sequence[int] | None = None,
 ) -> tuple[Receiver, ...]:
-    """Nodes with engine workers; with `gpus`, the GPU slot of every trainer rank, one receiver a worker that shares
-    its GPU with a rank.
+    """One receiver for each node with engine workers; with `gpus`, one for each worker that shares a rank's GPU.
 
-    `experts_anywhere`: vLLM places experts by load, so every worker gets all.
+    `nodes` and `gpus`: node and GPU slot of every trainer rank. `experts_anywhere`: vLLM places experts by load, so
+    every worker gets all. Raises BadInput for a worker on a trainer's node whose GPU has no rank.
     """
     wanted: dict[tuple[int, int | None], list[tuple[int, frozenset[int] | None]]] = {}
     shared = frozenset(nodes) if gpus is not None else frozenset()
@@ -41,7 +41,7 @@ def receivers_of(
             )
         sets = [experts for _, experts in parts]
         union = None if None in sets else frozenset().union(*(experts for experts in sets if experts is not None))
-        # A far node's publishers should differ, so that one rank does not send to all of them.
+        # Spread far nodes over publishers, so that one rank does not send to all of them.
         far = (turn * len(nodes) // max(1, len(wanted)),)
         publishers = (near if gpus is None else near[:1]) or far
         index = tuple(index for index, _ in parts)
@@ -50,8 +50,7 @@ def receivers_of(
 
 
 def _workers(engine: EnginePlan, shared: Collection[int]) -> Iterator[tuple[tuple[int, int | None], range]]:
-    """Places of an engine's workers, (node, GPU slot) on `shared` nodes or (node, None), and the numbers of those
-    there."""
+    """(place, worker indices) of an engine; a place is (node, GPU slot) on `shared` nodes, else (node, None)."""
     first = 0
     for node, slots in zip(engine.nodes, engine.gpus, strict=True):
         if node in shared:
@@ -63,7 +62,7 @@ def _workers(engine: EnginePlan, shared: Collection[int]) -> Iterator[tuple[tupl
 
 
 def experts_of(workers: range, size: int, experts: int) -> frozenset[int]:
-    """Experts of some of an engine's `size` expert-parallel workers: in order, the first get more, as vLLM has it."""
+    """Experts of `workers` among an engine's `size` expert-parallel ones: in order, the first get more, as in vLLM."""
     base, more = divmod(experts, size)
     first, last = (worker * base + min(worker, more) for worker in (workers.start, workers.stop))
     return frozenset(range(first, last))

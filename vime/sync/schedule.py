@@ -1,11 +1,11 @@
-"""The schedule of a weight sync: which tensors in which bucket, from which rank to which node. Pure, without torch.
+"""The schedule of a weight sync: tensors of each bucket, source and receiver of each box. Pure, without torch.
 
-Every rank and the driver compute the same schedule from the same plan, so no two can wait for each other in a different
-order. A *receiver* is a node with engine workers, or with GPUs that trainer and engines share a single worker; it gets
-what its workers need: every dense tensor, and of the routed experts only its workers' own where the engine is expert
-parallel. A *bucket* is a run of tensors that fits `--update-weight-buffer-size` at every receiver. Their order is the
-model's, but layers of different pipeline stages and experts of different ranks go by turns, so that all ranks have
-something to quantise and to send at any time.
+Every rank and the driver compute the same schedule from the same plan, so no two wait for each other in different
+orders. A *receiver* is a node with engine workers, or a single worker if trainer and engines share GPUs. It gets what
+its workers need: every dense tensor, and all routed experts, or only its workers' own if the engine is expert
+parallel. A *bucket* is a run of tensors that fits `--update-weight-buffer-size` at every receiver. Tensors follow the
+model's order, except that layers of different pipeline stages and experts of different ranks alternate, so that all
+ranks always have something to quantise and send.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vime.sync.receivers import receivers_of
 
 @dataclass(frozen=True)
 class Schedule:
-    """All buckets of a sync, and what each rank sends and receives for them."""
+    """All buckets of a sync, and the moves that fill them."""
 
     config: ModelConfig
     layout: ParallelLayout
@@ -54,11 +54,11 @@ class Schedule:
         return self.config.quantisation.block if self.config.quantisation else (128, 128)
 
     def home(self, receiver: int) -> int:
-        """The node on which a receiver's buffer lies: its own, or the publisher's if it is far."""
+        """The node that holds a receiver's buffer: its own, or its publisher's if it is far."""
         return self.nodes[self.receivers[receiver].publishers[0]]
 
     def places(self, bucket: int, receiver: int) -> tuple[tuple[EntrySlice, ...], int]:
-        """Layout of a receiver's buffer for a bucket, and its bytes."""
+        """Layout of a receiver's buffer for a bucket, and its size in bytes."""
         key = (bucket, receiver)
         if key not in self._places:
             self._places[key] = _places(self.buckets[bucket].entries, self.receivers[receiver], self.block)
@@ -66,7 +66,7 @@ class Schedule:
 
     @functools.cached_property
     def _places(self) -> dict[tuple[int, int], tuple[tuple[EntrySlice, ...], int]]:
-        """What `places` has answered."""
+        """Cache of `places`."""
         return {}
 
     def capacity(self, receiver: int, slot: int) -> int:
@@ -74,7 +74,7 @@ class Schedule:
         return max((self.places(bucket.index, receiver)[1] for bucket in self.buckets[slot::SLOTS]), default=0)
 
     def moves(self, bucket: int) -> Iterator[Move]:
-        """Every move of a bucket, in the order that both ends follow; frozen tensors do not move."""
+        """Every move of a bucket, in the order used by both sender and receiver; frozen tensors have none."""
         for number, receiver in enumerate(self.receivers):
             for entry in self.buckets[bucket].entries:
                 if entry.frozen or not receiver.needs(entry):
@@ -85,12 +85,12 @@ class Schedule:
                     yield Move(number, entry, box, self._source(entry.param, shard, number), on_shard)
 
     def holders(self, param: Param) -> list[int]:
-        """The first rank that holds each of a parameter's shards, in their order."""
+        """For each of a parameter's shards, in order, the first rank that holds it."""
         shards = 1 if param.tp_dim is None else self.layout.etp if param.expert is not None else self.layout.tp
         return [_holders(self.config, self.layout, _kind(param), shard)[0] for shard in range(shards)]
 
     def _boxes(self, entry: Entry) -> list[tuple[int, Piece]]:
-        """(shard, box) of an entry; boxes of one shard that touch are one."""
+        """(shard, box) pairs of an entry; adjacent boxes of one shard are merged."""
         param = entry.param
         shards = 1 if param.tp_dim is None else self.layout.etp if param.expert is not None else self.layout.tp
         found: list[tuple[int, Piece]] = []
@@ -100,7 +100,7 @@ class Schedule:
         return found
 
     def _source(self, param: Param, shard: int, receiver: int) -> int:
-        """A rank that has the shard: on the node of the buffer if there is one; equal ones take turns."""
+        """A rank that holds the shard, on the buffer's node (or GPU) if possible; equally near ranks take turns."""
         ranks = _holders(self.config, self.layout, _kind(param), shard)
         near = [rank for rank in ranks if self.nodes[rank] == self.home(receiver)]
         if self.receivers[receiver].on_gpu:
@@ -129,13 +129,13 @@ def schedule_of(plan: Plan) -> Schedule:
 
 
 def has_draft(plan: Plan) -> bool:
-    """Whether the engines speculate with the model's own MTP layers, so hold them as a draft model."""
+    """True if the engines speculate with the model's MTP layers, and so hold them as a draft model."""
     speculative: Mapping[str, Any] = plan.recipe.engine.vllm.get("speculative_config") or {}
     return "mtp" in str(speculative.get("method", ""))
 
 
 def far_groups(schedule: Schedule, engine: EnginePlan, addresses: Sequence[str]) -> list[FarGroup]:
-    """The groups through which an engine's far nodes are reached; `addresses` are those of the logical nodes."""
+    """Process groups that reach an engine's far nodes; `addresses` is indexed by logical node."""
     groups, first = [], 0
     for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
         number = next(i for i, receiver in enumerate(schedule.receivers) if receiver.node == node)
@@ -157,9 +157,10 @@ def make_schedule(
     draft: bool = False,
     mtp_trained: bool = False,
 ) -> Schedule:
-    """Fill buckets of at most `buffer_bytes`; the draft's tensors have buckets of their own.
+    """Fill buckets of at most `buffer_bytes`; the draft model's tensors get separate buckets.
 
-    vLLM loads whole tensors, so one that is larger than the buffer (a large vocabulary's) is a bucket alone.
+    vLLM loads whole tensors, so one larger than the buffer (a large vocabulary's) gets a bucket to itself. Raises
+    BadInput for `buffer_bytes` below 1.
     """
     if buffer_bytes < 1:
         raise BadInput(f"--update-weight-buffer-size {buffer_bytes}: give a number of bytes")
@@ -178,7 +179,7 @@ def make_schedule(
 
 
 def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
-    """Whether a box of a matrix is made of whole blocks."""
+    """True if a box of a matrix consists of whole blocks."""
     return all(
         start % size == 0 and ((start + length) % size == 0 or start + length == whole)
         for start, length, whole, size in zip(box.start, box.size, shape, block, strict=True)
@@ -202,7 +203,7 @@ def _places(
 
 
 def _merged(boxes: list[Piece]) -> Iterator[Piece]:
-    """Boxes of rows that follow each other in the HF tensor and in the shard, as one."""
+    """Merge boxes whose rows are consecutive both in the HF tensor and in the shard."""
     current: Piece | None = None
     for box in boxes:
         if (
@@ -222,7 +223,7 @@ def _merged(boxes: list[Piece]) -> Iterator[Piece]:
 
 
 def _kind(param: Param) -> Param:
-    """A parameter with the same holders, the same object for all of a layer's and an expert's."""
+    """Stand-in parameter with the same holders, shared by all of a layer or an expert: a small key for `_holders`."""
     return _kind_of(param.where, param.layer, param.expert, param.tp_dim is None)
 
 
@@ -233,7 +234,7 @@ def _kind_of(where: Where, layer: int | None, expert: int | None, replicated: bo
 
 @functools.lru_cache(maxsize=65536)
 def _holders(config: ModelConfig, layout: ParallelLayout, kind: Param, shard: int) -> tuple[int, ...]:
-    """Ranks that hold a shard of the parameter; of a tied embedding those of the first stage."""
+    """Ranks that hold a shard of the parameter; for a tied embedding only those of the first stage."""
     found = []
     for rank in range(layout.world_size):
         at = _coordinates(layout, rank)

@@ -1,4 +1,4 @@
-"""Private shared memory between the processes of one user on one node: files of mode 0600 in the memory file system."""
+"""Private shared memory for one user's processes on one node: files of mode 0600 in the memory file system."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NAME = re.compile(r"vime-[0-9a-f]{16}-n\d+-r\d+-s\d+")
 
 
 class SegmentError(VimeError):
-    """Shared memory is not what it should be: missing, foreign, or open to others."""
+    """Shared memory is missing, owned by another user, or open to others."""
 
 
 def segment_name(run: str, node: int, receiver: int, slot: int) -> str:
-    """The same name on every rank of a run; another run has another."""
+    """Name of a segment: equal on every rank of a run, different between runs."""
     return f"vime-{hashlib.sha256(run.encode()).hexdigest()[:16]}-n{node}-r{receiver}-s{slot}"
 
 
 class Segment:
-    """Mapped shared memory. Whoever created it removes its name; the memory goes with the last mapping."""
+    """Mapped shared memory. Its creator removes the name; the memory is freed with the last mapping."""
 
     def __init__(self, name: str, memory: mmap.mmap) -> None:
         self.name = name
@@ -35,14 +35,17 @@ class Segment:
 
     @classmethod
     def create(cls, name: str, size: int) -> Segment:
-        """A new segment of `size` bytes, all of them really there. A crashed run's one of the same name gives way."""
+        """Create a segment of `size` bytes with all pages allocated, replacing a crashed run's of the same name.
+
+        Raises BadInput without room, SegmentError if the existing file is not private to this user.
+        """
         path = _path(name)
         with contextlib.suppress(FileNotFoundError):
             _check(path, os.lstat(path))
             path.unlink()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
-            # Without its pages a full file system would kill the process at the first write.
+            # If pages were allocated on first write, a full file system would kill the process.
             os.posix_fallocate(descriptor, 0, max(1, size))
             return cls(name, _map_to_write(descriptor, max(1, size)))
         except OSError as error:
@@ -67,19 +70,19 @@ class Segment:
             _check(path, os.fstat(descriptor))
             if write:
                 return cls(name, _map_to_write(descriptor, os.fstat(descriptor).st_size))
-            # A private mapping for reading: torch wants a writable buffer, and nothing written here reaches others.
+            # A private copy-on-write mapping: torch wants a writable buffer, and writes here reach nobody else.
             return cls(name, mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
         finally:
             os.close(descriptor)
 
     def unlink(self) -> None:
-        """Remove the name; who has it mapped keeps the memory."""
+        """Remove the name; existing mappings keep the memory."""
         with contextlib.suppress(FileNotFoundError):
             _path(self.name).unlink()
 
 
 def _map_to_write(descriptor: int, size: int) -> mmap.mmap:
-    """All pages at once: a fault for each of them would take longer than filling them."""
+    """Map all pages at once: a fault for each page would take longer than filling it."""
     return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 

@@ -20,7 +20,7 @@ Info = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class UpdateClient(Protocol):
-    """What a sync asks of an engine (`vime.rollout.client.EngineClient`); every call has a deadline of its own."""
+    """Calls of a sync to an engine (`vime.rollout.client.EngineClient`), each with its own deadline."""
 
     async def pause(self, mode: Any = ...) -> None: ...
     async def resume(self) -> None: ...
@@ -35,29 +35,29 @@ class UpdateClient(Protocol):
 
 
 class SyncFailed(VimeError):
-    """A sync ended half-way. The engine may hold a mixture of weights: it must not serve, only be restarted."""
+    """A sync failed half-way. The engine may hold mixed weights: it must be restarted before it serves again."""
 
     def __init__(self, text: str, *, engine: int | None, bucket: int | None, cause: Cause) -> None:
         super().__init__(text)
         self.engine = engine
-        """The engine at fault; None when the trainer was, and then no engine may serve."""
+        """The engine at fault; None if the trainer was, in which case no engine may serve."""
         self.bucket = bucket
         self.cause = cause
 
 
 @dataclass(frozen=True)
 class SyncDeadlines:
-    """Seconds after which a step of the trainer or of an engine has failed."""
+    """Seconds after which a step of the trainer or an engine counts as failed."""
 
     prepare: float = 300.0
     bucket: float = 600.0
     digests: float = 3600.0
     engine: float = 900.0
-    """One call to an engine; above the client's own deadlines, which tell more."""
+    """One call to an engine; longer than the client's deadlines, whose errors say more."""
 
 
 class WeightSync:
-    """Gives the engines the trainer's weights, as often as `run` is called. One at a time."""
+    """Sends the trainer's weights to the engines at every call of `run`; one call at a time."""
 
     def __init__(
         self,
@@ -76,19 +76,19 @@ class WeightSync:
         )
 
     async def run(self, version: int) -> dict[str, float]:
-        """Sync; metrics `sync/…`. Raises SyncFailed, and then leaves every engine paused.
+        """Sync once; returns metrics `sync/…`. Raises SyncFailed, and then leaves every engine paused.
 
         Every `--check-weight-sync` versions the sync is checked: see `Session.run`.
         """
         return await self._session.run(version, check=self._check_every > 0 and version % self._check_every == 0)
 
     def restarted(self, engine: int, client: UpdateClient) -> None:
-        """An engine was started anew: the next `run` connects it again and gives it everything."""
+        """Record that an engine was restarted: the next `run` connects it and sends it all weights."""
         self._session.restarted(engine, client)
 
 
 class Session:
-    """The protocol itself, over a schedule."""
+    """The sync protocol for one schedule."""
 
     def __init__(
         self,
@@ -105,21 +105,22 @@ class Session:
         self.pause_mode, self.deadlines = pause_mode, deadlines
         self.connected: set[int] = set()
         self.stale: set[int] = set()
-        """Engines that may hold a mixture of weights since a sync failed."""
+        """Engines that may hold mixed weights since a sync failed."""
 
     def restarted(self, engine: int, client: UpdateClient) -> None:
-        """An engine was started anew: it is connected again, and may be loaded."""
+        """Record that an engine was restarted: it must be connected and may be loaded."""
         self.clients[engine] = client
         self.connected.discard(engine)
         self.stale.discard(engine)
 
     async def run(self, version: int, *, check: bool = False) -> dict[str, float]:
-        """One sync. `check`: then set all weights of the engines to zero, sync again and compare the checksums before
-        and after, and those of all engines: a weight that the stream leaves out, or that an engine computes with but
-        does not take over, differs. What reached every worker the second time is compared with what the trainer's
-        weights give, gathered and quantised whole.
+        """Sync once; returns metrics.
 
-        Raises SyncFailed. From then on it refuses to run until every engine was restarted.
+        `check`: afterwards zero the engines' weights, sync again, and compare checksums before and after and between
+        engines. A weight that the stream leaves out, or that an engine uses but does not update, differs. The tensors
+        each worker received the second time are compared with the trainer's, gathered and quantised whole.
+
+        Raises SyncFailed, and then refuses to run until every engine is restarted.
         """
         started = time.monotonic()
         if self.stale:
@@ -140,7 +141,7 @@ class Session:
         counts = await self._trainer(self.deadlines.prepare, None, SourceMethods.prepare, version)
         if set(counts) != {len(self.schedule.buckets)}:
             raise self._failed(f"ranks planned {sorted(set(counts))} buckets, the driver {len(self.schedule.buckets)}")
-        # Until the end, every failure leaves weights that nobody knows.
+        # From here to the end, a failure leaves the engines with unknown weights.
         self.stale = set(range(len(self.clients)))
         await self._each(None, "pause", lambda client: client.pause(self.pause_mode))
         paused = time.monotonic()
@@ -164,7 +165,7 @@ class Session:
         }
 
     async def _connect(self) -> None:
-        """Let new engines know how buckets come: through memory shared with the trainer, and to far nodes in groups."""
+        """Connect new engines: to memory shared with the trainer, and on far nodes to process groups."""
         new = sorted(set(range(len(self.clients))) - self.connected)
         groups = {engine: far_groups(self.schedule, self.engines[engine], self.addresses) for engine in new}
         far = [group for mine in groups.values() for group in mine]
@@ -230,7 +231,7 @@ class Session:
             raise self._failed(f"{len(wrong)} weights {what}, the first is {wrong[0]}", engine=engine)
 
     async def _stream(self, target: Target, version: int, check: bool) -> int:
-        """One update of one model of every engine; a bucket is gathered while the one before it is loaded. Bytes."""
+        """Update one model of every engine; returns bytes. A bucket is gathered while the one before it is loaded."""
         buckets = [bucket.index for bucket in self.schedule.buckets if bucket.target == target]
         if not buckets:
             return 0
@@ -246,7 +247,7 @@ class Session:
                 sent += sum(int(info["size"]) for info in infos.values())
                 if loading is not None:
                     await loading
-                # Engines go on while the trainer hears that a buffer is free.
+                # Start the load first, so that engines work while the trainer releases the previous buffer.
                 loading = asyncio.create_task(self._load(bucket, infos, check))
                 if before is not None:
                     await self._trainer(self.deadlines.bucket, before, SourceMethods.release, before)
@@ -263,7 +264,7 @@ class Session:
         return sent
 
     async def _published(self, bucket: int) -> dict[int, Mapping[str, Any]]:
-        """What every receiver has to know about a bucket."""
+        """Publish a bucket; returns its description for each receiver."""
         answers = await self._trainer(self.deadlines.bucket, bucket, SourceMethods.publish, bucket)
         infos = {int(number): info for answer in answers for number, info in answer.items()}
         missing = set(range(len(self.schedule.receivers))) - set(infos)
@@ -286,7 +287,7 @@ class Session:
         )
 
     async def _each(self, bucket: int | None, what: str, call: Callable[[UpdateClient], Awaitable[None]]) -> None:
-        """The same call to every engine at once."""
+        """Make the same call to every engine concurrently."""
         await asyncio.gather(
             *(self._engine(engine, bucket, what, call(client)) for engine, client in enumerate(self.clients))
         )
@@ -310,7 +311,7 @@ class Session:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> list[T]:
-        """A call to every trainer rank; `bucket` is named where it takes too long."""
+        """Call every trainer rank; `bucket` is named in the error if the deadline passes."""
         try:
             return await self.call(deadline_s, method, *args, **kwargs)
         except DeadlineExceeded as error:
@@ -329,14 +330,14 @@ class Session:
 
 
 def worker_infos(engine: EnginePlan, by_place: Mapping[tuple[int, int | None], Mapping[str, Any]]) -> Info:
-    """What an engine's update call carries: one description, or one for every worker in order where they differ."""
+    """Payload of an engine's update call: one description, or one for each worker in order if they differ."""
     places = [(node, gpu) for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for gpu in gpus]
     infos = [by_place[place if place in by_place else (place[0], None)] for place in places]
     return infos[0] if all(info is infos[0] for info in infos) else infos
 
 
 def received_by_worker(checksums: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The digests of what arrived, by worker (`dp0:pp0:pcp0:tp0`) and HF name, out of an engine's checksums."""
+    """Worker (`dp0:pp0:pcp0:tp0`) to HF name to digest of the received tensor, from an engine's checksums."""
     found: dict[str, dict[str, str]] = {}
     for name, value in checksums.items():
         worker, _, tensor = name.rpartition(":")
@@ -346,7 +347,7 @@ def received_by_worker(checksums: Mapping[str, str]) -> dict[str, dict[str, str]
 
 
 def needed_names(schedule: Schedule, engine: EnginePlan) -> set[str]:
-    """HF names of the tensors that go to an engine's nodes."""
+    """HF names of the tensors sent to an engine's receivers."""
     receivers = [receiver for receiver in schedule.receivers if engine.index in receiver.engines]
     return {
         entry.name

@@ -1,10 +1,10 @@
-"""The trainer's side of a weight sync: this rank's shards into the buckets of the engines' nodes.
+"""The trainer's side of a weight sync: copies this rank's shards into the buckets of the engines' nodes.
 
-For every bucket a rank writes the boxes that it holds straight into the shared memory of its own node, sends those that
-other nodes need to their publishers, one message a bucket and publisher, and, where it is a publisher itself, puts what
-it receives into place. Quantised tensors are quantised before they are written or sent. A bucket for a node without
-trainer ranks is put together on its publisher's node in the same way, and goes on from there. On GPUs buckets lie in
-the memory of their publisher's: a worker that shares its GPU reads them there, a node of its own gets them over NCCL.
+For every bucket a rank writes the boxes it holds directly into its own node's shared memory, and sends those that other
+nodes need to their publishers, in one message per bucket and publisher. A publisher copies what it receives into place.
+Tensors are quantised before they are written or sent. A bucket for a node without trainer ranks is assembled on its
+publisher's node and sent on from there. On GPUs a bucket is in its publisher's GPU memory: a worker on the same GPU
+reads it there, an engine node without trainer ranks receives it over NCCL.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from vime.sync.wire import message_bytes, message_parts, scale_box
 
 @dataclass
 class Quantising:
-    """A box of weights that waits to be quantised, and where its codes and scales go."""
+    """A box of weights to be quantised, and the targets of its codes and scales."""
 
     entry: Entry
     box: Tensor
     q: Tensor
-    """float8_e4m3fn of the box's shape."""
+    """float8_e4m3fn, of the box's shape."""
     scales: Tensor
-    """fp32, one for each of the box's blocks."""
+    """fp32, one per block of the box."""
 
 
 @dataclass
 class Exchange:
-    """Messages of a bucket that are under way."""
+    """One bucket's messages in flight."""
 
     under_way: list[Any]
     packed: dict[int, Tensor]
-    """By rank that it goes to."""
+    """Outgoing messages by destination rank."""
     receives: dict[int, list[Move]]
     arrived: dict[int, Tensor]
-    """By rank that it comes from."""
+    """Incoming messages by source rank."""
 
 
 class Copies:
-    """Copies that wait for each other, so that a GPU makes them in few launches."""
+    """Collects copies, so that a GPU makes them in few launches."""
 
     def __init__(self) -> None:
         self._targets: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
@@ -82,7 +82,7 @@ class WeightSource:
     """One rank's part of every weight sync. All ranks call the same methods at the same time, in this order:
     `prepare`, then for every bucket `publish` and later `release`, then `finish`.
 
-    Bucket b + 2 may be published only after bucket b was released.
+    Release bucket b before publishing bucket b + 2.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class WeightSource:
         run: str,
         checkpoint: HFCheckpoint | None = None,
     ) -> None:
-        """`tensors` are this rank's shards by the name of the global parameter, `run` is the run folder; frozen
-        tensors are read from `checkpoint`."""
+        """`tensors`: this rank's shards by name of the global parameter; `run`: the run folder; `checkpoint`: source of
+        frozen tensors."""
         self.schedule, self.rank = schedule, rank
         self._tensors, self._checkpoint = tensors, checkpoint
         self._device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-        # The order of moves is the same on every rank; each keeps those that it sends or publishes.
+        # The order of moves is the same on every rank; each rank keeps the moves that it sends or publishes.
         self._moves = [
             [
                 move
@@ -112,22 +112,22 @@ class WeightSource:
         self._listeners: dict[tuple[int, int], tuple[Listener, int]] = {}
         self._channels: dict[tuple[int, int], Channel] = {}
         self._sending: dict[int, list[Future[None]]] = {}
-        # One thread: the messages of a group have to follow each other in the order of the buckets.
+        # One thread, because the messages of a group must be sent in the order of the buckets.
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        # Sending is many short turns of a processor; between long ones of quantising it would wait for each.
+        # Low priority: sending needs many short turns on the CPU, and would wait for quantising at each of them.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights-work", initializer=_give_way)
         self.version = -1
         """Version of the weights of the current sync."""
         self._failure: fp8.WeightNotFinite | None = None
         self._launched: list[tuple[Tensor, list[str]]] = []
-        """Of this bucket's launches on a GPU: the kernels' word on each matrix, 1 for one that is wrong, and names."""
+        """NaN flags (1: NaN or infinity) and tensor names of this bucket's kernel launches."""
         self.bytes_sent = 0
-        """Bytes that went to other ranks since `prepare`."""
+        """Bytes sent to other ranks since `prepare`."""
 
     # Engines on nodes without trainer ranks
 
     def listen(self, groups: Sequence[FarGroup]) -> dict[str, int]:
-        """Open a port for every group that this rank publishes to; ports by `receiver/engine`."""
+        """Open a port for every group that this rank publishes to; returns `receiver/engine` to port."""
         for group in groups:
             if self.rank in self.schedule.receivers[group.receiver].publishers:
                 key = (group.receiver, group.engine)
@@ -136,7 +136,7 @@ class WeightSource:
         return {f"{receiver}/{engine}": listener.port for (receiver, engine), (listener, _) in self._listeners.items()}
 
     def connect(self, timeout_s: float) -> None:
-        """Wait for the workers of every group for which `listen` opened a port."""
+        """Wait until the workers of every group opened by `listen` have joined. Raises DeadlineExceeded."""
         for key, (listener, workers) in self._listeners.items():
             device = self._device if self.schedule.receivers[key[0]].on_gpu else CPU
             self._channels[key] = listener.accept(workers, timeout_s, device)
@@ -145,18 +145,18 @@ class WeightSource:
     # The four calls of a sync
 
     def prepare(self, version: int) -> int:
-        """Make room for the buckets; their number, the same on every rank."""
+        """Allocate the buffers; returns the number of buckets, equal on every rank."""
         self.finish()
         self.version, self.bytes_sent = version, 0
         self._buffers.prepare()
         return len(self.schedule.buckets)
 
     def publish(self, bucket: int) -> dict[str, Any]:
-        """Bring a bucket to the engines' nodes.
+        """Transfer a bucket to the engines' nodes.
 
-        Returns, by number of the receiver as text, what the engines on that node need to find the bucket; empty on
-        ranks that publish nothing. The bucket is complete when all ranks have returned. Raises NotFinite, but not
-        before the other ranks have got what they wait for.
+        Returns receiver index (as text) to the information its engines need to find the bucket; empty on ranks that
+        publish nothing. The bucket is complete when all ranks have returned. Raises WeightNotFinite, but only after
+        the other ranks have received what they wait for.
         """
         if self._pending and bucket - min(self._pending) >= SLOTS:
             raise VimeError(f"bucket {bucket} is published before bucket {min(self._pending)} was released")
@@ -179,7 +179,7 @@ class WeightSource:
         }
 
     def _fill(self, bucket: int) -> None:
-        """This rank's part of the bucket, in the receivers' buffers."""
+        """Write this rank's part of the bucket into the receivers' buffers."""
         moves = self._moves[bucket]
         views: Views = {
             number: self._buffers.views(bucket, number)
@@ -192,22 +192,22 @@ class WeightSource:
             self._write_frozen(bucket)
         self._look_for_nan()
         if self._device.type == "cuda":
-            # Engines read from another process and buckets are sent by another thread: neither knows this stream.
+            # Engines read in another process and another thread sends: neither is ordered after this CUDA stream.
             torch.cuda.synchronize(self._device)
 
     def release(self, bucket: int) -> None:
-        """The engines have loaded the bucket; its memory is free for another."""
+        """Free a bucket's buffer for another bucket, once the engines have loaded it."""
         for sending in self._sending.pop(bucket, ()):
             sending.result()
         self._pending.discard(bucket)
 
     def finish(self) -> None:
-        """Give the buffers back; also after a sync that failed."""
+        """Free the buffers; also called after a failed sync."""
         self._buffers.finish()
         self._pending.clear()
         self._launched, self._failure = [], None
         if any(not sending.done() for mine in self._sending.values() for sending in mine):
-            # A failed sync left a message that nobody takes: it ends at the group's own deadline, out of the way.
+            # A failed sync left a message that nobody receives: abandon it, it ends at the group's own deadline.
             self._channels.clear()
             self._buffers.forget()
             self._sender.shutdown(wait=False, cancel_futures=True)
@@ -215,7 +215,7 @@ class WeightSource:
         self._sending.clear()
 
     def digests(self) -> dict[str, str]:
-        """By HF name: what engines should have received of the tensors that fall to this rank, to check a sync."""
+        """HF name to expected digest of the tensors assigned to this rank, to check a sync."""
         return trainer_digests(self.schedule, self.rank, self._tensors, self._checkpoint)
 
     # Moving
@@ -224,7 +224,7 @@ class WeightSource:
         return self.schedule.receivers[move.receiver].publisher(bucket)
 
     def _writes_itself(self, move: Move) -> bool:
-        """Whether the source reaches the receiver's memory: blocks that cross shards need their publisher."""
+        """True if the source itself writes to the receiver's buffer; blocks that cross shards need the publisher."""
         if not move.on_shard:
             return False
         receiver = self.schedule.receivers[move.receiver]
@@ -233,7 +233,7 @@ class WeightSource:
         return self.schedule.nodes[move.source] == self.schedule.home(move.receiver)
 
     def _reaches(self, move: Move, bucket: int) -> bool:
-        """Whether this rank writes to the receiver's buffer for it."""
+        """True if this rank writes to the receiver's buffer for the move."""
         return self._publisher(move, bucket) == self.rank or (move.source == self.rank and self._writes_itself(move))
 
     def _box(self, move: Move) -> Tensor:
@@ -269,7 +269,7 @@ class WeightSource:
             self._failure = self._failure or error
 
     def _look_for_nan(self) -> None:
-        """What the GPU's kernels met, in one transfer."""
+        """Fetch the kernels' NaN flags in one transfer, and record the first failure."""
         launched, self._launched = self._launched, []
         if not launched:
             return
@@ -279,8 +279,7 @@ class WeightSource:
             self._failure = fp8.WeightNotFinite(f"{names[wrong[0]]} holds NaN or infinity")
 
     def _start_exchange(self, bucket: int, moves: list[Move]) -> Exchange:
-        """Start sending one message between two ranks: all boxes that go from one to the other, in the order of the
-        schedule."""
+        """Start one message per pair of ranks, with all boxes from one to the other in the schedule's order."""
         sends: dict[int, list[Move]] = {}
         receives: dict[int, list[Move]] = {}
         for move in moves:
@@ -299,7 +298,7 @@ class WeightSource:
         requests = [dist.P2POp(dist.isend, data, rank) for rank, data in packed.items()]
         requests += [dist.P2POp(dist.irecv, data, rank) for rank, data in arrived.items() if rank != self.rank]
         self.bytes_sent += sum(data.numel() for data in packed.values())
-        # What is sent has to stay until it has arrived.
+        # Keep the packed messages alive until they have arrived.
         return Exchange(dist.batch_isend_irecv(requests) if requests else [], packed, receives, arrived)
 
     def _finish_exchange(self, views: Views, exchange: Exchange) -> None:
@@ -312,7 +311,7 @@ class WeightSource:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def _pack(self, moves: list[Move]) -> Tensor:
-        """The bytes of a message. Boxes whose blocks cross shards travel in fp32, so nothing is rounded twice."""
+        """A message as uint8. Boxes whose blocks cross shards are sent in fp32, so nothing is rounded twice."""
         message = self._message(moves)
         copies, waiting = Copies(), []
         for move, (numbers, scales) in zip(moves, message_parts(message, moves, self.schedule.block), strict=True):
@@ -349,7 +348,7 @@ class WeightSource:
         self._quantise(waiting)
 
     def _write_frozen(self, bucket: int) -> None:
-        """Publishers read what is not trained from the checkpoint, as it is stored there."""
+        """Copy frozen tensors, as stored, from the checkpoint to the buffers that this rank publishes."""
         for number, receiver in enumerate(self.schedule.receivers):
             if receiver.publisher(bucket) != self.rank:
                 continue
@@ -373,7 +372,7 @@ class WeightSource:
             self._quantise([Quantising(place.entry, stored, target, scales)])
 
     def _send_far(self, bucket: int) -> None:
-        """Start sending the bucket to far nodes; `release` waits for the end, which needs the engines' update call."""
+        """Start sending the bucket to far nodes. Engines receive it in their update call; `release` waits for that."""
         for (number, _), channel in self._channels.items():
             if self.schedule.receivers[number].publisher(bucket) == self.rank:
                 data = self._buffers.of(bucket, number).data[: self.schedule.places(bucket, number)[1]]
@@ -397,8 +396,7 @@ class WeightSource:
 
 
 def _quantise_at_once(waiting: Sequence[Quantising], block: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """On a GPU: one launch for all boxes of a type. Yields what the kernel says of each box, 1 for NaN or infinity in
-    it, and their names."""
+    """Quantise on a GPU, one launch per type. Yields a flag per box (1: NaN or infinity), and the boxes' names."""
     from vime.fp8.gpu_kernels import block_table, launch_quantise
 
     for dtype in {one.box.dtype for one in waiting}:
@@ -424,7 +422,7 @@ def model_source(
     plan: Plan,
     rank: int,
 ) -> WeightSource:
-    """The source of a rank's model chunks, by the plan's schedule."""
+    """Build the weight source of a rank's model chunks for the plan's schedule."""
     tensors = {local.param.name: local.tensor for local in local_tensors(chunks, config, layout, coords)}
     schedule, checkpoint = schedule_of(plan), plan.recipe.checkpoint.hf_checkpoint
     frozen = any(entry.frozen for bucket in schedule.buckets for entry in bucket.entries)
@@ -433,6 +431,6 @@ def model_source(
 
 
 def _give_way() -> None:
-    """Lower the priority of the calling thread, and so of those that it starts."""
+    """Lower the priority of the calling thread and of the threads it starts."""
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)

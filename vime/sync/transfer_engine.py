@@ -1,8 +1,8 @@
-"""The engine's side of a weight sync: buckets out of memory shared with the trainer, on the host or on the GPU, or
-from a process group, into vLLM's model.
+"""The engine's side of a weight sync: loads buckets into vLLM's model, from host or GPU memory shared with the trainer
+or from a process group.
 
-Tensors arrive under their HF names, quantised ones as e4m3 with scales. An engine that itself holds block fp8 gets them
-so; any other one (every engine on a CPU) gets the numbers of fp8 in its own type.
+Tensors arrive under their HF names, quantised ones as e4m3 with scales. An engine that holds block fp8 loads them
+unchanged; any other (every engine on a CPU) loads them dequantised to its own type.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class IncompleteUpdate(VimeError):
 
 @dataclass
 class TransferInit(WeightTransferInitInfo):
-    """How buckets come: workers that are in one of the groups get them from it, all others from shared memory."""
+    """Transport of buckets: workers in one of the groups receive from it, all others read shared memory."""
 
     groups: list[dict[str, Any]]
-    """address and port of the publisher, first_worker and number of workers of each."""
+    """For each group: `address` and `port` of the publisher, `first_worker`, number of `workers`."""
     timeout_s: float
 
 
@@ -55,11 +55,11 @@ class BucketInfo(WeightTransferUpdateInfo):
     tensors: list[list[Any]]
     """[name, dtype, shape, offset, offset of the scales or None] of each tensor, offsets in bytes."""
     handle: list[Any] | None = None
-    """Of the memory on this worker's GPU in which the bucket lies."""
+    """CUDA handle of the bucket's memory on this worker's GPU."""
     last: bool = False
-    """Whether no bucket of this sync follows."""
+    """True for the last bucket of a sync."""
     digest: bool = False
-    """Whether to keep digests of the tensors in `TransferEngine.received`, for a check of the sync."""
+    """True to keep the tensors' digests in `TransferEngine.received`, to check the sync."""
 
 
 class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
@@ -72,11 +72,11 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.received: dict[str, str] = {}
-        """Digests by HF name, until they are shown with the checksums of the weights."""
+        """HF name to digest, until reported with the weights' checksums."""
         self._mapped: dict[str, torch.Tensor] = {}
 
     def init_transfer_engine(self, init_info: TransferInit) -> None:
-        """Join the group of this worker's node, if its buckets come through one."""
+        """Join the process group of this worker's node, if it has one."""
         worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         self._channel = None
         for group in init_info.groups:
@@ -105,7 +105,7 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
         with disable_mtp_completeness_check():
             model.load_weights(self._tensors(data, update_info))
         if data.is_cuda:
-            # The trainer, or the next call, writes another bucket to this memory once the call has returned.
+            # After this call returns, the trainer or the next call overwrites this memory.
             torch.cuda.synchronize()
         if update_info.last:
             self._mapped.clear()
@@ -136,7 +136,7 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
         return self.model_config.quantization == "fp8"
 
     def _tensors(self, data: torch.Tensor, bucket: BucketInfo) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, none of them a view of `data`: vLLM keeps them until their layer is complete."""
+        """(name, tensor) pairs; none is a view of `data`, because vLLM keeps tensors until their layer is complete."""
         block = (bucket.block[0], bucket.block[1])
         for name, dtype, shape, offset, scale_offset in bucket.tensors:
             kind = getattr(torch, dtype)
@@ -158,8 +158,8 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
 
 
 def unloaded_layers(model: torch.nn.Module) -> tuple[list[str], list[str]]:
-    """Layers for which no weight has come since the update began: those with parameters of their own, and those whose
-    parameters another layer shares and got (a tied output head)."""
+    """Layers that got no weight since the update began: those with parameters of their own, and those whose parameters
+    are shared with a layer that got them (a tied output head)."""
     missing: dict[str, set[int]] = {}
     loaded: set[int] = set()
     for name, layer in model.named_modules():
@@ -176,6 +176,6 @@ def unloaded_layers(model: torch.nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _pack_again(layer: Any) -> None:
-    """On a CPU a linear layer computes with a packed copy of its weight, which vLLM makes anew for loaded layers only:
-    a tied output head would go on with the old embedding."""
+    """Pack a linear layer's weight again. On a CPU it computes with a packed copy, which vLLM refreshes only for loaded
+    layers: a tied output head would keep using the old embedding."""
     layer.quant_method.process_weights_after_loading(layer)

@@ -1,4 +1,4 @@
-"""vLLM's side of vime: its weight-transfer backends, and mends of vLLM 0.32 that updating weights on CPU needs.
+"""Plugin that registers vime's weight-transfer backends in vLLM, and patches vLLM 0.32 for weight updates on CPU.
 
 vLLM calls `register` in every process of an engine, through the entry point `vllm.general_plugins`.
 """
@@ -11,12 +11,12 @@ from typing import Any
 from vime.sync.parts import RECEIVED
 
 BACKENDS = ("vime", "vime-shm", "vime-gloo")
-"""All are one receiver: workers get buckets from GPU memory, shared memory or a group, as the driver says."""
+"""Aliases of one implementation: the driver tells workers to use GPU memory, shared memory or a group."""
 TESTED_VLLM = "0.32"
 
 
 def register() -> None:
-    """Make vime's backends known to vLLM; safe to call again."""
+    """Register vime's backends and apply the patches; safe to call again."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     for name in BACKENDS:
@@ -33,7 +33,7 @@ def mend_cpu_experts() -> None:
     """Pack experts again after an update, as after the first load.
 
     On a CPU the grouped expert kernel reads a packed layout. vLLM 0.32 packs when the kernel is first set up, but an
-    update copies the plain layout over the packed one and leaves it: wrong results without an error.
+    update overwrites the packed layout with the plain one: wrong results without an error.
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
@@ -52,8 +52,8 @@ def mend_cpu_experts() -> None:
 
 
 def hash_on_device() -> None:
-    """Take the checksums of `/weight_checker` where the weights lie: vLLM's own brings every weight to a processor,
-    which takes seconds a gigabyte."""
+    """Compute the checksums of `/weight_checker` on the weights' device: vLLM's own copies every weight to the CPU,
+    which takes seconds per gigabyte."""
     from vllm.model_executor.model_loader import weight_checksum
     from vllm.v1.worker import gpu_worker
 
@@ -70,8 +70,8 @@ def hash_on_device() -> None:
 
 
 def show_more_weights() -> None:
-    """Let `/weight_checker` see the draft model that an engine speculates with, as `draft.<name>`, and set it to zero
-    too; and let it tell, once, what a checked update brought, as `received.<HF name>`."""
+    """Make `/weight_checker` also report and zero the draft model, as `draft.<name>`, and report once the digests
+    received in a checked update, as `received.<HF name>`."""
     from vllm.v1.worker import gpu_worker
 
     original = gpu_worker.Worker.compute_weight_checksums
@@ -106,10 +106,10 @@ def show_more_weights() -> None:
 
 
 def show_packed_weights() -> None:
-    """Let `/weight_checker` see linear layers.
+    """Make `/weight_checker` cover linear layers.
 
-    On a CPU they keep only a packed copy, which is no parameter, and vLLM's checksums cover parameters: they would be
-    those of nothing. What was packed is hashed when it is packed, and reported as `<layer>.packed`.
+    On a CPU they keep only a packed copy, which is not a parameter, while vLLM's checksums cover only parameters. So
+    each weight is hashed when it is packed, and reported as `<layer>.packed`.
     """
     from vllm.model_executor.layers import utils
     from vllm.model_executor.model_loader import weight_checksum
@@ -140,7 +140,7 @@ def show_packed_weights() -> None:
 
 
 def _on_cpu() -> bool:
-    """Whether this is vLLM on a CPU, in the version whose defects are known."""
+    """True for vLLM on a CPU in TESTED_VLLM, the version whose defects are known."""
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu() and _installed_vllm().startswith(TESTED_VLLM)

@@ -1,5 +1,5 @@
-"""How boxes lie in the message from one trainer rank to another: one after the other in the order of the schedule, each
-followed by its scales if it was quantised on the shard; all numbers are aligned."""
+"""Layout of a message between trainer ranks: boxes in the schedule's order, each followed by its scales if it was
+quantised on the shard, all padded to ALIGNMENT."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Block = tuple[int, int]
 
 
 def message_bytes(moves: Sequence[Move], block: Block) -> int:
-    """Bytes of a message of these moves."""
+    """Size in bytes of a message with these moves."""
     return sum(sum(_sizes(move, block)) for move in moves)
 
 
 def message_parts(message: Tensor, moves: Sequence[Move], block: Block) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Each move's numbers, in the box's shape, and its scales, as views of a message (uint8)."""
+    """For each move (numbers of the box's shape, scales or None), as views of a uint8 message."""
     start = 0
     for move in moves:
         size, scale_size = _sizes(move, block)
@@ -38,7 +38,7 @@ def message_parts(message: Tensor, moves: Sequence[Move], block: Block) -> Itera
 
 
 def scale_box(move: Move, block: Block) -> tuple[slice, ...]:
-    """The blocks of an aligned box."""
+    """Index of an aligned box's blocks in the matrix of scales."""
     return tuple(
         slice(start // size, -(-(start + length) // size))
         for start, length, size in zip(move.piece.start, move.piece.size, block, strict=True)
@@ -46,17 +46,17 @@ def scale_box(move: Move, block: Block) -> tuple[slice, ...]:
 
 
 def torch_type(entry: Entry) -> torch.dtype:
-    """The type of a tensor in the stream."""
+    """torch type of a tensor in the stream."""
     return getattr(torch, entry.dtype)
 
 
 def _sent_as(move: Move) -> torch.dtype:
-    """Boxes whose blocks cross shards travel in fp32."""
+    """Type of a box in a message: fp32 if its blocks cross shards, because the publisher quantises it."""
     return torch.float32 if move.entry.quantised and not move.on_shard else torch_type(move.entry)
 
 
 def _sizes(move: Move, block: Block) -> tuple[int, int]:
-    """Bytes of a box and of its scales."""
+    """Padded bytes of a box and of its scales (0 without scales)."""
     size, scales = math.prod(move.piece.size) * _sent_as(move).itemsize, 0
     if move.entry.quantised and move.on_shard:
         scales = 4 * math.prod(scale_shape(move.piece.size, block))
