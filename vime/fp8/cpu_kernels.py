@@ -1,7 +1,7 @@
-"""Block fp8 on the CPU, compiled by numba: one pass over memory, every number in a vector register.
+"""Block-fp8 kernels for the CPU, compiled by numba: vectorised, one pass over memory.
 
-Matrices come as the flat memory from their first element on, with the length of a row in elements (`stride`), so that
-boxes of larger matrices need no copy. All functions release the GIL; they check nothing, `vime.fp8.quantise` does.
+A matrix is passed as the flat memory from its first element, with its row stride in elements (`stride`), so that boxes
+of larger matrices need no copy. All functions release the GIL. Arguments are checked in `vime.fp8.quantise`, not here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.core import cgutils
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
-# Typed as their decorators leave them: numba gives intrinsics the signature of their own typing.
+# Any, because callers see the signature that each intrinsic returns, not that of its Python function.
 _intrinsic: Any = extending.intrinsic
 
 I32, F32 = np.int32, np.float32
@@ -24,7 +24,7 @@ _PANEL_BYTES = 1 << 21
 
 @_intrinsic
 def _bits(typing: Any, value: Any) -> Any:
-    """The bits of an fp32 number."""
+    """Bits of an fp32 number as int32."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -34,7 +34,7 @@ def _bits(typing: Any, value: Any) -> Any:
 
 @_intrinsic
 def _float(typing: Any, value: Any) -> Any:
-    """The fp32 number of these bits."""
+    """The fp32 number with these int32 bits."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -42,13 +42,13 @@ def _float(typing: Any, value: Any) -> Any:
     return types.float32(types.int32), build
 
 
-# Arithmetic inside of a vectorised loop is written in intrinsics: numba widens every integer operation to 64 bits,
-# which makes vectors of 8 numbers out of those of 16 or 32.
+# Arithmetic inside vectorised loops uses intrinsics: numba widens every integer operation to 64 bits, which would cut
+# vectors of 16 or 32 numbers to 8.
 
 
 @_intrinsic
 def _size(typing: Any, bits: Any) -> Any:
-    """The bits of a floating-point number without its sign, in the same type."""
+    """Clear the sign in the bits of a floating-point number; same type."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type
@@ -69,7 +69,7 @@ def _larger(typing: Any, a: Any, b: Any) -> Any:
 
 @_intrinsic
 def _wide(typing: Any, bits: Any) -> Any:
-    """The bits as fp32 of a number given by its bits as bf16 (int16) or fp32 (int32)."""
+    """Widen the bits of a bf16 (int16) or fp32 (int32) number to those of fp32 (int32)."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _widened(builder, args[0])
@@ -84,7 +84,7 @@ def _widened(builder: Any, bits: Any) -> Any:
 
 @_intrinsic
 def _code(typing: Any, bits: Any, scale: Any, inverse: Any) -> Any:
-    """The e4m3 code of a number (its bits as bf16 or fp32) over a scale, of which the rounded inverse is given."""
+    """The e4m3 code (uint8) of a number (bf16 or fp32 bits) divided by `scale`; `inverse` is 1 / scale, rounded."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word, real = ir.IntType(32), ir.FloatType()
@@ -93,8 +93,8 @@ def _code(typing: Any, bits: Any, scale: Any, inverse: Any) -> Any:
         # The correctly rounded quotient: one Newton step with the rounded inverse (Markstein's theorem).
         y = builder.fmul(size, inverse)
         y = builder.fma(builder.fma(builder.fneg(y), scale, size), inverse, y)
-        # Beside 1.5 * 2^(e+20) a number of exponent e keeps 3 bits of mantissa, rounded to nearest even; with e at
-        # least -6 the subnormal codes come out too.
+        # Adding 1.5 * 2^(e+20) rounds a number of exponent e to 3 bits of mantissa, to nearest even; clamping e to at
+        # least -6 also gives the subnormal codes.
         exponent = builder.and_(builder.bitcast(y, word), word(0x7F800000))
         exponent = builder.select(builder.icmp_signed(">", exponent, word(121 << 23)), exponent, word(121 << 23))
         magic = builder.add(exponent, word((20 << 23) | 0x400000))
@@ -108,11 +108,11 @@ def _code(typing: Any, bits: Any, scale: Any, inverse: Any) -> Any:
 
 @_intrinsic
 def _scaled(typing: Any, code: Any, scale: Any) -> Any:
-    """An e4m3 code (int8, not NaN) as fp32 times a scale, which is given 2^8 times as large."""
+    """Decode an e4m3 code (int8, not NaN) to fp32 times the scale; `scale` must be passed 2^8 times as large."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         half = ir.IntType(16)
-        # e4m3's bits inside fp16's are a number 2^8 too small: their exponents' biases are 7 and 15.
+        # Placed in fp16, e4m3's bits are a number 2^8 too small: the exponent biases are 7 and 15.
         bits = builder.and_(builder.shl(builder.sext(args[0], half), half(7)), half(-0x4080))
         return builder.fmul(builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType()), args[1])
 
@@ -121,7 +121,7 @@ def _scaled(typing: Any, code: Any, scale: Any) -> Any:
 
 @_intrinsic
 def _bf16(typing: Any, value: Any) -> Any:
-    """The bf16 bits nearest to a finite fp32 number, ties to even."""
+    """Round a finite fp32 number to bf16 bits (int16), ties to even."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
@@ -135,7 +135,7 @@ def _bf16(typing: Any, value: Any) -> Any:
 
 @_intrinsic
 def _prefetch(typing: Any, x: Any, at: Any) -> Any:
-    """Ask for the cache line of an element, which may be outside of the array."""
+    """Prefetch the cache line of an element, which may be outside the array."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -150,13 +150,13 @@ def _prefetch(typing: Any, x: Any, at: Any) -> Any:
 
 @njit(**_OPTIONS)
 def quantise(x, x_stride, q, q_stride, scales, rows, columns, block_rows, block_columns, power_of_two):
-    """e4m3 codes and scales of a matrix of `rows` x `columns`.
+    """Quantise a matrix of `rows` x `columns` to e4m3 codes and scales.
 
-    x: int16 or int32, the bits of bf16 or fp32; q: uint8; scales: float32 [blocks down, blocks across]. Returns the
-    first block that holds NaN or infinity, and stops there, or (-1, -1).
+    x: int16 or int32, the bits of bf16 or fp32; q: uint8; scales: float32 [blocks down, blocks across]. Stops at the
+    first block that holds NaN or infinity and returns its index, else returns (-1, -1).
     """
-    # Panels of some neighbouring blocks: long runs of memory, and few enough to be in the cache for the second pass,
-    # which fetches the next panel while it computes.
+    # Panels of neighbouring blocks: long runs of memory, yet small enough to stay cached for the second pass, which
+    # prefetches the next panel while it computes.
     step = max(1, _PANEL_BYTES // (block_rows * block_columns * x.itemsize))
     largest = np.empty(step * block_columns, x.dtype)
     inverses = np.empty(scales.shape[1], np.float32)
@@ -184,7 +184,7 @@ def quantise(x, x_stride, q, q_stride, scales, rows, columns, block_rows, block_
 
 @njit(inline="always", **_OPTIONS)
 def _encode(x, at, ahead, q, to, scales, inverses, columns, block_columns):
-    """Codes of a row; the row `ahead` elements on is fetched into the cache."""
+    """Encode one row of a panel, and prefetch the row `ahead` elements further."""
     for across in range(scales.shape[0]):
         start = across * block_columns
         first, target = np.uint64(at + start), np.uint64(to + start)
@@ -197,9 +197,9 @@ def _encode(x, at, ahead, q, to, scales, inverses, columns, block_columns):
 
 @njit(inline="always", **_OPTIONS)
 def _enlarge(largest, x, at, length):
-    """Raise `largest` to the sizes of numbers from `at` on. As bits, sizes are in the right order, NaN above infinity.
+    """Raise `largest` to the magnitudes of `x[at:at + length]`. As bits, magnitudes sort correctly, NaN above infinity.
 
-    Unsigned indices spare a test whether they count from the end.
+    Unsigned indices avoid numba's test for negative ones.
     """
     for j in range(length):
         largest[j] = _larger(largest[j], _size(x[at + j]))
@@ -207,7 +207,7 @@ def _enlarge(largest, x, at, length):
 
 @njit(inline="always", **_OPTIONS)
 def _scale_of(largest, power_of_two):
-    """The scale of a block by the sizes of its columns' largest numbers; infinite when the block is not finite."""
+    """Scale of a block from its columns' largest magnitudes; infinite if the block holds NaN or infinity."""
     amax = largest[0]
     for j in range(largest.shape[0]):
         amax = _larger(amax, largest[j])
@@ -222,9 +222,9 @@ def _scale_of(largest, power_of_two):
 
 @njit(**_OPTIONS)
 def dequantise_bf16(q, q_stride, scales, out, out_stride, rows, columns, block_rows, block_columns):
-    """bf16 bits of e4m3 codes. q: int8; out: int16; scales: finite float32, no larger than 2^119.
+    """Dequantise e4m3 codes to bf16 bits. q: int8; out: int16; scales: finite float32, at most 2^119.
 
-    Returns the largest code without sign: 127 means that there was a NaN, for which `out` is wrong.
+    Returns the largest code without sign: 127 means that a code was NaN, where `out` is wrong.
     """
     largest = np.int8(0)
     for i in range(rows):
@@ -241,7 +241,7 @@ def dequantise_bf16(q, q_stride, scales, out, out_stride, rows, columns, block_r
 
 @njit(**_OPTIONS)
 def dequantise_fp32(q, q_stride, scales, out, out_stride, rows, columns, block_rows, block_columns):
-    """fp32 numbers of e4m3 codes, otherwise as `dequantise_bf16`."""
+    """Dequantise e4m3 codes to fp32 (`out`: float32), otherwise like `dequantise_bf16`."""
     largest = np.int8(0)
     for i in range(rows):
         for across in range(scales.shape[1]):

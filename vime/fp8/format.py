@@ -1,4 +1,4 @@
-"""Names and shapes of block fp8, without torch: what a checkpoint quantises, and how it stores the scales."""
+"""Names and shapes of block fp8, without torch: the tensors a checkpoint quantises, and how it stores scales."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ Block = tuple[int, int]
 
 
 def scale_name(name: str) -> str:
-    """Name of the scale that belongs to a quantised tensor."""
+    """Name of a quantised tensor's scales."""
     return name + SCALE_SUFFIX
 
 
 def scale_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
-    """Blocks of a matrix in both dimensions."""
+    """Number of blocks of a matrix in each dimension, rounded up."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def is_quantised(name: str, by_default: bool, config: Quantisation | None) -> bool:
-    """Whether a checkpoint with this `quantization_config` stores the tensor in fp8.
+    """True if a checkpoint with this `quantization_config` stores the tensor in fp8.
 
-    `by_default` is the family's table. `modules_to_not_convert` names modules, whole or by some of their parts.
+    `by_default` is the model family's table entry. `modules_to_not_convert` lists modules by full or partial path.
     """
     if config is None or not by_default:
         return False

@@ -1,10 +1,10 @@
 """Block-fp8 kernels for GPUs: every tensor of a batch in one launch, bit-equal to `vime.fp8.quantise`.
 
-A launch takes lists of tensors of any shapes: a table of addresses and a table that gives every block its tensor lie on
-the device, so 256 experts of a layer cost one launch and no copy into a contiguous buffer.
+A launch takes lists of matrices of any shapes, as a table of addresses and a map from block to matrix on the device, so
+256 experts of a layer cost one launch and no copy into a contiguous buffer.
 """
 
-# Triton types its language as ordinary Python only in part.
+# Triton's type annotations cover only part of its language.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ MIN_AMAX = 1e-10
 
 @dataclass(frozen=True)
 class BlockTable:
-    """The blocks of a list of matrices: addresses, shapes and, for every block, its matrix and its place in it."""
+    """Device tables of a list of matrices: addresses, shapes, and the matrix of every block."""
 
     rows: Tensor
     """int64 [tensors, 6]: address in, address out, address of scales, M, N, first block."""
     owner: Tensor
-    """int32 [blocks]: the matrix a block belongs to."""
+    """int32 [blocks]: index of each block's matrix."""
     wrong: Tensor
-    """int32 [tensors]: 1 where quantising met NaN or infinity."""
+    """int32 [tensors]: 1 for a matrix with NaN or infinity, set by quantising."""
     aligned: bool
-    """Whether rows and addresses are multiples of 16, so that loads and stores can be wide."""
+    """True if addresses and row lengths are multiples of 16, so that loads and stores can be wide."""
 
 
 def block_table(
     inputs: Sequence[Tensor], outputs: Sequence[Tensor], scales: Sequence[Tensor], block: int
 ) -> BlockTable:
-    """Tables for one launch over contiguous matrices of one device; they hold addresses, so keep the tensors alive."""
+    """Build the tables for one launch over matrices on one device. They hold addresses: keep the tensors alive.
+
+    Raises ValueError for a matrix that is not contiguous.
+    """
     rows, first = [], 0
     for source, target, scale in zip(inputs, outputs, scales, strict=True):
         if not (source.is_contiguous() and target.is_contiguous() and scale.is_contiguous()):
@@ -57,7 +60,7 @@ def block_table(
 
 @triton.jit
 def _place(rows, owner, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's row of the table, its block's number in the matrix, the elements' offsets and which exist."""
+    """For this program: table row, block index in the matrix, element offsets, mask of elements inside the matrix."""
     pid = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(owner + pid).to(tl.int64) * 6
     m = tl.load(row + 3)
@@ -74,7 +77,7 @@ def _place(rows, owner, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _matrix(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of the table as a pointer."""
+    """Load an address from a column of the table as a pointer."""
     pointer = tl.load(row + COLUMN).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -97,7 +100,7 @@ def _quantise_kernel(
     target = _matrix(row, 1, tl.float8e4nv, ALIGNED)
     scales = _matrix(row, 2, tl.float32, False)
     x = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
-    # Without their sign floats are in the order of their bits, NaN last: one reduction finds the maximum and any NaN.
+    # Magnitudes sort like their bits, NaN last: one reduction finds the maximum and any NaN.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     top = tl.max(tl.max(bits, axis=1), axis=0)
     tl.store(wrong + tl.load(owner + tl.program_id(0)), 1, mask=top >= 0x7F800000)
@@ -107,7 +110,7 @@ def _quantise_kernel(
     # Markstein's division: with a correctly rounded inverse, one corrected product is the correctly rounded quotient.
     q = x * inverse
     q = tl.fma(tl.fma(-q, tl.broadcast_to(scale, x.shape), x), inverse, q)
-    # The correction adds +0 to -0, which is +0: a zero keeps its sign by being left as it is.
+    # The correction would turn -0 into +0, so zeros are left unchanged.
     q = tl.where(x == 0.0, x, q)
     tl.store(target + offsets, q.to(tl.float8e4nv), mask=inside)
     tl.store(scales + local, tl.where(amax == amax, scale, amax))
@@ -133,8 +136,8 @@ def _grid(shape: Sequence[int], block: int) -> tuple[int, int]:
 def quantise_many(weights: Sequence[Tensor], block: int = 128) -> tuple[list[Tensor], list[Tensor]]:
     """Quantise matrices [M, N] of one type on one GPU in one launch.
 
-    Returns e4m3 matrices of the same shapes and fp32 scales [ceil(M/block), ceil(N/block)]; a block that holds NaN or
-    infinity has a scale that is not finite.
+    Returns e4m3 matrices of the same shapes and fp32 scales [ceil(M/block), ceil(N/block)]; the scale of a block with
+    NaN or infinity is not finite.
     """
     device = weights[0].device
     outputs = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=device) for w in weights]
@@ -145,7 +148,7 @@ def quantise_many(weights: Sequence[Tensor], block: int = 128) -> tuple[list[Ten
 
 
 def launch_quantise(table: BlockTable, dtype: torch.dtype, block: int = 128) -> None:
-    """The launch alone, for callers that keep the tables of weights that stay where they are."""
+    """Launch only the quantising kernel, for callers that reuse the tables of weights whose addresses do not change."""
     types = (_TRITON_TYPES[dtype], block, table.aligned)
     tensors = (table.rows, table.owner, table.wrong)
     _quantise_kernel[(table.owner.numel(),)](*tensors, *types, FP8_MAX, MIN_AMAX, num_warps=4)
@@ -154,13 +157,13 @@ def launch_quantise(table: BlockTable, dtype: torch.dtype, block: int = 128) -> 
 def dequantise_many(
     quantised: Sequence[Tensor], scales: Sequence[Tensor], block: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> list[Tensor]:
-    """`dtype(fp32(q) * scale)` of every matrix in one launch."""
+    """Dequantise matrices in one launch: `dtype(fp32(q) * scale)`."""
     outputs = [torch.empty(q.shape, dtype=dtype, device=q.device) for q in quantised]
     launch_dequantise(block_table(quantised, outputs, scales, block), dtype, block)
     return outputs
 
 
 def launch_dequantise(table: BlockTable, dtype: torch.dtype = torch.bfloat16, block: int = 128) -> None:
-    """The launch alone."""
+    """Launch only the dequantising kernel."""
     types = (_TRITON_TYPES[dtype], block, table.aligned)
     _dequantise_kernel[(table.owner.numel(),)](table.rows, table.owner, *types, num_warps=8)

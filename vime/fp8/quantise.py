@@ -1,7 +1,7 @@
-"""Block fp8 (e4m3, one scale a block), quantised and dequantised on CPU or GPU.
+"""Quantise to block fp8 (e4m3, one scale per block) and back, on CPU or GPU.
 
-The format is DeepSeek-V3's: `scale = max(amax, 1e-10) / 448` of every block, `q = e4m3(x / scale)`, stored as `<name>`
-(float8_e4m3fn [M, N]) beside `<name>_scale_inv` (fp32 [ceil(M/bm), ceil(N/bn)]). Blocks at the edges are smaller,
+The format is DeepSeek-V3's: `scale = max(amax, 1e-10) / 448` per block, `q = e4m3(x / scale)`, stored as `<name>`
+(float8_e4m3fn [M, N]) and `<name>_scale_inv` (fp32 [ceil(M/bm), ceil(N/bn)]). Blocks at the edges are smaller,
 nothing is padded. With `ue8m0` the scale is rounded up to a power of two.
 """
 
@@ -34,9 +34,9 @@ __all__ = [
 
 FP8_MAX = 448.0
 MIN_AMAX = 1e-10
-# Above it the CPU's kernel, which multiplies scales by 2^8, would overflow; no real checkpoint comes near.
+# The CPU kernel multiplies scales by 2^8, so larger ones would overflow; no real checkpoint comes near.
 _MAX_SCALE = 2.0**119
-# Elements that are worth a thread of their own.
+# Least number of elements per thread.
 _THREAD_ELEMENTS = 1 << 20
 _NAN_CODE = 0x7F
 
@@ -55,8 +55,8 @@ def quantise(
 ) -> tuple[Tensor, Tensor]:
     """Quantise a matrix [M, N] (bf16, fp16 or fp32) to e4m3 of the same shape and fp32 scales.
 
-    Bit-equal with dividing every block in fp32 by its scale and rounding to nearest even. `out` takes the e4m3 matrix.
-    Raises WeightNotFinite, with `name` in the text, for NaN or infinity.
+    Bit-equal to dividing every block in fp32 by its scale and rounding to nearest even. `out` receives the e4m3
+    matrix. Raises WeightNotFinite, with `name` in the text, for NaN or infinity.
     """
     _check_matrix(weight, block)
     q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device) if out is None else out
@@ -87,10 +87,10 @@ def quantise(
 
 
 def _quantise_plain(weight: Tensor, q: Tensor, block: Block, scale_format: str, name: str) -> Tensor:
-    """The formula itself, block rows at a time, on any device; fills `q` and returns the scales."""
+    """Quantise by the plain formula, one row of blocks at a time, on any device; fills `q` and returns the scales."""
     rows, columns = scale_shape(weight.shape, block)
     scale = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
-    # On a GPU torch divides by a number by multiplying with its inverse, which rounds twice; by a tensor it divides.
+    # A tensor: on a GPU torch divides by a Python number as a product with its inverse, which rounds twice.
     largest = torch.full((columns,), FP8_MAX, dtype=torch.float32, device=weight.device)
     for row in range(rows):
         part = slice(row * block[0], (row + 1) * block[0])
@@ -116,9 +116,10 @@ def dequantise(
     dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`dtype(fp32(q) * scale)`, bit for bit, of an e4m3 matrix [M, N] with scales [ceil(M/bm), ceil(N/bn)].
+    """Dequantise an e4m3 matrix [M, N] with scales [ceil(M/bm), ceil(N/bn)]: bit-equal to `dtype(fp32(q) * scale)`.
 
-    Scales may be fp32, bf16 or float8_e8m0fnu. `out` ([M, N] of `dtype`) saves the allocation.
+    Scales may be fp32, bf16 or float8_e8m0fnu. `out` ([M, N] of `dtype`) saves the allocation. Raises ValueError for
+    scales of another shape.
     """
     _check_matrix(q, block)
     if tuple(scale.shape) != scale_shape(q.shape, block):
@@ -154,19 +155,19 @@ def dequantise(
 
 
 def _kernels() -> Any:
-    """The compiled kernels; numba takes a while to import, and who only reads names does not need it."""
+    """Import the compiled kernels only when needed, because numba is slow to import."""
     from vime.fp8 import cpu_kernels as fp8_cpu
 
     return fp8_cpu
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
-    """The matrix itself if its rows are contiguous, else a contiguous copy."""
+    """The matrix itself if its rows are contiguous, otherwise a contiguous copy."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
 def _flat(matrix: Tensor, bits: torch.dtype) -> np.ndarray:
-    """The memory from a matrix's first element to its last, as numbers of another type of the same size."""
+    """Flat memory from a matrix's first element to its last, viewed as a type of the same size."""
     if matrix.numel() == 0:
         return torch.empty(0, dtype=bits).numpy()
     span = (matrix.shape[0] - 1) * matrix.stride(0) + matrix.shape[1]
@@ -174,7 +175,7 @@ def _flat(matrix: Tensor, bits: torch.dtype) -> np.ndarray:
 
 
 def _over_rows(part: Callable[[int, int], None], shape: Sequence[int], block_rows: int) -> None:
-    """Call `part(first, last)` for ranges of whole block rows, on as many of torch's threads as the size is worth."""
+    """Call `part(first, last)` for ranges of whole block rows, on up to torch's number of threads, by matrix size."""
     blocks = math.ceil(shape[0] / block_rows)
     threads = min(torch.get_num_threads(), blocks, shape[0] * shape[1] // _THREAD_ELEMENTS)
     if threads <= 1:
@@ -186,7 +187,7 @@ def _over_rows(part: Callable[[int, int], None], shape: Sequence[int], block_row
     try:
         part(0, step)
     finally:
-        # Nobody writes to the caller's memory any more when this returns, whatever happened.
+        # Even on an error, no thread may write to the caller's memory after this returns.
         wait(others)
     for other in others:
         other.result()
@@ -194,7 +195,7 @@ def _over_rows(part: Callable[[int, int], None], shape: Sequence[int], block_row
 
 @functools.lru_cache(maxsize=2)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: starting some takes about as long as a matrix. A forked process has none of its parent's."""
+    """Reused threads: starting them takes about as long as a matrix. One pool per process: forks inherit none."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"fp8-{process}")
 
 
@@ -206,6 +207,6 @@ def _check_matrix(matrix: Tensor, block: Block) -> None:
 
 
 def _expand(scale: Tensor, shape: Sequence[int], block: Block) -> Tensor:
-    """Scales as a matrix of the weight's shape."""
+    """Repeat scales to a matrix of the weight's shape."""
     wide = scale.repeat_interleave(block[0], 0)[: shape[0]]
     return wide.repeat_interleave(block[1], 1)[:, : shape[1]]
