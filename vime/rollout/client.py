@@ -1,4 +1,4 @@
-"""Asynchronous client of one engine: token ids in and out, and the routes that pause it and change its weights."""
+"""Asynchronous client of one engine: generates tokens, pauses the engine and updates its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vime.rollout.command import MODEL_NAME
 from vime.samples import Sample, Status
 
 UNVERSIONED = -1
-"""Weight version of tokens from weights that no sync has numbered (those an engine starts with)."""
+"""Weight version of tokens from the weights that an engine starts with, before any sync."""
 
 PauseMode = Literal["keep", "abort", "wait"]
 _HEAD = 300
@@ -25,41 +25,41 @@ _MISSING_LOGPROB = -9999.0
 
 
 class EngineError(VimeError):
-    """A call to an engine failed; the text names engine, route and what came back."""
+    """A call to an engine failed; the text names engine, route and answer."""
 
     retry = True
-    """Whether the same request can succeed on another engine, or on this one after a restart."""
+    """True if the same request can succeed on another engine, or on this one after a restart."""
 
 
 class EngineUnreachable(EngineError):
-    """No connection, or one that broke before the answer was whole."""
+    """The connection failed, or broke before the answer was complete."""
 
     cause = Cause.CRASH
 
 
 class EngineTimeout(EngineError):
-    """No answer within the call's deadline."""
+    """The engine did not answer within the call's deadline."""
 
     cause = Cause.CRASH
 
 
 class EngineStatus(EngineError):
-    """An answer with an HTTP status other than 200."""
+    """The engine answered with an HTTP status other than 200."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
         self.status = status
-        # Other statuses of the 4xx range mean that the request is wrong: every engine would refuse it.
+        # Other 4xx statuses mean that the request is wrong: every engine would refuse it.
         self.retry = status >= 500 or status in (408, 429)
 
 
 class EngineAnswer(EngineError):
-    """An answer with status 200 that cannot be what was asked for."""
+    """The engine answered with status 200, but the answer cannot be right."""
 
 
 @dataclass(frozen=True)
 class RequestDeadlines:
-    """Seconds after which a call has failed."""
+    """Seconds after which a call counts as failed."""
 
     control: float = 60.0
     weights: float = 600.0
@@ -68,7 +68,7 @@ class RequestDeadlines:
 
 @dataclass(slots=True)
 class Generated:
-    """One answer; the lists have one entry a token."""
+    """One answer; the lists have one entry per token."""
 
     token_ids: list[int]
     log_probs: list[float]
@@ -77,7 +77,7 @@ class Generated:
     """`stop`, `length` or `abort`."""
 
     def append_to(self, sample: Sample) -> None:
-        """Add the tokens to a sample (which may hold those of an aborted request) and mark how it ended."""
+        """Append the tokens to a sample (which may hold those of an aborted request) and set its status."""
         sample.response_ids += self.token_ids
         sample.log_probs += self.log_probs
         sample.weight_versions += self.weight_versions
@@ -116,7 +116,7 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def parse_answer(body: bytes, max_tokens: int) -> Generated:
-    """The answer of `/inference/v1/generate`. Raises EngineAnswer when its counts or values cannot be right."""
+    """Parse an answer of `/inference/v1/generate`. Raises EngineAnswer if its counts or values cannot be right."""
     try:
         choices = _DECODER.decode(body).choices
     except msgspec.MsgspecError as error:
@@ -139,14 +139,14 @@ def parse_answer(body: bytes, max_tokens: int) -> Generated:
         raise EngineAnswer(
             f"answer ended by length at {len(tokens)} of {max_tokens} tokens: raise --vllm-max-model-len"
         )
-    # A sum is the fast way to look at every value: one that is not finite makes it so.
+    # A sum checks every value fast: one that is not finite makes the sum not finite.
     if log_probs and (not math.isfinite(sum(log_probs)) or min(log_probs) <= _MISSING_LOGPROB or max(log_probs) > 1e-3):
         raise EngineAnswer("answer has log-probs that are missing, positive or not finite")
     return Generated(tokens, log_probs, _versions(choice.weight_versions, len(tokens)), choice.finish_reason)
 
 
 def _versions(spans: Sequence[_Span] | None, tokens: int) -> list[int]:
-    """Weight version of every token from vLLM's spans, which must cover the answer without a gap."""
+    """Weight version of every token, from vLLM's spans. Raises EngineAnswer if they leave gaps or do not fit."""
     versions: list[int] = []
     for span in spans or ():
         if span.start != len(versions) or span.end < span.start:
@@ -171,7 +171,7 @@ class EngineClient:
     url: str
     api_key: str = field(repr=False)
     concurrency: int = 512
-    """Generation requests under way at once; more wait here."""
+    """Limit on generation requests in flight; more wait in this client."""
     deadlines: RequestDeadlines = field(default_factory=RequestDeadlines)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _turns: asyncio.Semaphore = field(init=False, repr=False)
@@ -190,7 +190,7 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections; requests under way fail."""
+        """Close the connections; requests in flight fail."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -198,7 +198,7 @@ class EngineClient:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             # The semaphore bounds requests, not the pool, so that control calls never wait behind generation.
-            # trust_env stays off: the cluster's web proxy has no business between nodes.
+            # trust_env stays off, so that traffic between nodes bypasses the cluster's web proxy.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
                 headers={"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"},
@@ -216,11 +216,11 @@ class EngineClient:
         seed: int | None = None,
         data_parallel_rank: int | None = None,
     ) -> Generated:
-        """One answer to a prompt of token ids. `max_tokens` replaces the setting's, to continue an aborted sample.
-        With a seed the tokens are drawn with random numbers of their own, whatever else the engine computes.
+        """Generate one answer to a prompt of token ids. `max_tokens` overrides the setting, to continue an aborted
+        sample. With a seed, the random numbers do not depend on the engine's other requests.
 
-        The deadline counts from when the request is sent, not while it waits for its turn. An aborted request returns
-        the tokens it has. Raises EngineError.
+        The deadline starts when the request is sent, not while it waits for its turn. An aborted request returns the
+        tokens generated so far. Raises EngineError.
         """
         limit = settings.max_tokens if max_tokens is None else max_tokens
         body = _ENCODER.encode(
@@ -253,28 +253,31 @@ class EngineClient:
         return bool((await self._json("GET", "/is_paused"))["is_paused"])
 
     async def abort_all(self) -> int:
-        """End every request that the engine tracks, with the tokens it has; how many. One still arriving escapes."""
+        """Abort every request that the engine tracks; each returns its tokens so far. Returns the number of requests.
+
+        Misses a request that is still arriving.
+        """
         return int((await self._json("POST", "/abort_requests", {}))["aborted"])
 
     async def reset_prefix_cache(self) -> None:
-        """Forget cached keys and values; they belong to the weights that computed them."""
+        """Discard cached keys and values, which are valid only for the weights that computed them."""
         await self._json("POST", "/reset_prefix_cache")
 
     async def sleep(self, level: int = 1) -> None:
-        """Give device memory back: level 1 keeps the weights in host memory, level 2 drops them."""
+        """Free device memory: level 1 keeps the weights in host memory, level 2 drops them."""
         await self._json("POST", f"/sleep?level={level}", deadline_s=self.deadlines.weights)
 
     async def wake_up(self, tags: Sequence[str] = ()) -> None:
-        """Take device memory again, all of it or by tag (`weights`, `kv_cache`)."""
+        """Allocate device memory again, all of it or by tag (`weights`, `kv_cache`)."""
         query = "&".join(f"tags={tag}" for tag in tags)
         await self._json("POST", "/wake_up" + (f"?{query}" if query else ""), deadline_s=self.deadlines.weights)
 
     async def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
-        """Connect the weight-transfer backend; once in an engine's life."""
+        """Connect the weight-transfer backend to the trainer, once per engine start."""
         await self._json("POST", "/init_weight_transfer_engine", {"init_info": dict(info)}, self.deadlines.weights)
 
     async def start_update(self) -> None:
-        """Begin a weight update. The engine has to be paused."""
+        """Begin a weight update. The engine must be paused."""
         await self._json("POST", "/start_weight_update", deadline_s=self.deadlines.weights)
 
     async def start_draft_update(self) -> None:
@@ -282,29 +285,29 @@ class EngineClient:
         await self._json("POST", "/start_draft_weight_update", deadline_s=self.deadlines.weights)
 
     async def update_weights(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Receive one bucket of weights: one description for all workers, or one for each in order."""
+        """Load one bucket of weights. `info`: one description for all workers, or one for each in order."""
         await self._json("POST", "/update_weights", {"update_info": info}, self.deadlines.weights)
 
     async def finish_update(self, version: int) -> None:
-        """End the update; tokens from here on carry `version`."""
+        """End the update; later tokens carry `version`."""
         await self._json("POST", "/finish_weight_update", {"weight_version": str(version)}, self.deadlines.weights)
 
     async def weight_info(self) -> int:
-        """The version of the engine's weights, UNVERSIONED for those it started with."""
+        """Version of the engine's weights; UNVERSIONED for those it started with."""
         version = str((await self._json("GET", "/weight_info"))["weight_version"])
         return int(version) if version.isdecimal() else UNVERSIONED
 
     async def checksums(self) -> dict[str, str]:
-        """A checksum of every tensor by its name in the engine; comparable between engines of one layout."""
+        """Tensor name in the engine to checksum; comparable between engines with the same layout."""
         answer = await self._json("POST", "/weight_checker", {"action": "checksum"}, self.deadlines.weights)
         return answer["checksums"]
 
     async def reset_weights(self) -> None:
-        """Set every weight to zero, so that a weight which the next update leaves out shows."""
+        """Set every weight to zero, so that checksums reveal a weight missing from the next update."""
         await self._json("POST", "/weight_checker", {"action": "reset"}, self.deadlines.weights)
 
     async def metrics(self) -> str:
-        """vLLM's Prometheus text."""
+        """vLLM's metrics in Prometheus text format."""
         return (await self._call("GET", "/metrics", self.deadlines.control)).decode()
 
     async def _json(self, method: str, path: str, body: Any = None, deadline_s: float | None = None) -> Any:
@@ -318,7 +321,7 @@ class EngineClient:
     async def _call(
         self, method: str, path: str, deadline_s: float, *, body: bytes | None = None, headers: Mapping[str, str] = {}
     ) -> bytes:
-        """The body of the answer. Raises one of the EngineErrors, never aiohttp's."""
+        """Make a request; returns the answer's body. Raises only EngineErrors, never aiohttp's errors."""
         what = f"engine {self.url}: {method} {path}"
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=min(deadline_s, self.deadlines.connect))
         try:
@@ -336,8 +339,8 @@ class EngineClient:
 
 
 def _sampling_parameters(settings: SamplingSettings, max_tokens: int, seed: int | None) -> dict[str, Any]:
-    """vLLM's sampling parameters, with the log-prob of every sampled token. All are given, so that no default of the
-    server or the checkpoint's generation config takes part."""
+    """vLLM's sampling parameters, with the log-prob of every sampled token. All are set, so that no default of the
+    server or the checkpoint's generation config applies."""
     return {
         "seed": seed,
         "n": 1,
@@ -349,6 +352,6 @@ def _sampling_parameters(settings: SamplingSettings, max_tokens: int, seed: int 
         "stop": list(settings.stop),
         "stop_token_ids": list(settings.stop_token_ids),
         "logprobs": 0,
-        # The text is made by the sampler; the server needs it for stop words only.
+        # The sampler decodes the text; the server needs it only for stop words.
         "detokenize": bool(settings.stop),
     }

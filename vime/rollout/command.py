@@ -1,6 +1,6 @@
-"""The command line and the environment of a vLLM server, as data: a pure function of plan, binding and place.
+"""Command line and environment of a vLLM server as data: a pure function of plan, binding and position.
 
-The secrets (the API key) are not part of it; `vime.rollout.engine` adds them to the environment of the process.
+Secrets (the API key) are not included; `vime.rollout.engine` adds them to the process's environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vime.run.devices import device_variables
 from vime.run.plan import Binding, BoundNode, EnginePlan, Plan
 
 MODEL_NAME = "policy"
-"""The name under which every engine serves the trained model."""
+"""Name under which every engine serves the trained model."""
 
 WEIGHT_BACKENDS = {"gpu": "vime", "cpu": "vime-shm"}
 """Names of the weight-transfer backends that vime.sync registers in vLLM."""
@@ -29,22 +29,22 @@ _KV_CACHE_GIB = "1"
 
 @dataclass(frozen=True)
 class EngineCommand:
-    """How one node's part of an engine is started."""
+    """Command that starts one node's part of an engine."""
 
     argv: tuple[str, ...]
-    """After the Python interpreter."""
+    """Arguments after the Python interpreter."""
     env: dict[str, str]
-    """Added to the environment; no secrets."""
+    """Variables added to the environment; no secrets."""
     serves: bool
-    """Whether this node answers HTTP: the first one of an engine."""
+    """True if this node answers HTTP: an engine's first node."""
     url: str
     """Address of the engine's server, on its first node."""
 
 
 def model_path(plan: Plan) -> str:
-    """The folder that the engines load: the HF checkpoint; on processors its bf16 copy when it is quantised.
+    """Folder that the engines load: the HF checkpoint, or on CPUs the bf16 copy of a quantised one.
 
-    vLLM loads block fp8 on no processor without AMX.
+    vLLM cannot load block fp8 on CPUs without AMX. Raises BadInput without an HF checkpoint.
     """
     checkpoint = plan.recipe.checkpoint.hf_checkpoint
     if checkpoint is None:
@@ -66,10 +66,10 @@ def engine_command(
     cpus: Sequence[int],
     visible: str | None = None,
 ) -> EngineCommand:
-    """The command of the engine's part on its node number `position`; `cpus` are the cores its process may use, and
-    `visible` the GPUs that the caller of a local run left to it.
+    """Command of the engine's part on its node number `position`.
 
-    Raises BadInput for a layout that vLLM computes wrong without saying so.
+    `cpus`: cores its process may use; `visible`: GPUs left visible by the caller of a local run. Raises BadInput
+    without an HF checkpoint.
     """
     leader = binding.nodes[engine.nodes[0]]
     here = binding.nodes[engine.nodes[position]]
@@ -88,7 +88,7 @@ def engine_command(
 
 
 def _meeting_place(engine: EnginePlan, position: int, leader: BoundNode, port_offset: int) -> Iterator[str]:
-    """Parallel sizes, and for data parallelism how the nodes of the engine find its leader."""
+    """Options for parallel sizes and, with data parallelism, for how the engine's nodes find its leader."""
     tensor, data = engine.tensor_parallel_size, engine.data_parallel_size
     yield from ("--tensor-parallel-size", str(tensor))
     if engine.expert_parallel:
@@ -100,13 +100,13 @@ def _meeting_place(engine: EnginePlan, position: int, leader: BoundNode, port_of
     yield from ("--data-parallel-address", leader.address)
     yield from ("--data-parallel-rpc-port", str(engine.aux_port + port_offset))
     if position > 0:
-        # Only followers name their first rank: on the leader it would switch to one server a node.
+        # Followers only: on the leader, naming the first rank would switch vLLM to one server per node.
         yield from ("--headless", "--data-parallel-start-rank", str(sum(local[:position])))
 
 
 def _server_arguments(node: BoundNode, port: int) -> Iterator[str]:
     yield from ("--host", node.address, "--port", str(port))
-    # Aborting all requests reaches only those of the API process that gets the call, so there is one.
+    # One API process, because aborting all requests reaches only those of the process that gets the call.
     yield from ("--api-server-count", "1")
     # vLLM's own key check leaves the weight-update and remote-call routes open.
     yield from ("--middleware", "vime.rollout.guard.RequireKey")
@@ -118,7 +118,7 @@ def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
     yield from ("--served-model-name", MODEL_NAME)
     yield from ("--weight-transfer-config", _compact({"backend": backend}))
     yield from ("--logprobs-mode", "processed_logprobs")
-    # Engines of one seed would draw the same numbers.
+    # Engines with the same seed would draw the same random numbers.
     yield from ("--seed", str(plan.recipe.rollout.rollout_seed + engine.index))
 
 
@@ -129,12 +129,12 @@ def _device_arguments(plan: Plan) -> Iterator[str]:
         return
     if not plan.recipe.engine.vllm.get("enforce_eager"):
         yield "--enforce-eager"
-    # The fused rotary embedding of vLLM on processors gives wrong log-probs for multi-head latent attention.
+    # On CPUs vLLM's fused rotary embedding gives wrong log-probs for multi-head latent attention.
     yield "-cc.custom_ops+=-rotary_embedding"
 
 
 def _flags(values: Mapping[str, Any]) -> Iterator[str]:
-    """vLLM's spelling of options: switches, JSON for mappings, several words for lists."""
+    """Options in vLLM's spelling: switches for booleans, JSON for mappings, several words for lists."""
     for name, value in values.items():
         flag = name.replace("_", "-")
         if value is None:
@@ -158,7 +158,7 @@ def _environment(
     cpus: Sequence[int],
     visible: str | None,
 ) -> dict[str, str]:
-    # Interfaces and NCCL's settings of the profile are in the environment of every task already.
+    # The cluster profile's interfaces and NCCL settings are already in every task's environment.
     env = {name: value for name, value in plan.recipe.misc.env.items() if name not in plan.cluster.env}
     env |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight updates, pausing and sleeping
@@ -167,13 +167,13 @@ def _environment(
         "VLLM_HOST_IP": here.address,
     }
     if engine.data_parallel_size > 1:
-        # The leader looks for free ports from here on, for its ranks to meet; the first is the handshake's.
+        # The leader searches from here for free ports where its ranks meet; `aux_port` itself is the handshake's.
         env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)
     if plan.on_gpu:
         env |= device_variables(engine.gpus[position], visible)
         if (plan.model_config_hf.get("quantization_config") or {}).get("scale_fmt") != "ue8m0":
-            # DeepGEMM would round the scales of every weight up to powers of two and quantise the weights again: the
-            # engine would compute with other numbers than those that were synced.
+            # DeepGEMM would round every weight's scales up to powers of two and quantise the weights again, so the
+            # engine would not compute with the weights that were synced.
             env.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")
         return env
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", _KV_CACHE_GIB)
@@ -182,7 +182,7 @@ def _environment(
 
 
 def thread_binding(cpus: Sequence[int], ranks: int) -> str:
-    """vLLM's text for the cores of every rank of this node: as even as can be, shared when there are too few."""
+    """Cores of each of this node's ranks in vLLM's format: divided evenly, shared if there are too few."""
     if len(cpus) < ranks:
         return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
     bounds = [len(cpus) * rank // ranks for rank in range(ranks + 1)]

@@ -1,4 +1,4 @@
-"""One engine on one of its nodes: a vLLM server as a subprocess that is started, watched and ended whole."""
+"""One engine on one of its nodes: starts, watches and stops a vLLM server and its child processes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from vime.system.processes import PARENT_VARIABLE, group_runs
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 15.0
-"""From the first signal until a server that has not ended is killed."""
+"""Time from the first signal until a server that is still running is killed."""
 KILL_SECONDS = 15.0
 _SEGMENTS = ("psm_", "vllm_")
-"""What the names of an engine's shared memory begin with."""
+"""Name prefixes of an engine's shared memory."""
 _PROBE_SECONDS = 120.0
 _TAIL_BYTES = 16384
 
@@ -45,13 +45,13 @@ class _Stranger(OSError):
 
 
 class EngineFailed(VimeError):
-    """An engine's server ended, or answered its first request wrong."""
+    """An engine's server exited, or answered its first request wrong."""
 
 
 class EngineServer:
-    """One engine's process on its node number `position`; the first one serves, the others follow without a port.
+    """One engine's process on its node number `position`; position 0 serves, the others follow without a port.
 
-    `start` has to be called on a thread that lives as long as the engine: the kernel ends the server with that thread.
+    Call `start` on a thread that lives as long as the engine: the kernel ends the server when that thread ends.
     """
 
     def __init__(self, plan: Plan, binding: Binding, engine_index: int, position: int, api_key: str) -> None:
@@ -69,15 +69,15 @@ class EngineServer:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the server, also that of its process group; None before start and after stop."""
+        """Process id of the server and of its process group; None before `start` and after `stop`."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the server; its output goes to the engine's log file. Call `wait_ready` next."""
+        """Start the server, with its output in the engine's log file. Call `wait_ready` next."""
         if self._process is not None:
             raise RuntimeError(f"{self.name} runs already")
         private_folder(self.log.parent)
-        # vLLM's processes talk through sockets and rendezvous files in the temporary folder: a private one.
+        # A private temporary folder, because vLLM keeps its processes' sockets and rendezvous files there.
         self._scratch = tempfile.mkdtemp(prefix="vime-")
         env = {**os.environ, **resolve(self.command.env, os.environ)}
         env |= {KEY_VARIABLE: self._key, PARENT_VARIABLE: str(os.getpid()), "TMPDIR": self._scratch}
@@ -99,7 +99,7 @@ class EngineServer:
             os.close(descriptor)
 
     def wait_ready(self, deadline_s: float) -> str:
-        """The server's address once a real request has been answered; on a follower at once.
+        """Wait until the server answers a real request; returns its address, on a follower at once.
 
         Raises EngineFailed when the process ends first or answers wrong, DeadlineExceeded after `deadline_s` seconds.
         """
@@ -125,15 +125,15 @@ class EngineServer:
             time.sleep(POLL_SECONDS)
 
     def poll(self) -> int | None:
-        """Exit code of the server process, None while it runs."""
+        """Exit code of the server process; None while it runs."""
         if self._process is None:
             raise RuntimeError(f"{self.name} was not started")
         return self._process.poll()
 
     def stop(self, grace_s: float = GRACE_SECONDS) -> None:
-        """End the server and every process it started: a signal, then after `grace_s` seconds the kill of its group.
+        """End the server and every process it started: SIGTERM, then after `grace_s` seconds SIGKILL to its group.
 
-        Raises DeadlineExceeded if something survives even that.
+        Raises DeadlineExceeded if a process survives that.
         """
         if self._process is None:
             return
@@ -151,7 +151,7 @@ class EngineServer:
             self._scratch = None
 
     def last_words(self) -> str:
-        """The line of the log's tail that says most."""
+        """The most informative line of the log's tail."""
         try:
             with open(self.log, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -161,7 +161,7 @@ class EngineServer:
         return f"{telling_line(lines)} ({self.log})"
 
     def _probe(self, timeout: float) -> None:
-        """A request with token ids, whose answer must have as many tokens and log-probs as asked for."""
+        """Send a request with token ids. Raises EngineFailed for a wrong number of tokens or log-probs."""
         wanted = 2
         body = {
             "model": MODEL_NAME,
@@ -173,7 +173,7 @@ class EngineServer:
             data=json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
         )
-        # The cluster's web proxy has no business between a node and itself.
+        # No proxy: the cluster's web proxy must not see requests of a node to itself.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=timeout) as response:
             if response.headers.get(NAME_HEADER) != self._server_name:
@@ -186,7 +186,7 @@ class EngineServer:
 
 
 def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
-    """Whether the process and every member of its group end before the monotonic time `end`."""
+    """True if the process and every member of its group end before the monotonic time `end`."""
     while True:
         process.poll()  # reaps it, so that the group can become empty
         if not group_runs(process.pid):
@@ -197,7 +197,7 @@ def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
 
 
 def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:
-    """This engine's share of the cores that this process may use: engines on one host divide them."""
+    """This engine's share of the cores available to this process; engines on one host divide them."""
     cpus = sorted(os.sched_getaffinity(0))
     host = binding.nodes[plan.engines[engine_index].nodes[position]].host
     here = [

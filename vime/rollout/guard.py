@@ -1,7 +1,7 @@
-"""Requires the run's key on every route of a vLLM server, and names the server in every answer.
+"""Middleware that requires the run's key on every route of a vLLM server and names the server in every answer.
 
-vLLM's own check covers `/v1` and `/inference` and leaves weight updates, pausing and remote calls of worker methods
-open to whoever reaches the port. Loaded by the server itself through `--middleware`.
+vLLM's own check covers only `/v1` and `/inference`, and leaves weight updates, pausing and remote calls of worker
+methods open to anyone who reaches the port. The server loads this module through `--middleware`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ _REFUSED = b'{"error": "this engine needs the key of its run"}'
 
 
 class RequireKey:
-    """ASGI middleware: 401 without `Authorization: Bearer <key>`, whatever the path.
+    """ASGI middleware: 401 without `Authorization: Bearer <key>`, on any path.
 
-    Answers carry the name that the server's starter gave it, so that it can tell its own server from another one that
-    holds the port.
+    Answers carry the name given to the server at its start, so that the starter can detect another server on the port.
     """
 
     def __init__(self, app: App) -> None:

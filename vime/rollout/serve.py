@@ -1,7 +1,7 @@
-"""`python -m vime.rollout.serve ARGS`: `vllm serve ARGS`, tied to the life of the process that started it.
+"""`python -m vime.rollout.serve ARGS`: `vllm serve ARGS` that ends with the process that started it.
 
-vLLM's `vllm` command asks for a distribution of that name, which its build for processors is not, and the module that
-remains knows no headless followers. So this takes the subcommand itself.
+vLLM's `vllm` command needs a distribution of that name, which its CPU build is not, and the API server module has no
+headless followers. So this module calls the `serve` subcommand directly.
 """
 
 from __future__ import annotations
