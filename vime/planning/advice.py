@@ -1,4 +1,4 @@
-"""Changes of a recipe that bring a node's host memory down, and what each of them saves."""
+"""Recipe changes that lower a node's host memory, with the bytes that each saves."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vime.run.plan import NodePlan, Plan
 
 @dataclass(frozen=True)
 class Lever:
-    """One way to need less on the fullest node."""
+    """One way to lower the memory of the fullest node."""
 
     saves_bytes: int
     what: str
     how: str
-    """The flags to give, or `not built` where vime has no such option yet."""
+    """Flags to pass, or `not built` where vime has no such option yet."""
 
 
 def fullest(plan: Plan) -> NodePlan:
-    """The node that needs most host memory."""
+    """The node that needs the most host memory."""
     return max(plan.nodes, key=lambda node: node.host_memory.total_bytes)
 
 
 def levers(plan: Plan) -> tuple[Lever, ...]:
-    """Ways to need less on the fullest node, the largest first; the savings add up."""
+    """Ways to lower the fullest node's memory, largest first; their savings add up."""
     recipe = plan.recipe
     items = {item.name: item for item in fullest(plan).host_memory.items}
     found = []

@@ -1,4 +1,4 @@
-"""From a recipe, a cluster and a number of nodes to the Plan."""
+"""Building a Plan from a recipe, a cluster and a number of nodes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from vime.recipe.vllm_arguments import check_installed
 from vime.run.plan import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
 
 SAVE_BYTES_PER_S = 500 * 10**6
-"""What a node writes to a shared file system while it saves, for the lead of the signal before the time limit."""
+"""Bytes/s that a node saves to a shared file system; sets the lead of the signal before the time limit."""
 
 MIN_NETWORK_GBIT = 1.0
-"""What any network between GPU nodes brings over TCP; below it, something is broken."""
+"""Rate in Gbit/s that any network between GPU nodes reaches over TCP; below it, something is broken."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What make_plan looks at on disk. A dry run plans without any of it."""
+    """On-disk checks that make_plan runs; a dry run skips them all."""
 
     inputs: bool = True
-    """Base folder, checkpoint and data must be there, and complete."""
+    """Require base folder, checkpoint and data to exist and be complete."""
     run_folder: bool = True
-    """The run folder must be writable."""
+    """Require the run folder to be writable."""
 
 
 def make_plan(
@@ -58,7 +58,7 @@ def make_plan(
     verify_deep: bool = False,
     checks: Checks | None = None,
 ) -> Plan:
-    """The plan of a run. Writes nothing; of the checkpoint it reads config.json and the headers of the shards.
+    """Plan a run. Writes nothing; of the checkpoint, reads only config.json and the shard headers.
 
     The run folder is `run_dir`, or the run's name in `runs_dir` (by default `$BASE_DIR/runs`). Raises BadInput.
     """
@@ -130,7 +130,7 @@ def make_plan(
 
 
 def fewest_nodes(recipe: Recipe, cluster: Cluster, base_dir: str | os.PathLike[str] | None, *, required: bool) -> Fit:
-    """The least number of nodes that the recipe fits on the cluster. Raises BadInput where none does."""
+    """Smallest number of the cluster's nodes that the recipe fits on. Raises BadInput if none does."""
     base = str(Path(base_dir).expanduser().absolute()) if base_dir is not None else cluster.base_dir
     config, _ = _model(with_absolute_paths(recipe, base), required=required)
     cluster = _with_devices(cluster, recipe)
@@ -176,7 +176,7 @@ def _check_base_dir(recipe: Recipe, base: str | None, *, required: bool) -> list
 
 
 def check_writable(folder: Path) -> None:
-    """Raises BadInput where the run folder could not be made or written."""
+    """Raise BadInput if the run folder cannot be created or written."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -187,7 +187,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _direct_start(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """`--load` of an HF folder is a start without a conversion; what is saved, and resumed from, lies in `--save`."""
+    """Start directly from `--load` of an HF folder, unconverted; checkpoints are saved to and resumed from `--save`."""
     start, load = recipe.checkpoint.start_from, recipe.checkpoint.load
     if load is not None and (Path(load) / "config.json").is_file():
         start, load = load, None
@@ -199,7 +199,7 @@ def _direct_start(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:
-    """The checkpoint's config; without a checkpoint, where none is required, that of `configs/models/`."""
+    """The checkpoint's config, or one from `configs/models/` if no checkpoint is there and none is required."""
     folder = recipe.checkpoint.hf_checkpoint
     if folder is None:
         raise BadInput("--hf-checkpoint is not set: give the folder of the HF checkpoint")
@@ -222,7 +222,7 @@ def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:
 
 
 def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
-    """The cluster as the recipe's device uses it: no GPUs for `cpu`; on this machine, those that `gpu` takes."""
+    """The cluster as the recipe's device sees it: no GPUs for `cpu`; on this machine, those that `gpu` takes."""
     if recipe.resources.device == "cpu":
         return cluster.model_copy(update={"gpus_per_node": 0, "gpu_request": "none"})
     if cluster.min_network_gbit is None and not cluster.one_machine:
@@ -234,7 +234,7 @@ def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
 
 
 def _gpus_per_node(recipe: Recipe, cluster: Cluster) -> int:
-    """GPU slots of a node that engines of their own may take, after checking that the trainer's fit it."""
+    """GPU slots per node for engines not colocated; raises BadInput if the trainer's do not fit a node."""
     wanted, present = recipe.resources.actor_num_gpus_per_node, cluster.gpus_per_node
     if wanted < 1 or recipe.resources.actor_num_nodes < 1:
         raise BadInput("--actor-num-nodes and --actor-num-gpus-per-node are at least 1")
@@ -297,7 +297,7 @@ def _node(
 def _gpu_memory(
     recipe: Recipe, config: ModelConfig, cluster: Cluster, weights: memory.Weights
 ) -> tuple[GpuMemory, ...]:
-    """The estimate for each pipeline stage; empty without GPUs."""
+    """Estimate per pipeline stage; empty without GPUs."""
     if recipe.resources.device != "gpu":
         return ()
     of_gpu, found = _bytes_of_gpu(cluster), []

@@ -1,4 +1,4 @@
-"""Cluster profiles: `configs/clusters/NAME.yaml`, or a person's own in `~/.config/vime/clusters/`."""
+"""Cluster profiles: `configs/clusters/NAME.yaml`, or the user's in `~/.config/vime/clusters/`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OWN_OPTIONS = {
     "constraint": "constraint", "mem": "mem", "exclusive": "exclusive", "cpus-per-task": "cpus-per-node",
     "gres": "gpu-request and gpus-per-node", "gpus-per-node": "gpus-per-node",
 }  # fmt: skip
-"""Options of sbatch that a profile does not set by itself, and what to use in their place; empty: nothing."""
+"""sbatch options that a profile must not set, each with its replacement; empty: none."""
 
 
 def load_cluster(name_or_path: str) -> Cluster:
-    """The profile of this name or in this file; dashes and underscores in its options are the same."""
+    """Load the profile with this name or path; dashes and underscores in its options are equivalent."""
     path = files.find("clusters", name_or_path)
     values = {str(key).replace("-", "_"): value for key, value in files.read(path).items()}
     try:
@@ -41,12 +41,12 @@ def load_cluster(name_or_path: str) -> Cluster:
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine."""
+    """Memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def parse_minutes(text: str) -> int:
-    """Minutes of a time in Slurm's spelling: `90`, `1:30:00`, `2-00`, `2-12:00`, `2-12:00:00`; seconds round up."""
+    """Minutes of a Slurm time: `90`, `1:30:00`, `2-00`, `2-12:00`, `2-12:00:00`; seconds round up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not match:
         raise BadInput(f"--time is {text!r}: give minutes, hours:minutes:seconds or days-hours")
@@ -66,12 +66,12 @@ def parse_minutes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Match:
-    """A partition and those of its nodes that a job of this run may get."""
+    """A partition and the kinds of its nodes that a job of this run may get."""
 
     partition: Partition
     kinds: tuple[NodeKind, ...]
     gpu_type: str | None
-    """To be named in the request, so that only these kinds serve it."""
+    """GPU type to name in the request, so that only these kinds serve it; None: any."""
 
     @property
     def nodes(self) -> int:
@@ -79,11 +79,11 @@ class Match:
 
 
 def resolve(cluster: Cluster, nodes: int, partitions: list[Partition], *, needs_gpus: int) -> tuple[Cluster, list[str]]:
-    """The cluster with what its profile leaves open taken from a partition, and what was chosen, as notes.
+    """Fill in what the profile leaves open from a partition; returns the cluster, and the choices as notes.
 
-    Sizes are the smallest of the kinds of nodes that the job's request can get, not of the whole partition. Without a
-    partition in the profile it is the default one when that fits, else the one with the most nodes that does. Raises
-    BadInput for a partition that does not exist or has too few nodes.
+    Sizes are the smallest over the kinds of nodes that the job's request can get, not over the whole partition. If the
+    profile names no partition: the default one if it fits, else the fitting one with the most nodes. Raises BadInput
+    for a partition that does not exist or has too few nodes.
     """
     match = _choose(cluster, nodes, partitions, needs_gpus)
     partition, kinds = match.partition, match.kinds
@@ -126,10 +126,10 @@ def resolve(cluster: Cluster, nodes: int, partitions: list[Partition], *, needs_
 
 
 def match_kinds(cluster: Cluster, nodes: int, partition: Partition, gpus: int) -> Match:
-    """The kinds of a partition's nodes that the job's request can get: those of the profile's constraint, GPU type and
-    number of GPUs; of several GPU types the one with enough nodes, the most of them first.
+    """Kinds of a partition's nodes that the job's request can get: those with the profile's constraint, GPU type and
+    number of GPUs. Of several GPU types, the one with enough nodes, trying the most numerous first.
 
-    All kinds where none matches: then the sizes of the partition are what an error shows. Raises BadInput for a
+    If none matches, returns all kinds, so that an error shows the sizes of the partition. Raises BadInput for a
     constraint or a GPU type that no node has.
     """
     kinds = partition.kinds
@@ -158,7 +158,7 @@ def match_kinds(cluster: Cluster, nodes: int, partition: Partition, gpus: int) -
     types = sorted({name for kind in enough for name, number in kind.gpus.items() if name and number >= wanted})
     if len(types) < 2:
         return Match(partition, enough or kinds, None)
-    # A job of several types would be as slow as its slowest node.
+    # A job on mixed GPU types would run at the speed of its slowest node.
     matches = [
         Match(partition, tuple(kind for kind in enough if kind.gpus.get(name, 0) >= wanted), name) for name in types
     ]

@@ -1,4 +1,4 @@
-"""Parameter counts by pipeline stage and by rank, from the same name maps that load and save the model."""
+"""Parameter counts by pipeline stage and by rank, from the name maps that also load and save the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vime.recipe.parallel import ParallelLayout
 
 
 class Kind(enum.StrEnum):
-    """What a parameter is for."""
+    """Role of a parameter in the model."""
 
     EMBEDDING = "embedding"
     ATTENTION = "attention"
@@ -30,16 +30,16 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Counts:
-    """Elements of the parameters of a part of the model, by how parallelism treats them."""
+    """Parameter elements of a part of the model, by how parallelism treats them."""
 
     split: int = 0
-    """Cut by tensor parallelism."""
+    """Sharded by tensor parallelism."""
     copied: int = 0
-    """Whole on every tensor-parallel rank."""
+    """Replicated on every tensor-parallel rank."""
     experts: int = 0
-    """Of routed experts: cut by expert and expert tensor parallelism."""
+    """Routed experts, sharded by expert and expert tensor parallelism."""
     buffers: int = 0
-    """Of persistent buffers (the router's bias), whole on every rank and without gradient."""
+    """Persistent buffers (the router's bias), replicated on every rank, without gradient."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -51,20 +51,20 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Each element once, buffers included."""
+        """Every element once, buffers included."""
         return self.split + self.copied + self.experts + self.buffers
 
     def of_rank(self, layout: ParallelLayout) -> int:
-        """Elements of the parameters that one rank holds, exactly what Megatron builds there."""
+        """Parameter elements that one rank holds, exactly as Megatron builds it."""
         return self.split // layout.tp + self.copied + self.experts // (layout.ep * layout.etp)
 
     def buffers_of_rank(self, layout: ParallelLayout) -> tuple[int, int]:
-        """The same as Megatron's two buffers: dense parameters and experts."""
+        """The same, split as Megatron's two buffers: dense parameters and experts."""
         experts = self.experts // (layout.ep * layout.etp)
         return self.of_rank(layout) - experts, experts
 
     def of_optimizer_rank(self, layout: ParallelLayout) -> int:
-        """Elements whose optimizer state one rank keeps: its share of what it holds, divided among its replicas."""
+        """Elements whose optimizer state one rank keeps: its parameters, divided among their replicas."""
         dense = (self.split // layout.tp + self.copied) / (layout.dp * layout.cp)
         return math.ceil(dense + self.experts // (layout.ep * layout.etp) / layout.edp)
 
@@ -74,35 +74,35 @@ Parts = dict[Kind, Counts]
 
 @dataclass(frozen=True)
 class Tensors:
-    """Equal tensors of one rank."""
+    """Equal-sized tensors of one rank."""
 
     elements: int
-    """Of one tensor."""
+    """Elements per tensor."""
     number: int
     replicas: int
-    """Ranks that hold the same tensor, and divide its optimizer state among them."""
+    """Ranks that hold the same tensor and divide its optimizer state."""
 
 
 def summed(parts: Parts) -> Counts:
-    """All kinds together."""
+    """Sum over all kinds."""
     return functools.reduce(Counts.__add__, parts.values(), Counts())
 
 
 @functools.lru_cache(maxsize=32)
 def model_counts(config: ModelConfig) -> Counts:
-    """The whole model, MTP layers included; a tied output head counts once."""
+    """Counts of the whole model, MTP layers included; a tied output head counts once."""
     return functools.reduce(Counts.__add__, (_counts(param, elements) for param, elements in _elements(config, 1)))
 
 
 def stage_counts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[Counts, ...]:
-    """What each pipeline stage holds in the trainer, which builds the MTP layers only to train them (`mtp`)."""
+    """Counts of each of the trainer's pipeline stages; MTP layers are built only to be trained (`mtp`)."""
     return tuple(summed(parts) for parts in stage_parts(config, layout, mtp=mtp))
 
 
 def stage_parts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[Parts, ...]:
-    """The same by kind.
+    """Counts of each of the trainer's pipeline stages, by kind.
 
-    The last of several stages has a second copy of the embedding where it needs one: as the output head of a tied
+    The last of several stages holds a second copy of the embedding if it needs one: as the output head of a tied
     model, or as the input of MTP layers.
     """
     stages: list[Parts] = []
@@ -115,7 +115,7 @@ def stage_parts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tu
 
 
 def stage_tensors(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[tuple[Tensors, ...], ...]:
-    """The parameter tensors that a rank of each pipeline stage holds, equal ones together."""
+    """Parameter tensors that a rank of each pipeline stage holds, grouped by equal size."""
 
     def of_rank(how: str, size: int, number: int) -> Tensors:
         if how == "experts":
@@ -129,7 +129,7 @@ def stage_tensors(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> 
 
 
 def kind_of(param: Param) -> Kind:
-    """The kind of a parameter; everything in an MTP layer is of that kind."""
+    """Kind of a parameter; everything in an MTP layer has the MTP kind."""
     if param.where == Where.MTP:
         return Kind.MTP
     if param.where == Where.EMBEDDING:
@@ -145,7 +145,7 @@ def kind_of(param: Param) -> Kind:
 
 
 _Rows = dict[tuple[Kind, str, int], int]
-"""Number of whole tensors by kind, field of Counts and elements."""
+"""Number of whole tensors, by kind, field of Counts and elements per tensor."""
 
 
 def _stages(config: ModelConfig, layout: ParallelLayout, mtp: bool) -> tuple[_Rows, ...]:
@@ -155,7 +155,7 @@ def _stages(config: ModelConfig, layout: ParallelLayout, mtp: bool) -> tuple[_Ro
 
 @functools.lru_cache(maxsize=256)
 def _stage_rows(config: ModelConfig, tp: int, sizes: tuple[int, ...], mtp: bool) -> tuple[_Rows, ...]:
-    """The tensors of pipeline stages of these numbers of layers."""
+    """Tensors of pipeline stages with these numbers of layers."""
     stages: list[_Rows] = [{} for _ in sizes]
     copy_last = len(sizes) > 1 and (config.tie_word_embeddings or (mtp and config.mtp_layers > 0))
     of_layer = [stage for stage, size in enumerate(sizes) for _ in range(size)]
@@ -176,12 +176,12 @@ def _stage_rows(config: ModelConfig, tp: int, sizes: tuple[int, ...], mtp: bool)
 
 
 def _end(where: Where) -> int:
-    """Stage of what is no decoder layer: the embedding comes first, head and MTP layers last."""
+    """Stage of parameters outside decoder layers: first for the embedding, last for head and MTP layers."""
     return 0 if where == Where.EMBEDDING else -1
 
 
 def _how(param: Param) -> str:
-    """The field of Counts that a parameter counts in."""
+    """Name of the field of Counts that a parameter counts in."""
     if param.buffer:
         return "buffers"
     if param.expert is not None:
@@ -195,10 +195,10 @@ def _counts(param: Param, elements: int) -> Counts:
 
 @functools.lru_cache(maxsize=32)
 def _elements(config: ModelConfig, tp: int) -> tuple[tuple[Param, int], ...]:
-    """Every parameter but one expert a layer instead of all, with its elements (for that expert: those of all).
+    """Every parameter, with one expert per layer that stands for all of them, and its elements.
 
-    Counting with one and with two experts gives the slope of what grows with their number (experts, router), so that
-    a model of tens of thousands of expert matrices is counted without listing them.
+    Counting with one and with two experts gives the slope of everything that grows with their number (experts, router),
+    so that a model with tens of thousands of expert matrices is counted without listing them.
     """
     padded = dataclasses.replace(config, vocab_size=config.padded_vocab_size(tp))
     if padded.moe is None:

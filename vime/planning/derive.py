@@ -1,4 +1,4 @@
-"""Values that follow from others, filled in; contradictions, refused; costs and surprises, as notes."""
+"""Fills in derived values, refuses contradictions, and notes costs and surprises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vime.run.plan import context_length
 
 
 def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
-    """The recipe on this number of nodes in all (None: as it says); the trainer has those that engines leave."""
+    """The recipe on this many nodes in total (None: as given); the trainer gets those not taken by engines."""
     resources = recipe.resources
     apart = 0 if resources.colocate else -(-(resources.rollout_num_gpus or 0) // gpus_per_node)
     if nodes is None:
@@ -29,7 +29,7 @@ def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int) -> Recipe:
 
 
 def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir: str, cpus: int | None) -> Recipe:
-    """The recipe with every value that has a default by rule filled in. Raises BadInput for contradictions."""
+    """The recipe with all rule-based defaults filled in. Raises BadInput for contradictions."""
     rollout, evaluation, checkpoint = recipe.rollout, recipe.eval_sampling, recipe.checkpoint
     resources: dict[str, Any] = {}
     if recipe.resources.colocate:
@@ -62,7 +62,7 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _batches(recipe: Recipe) -> dict[str, int]:
-    """Samples an optimizer step and steps a rollout, from either."""
+    """Samples per optimizer step and steps per rollout, each from the other."""
     rollout = recipe.rollout
     samples, steps, batch = rollout.samples, rollout.num_steps_per_rollout, rollout.global_batch_size
     given = f"--rollout-batch-size x --n-samples-per-prompt is {samples}"
@@ -76,7 +76,7 @@ def _batches(recipe: Recipe) -> dict[str, int]:
 
 
 def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
-    """Refuses combinations that cannot run."""
+    """Raise BadInput for combinations that cannot run."""
     perf, rollout, evaluation = recipe.perf, recipe.rollout, recipe.eval
     if perf.use_dynamic_batch_size and not perf.max_tokens_per_gpu:
         raise BadInput("--use-dynamic-batch-size needs --max-tokens-per-gpu: give the tokens a GPU can hold")
@@ -139,7 +139,7 @@ def _check_losses(recipe: Recipe) -> None:
             "--kl-loss-type k1 cannot be trained on: the gradient of log p - log p_ref is that of log p, which is zero "
             "on average and pulls nowhere; give low_var_kl, k2 or k3, or --kl-loss-coef 0 to measure k1 only"
         )
-    # Off-policy sequence masking looks at the current policy, not at the old one.
+    # Off-policy sequence masking compares with the current policy, not with the old one.
     idle = [name for name in algorithm.corrections if name in CORRECTIONS and name != "opsm"]
     if algorithm.use_rollout_logprobs and idle:
         raise BadInput(
@@ -161,7 +161,7 @@ def _check_losses(recipe: Recipe) -> None:
 
 
 def _engine_arguments(recipe: Recipe, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
-    """vLLM's arguments with the speculative method spelled as vLLM takes it for a model that brings its own draft."""
+    """vLLM's arguments, with its name for the speculative method of a model with built-in draft layers; and notes."""
     arguments = dict(recipe.engine.vllm)
     speculative = arguments.get("speculative_config")
     if not isinstance(speculative, dict) or speculative.get("method") not in ("eagle", "mtp"):
@@ -179,7 +179,7 @@ def _engine_arguments(recipe: Recipe, config: ModelConfig) -> tuple[dict[str, An
 
 
 def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[str]:
-    """What a person should know about the recipe as given."""
+    """Notes for the user about the recipe as given."""
     optimizer, algorithm = recipe.optimizer, recipe.algorithm
     found = _engine_arguments(recipe, config)[1]
     found += ignored_args(recipe.model.model_args)

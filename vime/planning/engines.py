@@ -1,4 +1,4 @@
-"""Arguments and layouts of engines that vLLM refuses or computes wrong, refused before anything is submitted."""
+"""Refusals before submission: engine arguments and layouts that vLLM rejects or computes incorrectly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
 def check_engine(engine: EnginePlan, hf_config: Mapping[str, Any], *, on_gpu: bool) -> None:
-    """BadInput for layouts that vLLM on processors computes wrong without an error, or dies of at the first request."""
+    """Raise BadInput for layouts that vLLM on CPUs computes incorrectly without an error, or that crash it."""
     if on_gpu:
         return
     if engine.expert_parallel and engine.tensor_parallel_size > 1:
@@ -35,11 +35,11 @@ EXCLUSIVE = (
     ("enforce_eager", "max_cudagraph_capture_size"),
     ("speculative_config", "spec_method"),
 )
-"""Pairs of vLLM's arguments of which one makes the other meaningless."""
+"""Pairs of vLLM arguments of which one makes the other meaningless."""
 
 
 def check_values(arguments: Mapping[str, Any]) -> None:
-    """Raises BadInput for a value that vLLM does not list, nested or not, and for arguments that exclude each other."""
+    """Raise BadInput for values, nested or not, that vLLM does not list, and for mutually exclusive arguments."""
     for name, value in _flat(arguments):
         if (known := VLLM_CHOICES.get(name)) is None or value is None:
             continue

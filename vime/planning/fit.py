@@ -1,4 +1,4 @@
-"""Whether a run fits its nodes, and the least number of nodes that it fits, with the layout that does it."""
+"""Fit of a run to its nodes, and the smallest fitting number of nodes with a layout for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vime.run.plan import Cluster, Plan, TrainerRank
 
 MOST_NODES = 256
 MOST_CHANGES = 2
-"""Parallel sizes that a layout may change at a time; one that changes more is another recipe."""
+"""Parallel sizes that a layout may change; one that changes more is a different recipe."""
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
           "expert_model_parallel_size")  # fmt: skip
 
@@ -28,7 +28,7 @@ SHARED_GPU = "GPU memory"
 
 @dataclass(frozen=True)
 class Shortage:
-    """One thing that there is too little of."""
+    """One resource that the plan lacks."""
 
     where: str
     what: str
@@ -43,21 +43,21 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Fit:
-    """A number of nodes that the run fits, and how."""
+    """A number of nodes that the run fits on, and the layout to use."""
 
     nodes: int
     recipe: Recipe
-    """With the layout that fits."""
+    """The recipe with the fitting layout."""
     flags: tuple[str, ...]
-    """What to give after `--` beside `--nodes`; empty where the recipe's own layout fits."""
+    """Flags to pass after `--` in addition to `--nodes`; empty if the recipe's own layout fits."""
     host_bytes: int
-    """Of the fullest node."""
+    """Host memory needed on the fullest node."""
     gpu_bytes: int
-    """Of the fullest training rank, estimated; 0 without GPUs."""
+    """Estimated memory of the fullest training rank's GPU; 0 without GPUs."""
 
 
 def shortages(plan: Plan) -> tuple[Shortage, ...]:
-    """What the plan lacks: host memory a node (where the cluster's is known), GPU memory of a rank (estimated)."""
+    """Resources that the plan lacks: host memory of a node (where known), GPU memory of a rank (estimated)."""
     found = []
     has = plan.cluster.memory_per_node_bytes
     fullest = max(plan.nodes, key=lambda node: node.host_memory.total_bytes)
@@ -79,7 +79,7 @@ def _gpu_shortages(nodes: Iterable[tuple[int, Any]]) -> Iterator[Shortage]:
         what = "GPU memory for training (an estimate)"
         yield Shortage(f"a rank of node {node}", what, gpu.training.total_bytes, gpu.gpu_bytes)
     for moment in gpu.moments:
-        # Training is the item above; the others are sums of what is known before the run.
+        # Training is the item above; the other moments are sums of sizes known before the run.
         if moment.name != "training" and moment.bytes > gpu.gpu_bytes:
             where = f"{moment.name} on a GPU that trainer and engine share ({moment.why})"
             yield Shortage(where, SHARED_GPU, moment.bytes, gpu.gpu_bytes)
@@ -89,9 +89,9 @@ def _gpu_shortages(nodes: Iterable[tuple[int, Any]]) -> Iterator[Shortage]:
 
 
 def least_nodes(recipe: Recipe, config: ModelConfig, cluster: Cluster, *, most: int = MOST_NODES) -> Fit | None:
-    """The least number of nodes that the run fits with at most `MOST_CHANGES` parallel sizes changed; None: none does.
+    """Smallest number of nodes that the run fits on with at most `MOST_CHANGES` parallel sizes changed; None: none.
 
-    Fewer changes come first, then less host memory. Raises BadInput where the nodes' host memory is not known.
+    Prefers fewer changes, then less host memory. Raises BadInput if the nodes' host memory is unknown.
     """
     if cluster.memory_per_node_bytes is None:
         raise BadInput(
@@ -114,7 +114,7 @@ def least_nodes(recipe: Recipe, config: ModelConfig, cluster: Cluster, *, most: 
 
 
 def _lower_bound(recipe: Recipe, config: ModelConfig, nodes: int) -> float:
-    """Bytes a node that no layout goes below: each parameter's optimizer state once."""
+    """Lower bound over all layouts, in bytes per node: each parameter's optimizer state once."""
     counts = memory.model_counts(config).total
     if recipe.resources.device == "gpu" and not recipe.optimizer.optimizer_cpu_offload:
         return 0
@@ -122,7 +122,7 @@ def _lower_bound(recipe: Recipe, config: ModelConfig, nodes: int) -> float:
 
 
 def _variants(recipe: Recipe, config: ModelConfig, nodes: int, changes: int) -> Iterator[Recipe]:
-    """The recipe on this number of nodes with exactly so many parallel sizes changed."""
+    """The recipe on this many nodes with exactly `changes` parallel sizes changed."""
     per_node = recipe.resources.actor_num_gpus_per_node
     powers = [1, 2, 4, 8, 16, 32, 64, 128, 256]
     choices = {
@@ -143,7 +143,7 @@ def _variants(recipe: Recipe, config: ModelConfig, nodes: int, changes: int) -> 
 
 
 def _ends(layers: int, stages: int) -> dict[str, int | None]:
-    """Sizes of the first and last stage, where the layers do not divide: all stages equal but a shorter last one."""
+    """First and last stage sizes if the stages do not divide the layers: equal stages, the last one shorter."""
     each = -(-layers // stages)
     last = layers - each * (stages - 1)
     return {
@@ -153,9 +153,9 @@ def _ends(layers: int, stages: int) -> dict[str, int | None]:
 
 
 def _pure_node(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> int | None:
-    """Bytes of the trainer on a node of ranks of the heaviest stage; None where they, or a rank's GPU, do not fit.
+    """Trainer bytes on a node with only ranks of the heaviest stage; None if they, or a rank's GPU, do not fit.
 
-    Quick, to sort out most layouts before ranks are placed. A node that several stages share counts as nothing.
+    A quick filter for most layouts before ranks are placed. A node shared by several stages counts as 0.
     """
     per_node = recipe.resources.actor_num_gpus_per_node
     try:
@@ -179,7 +179,7 @@ def _pure_node(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int
 
 
 def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> Fit | None:
-    """The recipe on these nodes, its engines made to divide them; None where it does not fit."""
+    """The recipe on these nodes, with engines sized to divide them; None if it does not fit."""
     per_node = cluster.gpus_per_node or recipe.resources.actor_num_gpus_per_node
     if recipe.resources.colocate:
         recipe = change(recipe, resources={"rollout_num_gpus": None})
@@ -191,7 +191,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
         slots = layout.divide_slots(recipe, per_node)
         ranks, seats = layout.place_trainer(trainer, slots), layout.place_engines(recipe, slots)
     except BadInput:
-        # This layout cannot be; another one may.
+        # This layout is invalid; another may be valid.
         return None
     if slots.nodes != nodes or (config.vocab_size % trainer.tp and trainer.tp > 1):
         return None
@@ -214,7 +214,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
 
 
 def _with_engines(recipe: Recipe, config: ModelConfig) -> Recipe:
-    """Engines of the recipe's size, or of the largest smaller one that divides the GPUs; tensor parallelism is kept."""
+    """Engines of the recipe's size, or the largest smaller one that divides the GPUs; keeps tensor parallelism."""
     size, (tensor, data) = recipe.engine.rollout_num_gpus_per_engine, gpu_memory.engine_sizes(recipe)
     cluster = recipe.resources
     total = (
@@ -234,7 +234,7 @@ def _with_engines(recipe: Recipe, config: ModelConfig) -> Recipe:
 
 
 def _flags(before: Recipe, after: Recipe) -> tuple[str, ...]:
-    """The flags that make one recipe the other, parallel sizes and engines."""
+    """Flags for parallel sizes and engines that turn one recipe into the other."""
     names = (*_SIZES, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     found: list[str] = []
     for name in names:

@@ -1,8 +1,8 @@
-"""GPU memory of a rank, for training and for the engine: an estimate, for choosing sizes before anything is queued.
+"""Estimated GPU memory of a rank, for training and for the engine, to choose sizes before anything is queued.
 
-Weights, gradients and optimizer states follow from exact parameter counts. Activations count the tensors that the
-backward pass needs (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", with the
-widths of this model), at an even load of the experts. Kernels' workspaces and allocator gaps are constants below.
+Weights, gradients and optimizer states follow from exact parameter counts. Activations are the tensors that the
+backward pass needs (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", with
+this model's widths), with evenly loaded experts. Kernel workspaces and allocator gaps are the constants below.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from vime.recipe.schema import Recipe
 from vime.run.plan import GpuMemory, Item, Memory
 
 DEFAULT_GPU_BYTES = 80 * GB
-"""Of a GPU whose memory the cluster profile does not name: an H100."""
+"""Memory assumed for GPUs that the cluster profile does not describe: an H100."""
 TRAINER_PROCESS = 4 * GB
-"""What a trainer's process holds with no tensor. Measured on an H100: 0.8 GB of CUDA context and libraries, 0.6 GB of
-NCCL and 0.4 GB for the communicator of every group that is used, of which a rank of the recipes has six to eight."""
+"""Memory of a trainer process without tensors. Measured on an H100: 0.8 GB of CUDA context and libraries, 0.6 GB of
+NCCL and 0.4 GB per communicator of a group in use, of which a rank of the recipes has six to eight."""
 TRAINER_RESERVE = TRAINER_PROCESS + 2 * GB
-"""The process, workspaces and gaps of the allocator."""
+"""The process, workspaces and allocator gaps."""
 ENGINE_RESERVE = 5 * GB
-"""CUDA context and graphs, NCCL's buffers and vLLM's own activations."""
+"""CUDA context and graphs, NCCL buffers and vLLM's activations."""
 ENGINE_CONTEXT = 1 * GB
-"""What an engine's process takes beyond its share: vLLM measures from after its CUDA context."""
+"""Memory of an engine process beyond its share, since vLLM measures from after its CUDA context."""
 ENGINE_ASLEEP = 3 * GB
-"""What an engine's process keeps while it sleeps: its CUDA context, graphs, NCCL's buffers, workspaces. Measured with a
+"""Memory that a sleeping engine process keeps: CUDA context, graphs, NCCL buffers, workspaces. Measured with a
 tiny model on one H100: 1.3 GB."""
 VLLM_SHARE = 0.92
-"""vLLM's own default of `--vllm-gpu-memory-utilization`."""
+"""vLLM's default for `--vllm-gpu-memory-utilization`."""
 LOGITS_CHUNK = 1024
-"""MicroBatchTokens whose logits the loss holds in fp32 at a time (vime.megatron.logprobs)."""
+"""Tokens whose logits the loss holds in fp32 at a time (vime.megatron.logprobs)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MicroBatchTokens:
 
 
 def stage_memory(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int, gpu_bytes: int) -> GpuMemory:
-    """The estimate for ranks of one pipeline stage and, on the same kind of GPU, a rank of an engine."""
+    """Estimate for a rank of one pipeline stage and, on the same kind of GPU, a rank of an engine."""
     training = _memory(_training(recipe, config, weights, stage))
     budget = int(float(recipe.engine.vllm.get("gpu_memory_utilization", VLLM_SHARE)) * gpu_bytes)
     engine = list(_engine(recipe, config))
@@ -63,7 +63,7 @@ def stage_memory(recipe: Recipe, config: ModelConfig, weights: Weights, stage: i
 
 
 def training_bytes(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int) -> int:
-    """The estimate for training alone."""
+    """Estimate for training alone."""
     return sum(item.bytes for item in _training(recipe, config, weights, stage))
 
 
@@ -77,7 +77,7 @@ def _item(name: str, size: float, why: str) -> Item:
 
 
 def micro_batch_tokens(recipe: Recipe, layout: ParallelLayout) -> MicroBatchTokens:
-    """Tokens of the largest micro-batch on a context-parallel rank; a sample that is longer than the limit is alone."""
+    """Tokens of the largest micro-batch on a context-parallel rank; a sample over the limit forms its own batch."""
     rollout, perf = recipe.rollout, recipe.perf
     longest = rollout.rollout_max_response_len + (rollout.rollout_max_prompt_len or 1024)
     alone = -(-longest // layout.cp)
@@ -116,7 +116,7 @@ def _activations(
     recipe: Recipe, config: ModelConfig, layout: ParallelLayout, stage: int, tokens: MicroBatchTokens
 ) -> Iterator[Item]:
     layers = layout.stage_layers(config.num_layers)[stage]
-    in_flight = layout.pp - stage  # 1F1B: as many micro-batches as stages from here on
+    in_flight = layout.pp - stage  # 1F1B: one micro-batch for each stage from this one to the last
     per_layer = [layer_bytes(config, layout, layer, tokens.a_rank) for layer in layers]
     stored = boundary_bytes(config, layout, tokens.a_rank)
     perf = recipe.perf
@@ -139,12 +139,12 @@ def _activations(
 
 
 def boundary_bytes(config: ModelConfig, layout: ParallelLayout, tokens: int) -> int:
-    """Input of one layer in bf16; sequence parallelism divides it."""
+    """Bytes of one layer's bf16 input; sequence parallelism divides it."""
     return 2 * tokens * config.hidden_size // (layout.tp if layout.sequence_parallel else 1)
 
 
 def layer_bytes(config: ModelConfig, layout: ParallelLayout, layer: int, tokens: int) -> int:
-    """What the backward pass of one layer needs, in bf16: inputs of norms, projections, attention and MLP."""
+    """Bytes the backward pass of one layer needs in bf16: inputs of norms, projections, attention and MLP."""
     hidden, tp = config.hidden_size, layout.tp
     along = 5 * hidden / (tp if layout.sequence_parallel else 1)
     heads = config.num_attention_heads
@@ -158,20 +158,20 @@ def layer_bytes(config: ModelConfig, layout: ParallelLayout, layer: int, tokens:
     moe = config.moe
     if moe is None or not config.is_moe_layer(layer):
         return math.ceil(2 * tokens * (along + attention + 3 * config.ffn_hidden_size / tp))
-    # MicroBatchTokens are divided over tensor-parallel ranks before they go to their experts.
+    # Tokens are divided over the tensor-parallel ranks before dispatch to their experts.
     routed = moe.top_k * (2 * hidden + 3 * moe.ffn_hidden_size) / tp
     shared = 3 * (moe.shared_ffn_hidden_size or 0) / tp
     return math.ceil(2 * tokens * (along + attention + routed + shared))
 
 
 def engine_sizes(recipe: Recipe) -> tuple[int, int]:
-    """(tensor parallel, data parallel) size of an engine."""
+    """(tensor parallel, data parallel) sizes of an engine."""
     data_parallel = int(recipe.engine.vllm.get("data_parallel_size", 1))
     return max(1, recipe.engine.rollout_num_gpus_per_engine // data_parallel), data_parallel
 
 
 def kv_bytes_per_token(recipe: Recipe, config: ModelConfig) -> int:
-    """Bytes of a token's KV cache on one GPU: every layer's latent vector (MLA), or keys and values of its heads."""
+    """Bytes of a token's KV cache on one GPU: each layer's latent vector (MLA), or keys and values of its heads."""
     tensor_parallel, _ = engine_sizes(recipe)
     size = 1 if "fp8" in str(recipe.engine.vllm.get("kv_cache_dtype", "auto")) else 2
     if config.mla is not None:

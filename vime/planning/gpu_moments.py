@@ -1,8 +1,8 @@
-"""What one GPU holds at each moment of a rollout where trainer and engine take turns on it (`--colocate`).
+"""Memory of one GPU at each moment of a rollout when trainer and engine take turns on it (`--colocate`).
 
-Both processes live for the whole run, so their contexts, libraries and communicators are there at every moment;
-weights, gradients and caches come and go in the order of `vime.train.handover`. The sums say which share of the memory
-the engine may take, and refuse a run before it is queued.
+Both processes live for the whole run, so their contexts, libraries and communicators count at every moment; weights,
+gradients and caches come and go in the order of `vime.train.handover`. The sums give the share of the memory that the
+engine may take, and refuse a run that does not fit before it is queued.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from vime.recipe.schema import Recipe
 from vime.run.plan import Item
 
 OPEN_BUCKETS = 2
-"""Buckets of a weight sync in the trainer's memory at once (`vime.sync.parts.SLOTS`), and as many in the engine's."""
+"""Weight sync buckets in the trainer's memory at once (`vime.sync.parts.SLOTS`), and as many in the engine's."""
 
 
 def with_share(recipe: Recipe, config: ModelConfig, weights: Weights, gpu_bytes: int) -> Recipe:
-    """The recipe with `--vllm-gpu-memory-utilization` for `--colocate` where it is not given: what the trainer leaves
-    while engines answer and it has its weights, in hundredths, at most vLLM's own default."""
+    """Derive `--vllm-gpu-memory-utilization` for `--colocate` if not given: the memory left by the trainer while
+    it holds its weights and engines generate, rounded to hundredths, at most vLLM's default."""
     shares = recipe.resources.colocate and recipe.resources.device == "gpu"
     if not shares or "gpu_memory_utilization" in recipe.engine.vllm:
         return recipe
@@ -68,7 +68,7 @@ def moments(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int, g
 
 
 def _comparing(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int) -> int:
-    """The trainer while engines answer: its weights, and the forward pass of one micro-batch."""
+    """Bytes of the trainer while engines generate: its weights, and the forward pass of one micro-batch."""
     layout, tokens = weights.layout, micro_batch_tokens(recipe, weights.layout).a_rank
     widest = max(layer_bytes(config, layout, layer, tokens) for layer in layout.stage_layers(config.num_layers)[stage])
     logits = 0
@@ -79,7 +79,7 @@ def _comparing(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int
 
 
 def _weights(recipe: Recipe, weights: Weights, stage: int) -> int:
-    """The trainer's process with its weights and nothing else."""
+    """Bytes of the trainer's process with its weights and nothing else."""
     return TRAINER_PROCESS + (2 if recipe.model.bf16 else 4) * math.ceil(weights.stages[stage].of_rank(weights.layout))
 
 

@@ -1,4 +1,4 @@
-"""Whether an HF checkpoint on disk is complete, seen from file sizes and headers alone."""
+"""Completeness of an HF checkpoint on disk, from file sizes and headers alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vime.errors import BadInput
 from vime.models.folder import INDEX, SINGLE, other_kind
 
 _LARGEST_HEADER = 100 * 10**6
-"""The format's own limit."""
+"""Header length limit set by the safetensors format."""
 
 
 def check_shards(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all shards. Raises BadInput naming a shard that is missing, cut or not a safetensors file."""
+    """Total bytes of all shards. Raises BadInput for a missing, truncated or invalid safetensors file."""
     return sum(_check_shard(path) for path in sorted(_shards(Path(folder))))
 
 
@@ -36,7 +36,7 @@ def _shards(folder: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file whose top level is an object."""
+    """Read a JSON file whose top level is an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_shard(path: Path) -> int:
-    """The file's size, compared with the one its header implies: 8 bytes of header length, header, tensors."""
+    """Size of the file, checked against its header: 8 bytes of header length, header, tensors."""
     again = "download it again"
     try:
         with path.open("rb") as file:

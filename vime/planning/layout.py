@@ -1,4 +1,4 @@
-"""Where every trainer rank and every engine sits. Pure arithmetic over logical nodes and GPU slots."""
+"""Placement of every trainer rank and engine: pure arithmetic over logical nodes and GPU slots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vime.run.plan import TrainerRank
 
 @dataclass(frozen=True)
 class EnginePlacement:
-    """GPUs of one engine, node by node, and its parallel sizes."""
+    """GPUs of one engine, by node, and its parallel sizes."""
 
     nodes: tuple[int, ...]
     gpus: tuple[tuple[int, ...], ...]
@@ -22,7 +22,7 @@ class EnginePlacement:
 
 @dataclass(frozen=True)
 class Slots:
-    """GPU slots of the run: `actor` are the trainer's, `rollout` the engines', both as (node, gpu) in order."""
+    """GPU slots as ordered (node, gpu) pairs: `actor` for the trainer, `rollout` for the engines."""
 
     nodes: int
     gpus_per_node: int
@@ -31,7 +31,7 @@ class Slots:
 
 
 def trainer_layout(recipe: Recipe) -> ParallelLayout:
-    """The trainer's parallel layout; its world size is all GPUs of the actor."""
+    """The trainer's parallel layout; its world size is the actor's number of GPUs."""
     perf, cluster = recipe.perf, recipe.resources
     return ParallelLayout(
         world_size=cluster.actor_num_nodes * cluster.actor_num_gpus_per_node,
@@ -47,7 +47,7 @@ def trainer_layout(recipe: Recipe) -> ParallelLayout:
 
 
 def conversion_layout(recipe: Recipe) -> ParallelLayout:
-    """The layout of the conversion stage."""
+    """Parallel layout of the conversion stage."""
     options = recipe.checkpoint
     return ParallelLayout(
         world_size=options.convert_num_nodes * options.convert_ranks_per_node,
@@ -61,9 +61,9 @@ def conversion_layout(recipe: Recipe) -> ParallelLayout:
 
 
 def divide_slots(recipe: Recipe, gpus_per_node: int) -> Slots:
-    """Slots of the trainer and of the engines.
+    """Divide the GPU slots between trainer and engines.
 
-    With `--colocate` they are the same. Without, the engines have nodes of their own after the trainer's, and
+    With `--colocate` both use the same slots. Without it, engines have separate nodes after the trainer's, with
     `gpus_per_node` slots on each.
     """
     options = recipe.resources
@@ -87,7 +87,7 @@ def divide_slots(recipe: Recipe, gpus_per_node: int) -> Slots:
 
 
 def place_trainer(layout: ParallelLayout, slots: Slots) -> tuple[TrainerRank, ...]:
-    """Ranks in order over the trainer's slots; tensor-parallel groups, the fastest dimension, stay in a node."""
+    """Assign ranks in order to the trainer's slots; tensor-parallel groups, the fastest dimension, stay in a node."""
     per_node = sum(node == 0 for node, _ in slots.actor)
     if layout.tp > per_node or per_node % layout.tp:
         raise BadInput(
@@ -106,7 +106,7 @@ def place_trainer(layout: ParallelLayout, slots: Slots) -> tuple[TrainerRank, ..
 
 
 def place_engines(recipe: Recipe, slots: Slots) -> tuple[EnginePlacement, ...]:
-    """Engines over the rollout slots in order: each on contiguous nodes, its tensor-parallel groups inside a node."""
+    """Assign engines in order to the rollout slots: contiguous nodes, tensor-parallel groups within a node."""
     size = recipe.engine.rollout_num_gpus_per_engine
     data_parallel = recipe.engine.vllm.get("data_parallel_size", 1)
     per_node = sum(node == slots.rollout[0][0] for node, _ in slots.rollout)

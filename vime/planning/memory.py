@@ -1,6 +1,6 @@
-"""Host memory of a node, item by item: what the trainer, the engines and Ray keep there, and why.
+"""Host memory of a node, item by item: the trainer, the engines and Ray, each with its reason.
 
-Sizes follow from parameter counts and the recipe; what a process takes besides stands below as a constant.
+Sizes follow from parameter counts and the recipe; fixed process overheads are the constants below.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB
 """Host memory of a process with a CUDA context, NCCL and its libraries."""
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Environment variables that set torch's allocators; the first is the newer name."""
+"""Environment variables that configure torch's allocators; the first is the newer name."""
 RAY_NODE = 400 * 10**6
 """Raylet, agents and idle workers of a node."""
 
 
 class EngineGpus(Protocol):
-    """Where an engine sits: GPUs node by node."""
+    """Placement of an engine: its GPUs by node."""
 
     @property
     def nodes(self) -> tuple[int, ...]: ...
@@ -43,13 +43,13 @@ class Weights:
 
     layout: ParallelLayout
     stages: tuple[Counts, ...]
-    """Of the trainer; frozen MTP layers are not part of it, the weight sync reads them from the checkpoint."""
+    """Trainer stages, without frozen MTP layers, which the weight sync reads from the checkpoint."""
     tensors: tuple[tuple[Tensors, ...], ...]
-    """The same, tensor by tensor."""
+    """Trainer stages, tensor by tensor."""
     model: Counts
-    """With MTP layers, as HF checkpoints and engines hold it."""
+    """The model as HF checkpoints and engines hold it, with MTP layers."""
     trained: Counts
-    """As the trainer holds it over all its ranks, each parameter once."""
+    """The trainer's model over all ranks, each parameter once."""
 
     @classmethod
     def of(cls, recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> Weights:
@@ -65,23 +65,23 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Held:
-    """Elements on one node."""
+    """Elements and rounding losses on one node."""
 
     ranks: int
     held: int
-    """Parameters of all ranks of the node."""
+    """Parameters of all ranks on the node."""
     kept: int
-    """Those whose optimizer state is kept here."""
+    """Parameters whose optimizer state is kept on the node."""
     rounding_4: int
-    """Bytes lost when each shard of the optimizer is an fp32 pinned buffer."""
+    """Bytes lost to rounding if each optimizer shard is a pinned fp32 buffer."""
     rounding_2: int
-    """Bytes lost when each parameter is a bf16 pinned buffer."""
+    """Bytes lost to rounding if each parameter is a pinned bf16 buffer."""
     rounding_buffers: int
-    """Bytes lost when Megatron's bf16 parameter buffers are pinned buffers."""
+    """Bytes lost to rounding if Megatron's bf16 parameter buffers are pinned."""
 
 
 def weight_bytes(config: ModelConfig, weights: Weights, *, quantised: bool) -> int:
-    """Bytes of the HF checkpoint's tensors: 1 a parameter in block fp8 (the few others in 2 do not matter), else 2."""
+    """Bytes of the HF checkpoint's tensors: 1 per parameter in block fp8 (ignoring the few bf16 ones), else 2."""
     return weights.model.total * (1 if quantised and config.quantisation else 2)
 
 
@@ -91,12 +91,12 @@ def checkpoint_bytes(recipe: Recipe, weights: Weights) -> int:
 
 
 def object_store_bytes(recipe: Recipe) -> int:
-    """Shared memory Ray is given on a node: two rollouts of token ids, log-probs and masks, at least 100 MB."""
+    """Shared memory for Ray on a node: two rollouts of token ids, log-probs and masks, at least 100 MB."""
     return max(100 * 10**6, 2 * recipe.rollout.samples * recipe.rollout.rollout_max_response_len * 32)
 
 
 def pinned_bytes(size: float, exact_above: float = math.inf) -> int:
-    """What torch's pinned allocator takes for a buffer: the next power of two, up to a size that can be set."""
+    """Bytes torch's pinned allocator takes for a buffer: the next power of two, or exact above a configurable size."""
     if size > exact_above:
         return math.ceil(size)
     return 1 << (math.ceil(size) - 1).bit_length() if size > 0 else 0
@@ -118,7 +118,7 @@ def node_memory(
     engines: Sequence[EngineGpus],
     node: int,
 ) -> Memory:
-    """The account of one node with these trainer ranks and these engines on it."""
+    """Host memory of one node with these trainer ranks and engines."""
     on_node = _held(weights, ranks, exact_pinned_above(recipe))
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
@@ -138,7 +138,7 @@ def _held(weights: Weights, ranks: Sequence[TrainerRank], exact_above: float) ->
     tensors = [one for rank in ranks for one in weights.tensors[rank.pp]]
     shards = [(4 * one.elements / one.replicas, one.number) for one in tensors]
     whole = [(2 * one.elements, one.number) for one in tensors]
-    # Megatron keeps a rank's dense parameters in one buffer, and its experts' in another.
+    # Megatron keeps a rank's dense parameters in one buffer and its experts' in another.
     buffers = [(2 * size, 1) for rank in ranks for size in weights.stages[rank.pp].buffers_of_rank(weights.layout)]
 
     def lost(sizes: Sequence[tuple[float, int]]) -> int:

@@ -1,4 +1,4 @@
-"""What a plan needs, beyond where things sit: for `vime.plan`, as text for people and as JSON for programs."""
+"""Resources that a plan needs, in addition to its placement: text and JSON for `vime.plan`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vime.system.redact import redacted
 
 @dataclass(frozen=True)
 class Needs:
-    """Everything that is worked out from a plan and from the disk."""
+    """Everything derived from a plan and from the disk."""
 
     shortages: tuple[fit.Shortage, ...]
     least: fit.Fit | None
-    """Least number of nodes that fits; looked for only where the plan does not."""
+    """Smallest number of nodes that fits; computed only if the plan does not fit."""
     levers: tuple[advice.Lever, ...]
     flows: tuple[traffic.Flow, ...]
     space: tuple[traffic.Space, ...]
@@ -31,7 +31,7 @@ class Needs:
 
 
 def needs_of(plan: Plan, recipe: Recipe | None = None) -> Needs:
-    """The needs of a plan. `recipe`: as the person gave it, for the search of a layout; by default the plan's."""
+    """Needs of a plan. `recipe`: as the user gave it, for the layout search; by default the plan's."""
     config, lacks = plan.model, fit.shortages(plan)
     known = plan.cluster.memory_per_node_bytes is not None
     return Needs(
@@ -52,7 +52,7 @@ def parameters(plan: Plan, config: ModelConfig) -> tuple[dict[Kind, int], ...]:
 
 
 def as_json(plan: Plan, needs: Needs) -> dict[str, Any]:
-    """The plan's own fields, and what was worked out beside them."""
+    """The plan's own fields and the values derived from them."""
     least = needs.least
     return {
         **redacted(plan.model_dump(mode="json")),
@@ -71,7 +71,7 @@ def as_json(plan: Plan, needs: Needs) -> dict[str, Any]:
 
 
 def render_needs(plan: Plan, needs: Needs) -> str:
-    """Sections after the plan's own."""
+    """Sections that follow the plan's own."""
     sections = [
         _verdict(plan, needs), _parameters(needs), _gpu(plan), _levers(plan, needs), _traffic(needs), _space(needs),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Names of rewards, filters and losses, checked before anything is queued; plug-ins are read, not imported."""
+"""Checks of reward, filter and loss names before anything is queued; plug-ins are parsed, not imported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ FILTERS = ("check_reward_nonzero_std",)
 
 
 def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
-    """Checks the reward, the filter and every `package.module:function` of a recipe. Raises BadInput.
+    """Check the reward, the filter and every `package.module:function` of a recipe. Raises BadInput.
 
-    A module that is not found here is refused where the job runs in this environment (`required`); otherwise a note
-    says that it was not found.
+    A module that is not found here is an error if the job runs in this environment (`required`), otherwise a note.
     """
     notes = []
     for option, target in _targets(recipe):
@@ -36,7 +35,7 @@ def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
 
 
 def _targets(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(option, `module:function`) of every plug-in. Raises BadInput for a name that is neither one nor built in."""
+    """(option, `module:function`) of every plug-in. Raises BadInput for a name that is neither that nor built in."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
     if algorithm.loss_type == "policy_loss" and not recipe.misc.load_debug_rollout_data:
         yield from _reward(recipe)
@@ -78,7 +77,7 @@ def _check_address(url: str | None) -> None:
 
 
 def _named(option: str, value: str, known: Sequence[str], elsewhere: dict[str, str]) -> str:
-    """The value where it is `module:function`; else BadInput with what it is called here."""
+    """The value if it is `module:function`; else raises BadInput with vime's name for it."""
     module, colon, function = value.partition(":")
     if colon:
         if all(part.isidentifier() for part in (*module.split("."), function)):
@@ -94,7 +93,7 @@ def _named(option: str, value: str, known: Sequence[str], elsewhere: dict[str, s
 
 
 def check_target(option: str, target: str) -> str | None:
-    """A sentence where the module is not found here; None where it is. BadInput where it lacks the function."""
+    """A sentence if the module is not found here, else None. Raises BadInput if it lacks the function."""
     module, _, function = target.partition(":")
     file = _source(module)
     if file is None:
@@ -112,7 +111,7 @@ def check_target(option: str, target: str) -> str | None:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module, found part by part without importing a package."""
+    """File of a module, found part by part without importing a package."""
     path: Sequence[str] | None = [os.getcwd(), *sys.path]
     spec = None
     parts = module.split(".")
@@ -127,7 +126,7 @@ def _source(module: str) -> Path | None:
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:
-    """Names that a module's top level defines or imports, those in `if` and `try` too; `*` for a star import."""
+    """Names that a module's top level defines or imports, including in `if` and `try`; `*` for a star import."""
     pending: list[ast.AST] = list(tree.body)
     while pending:
         node = pending.pop()

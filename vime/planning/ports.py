@@ -1,7 +1,7 @@
-"""Ports of a run: the same on every node, outside the ephemeral range, apart from those of another job on the node.
+"""Ports of a run: equal on every node, outside the ephemeral range, distinct from other jobs' on the node.
 
 A run takes one block of consecutive ports. Blocks lie below 9000, since the ephemeral range starts at 32768 on most
-Linux systems and at 9000 on some that run containers; blocks that hold the port of a common service are left out.
+Linux systems and at 9000 on some that run containers. Blocks that contain a common service's port are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vime.run.plan import EnginePlan, Plan, Ports
 
 FIRST, LAST = 2000, 8999
 AUX_PORTS = 32
-"""Ports an engine's own ranks meet on, after the port of its server."""
+"""Ports for the rendezvous of an engine's own ranks, after its server's port."""
 _COMMON_SERVICES = (
     2049, 2181, 2375, 2376, 2379, 2380, 3000, 3128, 3260, 3268, 3306, 3389, 4369, 5000, 5044, 5353, 5432, 5672, 5900,
     5984, 6000, 6006, 6379, 6443, 6817, 6818, 6819, 7077, 7946, 8000, 8008, 8080, 8086, 8265, 8443, 8472, 8500, 8787,
@@ -22,17 +22,17 @@ _FIXED = tuple(name for name in Ports.model_fields if not name.startswith("worke
 
 
 def block_size(gpus_per_node: int, engines: int) -> int:
-    """Ports a run needs: one for each service, Ray's workers on a node, and each engine's."""
+    """Ports a run needs: one per service, Ray's workers on a node, and each engine's."""
     return len(_FIXED) + _workers(gpus_per_node) + engines * (1 + AUX_PORTS)
 
 
 def _workers(gpus_per_node: int) -> int:
-    # A trainer rank and an engine a GPU, their helpers, and workers that end late.
+    # Per GPU a trainer rank and an engine, their helpers, and workers that end late.
     return 24 + 4 * gpus_per_node
 
 
 def blocks(size: int) -> tuple[int, ...]:
-    """First ports of the blocks of this size, without a common service in them."""
+    """First ports of the blocks of this size that contain no common service's port."""
     starts, start = [], FIRST
     while start + size - 1 <= LAST:
         taken = [port for port in _COMMON_SERVICES if start <= port < start + size]
@@ -47,7 +47,7 @@ def blocks(size: int) -> tuple[int, ...]:
 
 
 def plan_ports(gpus_per_node: int, engines: int) -> Ports:
-    """The ports of the first block, for nodes of at most `engines` engines."""
+    """Ports of the first block, for nodes with at most `engines` engines."""
     first = blocks(block_size(gpus_per_node, engines))[0]
     fixed = {name: first + place for place, name in enumerate(_FIXED)}
     worker_first = first + len(_FIXED)
@@ -57,7 +57,7 @@ def plan_ports(gpus_per_node: int, engines: int) -> Ports:
 def plan_engines(
     seats: tuple[EnginePlacement, ...], ports: Ports, *, expert_parallel: bool, shared: bool
 ) -> tuple[EnginePlan, ...]:
-    """The engines with their ports: by place on the node, or by number in the run where logical nodes share a host."""
+    """Engines with their ports: by place on the node, or by index in the run if logical nodes share a host."""
     engines: list[EnginePlan] = []
     for index, seat in enumerate(seats):
         place = index if shared else sum(set(seat.nodes) & set(other.nodes) != set() for other in engines)
@@ -78,14 +78,14 @@ def plan_engines(
 
 
 def engines_of_a_host(seats: tuple[EnginePlacement, ...], *, shared: bool) -> int:
-    """Most engines whose ports one host must hold."""
+    """Largest number of engines whose ports one host must hold."""
     if shared:
         return len(seats)
     return max(sum(node in seat.nodes for seat in seats) for node in {node for seat in seats for node in seat.nodes})
 
 
 def offsets(plan: Plan) -> tuple[int, ...]:
-    """Every `Binding.port_offset` that the plan's ports may be moved by; the first is 0."""
+    """Valid values of `Binding.port_offset` for the plan's ports; the first is 0."""
     first = min(getattr(plan.ports, name) for name in Ports.model_fields)
     last = max([plan.ports.worker_last, *(engine.aux_port + AUX_PORTS - 1 for engine in plan.engines)])
     starts = blocks(last - first + 1)
@@ -93,11 +93,11 @@ def offsets(plan: Plan) -> tuple[int, ...]:
 
 
 def offset_of_job(plan: Plan, job: int) -> int:
-    """The offset of a Slurm job by its id: jobs submitted one after another never meet."""
+    """Port offset of a Slurm job, from its id: jobs with consecutive ids never collide."""
     choices = offsets(plan)
     return choices[job % len(choices)]
 
 
 def moved(ports: Ports, offset: int) -> Ports:
-    """The ports with a binding's offset."""
+    """The ports shifted by a binding's offset."""
     return Ports(**{name: port + offset for name, port in ports.model_dump().items()})

@@ -1,4 +1,4 @@
-"""The plan that a command line asks for: recipe, cluster profile, answers of sinfo, checks before a submission."""
+"""Plan for a command line: recipe, cluster profile, sinfo's answers, checks before a submission."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, Wanted, find_scheduler
 
 DRY_RUN_PATIENCE_S = 12.0
-"""Deadline of a dry run's question, in seconds. Slurm's clients give a controller that is away ten."""
+"""Deadline of a dry run's queries, in seconds. Slurm's clients wait ten for an unreachable controller."""
 
 
 def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
-    """The plan that the options ask for. `required`: what it names must be there, checkpoint and Slurm alike."""
+    """Make the plan that the options ask for. `required`: checkpoint and Slurm must be available."""
     loaded = load_with_notes(args.recipe, flags)
     recipe = loaded.recipe
     auto = args.nodes == "auto"
@@ -78,7 +78,7 @@ def _nodes(args: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> in
 def _cluster(
     args: argparse.Namespace, recipe: Recipe, nodes: int | None, *, required: bool
 ) -> tuple[Cluster, list[str]]:
-    """The profile, completed by what the scheduler knows of its nodes."""
+    """The profile, completed with the scheduler's data about its nodes."""
     gpus = recipe.resources.actor_num_gpus_per_node if recipe.resources.device == "gpu" else 0
     cluster = load_cluster(args.cluster) if args.cluster else Cluster(name="slurm", kind="slurm")
     update: dict[str, object] = {"time_limit_minutes": parse_minutes(args.time)} if args.time else {}
@@ -109,7 +109,7 @@ def _cluster(
 
 
 def _assumed(cluster: Cluster, gpus: int) -> Cluster:
-    """Where the scheduler cannot be asked, nodes hold what the recipe takes."""
+    """The cluster for an unreachable scheduler: nodes hold whatever the recipe takes."""
     if cluster.gpus_per_node or cluster.gpu_request == "none":
         return cluster
     return cluster.model_copy(update={"gpus_per_node": gpus})
@@ -122,8 +122,8 @@ def _default_nodes(recipe: Recipe) -> int:
 
 
 def check_fits(plan: Plan) -> None:
-    """Refuses a run whose nodes lack host memory, or whose trainer and engine cannot share a GPU as they are asked to;
-    what a GPU lacks for training alone is an estimate, so a note."""
+    """Raise BadInput if nodes lack host memory, or if trainer and engine cannot share a GPU as requested. A GPU's
+    shortage for training alone is an estimate, so only a note."""
     for lack in shortages(plan):
         if lack.what == "host memory":
             raise BadInput(f"{lack}: python -m vime.plan shows what fits, and --nodes auto takes it (docs/plan.md)")

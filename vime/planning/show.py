@@ -1,4 +1,4 @@
-"""The plan as text for a person: what the dry run and `vime.plan` print."""
+"""The plan as text for people, printed by the dry run and `vime.plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vime.system.redact import redact
 
 
 def render(plan: Plan) -> str:
-    """The whole plan: what runs, on what, in which stages, the memory of the nodes, and notes."""
+    """The whole plan: components, hardware, stages, memory of the nodes, and notes."""
     parts = [_head(plan), _stages(plan), _memory(plan), _placement_summary(plan)]
     if plan.notes:
         parts.append("\n".join(["Notes", *(f"  - {note}" for note in plan.notes)]))
@@ -17,13 +17,13 @@ def render(plan: Plan) -> str:
 
 
 def render_placement(plan: Plan) -> str:
-    """A line a GPU: node, GPU, Megatron coordinates, engine and its ranks."""
+    """One line per GPU: node, GPU, Megatron coordinates, engine and its ranks."""
     rows = [row for node in plan.nodes for row in _placement_rows(plan, node)]
     return table(("node", "gpu", "rank", "tp", "cp", "dp", "pp", "ep", "etp", "edp", "engine", "dp", "tp"), rows) + "\n"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> str:
-    """Columns as wide as their longest entry; numbers to the right."""
+    """Text table with columns as wide as their longest entry and numbers right-aligned."""
     body = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     numeric = [all(row[i].replace(".", "").replace("-", "").isdigit() for row in body) for i in range(len(head))]
@@ -123,7 +123,7 @@ def _traffic(stage: Stage) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """The nodes' totals, equal neighbours together, and the fullest node's items."""
+    """Totals of the nodes, equal neighbours merged, and the fullest node's items."""
     groups: list[list[NodePlan]] = []
     for node in plan.nodes:
         if groups and groups[-1][0].host_memory == node.host_memory:
@@ -160,7 +160,7 @@ def _placement_rows(plan: Plan, node: NodePlan) -> Iterator[tuple[object, ...]]:
 
 
 def engine_cells(engine: EnginePlan, node: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """The GPU and its (engine, data-parallel rank, tensor-parallel rank) on a node."""
+    """Each GPU on a node with its (engine, data-parallel rank, tensor-parallel rank)."""
     position = engine.nodes.index(node)
     before = sum(len(gpus) for gpus in engine.gpus[:position])
     for place, gpu in enumerate(engine.gpus[position], start=before):

@@ -12,15 +12,15 @@ from vime.recipe.schema import Recipe
 from vime.run.plan import Artefact, Cluster, Stage
 
 DISK_BYTES_PER_S = 100 * 10**6
-"""What a node reads or writes at the very least; deadlines are for finding what hangs, not what is slow."""
+"""Lowest rate at which a node reads or writes; deadlines are for stages that hang, not for slow ones."""
 CAST_BYTES_A_NODE = 20 * 10**9
 START_S = 300.0
-"""Interpreters, libraries and processes coming up on a busy machine."""
+"""Seconds for interpreters, libraries and processes to start on a busy machine."""
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What the stages are made of."""
+    """Inputs from which the stages are built."""
 
     recipe: Recipe
     config: ModelConfig
@@ -29,26 +29,26 @@ class StageInputs:
     nodes: int
     slots_per_node: int
     bf16_bytes: int
-    """Of the model's weights."""
+    """Bytes of the model's weights in bf16."""
     fp8_bytes: int
     checkpoints_bytes: int
-    """Of the newest checkpoints that are kept, and one more that is being written."""
+    """Bytes of the newest checkpoints that are kept, and of one more being written."""
     verify_deep: bool = False
-    """What cast and conversion made, now or in an earlier run, is read whole and compared with what they make."""
+    """Compare the full output of cast and conversion, from this or an earlier run, with their inputs."""
 
 
 def has_cast(job: StageInputs) -> bool:
-    """Whether the bf16 copy is made as a stage."""
+    """True if a stage makes the bf16 copy."""
     return job.recipe.checkpoint.conversion == "two-stage" and job.config.quantisation is not None
 
 
 def has_conversion(job: StageInputs) -> bool:
-    """Whether `--ref-load` is made as a stage."""
+    """True if a stage makes `--ref-load`."""
     return job.recipe.checkpoint.conversion != "direct" and job.recipe.checkpoint.ref_load is not None
 
 
 def make_stages(job: StageInputs) -> tuple[Stage, ...]:
-    """Stages in order. `ray-workers` is missing with one node, cast and convert where the recipe does not need them."""
+    """Stages in order, without `ray-workers` on one node, and without cast and convert unless the recipe needs them."""
     stages = [_preflight(job)]
     if job.nodes > 1 and job.cluster.min_network_gbit:
         stages.append(_ring(job))
@@ -112,7 +112,7 @@ def _ring(job: StageInputs) -> Stage:
 
 def _cast(job: StageInputs) -> Stage:
     source, output = _checkpoint(job), _bf16(job)
-    # Ranks share the files; a small checkpoint is done before a second node has started.
+    # Ranks share the files; a small checkpoint is finished before a second node has started.
     nodes = min(job.nodes, 1 + job.bf16_bytes // CAST_BYTES_A_NODE)
     # fmt: off
     command = (
@@ -157,7 +157,7 @@ def _convert(job: StageInputs) -> Stage:
 
 
 def _verify(stage: Stage) -> Stage:
-    """The stage's work again, compared with its output instead of written."""
+    """The stage's work repeated, compared with its output instead of written."""
     return stage.model_copy(
         update={
             "name": f"verify-{stage.name}",
@@ -208,7 +208,7 @@ def _train(job: StageInputs) -> Stage:
         tells_end=True,
         inputs=tuple(inputs),
         outputs=(Artefact(name="checkpoints", path=options.save or "", kind="run", bytes=job.checkpoints_bytes),),
-        # Ends with the allocation; the phases inside have deadlines of their own.
+        # No own deadline: ends with the allocation, and its phases have deadlines.
         deadline_s=job.cluster.time_limit_minutes * 60.0,
     )
 

@@ -1,4 +1,4 @@
-"""The placement map as SVG: a row a node, a cell a GPU, coloured by pipeline stage, with its engine below."""
+"""Placement map as SVG: one row per node, one cell per GPU, coloured by pipeline stage, with its engine below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vime.run.plan import NodePlan, Plan, TrainerRank
 
 CELL, ROW, LEFT, TOP, GAP = 118, 62, 92, 26, 6
 HUES = (212, 28, 145, 275, 340, 185, 50, 5, 95, 240, 310, 165, 70, 15, 225, 125)
-"""Of the pipeline stages, in turn; a stage is told by its number too, never by colour alone."""
+"""Hues of the pipeline stages, in turn; each stage also shows its number, so that colour is never the only mark."""
 STYLE = """
 svg.placement{font:12px system-ui,sans-serif;--cell-fill:93%;--cell-edge:42%;--map-fg:#1a1d21;--map-dim:#565d66}
 @media (prefers-color-scheme:dark){svg.placement{--cell-fill:20%;--cell-edge:62%;--map-fg:#e6e8eb;--map-dim:#a3abb5}}
@@ -24,7 +24,7 @@ svg.placement rect.engine{fill:hsl(var(--h) 25% var(--cell-edge))}
 
 
 def placement_svg(plan: Plan, *, standalone: bool = True) -> str:
-    """The map. `standalone` brings its own style; inside a page STYLE belongs into the page's."""
+    """Draw the map. `standalone` embeds the style; inside a page, the page must include STYLE."""
     columns = max(node.gpus for node in plan.nodes)
     width, height = LEFT + columns * (CELL + GAP), TOP + len(plan.nodes) * (ROW + GAP) + 4
     about = (

@@ -1,4 +1,4 @@
-"""A sweep: one command line and its variants, from a YAML file. Pure but for reading the file."""
+"""A sweep: one command line and its variants, from a YAML file. Pure except for reading the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vime.recipe.flags import flag
 
 KEYS = ("name", "submit", "flags", "at-once", "grid", "zip", "list")
 MOST = 1000
-"""Variants of a sweep."""
+"""Largest number of variants in a sweep."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Variant:
     """One run of a sweep."""
 
     name: str
-    """`00`, `01`, …: also the name of its folder below the sweep's."""
+    """Index `00`, `01`, …; also the name of the variant's folder inside the sweep's."""
     options: Mapping[str, Any]
-    """Options of the recipe that distinguish it."""
+    """Recipe options that distinguish the variant."""
 
     def flags(self) -> list[str]:
-        """The options as words of a command line: true and false are `--x` and `--no-x`, a list several words."""
+        """The options as command-line words: true and false become `--x` and `--no-x`, a list several words."""
         words: list[str] = []
         for name, value in self.options.items():
             if isinstance(value, bool):
@@ -44,20 +44,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The content of a sweep's file."""
+    """Content of a sweep's file."""
 
     name: str
     submit: tuple[str, ...]
     """Options of vime.submit for all variants."""
     flags: tuple[str, ...]
-    """Flags of the recipe for all variants; a variant's own follow them."""
+    """Recipe flags for all variants; a variant's own follow them."""
     at_once: int | None
-    """Most runs that are active together; None: as many as the scheduler starts."""
+    """Largest number of runs active at once; None: as many as the scheduler starts."""
     variants: tuple[Variant, ...]
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """Read a sweep. Raises BadInput for a file that is none, with the key that is wrong."""
+    """Read a sweep. Raises BadInput for an invalid file, naming the wrong key."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -84,7 +84,7 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def combine(parts: Sequence[Sequence[Mapping[str, Any]]], where: str) -> tuple[Variant, ...]:
-    """Every combination of one entry of each part; an empty part adds nothing. Raises BadInput where options repeat."""
+    """All combinations of one entry from each part; empty parts add nothing. Raises BadInput for repeated options."""
     filled = [part for part in parts if part]
     if not filled:
         raise BadInput(f"{where} has no variants: give grid, zip or list")

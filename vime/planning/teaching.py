@@ -1,4 +1,4 @@
-"""Notes about settings that cannot teach, that teach something biased, or that have no effect."""
+"""Notes about settings that give no training signal, a biased one, or have no effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _THINKS = "</think>"
 
 
 def teaching_notes(recipe: Recipe) -> list[str]:
-    """One line for each such setting, with what to do."""
+    """One line for each such setting, with a remedy."""
     if recipe.algorithm.loss_type != "policy_loss":
         return list(_without_effect(recipe))
     return [*_groups_of_one(recipe), *_biased(recipe), *_without_answers(recipe), *_without_effect(recipe)]
@@ -66,7 +66,7 @@ def _without_answers(recipe: Recipe) -> Iterator[str]:
 
 
 def _without_effect(recipe: Recipe) -> Iterator[str]:
-    """Options that were given and need another one."""
+    """Notes on given options that have no effect without another one."""
     groups = {
         "wandb": (recipe.misc.use_wandb, "--use-wandb", recipe.misc,
                   ("wandb_project", "wandb_entity", "wandb_group", "wandb_name", "wandb_tags", "wandb_mode")),

@@ -1,4 +1,4 @@
-"""Bytes that a run moves, and how long that takes at the rates below: estimates, before anything is queued."""
+"""Bytes that a run moves and their duration at the rates below: estimates, before anything is queued."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from vime.run.plan import Plan
 
 GB = 10**9
 DISK = 2 * GB
-"""Bytes a second that a node reads or writes on a shared file system under load."""
+"""Bytes/s that a node reads or writes on a shared file system under load."""
 NETWORK = 50 * GB
-"""Bytes a second of a GPU's network port (400 Gbit/s)."""
+"""Bytes/s of a GPU's network port (400 Gbit/s)."""
 PCIE = 25 * GB
-"""Bytes a second between a GPU and host memory, either way."""
+"""Bytes/s between a GPU and host memory, in either direction."""
 DRAM = 300 * GB
-"""Bytes a second of a node's host memory."""
+"""Bytes/s of a node's host memory."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """One thing that moves bytes."""
+    """One movement of bytes."""
 
     name: str
     when: str
     bytes: int
     seconds: float
-    """At the rates of this module, everything in parallel that can be; 0 where nothing is known."""
+    """Duration at this module's rates, with maximal parallelism; 0 if unknown."""
     why: str
 
 
@@ -37,10 +37,10 @@ class Space:
     """A file system that the run writes to."""
 
     path: str
-    """The nearest folder that exists."""
+    """Nearest folder that exists."""
     free_bytes: int
     needs: tuple[tuple[str, int], ...]
-    """Artefacts that are still to be written there, and their bytes."""
+    """Artefacts still to be written there, and their bytes."""
 
     @property
     def needs_bytes(self) -> int:
@@ -52,7 +52,7 @@ class Space:
 
 
 def flows(plan: Plan) -> tuple[Flow, ...]:
-    """Stages first, then what every rollout, optimizer step and checkpoint moves."""
+    """Flows of the stages first, then those of every rollout, optimizer step and checkpoint."""
     return (*_stages(plan), *_rollout(plan), _checkpoint(plan))
 
 
@@ -112,7 +112,7 @@ def _checkpoint(plan: Plan) -> Flow:
 
 
 def free_space(plan: Plan) -> tuple[Space, ...]:
-    """Every file system that the run writes to: its free space now, and what is still to be written there."""
+    """File systems that the run writes to: current free space, and artefacts still to be written."""
     needs: dict[int, tuple[str, int, list[tuple[str, int]]]] = {}
     for artefact in (output for stage in plan.stages for output in stage.outputs):
         if not artefact.bytes or (artefact.kind != "run" and os.path.exists(artefact.path)):
@@ -126,7 +126,7 @@ def free_space(plan: Plan) -> tuple[Space, ...]:
 
 
 def nearest_folder(path: str) -> Path:
-    """The path, or the nearest of its parents that exists."""
+    """The path itself, or its nearest existing parent."""
     place = Path(path)
     while not place.exists() and place != place.parent:
         place = place.parent
