@@ -1,3 +1,3 @@
-"""Model families. Importing the package registers those of vime, so that a ModelConfig can be read anywhere."""
+"""Model families. Importing the package registers vime's families, so that ModelConfig can be read anywhere."""
 
 from vime.models import families as families

@@ -1,4 +1,4 @@
-"""Megatron model flags given by hand, compared with what the checkpoint's `config.json` says."""
+"""Checks of hand-given Megatron model flags against the checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vime.models.config import ModelConfig
 from vime.models.families import gpt_arguments, megatron_config
 from vime.recipe.tables import MEGATRON_MODEL_FLAGS
 
-# Choices of training or of an implementation that no checkpoint decides: the value that vime trains with (None: it
-# has none), and the reason why another one changes nothing.
+# Training or implementation choices that no checkpoint determines: the value that vime trains with (None: no fixed
+# value), and the reason why another one has no effect.
 _NO_BALANCE = "no balancing loss is trained"
 _FREE: dict[str, tuple[Any, str]] = {
     "init_method_std": (None, "weights are loaded"),
@@ -31,7 +31,7 @@ _FREE: dict[str, tuple[Any, str]] = {
 
 
 def ignored_args(given: Mapping[str, Any]) -> list[str]:
-    """Notes about flags that are accepted and change nothing."""
+    """Notes about flags that are accepted but have no effect."""
     return [
         f"--{name.replace('_', '-')} {_show(value)} has no effect: {_FREE[name][1]}"
         for name, value in given.items()
@@ -40,7 +40,7 @@ def ignored_args(given: Mapping[str, Any]) -> list[str]:
 
 
 def check_model_args(config: ModelConfig, given: Mapping[str, Any]) -> None:
-    """Raises BadInput for the first flag (named with underscores) that describes another model than `config.json`."""
+    """Raise BadInput for the first flag (named with underscores) that contradicts `config.json`."""
     expected = expected_args(config)
     for name, value in given.items():
         if name in _FREE or (name == "kv_channels" and config.mla):  # latent attention has no such size
@@ -57,7 +57,7 @@ def check_model_args(config: ModelConfig, given: Mapping[str, Any]) -> None:
 
 
 def expected_args(config: ModelConfig) -> dict[str, Any]:
-    """Every comparable flag's value for this model; a flag that is not in it has no place in the model (None)."""
+    """Expected value of every comparable flag for this model; None for a flag that does not apply to it."""
     megatron, gpt = megatron_config(config), gpt_arguments(config)
     grouped = config.mla is None and config.num_kv_heads < config.num_attention_heads
     names = {
@@ -80,7 +80,7 @@ def expected_args(config: ModelConfig) -> dict[str, Any]:
 
 
 def shell_arguments(config: ModelConfig) -> list[str]:
-    """The model as words of Megatron's command line, for those who call Megatron by hand."""
+    """The model as Megatron command-line words, for calling Megatron by hand."""
     words = []
     for name, value in expected_args(config).items():
         if name not in MEGATRON_MODEL_FLAGS or value is None or value is False:
@@ -94,7 +94,7 @@ def shell_arguments(config: ModelConfig) -> list[str]:
 
 
 def read_layer_frequency(value: Any, layers: int) -> list[int]:
-    """Megatron's `--moe-layer-freq`: every Nth layer, a list, or an expression like `([0]*3+[1]*58)`."""
+    """Parse Megatron's `--moe-layer-freq`: every Nth layer, a list, or an expression like `([0]*3+[1]*58)`."""
     if isinstance(value, str):
         try:
             value = _evaluate(ast.parse(value.strip(), mode="eval").body)
@@ -108,7 +108,7 @@ def read_layer_frequency(value: Any, layers: int) -> list[int]:
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """Sums and products of small lists and numbers, nothing else."""
+    """Evaluate sums and products of small lists and numbers, nothing else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return node.value
     if isinstance(node, ast.List):

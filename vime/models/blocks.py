@@ -1,4 +1,4 @@
-"""Pieces of the name map that families share: embedding, head, gated MLP, experts, and values of Megatron's config."""
+"""Name map pieces shared by families: embedding, head, gated MLP, experts, and Megatron config values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ends(
 
 
 def single(name: str, hf: str, shape: tuple[int, ...], *, quantised: bool = False, **other: Any) -> Param:
-    """A parameter that is one HF tensor as it stands."""
+    """A parameter identical to one HF tensor."""
     return Param(name, shape, (HFTensor(hf, shape, quantised),), **other)
 
 
@@ -48,7 +48,7 @@ def gated_mlp(name: str, hf: str, hidden: int, ffn: int, **other: Any) -> Iterat
 
 
 def experts(config: ModelConfig, name: str, hf: str, **other: Any) -> Iterator[Param]:
-    """The routed experts of one layer."""
+    """Routed experts of one layer."""
     assert config.moe is not None
     for number in range(config.moe.num_experts):
         yield from gated_mlp(
@@ -77,13 +77,13 @@ def grouped_attention(config: ModelConfig, name: str, hf: str, **other: Any) -> 
 
 
 def norms(config: ModelConfig, name: str, hf: str, **other: Any) -> Iterator[Param]:
-    """The two norms of a layer."""
+    """Input norm and pre-MLP norm of a layer."""
     for ours, theirs in (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm")):
         yield single(f"{name}.{ours}.weight", f"{hf}.{theirs}.weight", (config.hidden_size,), **other)
 
 
 def common_megatron_config(config: ModelConfig) -> dict[str, Any]:
-    """What every family sets in Megatron's TransformerConfig."""
+    """TransformerConfig values common to all families."""
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -102,7 +102,7 @@ def common_megatron_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def moe_megatron_config(config: ModelConfig) -> dict[str, Any]:
-    """The mixture-of-experts part of Megatron's TransformerConfig; empty for a dense model."""
+    """Mixture-of-experts values of TransformerConfig; empty for a dense model."""
     moe = config.moe
     if moe is None:
         return {}
@@ -112,7 +112,7 @@ def moe_megatron_config(config: ModelConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": moe.score_function,
-        # Megatron's softmax after top-k equals a softmax over all that is normalised over the chosen ones.
+        # Megatron's softmax after top-k equals a softmax over all experts, normalised over the chosen ones.
         "moe_router_pre_softmax": moe.score_function == "sigmoid" or not moe.norm_topk_prob,
         "moe_router_enable_expert_bias": moe.expert_bias,
         "moe_router_bias_update_rate": 0.0,

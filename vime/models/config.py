@@ -1,6 +1,6 @@
-"""The model as its HF `config.json` describes it, in one frozen type without torch, and the registry of families.
+"""The model described by an HF `config.json`, as one frozen type without torch, and the registry of families.
 
-How a `config.json` is read is its family's: the module of `vime.models` that lists the architecture.
+Each family reads its `config.json`: the module of `vime.models` that lists the architecture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vime.models.namemap import Param
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding. `factor` and what follows it matter to `yarn` and `llama3` only."""
+    """Rotary embedding. `factor` and the fields after it apply to `yarn` and `llama3` only."""
 
     theta: float
     kind: Literal["default", "yarn", "llama3"] = "default"
@@ -33,7 +33,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class MLA:
-    """Multi-head latent attention; sizes in elements a head, ranks of the low-rank projections."""
+    """Multi-head latent attention: sizes in elements per head, ranks of the low-rank projections."""
 
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -44,14 +44,14 @@ class MLA:
 
 @dataclass(frozen=True)
 class MoE:
-    """Routed experts. `layers[i]` says whether decoder layer i is a mixture of experts."""
+    """Routed experts. `layers[i]` is True if decoder layer i is a mixture of experts."""
 
     num_experts: int
     top_k: int
     ffn_hidden_size: int
     layers: tuple[bool, ...]
     shared_ffn_hidden_size: int | None = None
-    """All shared experts together; None without any."""
+    """Width of all shared experts together; None without any."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
     expert_bias: bool = False
@@ -66,25 +66,25 @@ class Quantisation:
 
     block: tuple[int, int] = (128, 128)
     scale_format: str = "float32"
-    """`ue8m0` where scales are powers of two."""
+    """`ue8m0` if scales are powers of two."""
     modules_to_not_convert: tuple[str, ...] | None = None
-    """None: the family's table decides."""
+    """Modules stored unquantised; None: the family's table decides."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model. Sizes are of the whole model, before any parallel split."""
+    """One model, with sizes before any parallel split."""
 
     architecture: str
     num_layers: int
-    """Decoder layers, without MTP layers."""
+    """Number of decoder layers, without MTP layers."""
     hidden_size: int
     ffn_hidden_size: int
-    """Of the dense layers."""
+    """MLP width of the dense layers."""
     num_attention_heads: int
     num_kv_heads: int
     head_dim: int
-    """Of queries and keys in grouped attention; in MLA the rope-free part plus the rope part."""
+    """Query and key size per head in grouped attention; in MLA the rope-free part plus the rope part."""
     vocab_size: int
     tie_word_embeddings: bool
     norm_eps: float
@@ -101,7 +101,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """The model of a `config.json`. Raises BadInput for an architecture or an option that vime does not train."""
+        """Read the model of a `config.json`. Raises BadInput for an architecture or option that vime does not train."""
         named = hf.get("architectures") or ["(none)"]
         architecture = str(named[0] if isinstance(named, list) else named)[:100]
         if architecture not in _FAMILIES:
@@ -119,7 +119,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
-        """The model of `<path>/config.json`."""
+        """Read the model of `<path>/config.json`."""
         file = Path(path) / "config.json"
         try:
             text = file.read_text(encoding="utf-8", errors="replace")
@@ -138,7 +138,7 @@ class ModelConfig:
         return cls.from_hf(hf)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether a decoder layer (counted over MTP layers too, which follow the last one) has routed experts."""
+        """True if a decoder layer has routed experts; MTP layers, numbered after the last decoder layer, count too."""
         if self.moe is None:
             return False
         return self.moe.layers[layer] if layer < self.num_layers else True
@@ -146,33 +146,33 @@ class ModelConfig:
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of embedding and output: the vocabulary rounded up to a multiple of the tensor-parallel size.
 
-        Real vocabularies divide by the usual sizes, so there is nothing to pad and no column to mask in the logits.
+        The usual sizes divide real vocabularies, so there is nothing to pad and no column to mask in the logits.
         """
         return -(-self.vocab_size // tp) * tp
 
 
 class Family(Protocol):
-    """What every family module has. Pure functions, without torch."""
+    """Interface of every family module. Pure functions, without torch."""
 
     @property
     def ARCHITECTURES(self) -> tuple[str, ...]:
-        """Names in `architectures` of `config.json` that the family reads."""
+        """Names in `config.json`'s `architectures` that the family reads."""
         ...
 
     def read(self, hf: Mapping[str, Any]) -> ModelConfig:
-        """The model of a `config.json`. Raises BadInput for what vime does not train."""
+        """Read the model of a `config.json`. Raises BadInput for models that vime does not train."""
         ...
 
     def params(self, config: ModelConfig) -> tuple[Param, ...]:
-        """Every parameter and persistent buffer, in the order embedding, head, decoder layers, MTP layers."""
+        """Every parameter and persistent buffer, ordered as embedding, head, decoder layers, MTP layers."""
         ...
 
     def megatron_config(self, config: ModelConfig) -> dict[str, Any]:
-        """Values of Megatron's TransformerConfig (MLATransformerConfig with latent attention)."""
+        """Values of Megatron's TransformerConfig (MLATransformerConfig for latent attention)."""
         ...
 
     def gpt_arguments(self, config: ModelConfig) -> dict[str, Any]:
-        """Keyword arguments of Megatron's GPTModel that follow from the model alone."""
+        """Keyword arguments of Megatron's GPTModel that depend on the model alone."""
         ...
 
 
@@ -180,14 +180,14 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family's architectures known. Raises ValueError for one that another family has."""
+    """Register a family's architectures. Raises ValueError for one that another family has."""
     for architecture in family.ARCHITECTURES:
         if _FAMILIES.setdefault(architecture, family) is not family:
             raise ValueError(f"architecture {architecture} belongs to another family")
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of a model."""
+    """Family of a model."""
     return _FAMILIES[config.architecture]
 
 
@@ -203,11 +203,11 @@ _SIZES = {
     "vocab_size": 10**8,
     "max_position_embeddings": 10**9,
 }
-"""Numbers of a config.json from which memory is taken, and far above every model the largest that is believed."""
+"""Upper limits, far above every real model, for `config.json` numbers that determine how much memory is allocated."""
 
 
 def _check_sizes(hf: Mapping[str, Any]) -> None:
-    """Raises BadInput for a number that no model has; families read the rest."""
+    """Raise BadInput for a size that no model has; families read the rest."""
     for name, most in _SIZES.items():
         value = hf.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= most):

@@ -14,7 +14,7 @@ ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 
 
 def read(hf: Mapping[str, Any]) -> ModelConfig:
-    """The model of a `config.json`."""
+    """Read the model of a `config.json`."""
     common, mla = reading.common(hf), _mla(hf)
     own = {
         "num_kv_heads": common["num_attention_heads"],
@@ -67,15 +67,15 @@ def _moe(hf: Mapping[str, Any]) -> MoE:
 def params(config: ModelConfig) -> tuple[Param, ...]:
     """Every parameter and persistent buffer, MTP layers included.
 
-    Quantised in the published fp8 checkpoint: attention projections and all MLP and expert matrices; not the
-    embedding, head, norms, router, its bias and `eh_proj`.
+    The published fp8 checkpoint quantises attention projections and all MLP and expert matrices, but not the embedding,
+    head, norms, router, router bias and `eh_proj`.
     """
     return tuple(_params(config))
 
 
 def _params(config: ModelConfig) -> Iterator[Param]:
     mtp = [f"model.layers.{config.num_layers + number}" for number in range(config.mtp_layers)]
-    # The checkpoint repeats the embedding and the head inside each MTP layer; in the model they are shared.
+    # The checkpoint repeats the embedding and the head in each MTP layer; the model shares them.
     yield from blocks.ends(
         config,
         embedding_copies=tuple(f"{layer}.embed_tokens.weight" for layer in mtp),
@@ -118,7 +118,7 @@ def _layer(config: ModelConfig, name: str, index: int, **of: Any) -> Iterator[Pa
 
 
 def _attention(config: ModelConfig, name: str, hf: str, **of: Any) -> Iterator[Param]:
-    """The down-projections are duplicated over tensor parallelism; the up-projections split by head."""
+    """Latent attention: down-projections replicated over tensor parallelism, up-projections split by head."""
     mla = config.mla
     assert mla is not None
     hidden, heads, rope = config.hidden_size, config.num_attention_heads, mla.qk_rope_head_dim
@@ -154,7 +154,7 @@ def megatron_config(config: ModelConfig) -> dict[str, Any]:
         "qk_head_dim": mla.qk_nope_head_dim,
         "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
         "v_head_dim": mla.v_head_dim,
-        # Of no effect in MLA itself, but Megatron computes defaults from it.
+        # Not used by MLA itself, but Megatron computes defaults from it.
         "kv_channels": mla.v_head_dim,
         "rotary_base": rope.theta,
         "rope_type": "yarn" if rope.kind == "yarn" else "rope",

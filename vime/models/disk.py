@@ -1,8 +1,8 @@
-"""Where a parameter lies in a torch_dist checkpoint: its key, and its place in a key that holds several parameters.
+"""Places of parameters in a torch_dist checkpoint: the key, and the index in a key that holds several parameters.
 
-Keys are those of stock Megatron with Transformer Engine, whichever layer spec runs: norms fused into the matrix after
-them where that spec fuses them; the routed experts of a layer stacked under one key; the layers of a dense model too.
-So a checkpoint moves freely between processors and GPUs, and Megatron's own loader reads it.
+Keys are those of stock Megatron with Transformer Engine, whichever layer spec runs: norms fused into the following
+matrix if that spec fuses them, routed experts of a layer stacked under one key, likewise the layers of a dense model.
+So checkpoints move freely between CPUs and GPUs, and Megatron's own loader reads them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MLA_NORMS = {
 _NORMS = {
     "input_layernorm", "pre_mlp_layernorm", "final_layernorm", "q_layernorm", "k_layernorm", "enorm", "hnorm",
 }  # fmt: skip
-"""Norms that Transformer Engine's spec leaves as modules of their own (unless they are fused: then the key differs)."""
+"""Norms that Transformer Engine's spec keeps as separate modules (when it fuses them, the key differs)."""
 _GROUPED_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _DENSE_NORMS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 @dataclass(frozen=True)
 class DiskPlace:
-    """A parameter is `key[index]`, of the key's whole shape `stack + param.shape`."""
+    """Place of a parameter: `key[index]`, where the whole key has shape `stack + param.shape`."""
 
     key: str
     index: tuple[int, ...] = ()
@@ -38,7 +38,7 @@ class DiskPlace:
 
 
 def disk_place(param: Param, config: ModelConfig) -> DiskPlace:
-    """The parameter's place in a checkpoint that vime or Megatron wrote."""
+    """Place of the parameter in a checkpoint written by vime or Megatron."""
     key, index, stack = canonical_key(param.name, config), [], []
     if param.where == Where.DECODER and stacks_layers(config):
         assert param.layer is not None
@@ -54,10 +54,10 @@ def disk_place(param: Param, config: ModelConfig) -> DiskPlace:
 
 
 def extra_states(param: Param, config: ModelConfig) -> Iterator[DiskPlace]:
-    """Places of the empty objects that Megatron with Transformer Engine expects along with a parameter.
+    """Places of the empty objects that Megatron with Transformer Engine expects with a parameter.
 
-    Each of Transformer Engine's modules has a state of its own (`_extra_state`, empty without fp8): linear layers,
-    attention, and since its version 1.13 norms that are fused into no matrix. They are given with the module's weight.
+    Each Transformer Engine module has its own state (`_extra_state`, empty without fp8): linear layers, attention, and
+    since version 1.13 norms not fused into a matrix. The state is returned with the module's weight.
     """
     place = disk_place(param, config)
     module, _, leaf = place.key.rpartition(".")
@@ -71,18 +71,18 @@ def extra_states(param: Param, config: ModelConfig) -> Iterator[DiskPlace]:
 
 
 def stacks_layers(config: ModelConfig) -> bool:
-    """Whether Megatron stacks all decoder layers under one key: where they are all alike and none has experts."""
+    """True if Megatron stacks all decoder layers under one key, since all are alike and none has experts."""
     return config.moe is None
 
 
 def canonical_key(key: str, config: ModelConfig) -> str:
-    """A key or parameter name of any layer spec, with norms named as Transformer Engine's spec names them."""
+    """A key or parameter name of any layer spec, with norms named as in Transformer Engine's spec."""
     match = _LAYER.match(key)
     if match is None:
         return key
     prefix, number, rest = match.groups()
     moe = config.is_moe_layer(int(number)) if number is not None else config.moe is not None
-    # The local spec of grouped attention fuses the second norm's name even before experts, where nothing fuses it.
+    # Grouped attention's local spec fuses the second norm's name even before experts, where nothing fuses the norm.
     for plain, fused in _DENSE_NORMS.items():
         if rest.startswith(fused):
             rest = plain + rest.removeprefix(fused)

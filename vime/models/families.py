@@ -1,4 +1,4 @@
-"""The families of models, and what can be asked of any of them. No torch here: the planner counts with it."""
+"""Model families, and queries that apply to all of them. Without torch, since the planner counts with it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ register(llama)
 
 @functools.lru_cache(maxsize=8)
 def params_of(config: ModelConfig) -> tuple[Param, ...]:
-    """All parameters of a model, in the order embedding, head, decoder layers, MTP layers."""
+    """All parameters of a model, ordered as embedding, head, decoder layers, MTP layers."""
     return family_of(config).params(config)
 
 
 def megatron_config(config: ModelConfig) -> dict[str, Any]:
-    """Plain keyword values of Megatron's TransformerConfig (MLATransformerConfig with latent attention)."""
+    """Keyword values of Megatron's TransformerConfig (MLATransformerConfig for latent attention)."""
     return family_of(config).megatron_config(config)
 
 
 def gpt_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of Megatron's GPTModel that follow from the model alone."""
+    """Keyword arguments of Megatron's GPTModel that depend on the model alone."""
     return family_of(config).gpt_arguments(config)
 
 
 def count(params: Iterable[Param]) -> int:
-    """Elements of these parameters, each counted once (copies in the checkpoint are not)."""
+    """Total elements of these parameters, each counted once (without copies in the checkpoint)."""
     return sum(math.prod(param.shape) for param in params)
 
 
 def stage_of(param: Param, layout: ParallelLayout, num_layers: int) -> int:
-    """Pipeline stage that holds a parameter (the tied output head's copy of the embedding aside)."""
+    """Pipeline stage that holds a parameter, ignoring the tied output head's copy of the embedding."""
     if param.where == Where.EMBEDDING:
         return 0
     if param.where == Where.DECODER:

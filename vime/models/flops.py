@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and the share of a GPU's peak that they are."""
+"""Floating-point operations of training, and their share of a GPU's peak."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vime.models.families import params_of
 from vime.models.namemap import Where
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 operations a second by a part of the device's name, from the vendor's data sheets (SXM)."""
+"""Dense bf16 FLOP/s, by a substring of the device's name, from the vendor's data sheets (SXM)."""
 
 
 @functools.lru_cache(maxsize=8)
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that a token passes through: of routed experts the chosen ones; neither embedding nor MTP layers."""
+    """Parameters that a token passes through: only the chosen routed experts, neither embedding nor MTP layers."""
     share = config.moe.top_k / config.moe.num_experts if config.moe else 1.0
     chosen = float(config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
     for param in params_of(config):
@@ -26,9 +26,9 @@ def active_parameters(config: ModelConfig) -> int:
 
 
 def training_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
-    """Operations of forward and backward passes over sequences of these lengths, without what recompute adds.
+    """FLOPs of forward and backward passes over sequences of these lengths, without recomputation.
 
-    6 a parameter and token, and causal attention: 3 L n² heads (query-key + value width) a sequence of n tokens
+    6 per parameter and token, and for causal attention 3 L n² heads (query-key + value width) per sequence of n tokens
     (Kaplan et al. 2020, "Scaling Laws for Neural Language Models"; Chowdhery et al. 2022, "PaLM", appendix B, halved).
     """
     if config.mla is not None:
@@ -40,12 +40,12 @@ def training_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
 
 
 def peak_flops(device: str) -> float | None:
-    """Of a device by its name; None where it is not known, so that no utilisation is invented."""
+    """Peak FLOP/s of a device by name; None if unknown, so that no utilisation is invented."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device.upper()), None)
 
 
 def utilisation(config: ModelConfig, lengths: Sequence[int], *, seconds: float, gpus: int, device: str) -> float | None:
-    """Model FLOPs utilisation of training these sequences on so many GPUs; None where the peak is not known."""
+    """Model FLOPs utilisation of training these sequences on `gpus` GPUs; None if the peak is unknown."""
     peak = peak_flops(device)
     if peak is None or seconds <= 0:
         return None

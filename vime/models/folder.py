@@ -1,4 +1,4 @@
-"""What an HF model folder is, by its files and the names of its tensors; what it is when it is not what is needed."""
+"""Identification of an HF model folder by its files and tensor names, and diagnosis of unsuitable folders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vime.errors import BadInput
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"
-"""A tensor of every model that vime reads: names without it say nothing about the model."""
+"""A tensor of every model that vime reads; names without it do not identify a model."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def other_kind(folder: Path) -> str:
-    """One sentence about a folder that has neither an index nor a single safetensors file, and what to do."""
+    """One sentence that diagnoses a folder with neither an index nor a single safetensors file, with a remedy."""
     if (folder / "adapter_config.json").is_file():
         return f"{folder} holds an adapter, not a model: merge it into its base model and save that"
     if shards := sorted(folder.glob("model-*-of-*.safetensors")):
@@ -35,7 +35,7 @@ def other_kind(folder: Path) -> str:
 
 
 def tensor_names(folder: Path) -> Collection[str]:
-    """Names of a folder's tensors, from its index or the header of its single file; empty where neither can be read."""
+    """Names of a folder's tensors, from its index or its single file's header; empty if neither can be read."""
     try:
         if (folder / INDEX).is_file():
             return json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].keys()
@@ -45,7 +45,7 @@ def tensor_names(folder: Path) -> Collection[str]:
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises OSError or ValueError."""
+    """Header of a safetensors file. Raises OSError or ValueError."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > 100 * 10**6:
@@ -54,7 +54,7 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def check_names(folder: Path, names: Collection[str]) -> None:
-    """Raises BadInput for names of another kind of checkpoint."""
+    """Raise BadInput for tensor names of another kind of checkpoint."""
     for name in names:
         if name.startswith("base_model."):
             raise BadInput(f"{folder}: {name} is a name of an adapter: merge it into its base model and save that")
@@ -66,7 +66,7 @@ def check_names(folder: Path, names: Collection[str]) -> None:
 
 
 def check_quantisation(folder: Path, hf: Mapping[str, Any], names: Collection[str]) -> None:
-    """Raises BadInput where `quantization_config` promises block fp8 and no tensor has a scale."""
+    """Raise BadInput if `quantization_config` promises block fp8 but no tensor has a scale."""
     if hf.get("quantization_config") and _EMBEDDING in names and not any(name.endswith("_scale_inv") for name in names):
         raise BadInput(
             f"{folder}: config.json has a quantization_config, but no tensor has a scale: the weights are not "
@@ -75,7 +75,7 @@ def check_quantisation(folder: Path, hf: Mapping[str, Any], names: Collection[st
 
 
 def fitted(hf: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """`config.json` with the number of MTP layers that the tensors have, and a note where it said another."""
+    """`config.json` with the number of MTP layers that the tensors have, and a note if that differs."""
     layers = hf.get("num_hidden_layers")
     counted = int(hf.get("num_nextn_predict_layers") or 0)
     if _EMBEDDING not in names or not isinstance(layers, int):
@@ -89,7 +89,7 @@ def fitted(hf: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any
 
 
 def code_of_its_own(folder: Path) -> Iterator[str]:
-    """Reasons for which the folder's tokenizer needs Python code that comes with it."""
+    """Reasons why the folder's tokenizer needs the Python code that comes with it."""
     try:
         options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,10 +102,10 @@ def code_of_its_own(folder: Path) -> Iterator[str]:
 
 
 def check_tokenizer(folder: Path, *, trust_remote_code: bool) -> None:
-    """Raises BadInput for a tokenizer that needs the checkpoint's own code, unless that code is trusted.
+    """Raise BadInput for a tokenizer that needs the checkpoint's own code, unless that code is trusted.
 
-    Without the code, transformers puts another tokenizer in its place, whose token ids are others. A `tokenizer.json`
-    says all by itself, so a leftover `auto_map` beside it does no harm.
+    Without the code, transformers substitutes another tokenizer with different token ids. A `tokenizer.json` is
+    self-contained, so a leftover `auto_map` next to it does no harm.
     """
     if trust_remote_code or (folder / "tokenizer.json").is_file():
         return

@@ -1,4 +1,4 @@
-"""Llama-shaped dense models: grouped-query attention without head norms. Megatron's side is that of dense Qwen3."""
+"""Llama-shaped dense models: grouped-query attention without head norms. Uses dense Qwen3's Megatron side."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ ARCHITECTURES = ("LlamaForCausalLM",)
 
 
 def read(hf: Mapping[str, Any]) -> ModelConfig:
-    """The model of a `config.json`."""
+    """Read the model of a `config.json`."""
     return reading.grouped(hf)

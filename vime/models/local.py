@@ -1,4 +1,4 @@
-"""Names of this rank's parameters and buffers <-> the global parameters of the name map."""
+"""Mapping between this rank's parameter and buffer names and the name map's global parameters."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _NOT_WEIGHTS = ("_extra_state", "local_tokens_per_expert", "inv_freq")
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A parameter or persistent buffer of this rank and the global parameter it is (a shard of)."""
+    """A parameter or persistent buffer of this rank, with the global parameter that it is (a shard of)."""
 
     chunk: int
-    """Number of the model chunk."""
+    """Index of the model chunk."""
     name: str
-    """Name inside the chunk, without wrappers."""
+    """Name in the chunk, without wrappers."""
     tensor: torch.Tensor
     param: Param
 
 
 def global_name(name: str, config: ModelConfig, layout: ParallelLayout, coords: Coordinates) -> str:
-    """Name in the whole model of a name inside this rank's chunk."""
+    """Whole-model name for a name in this rank's chunk."""
     name = _WRAPPERS.sub("", name)
     first = layout.stage_layers(config.num_layers)[coords.pp].start
     name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + first}.", name)
@@ -64,8 +64,8 @@ def local_tensors(
 ) -> list[LocalTensor]:
     """All weights of this rank with their global parameters, in the order of the model.
 
-    A global parameter can come twice: the embedding's copy for MTP layers, or for a tied head, on a single stage never.
-    Raises AssertionError where model and name map disagree, which is a defect of one of them.
+    A global parameter can occur twice (the embedding's copy for MTP layers or a tied head), but not on a single stage.
+    Raises AssertionError if model and name map disagree, which is a defect of one of them.
     """
     table = {param.name: param for param in params_of(config)}
     found = []
@@ -88,7 +88,7 @@ def _weights(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def fill(tensors: Iterable[LocalTensor], source: Callable[[Param], torch.Tensor]) -> None:
-    """Copy weights into the model: `source` gives this rank's shard of a parameter, in any type, on any device."""
+    """Copy weights into the model: `source` returns this rank's shard of a parameter, in any dtype, on any device."""
     with torch.no_grad():
         for local in tensors:
             local.tensor.copy_(source(local.param))

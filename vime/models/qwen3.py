@@ -13,7 +13,7 @@ ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 def read(hf: Mapping[str, Any]) -> ModelConfig:
-    """The model of a `config.json`, dense or with experts."""
+    """Read the model of a `config.json`, dense or with experts."""
     return reading.grouped(hf, qk_layernorm=True, moe=_moe(hf) if "Moe" in hf["architectures"][0] else None)
 
 
@@ -50,7 +50,7 @@ def _params(config: ModelConfig) -> Iterator[Param]:
 
 
 def megatron_config(config: ModelConfig) -> dict[str, Any]:
-    """Values of TransformerConfig."""
+    """Values of Megatron's TransformerConfig."""
     return {
         **blocks.common_megatron_config(config),
         "num_query_groups": config.num_kv_heads,

@@ -1,4 +1,4 @@
-"""Parts of a `config.json` that families read alike. Each function raises BadInput for what vime does not train."""
+"""Parts of `config.json` that families read alike. Functions raise BadInput for models that vime does not train."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vime.models.config import ModelConfig, Quantisation, Rope
 
 
 def need(hf: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that the model cannot do without."""
+    """Value of a required key."""
     if hf.get(key) is None:
         raise BadInput(f"config.json has no {key}: use the complete config.json of the checkpoint")
     return hf[key]
 
 
 def common(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that every decoder of this kind has; the family adds its own and may replace some."""
+    """Fields of ModelConfig common to decoders of this kind; the family adds its own and may replace some."""
     _refuse(hf)
     heads, hidden = need(hf, "num_attention_heads"), need(hf, "hidden_size")
     groups = hf.get("num_key_value_heads") or heads
@@ -42,14 +42,14 @@ def common(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grouped(hf: Mapping[str, Any], **own: Any) -> ModelConfig:
-    """A decoder of grouped-query attention; its rotary embedding is scaled as llama3's, or not."""
+    """A decoder with grouped-query attention; its rotary embedding is unscaled or scaled as in llama3."""
     return ModelConfig(**{**common(hf), "rope": rope(hf, ("default", "llama3")), **own})
 
 
 def rope(hf: Mapping[str, Any], allowed: Sequence[str]) -> Rope:
-    """The rotary embedding, scaled in one of the `allowed` ways.
+    """Rotary embedding, scaled in one of the `allowed` ways.
 
-    Reads both spellings: `rope_theta` beside `rope_scaling`, and one `rope_parameters`.
+    Reads both spellings: `rope_theta` with `rope_scaling`, and a single `rope_parameters`.
     """
     given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = given.get("rope_type", given.get("type", "default"))
@@ -82,7 +82,7 @@ _ROPE_VALUES = {
 
 
 def _refuse(hf: Mapping[str, Any]) -> None:
-    """Refuse options that would silently change the model's function if they were left out."""
+    """Raise BadInput for options that would silently change the model's function if ignored."""
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if hf.get(key):
             raise BadInput(f"config.json sets {key}, which vime does not train: use a checkpoint without it")

@@ -1,7 +1,7 @@
-"""Which rank holds which part of a parameter, as boxes of its HF tensors. Pure arithmetic, without torch.
+"""Assignment of parameter parts to ranks, as boxes of HF tensors. Pure arithmetic, without torch.
 
-A `Piece` maps one box of an HF tensor to one box of a rank's shard; everything that joins, splits, shards, reads or
-writes weights follows the pieces, so there is one place that knows how Megatron lays a parameter out.
+A `Piece` maps one box of an HF tensor to one box of a rank's shard. Everything that joins, splits, shards, reads or
+writes weights uses the pieces, so that Megatron's parameter layout is defined in one place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of one HF tensor and where it lies in the shard. All tuples have one entry a dimension."""
+    """A box of one HF tensor and its place in the shard. All tuples have one entry per dimension."""
 
     part: int
     """Index into `Param.parts`."""
@@ -31,17 +31,17 @@ class Piece:
 
     @property
     def source(self) -> tuple[slice, ...]:
-        """The box as an index of the HF tensor."""
+        """The box as an index into the HF tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.size, strict=True))
 
     @property
     def target(self) -> tuple[slice, ...]:
-        """The box as an index of the shard."""
+        """The box as an index into the shard."""
         return tuple(slice(a, a + n) for a, n in zip(self.at, self.size, strict=True))
 
 
 def tensor_split(param: Param, layout: ParallelLayout, coords: Coordinates) -> tuple[int, int]:
-    """Position and number of the shards of a parameter: by expert tensor parallelism for experts."""
+    """Index and number of a parameter's shards; experts use expert tensor parallelism."""
     if param.tp_dim is None:
         return 0, 1
     return (coords.etp, layout.etp) if param.expert is not None else (coords.tp, layout.tp)
@@ -69,7 +69,7 @@ def local_shape(param: Param, shards: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=65536)
 def pieces(param: Param, index: int = 0, shards: int = 1) -> tuple[Piece, ...]:
-    """The pieces of shard `index` of `shards`, in its order. Rows that pad the vocabulary belong to no piece."""
+    """Pieces of shard `index` of `shards`, in shard order. Rows that pad the vocabulary belong to no piece."""
     shape = local_shape(param, shards)
     if param.tp_dim is None:
         index, shards = 0, 1
@@ -86,12 +86,12 @@ def pieces(param: Param, index: int = 0, shards: int = 1) -> tuple[Piece, ...]:
 
 
 def needed_slices(param: Param, layout: ParallelLayout, coords: Coordinates) -> tuple[Piece, ...]:
-    """The pieces a rank reads to fill its shard of a parameter that it holds."""
+    """Pieces a rank reads to fill its shard of a parameter that it holds."""
     return pieces(param, *tensor_split(param, layout, coords))
 
 
 def holds(param: Param, config: ModelConfig, layout: ParallelLayout, coords: Coordinates) -> bool:
-    """Whether a rank has the parameter (or a shard of it) among its own: pipeline stage and expert group."""
+    """True if a rank holds the parameter or a shard of it, by pipeline stage and expert group."""
     if param.expert is not None:
         assert config.moe is not None
         if param.expert // (config.moe.num_experts // layout.ep) != coords.ep:
@@ -103,7 +103,7 @@ def holds(param: Param, config: ModelConfig, layout: ParallelLayout, coords: Coo
 
 
 def check_layout(config: ModelConfig, layout: ParallelLayout) -> None:
-    """Refuses a layout that the model does not allow, naming the size that does not divide."""
+    """Raise BadInput for a layout that the model does not allow, naming the size that does not divide."""
     heads, groups, moe = config.num_attention_heads, config.num_kv_heads, config.moe
     checks = [
         (heads, layout.tp, "attention heads", "--tensor-model-parallel-size"),

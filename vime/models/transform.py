@@ -1,4 +1,4 @@
-"""Between HF tensors, whole Megatron parameters and tensor-parallel shards. All follow the pieces of `shards`."""
+"""Conversion between HF tensors, whole Megatron parameters and tensor-parallel shards, by the pieces of `shards`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 
 
 def join(param: Param, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The whole parameter from its HF tensors (by name). A single part comes back as it is, without a copy."""
+    """Build the whole parameter from its HF tensors (by name). A single part is returned as is, without a copy."""
     return _assemble(param, parts, 0, 1)
 
 
 def split(param: Param, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The HF tensors of a whole parameter; views of it where the layout allows."""
+    """HF tensors of a whole parameter, as views if the layout allows."""
     _check(param.name, whole.shape, param.shape)
     if param.join == Join.SINGLE:
         return {param.parts[0].name: whole}
@@ -36,19 +36,19 @@ def shard(param: Param, whole: torch.Tensor, layout: ParallelLayout, coords: Coo
 def shard_parts(
     param: Param, parts: Mapping[str, torch.Tensor], layout: ParallelLayout, coords: Coordinates
 ) -> torch.Tensor:
-    """A rank's shard straight from the HF tensors."""
+    """A rank's shard, directly from the HF tensors."""
     return _assemble(param, parts, *tensor_split(param, layout, coords))
 
 
 def unshard(param: Param, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole parameter from all its tensor-parallel shards in order (one shard if it is replicated)."""
+    """The whole parameter from all its tensor-parallel shards in order (one shard if replicated)."""
     if len(shards) == 1:
         return shards[0]
     return join(param, split_shards(param, shards))
 
 
 def split_shards(param: Param, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The HF tensors from all tensor-parallel shards in order, without making the whole parameter between."""
+    """HF tensors from all tensor-parallel shards in order, without building the whole parameter."""
     parts = {part.name: shards[0].new_empty(part.shape) for part in param.parts}
     for index, one in enumerate(shards):
         _check(param.name, one.shape, local_shape(param, len(shards)))
