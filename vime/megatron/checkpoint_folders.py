@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are whole, how one is published, and which leave.
+"""The folder of a run's checkpoints: finding whole ones, publishing, removing old ones.
 
 <save>/iter_0000012/    Megatron's .metadata, *.distcp, common.pt, metadata.json; vime.json: state and fingerprints
 <save>/latest_checkpointed_iteration.txt    names the newest complete one, written last
@@ -25,24 +25,24 @@ STATE_FILE = "vime.json"
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds besides tensors."""
+    """State of a checkpoint, other than its tensors."""
 
     rollout_id: int
-    """The last rollout that it was trained on."""
+    """Last rollout trained on."""
     optimizer_steps: int
     extra: dict[str, Any]
-    """The driver's; JSON."""
+    """The driver's state, as JSON."""
     with_optimizer: bool = True
 
 
 def _files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and digest of every file but the state's."""
+    """Bytes and digest of every file except the state's."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != STATE_FILE)
     return {path.name: (found.size, found.digest) for path, found in zip(paths, fingerprints(paths), strict=True)}
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None for one that is as it was written, as far as fingerprints tell."""
+    """Reason why a checkpoint cannot be loaded; None if unchanged since written, as far as fingerprints tell."""
     try:
         content = json.loads((folder / STATE_FILE).read_text())
         written = [(name, size, digest) for name, (size, digest) in content["files"].items()]
@@ -63,7 +63,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path:
-    """The newest checkpoint that is whole; says what is wrong with newer ones. Raises BadInput if there is none."""
+    """Find the newest whole checkpoint; reports damage in newer ones. Raises BadInput if there is none."""
     content = tracked(root)
     if not content.isdigit():
         return root / content
@@ -82,15 +82,15 @@ def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path:
 
 
 def read_state(folder: Path) -> State:
-    """The state in a whole checkpoint."""
+    """State of a whole checkpoint."""
     content = json.loads((folder / STATE_FILE).read_text())
     return State(content["rollout_id"], content["optimizer_steps"], content["extra"], content["with_optimizer"])
 
 
 def fresh_partial(root: Path, rollout_id: int) -> Path:
-    """An empty folder to write a checkpoint into; what writers that were killed have left is removed.
+    """Make an empty folder for writing a checkpoint; removes leftovers of killed writers.
 
-    Raises BadInput where nothing can be written.
+    Raises BadInput if nothing can be written.
     """
     partial = partial_of(root, rollout_id)
     try:
@@ -104,7 +104,7 @@ def fresh_partial(root: Path, rollout_id: int) -> Path:
 
 
 def publish(root: Path, state: State, *, keep: int, layout: dict[str, int]) -> Path:
-    """State and fingerprints into the written folder, rename, tracker, and the old ones beyond `keep` away."""
+    """Write state and fingerprints, rename the folder, update the tracker, remove old checkpoints beyond `keep`."""
     partial, target = partial_of(root, state.rollout_id), folder_of(root, state.rollout_id)
     content = {
         "rollout_id": state.rollout_id,
@@ -120,7 +120,7 @@ def publish(root: Path, state: State, *, keep: int, layout: dict[str, int]) -> P
     publish_folder(partial, target)
     write_tracker(root, str(state.rollout_id))
     shutil.rmtree(root / f".{target.name}.replaced", ignore_errors=True)
-    # Newer ones are of a run that was set back to an older checkpoint; they stay until their number comes again.
+    # Newer ones come from a run that was set back to an older checkpoint; they stay until their number is reused.
     older = [number for number in iterations(root) if number <= state.rollout_id]
     for number in older[max(1, keep) :]:
         shutil.rmtree(folder_of(root, number))

@@ -1,7 +1,7 @@
-"""Lets Megatron-core run where there is no GPU: each piece answers one place that takes CUDA for granted.
+"""CPU shim for Megatron-core: each piece handles one place that assumes CUDA.
 
-Installed once by `backend.setup()`, only where CUDA is absent. It replaces attributes of `torch.cuda`, wraps torch's
-factory functions so that `device="cuda"` means the CPU, and mends three Megatron modules.
+Installed once by `backend.setup()`, only without CUDA. It replaces attributes of `torch.cuda`, wraps torch's factory
+functions so that `device="cuda"` means the CPU, and patches three Megatron modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIKE_FACTORIES = ("zeros_like", "ones_like", "empty_like", "full_like")
 
 
 def install() -> None:
-    """Install everything. Must run before Megatron's modules are imported (they bind some names at import)."""
+    """Install every piece. Must run before Megatron's modules are imported (they bind some names at import)."""
     _device()
     _random_state()
     _streams()
@@ -32,7 +32,7 @@ def install() -> None:
 
 
 def _device() -> None:
-    # Megatron passes the answer on as a device, for buffers of collectives and optimizer shards.
+    # Megatron uses the result as a device, for buffers of collectives and optimizer shards.
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
@@ -40,7 +40,7 @@ def _device() -> None:
 
 
 def _random_state() -> None:
-    """The tracker of parallel random states forks the CPU generator."""
+    """Make the tracker of parallel random states fork the CPU generator."""
 
     def get_state(device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
@@ -53,12 +53,12 @@ def _random_state() -> None:
     torch.cuda.random.get_rng_state = get_state
     torch.cuda.random.set_rng_state = set_state
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment]
-    # It warns at every fork that the CPU generator has moved, which here it must.
+    # Megatron warns at every fork that the CPU generator has moved, which here it must.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 class _Event:
-    """Work on a CPU is finished when the call returns."""
+    """Event that is always complete: CPU work is finished when the call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait(self, *args: Any) -> None: ...
@@ -69,7 +69,7 @@ class _Event:
 
 
 class _Stream:
-    """The one order in which a CPU works."""
+    """The only order in which a CPU executes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -120,7 +120,7 @@ def _tensor_methods() -> None:
     plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The optimizers accept the names of CUDA types only.
+        # The optimizers accept only CUDA type names.
         answer = plain_type(self, *args, **kwargs)
         if not args and not kwargs and isinstance(answer, str):
             return answer.replace("torch.", "torch.cuda.", 1)
@@ -158,7 +158,7 @@ def _megatron() -> None:
     plain = moe_utils.maybe_move_tensor_to_cpu
 
     def splits_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # The original leaves a tensor that is on the CPU a tensor; all_to_all wants plain numbers.
+        # The original keeps CPU tensors as tensors, but all_to_all requires plain numbers.
         if as_numpy and torch.is_tensor(tensor):
             return tensor.numpy()
         return plain(tensor, as_numpy, record_stream)
@@ -168,7 +168,7 @@ def _megatron() -> None:
 
 
 def _uneven_collectives(mappings: Any) -> None:
-    """Expert tensor parallelism gathers parts of different sizes, which gloo does not."""
+    """Gather and scatter parts of uneven sizes for expert tensor parallelism, which gloo does not support."""
     even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather(

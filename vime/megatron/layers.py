@@ -1,7 +1,7 @@
-"""Layer specs: Transformer Engine's where it is installed, else Megatron's local ones with our attention and norm.
+"""Layer specs: Transformer Engine's if installed, else Megatron's local ones with our attention and norm.
 
 The local spec lacks three things: attention with latent head sizes, packed sequences and context parallelism; an
-RMSNorm that takes part in sequence parallelism; and down-projections of latent attention that are whole on every
+RMSNorm that supports sequence parallelism; and down-projections of latent attention replicated on every
 tensor-parallel rank. Import this module only after `backend.setup()`.
 """
 
@@ -40,7 +40,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class _GatherContext(torch.autograd.Function):
-    """All context-parallel ranks' tokens behind each other; the gradient is summed over the ranks."""
+    """Concatenates all context-parallel ranks' tokens; the gradient is summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -59,9 +59,9 @@ class _GatherContext(torch.autograd.Function):
 class CoreAttention(MegatronModule):
     """Causal attention by torch's SDPA, sequence by sequence, for any head sizes.
 
-    Takes [t, heads, dim] or [t, 1, heads, dim] with `packed_seq_params`, [s, batch, heads, dim] without, and returns
-    [t, 1, heads x v_dim] or [s, batch, heads x v_dim]. With context parallelism a rank holds of every sequence the
-    chunks `r` and `2 cp - 1 - r`; keys and values of all ranks are gathered.
+    Takes [t, heads, dim] or [t, 1, heads, dim] with `packed_seq_params`, [s, batch, heads, dim] without; returns
+    [t, 1, heads x v_dim] or [s, batch, heads x v_dim]. With context parallelism each rank holds the chunks `r` and
+    `2 cp - 1 - r` of every sequence, and gathers the keys and values of all ranks.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CoreAttention(MegatronModule):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[batch, heads, length, dim] of query, key and value; causal without a mask."""
+        """Attention over query, key and value of shape [batch, heads, length, dim]; causal without a mask."""
         grouped = query.size(1) != key.size(1)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
@@ -110,8 +110,8 @@ class CoreAttention(MegatronModule):
     def _packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: list[AttentionGroup]
     ) -> torch.Tensor:
-        """[t, heads, v_dim]. Sequences of like length are one batch; what fills it up comes after every real token,
-        so that the causal mask hides it."""
+        """[t, heads, v_dim]. Sequences of similar length form one batch; padding follows every real token, so that the
+        causal mask hides it."""
         outputs = []
         for group in groups:
             q, k, v = (
@@ -120,7 +120,7 @@ class CoreAttention(MegatronModule):
             )
             outputs.append(self._attend(q, k, v, group.mask).transpose(1, 2)[group.real])
         order = torch.cat([group.queries[group.real] for group in groups])
-        # A scatter in one step: every token's output is in exactly one group.
+        # One scatter is enough: every token's output is in exactly one group.
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         return torch.cat(outputs)[inverse]
@@ -136,11 +136,11 @@ class CoreAttention(MegatronModule):
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel that gives the policy's logits, [1, t, V / TP], and in training also those of its draft layers.
+    """GPTModel that returns the policy's logits, [1, t, V / TP], and in training also those of its draft layers.
 
     Draft layers (multi-token prediction) learn from detached hidden states through a detached embedding and output
-    layer, so that no gradient of theirs reaches the policy. Layer k, from 1, predicts at each position the token k + 1
-    positions later.
+    layer, so that none of their gradients reaches the policy. Layer k, from 1, predicts at each position the token
+    k + 1 positions later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -148,7 +148,7 @@ class PolicyModel(GPTModel):
         self._draft: list[torch.Tensor] = []
 
     def take_draft(self) -> list[torch.Tensor]:
-        """Logits, [t, V / TP], of each draft layer in the last forward pass; none without gradients."""
+        """Logits, [t, V / TP], of each draft layer in the last forward pass; empty without gradients."""
         draft, self._draft = self._draft, []
         return draft
 
@@ -168,7 +168,7 @@ class PolicyModel(GPTModel):
         names = ("input_ids", "position_ids", "attention_mask", "packed_seq_params")
         names += ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "sequence_len_offset")
         states = self.mtp(
-            # A leaf that asks for its gradient: recomputation gives none to inputs that ask for none.
+            # A leaf that requires a gradient: recomputation yields no gradients if no input requires one.
             hidden_states=hidden.detach().requires_grad_(),
             embedding=lambda **given: self.embedding(**given).detach(),
             **{name: arguments[name] for name in names},
@@ -182,7 +182,7 @@ _DUPLICATED = ("linear_q_down_proj", "linear_kv_down_proj")
 
 
 def _completed(spec: Any) -> Any:
-    """A copy of a local spec with our modules in the place of Megatron's."""
+    """Copy of a local spec with our modules in place of Megatron's."""
     if isinstance(spec, ModuleSpec):
         return ModuleSpec(module=spec.module, params=spec.params, submodules=_completed(spec.submodules))
     if isinstance(spec, list):
@@ -197,13 +197,13 @@ def _completed(spec: Any) -> Any:
 
 
 def decoder_spec(config: TransformerConfig, *, transformer_engine: bool) -> Any:
-    """The block spec of this pipeline stage's decoder layers."""
+    """Block spec of this pipeline stage's decoder layers."""
     spec = get_gpt_decoder_block_spec(config, transformer_engine, normalization="RMSNorm")
     return spec if transformer_engine else _completed(spec)
 
 
 def mtp_spec(config: TransformerConfig, decoder: Any, *, transformer_engine: bool) -> Any:
-    """The spec of the multi-token-prediction layers, None on a stage that has none."""
+    """Spec of the multi-token-prediction layers; None on a stage without any."""
     if transformer_engine:
         return get_gpt_mtp_block_spec(config, decoder, use_transformer_engine=True)
     return _completed(get_gpt_mtp_block_spec_for_backend(config, decoder, LocalSpecProvider()))

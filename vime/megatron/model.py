@@ -1,4 +1,4 @@
-"""Builds this rank's part of a model from its description, a layout and the recipe's options."""
+"""Building this rank's part of a model from its description, a layout and the recipe's options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """The recipe's options that Megatron's model takes. Those of GPUs only have no effect on a CPU."""
+    """Recipe options for Megatron's model. GPU-only options have no effect on a CPU."""
 
     recompute_granularity: str | None = None
     recompute_method: str | None = None
@@ -44,7 +44,7 @@ class BuildOptions:
         return cls(**{name: value for name, value in values.items() if name in names})
 
     def without_effect(self, cpu: bool) -> list[str]:
-        """Sentences about options that are accepted and do nothing on this device."""
+        """Sentences about options that are accepted but have no effect on this device."""
         if not cpu:
             return []
         found = []
@@ -65,10 +65,10 @@ def build_model(
     mtp: bool = False,
     options: BuildOptions | None = None,
 ) -> list[GPTModel]:
-    """This rank's model chunks (one), on the device, in bf16 or fp32, wrapped neither for mixed precision nor DDP.
+    """Build this rank's model chunks (one), on the device, in bf16 or fp32, without mixed-precision or DDP wrappers.
 
     `mtp` builds the multi-token-prediction layers (on the last stage, with a copy of the embedding). Raises BadInput
-    for a layout that does not fit. `init_parallel` has to come first.
+    for a layout that does not fit. Requires `init_parallel`.
     """
     refuse_wrong(config, layout)
     device = backend.setup()
@@ -119,9 +119,9 @@ def megatron_config(
         "bf16": bf16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        # Packed micro-batches differ in length, which the stages of a pipeline tell each other.
+        # Packed micro-batches differ in length, so pipeline stages exchange the lengths.
         "variable_seq_lengths": layout.pp > 1,
-        # The loss is normalised over the whole step by us; Megatron only sums.
+        # vime normalises the loss over the whole step; Megatron only sums.
         "calculate_per_token_loss": True,
         "deallocate_pipeline_outputs": True,
         "attention_dropout": options.attention_dropout,
@@ -129,8 +129,8 @@ def megatron_config(
         "attention_softmax_in_fp32": options.attention_softmax_in_fp32,
         "attention_backend": AttnBackend[options.attention_backend],
         "mtp_num_layers": config.mtp_layers if mtp else None,
-        # Weights are loaded over it, but it is the initialisation that marks which parameters are tensor-parallel
-        # (the gradient norm asks). Each rank initialises its own shard, on a CPU too.
+        # Loading overwrites the weights, but initialisation marks which parameters are tensor-parallel (needed by the
+        # gradient norm). Each rank initialises only its own shard, on a CPU too.
         "perform_initialization": True,
         "use_cpu_initialization": False,
         "gradient_accumulation_fusion": False,
@@ -164,7 +164,7 @@ def _moe_values(options: BuildOptions, layout: ParallelLayout, device: backend.B
     values: dict[str, Any] = {
         "moe_token_dispatcher_type": dispatcher,
         "moe_enable_routing_replay": options.use_routing_replay,
-        # Grouped matrix products and the fused permutation are Transformer Engine's.
+        # Grouped matrix products and the fused permutation require Transformer Engine.
         "moe_grouped_gemm": device.transformer_engine,
         "moe_permute_fusion": device.transformer_engine,
     }
@@ -174,18 +174,18 @@ def _moe_values(options: BuildOptions, layout: ParallelLayout, device: backend.B
 
 
 def _to_bf16(model: torch.nn.Module) -> None:
-    """All floating-point parameters and buffers in bf16, except the router's bias, whose updates are tiny."""
+    """Convert floating-point parameters and buffers to bf16, except the router's bias, whose updates are tiny."""
     for name, parameter in model.named_parameters():
         if not name.endswith("expert_bias") and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _mark_experts(model: torch.nn.Module, config: ModelConfig, layout: ParallelLayout) -> None:
-    """Have expert gradients summed over the expert-data-parallel ranks.
+    """Make Megatron sum expert gradients over the expert-data-parallel ranks.
 
-    Megatron marks experts only when the expert parallel size is above 1. With tensor parallelism and an expert tensor
-    size of 1 the experts are replicated over the tensor-parallel ranks too, and without the mark their gradients
-    would be summed over too few ranks.
+    Megatron marks experts only if the expert parallel size is above 1. With tensor parallelism and an expert tensor
+    size of 1 the experts are replicated over the tensor-parallel ranks too, and without the mark their gradients would
+    be summed over too few ranks.
     """
     if config.moe is None or layout.edp == layout.dp * layout.cp:
         return

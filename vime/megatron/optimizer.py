@@ -21,14 +21,14 @@ _DRAFT = "mtp.layers."
 
 
 class GradientsNotFinite(VimeError):
-    """Gradients were not finite several steps in a row."""
+    """Gradients were not finite in several consecutive steps."""
 
 
 def learning_rate(options: OptimizerOptions, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant, linear or cosine to `min_lr`.
 
-    The same numbers as Megatron's OptimizerParamScheduler: the first step of a warm-up has rate 0. The decay ends at
-    `lr_decay_iters` steps, by default at `total_steps`.
+    Equals Megatron's OptimizerParamScheduler: the first warm-up step has rate 0. The decay ends at `lr_decay_iters`
+    steps, by default at `total_steps`.
     """
     warmup, end = options.lr_warmup_iters, options.lr_decay_iters or total_steps
     if step < warmup:
@@ -41,7 +41,7 @@ def learning_rate(options: OptimizerOptions, step: int, total_steps: int) -> flo
 
 
 def notes(options: OptimizerOptions, cpu: bool) -> list[str]:
-    """Sentences about flags that are accepted and do nothing on this device."""
+    """Sentences about flags that are accepted but have no effect on this device."""
     flags = {
         "--optimizer-cpu-offload": options.optimizer_cpu_offload,
         "--overlap-cpu-optimizer-d2h-h2d": options.overlap_cpu_optimizer_d2h_h2d,
@@ -53,21 +53,21 @@ def notes(options: OptimizerOptions, cpu: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """Result of one optimizer step."""
 
     grad_norm: float
-    """Global norm before clipping; not finite where the step was skipped."""
+    """Global norm before clipping; not finite if the step was skipped."""
     learning_rate: float
     skipped: bool
 
 
 class Optimizer:
-    """The data-parallel chunks and their Adam. `steps` counts the steps that were taken."""
+    """Data-parallel model chunks and their Adam. `steps` counts the steps taken."""
 
     def __init__(
         self, chunks: Sequence[Any], recipe: Recipe, *, total_steps: int, global_name: Callable[[str], str] = str
     ) -> None:
-        """`global_name` gives a parameter's name in the whole model, for what is said about it."""
+        """`global_name` maps a parameter's name to its name in the whole model, for messages."""
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -78,7 +78,7 @@ class Optimizer:
         self._options, self._total_steps = recipe.optimizer, total_steps
         self._trains_draft = recipe.model.mtp_num_layers > 0
         bf16, self._cpu = recipe.model.bf16, backend.setup().cpu
-        # fp32 accumulation costs nothing on a CPU, and bf16 sums over many ranks lose what small steps need.
+        # fp32 accumulation is free on a CPU, and bf16 sums over many ranks lose what small steps need.
         in_fp32 = recipe.misc.accumulate_allreduce_grads_in_fp32 or self._cpu
         data_parallel = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=in_fp32, check_for_nan_in_grad=False
@@ -103,13 +103,13 @@ class Optimizer:
         self._skipped = 0
 
     def _draft_overrides(self) -> dict[Any, dict[str, float]]:
-        """Learning rate of the draft layers, whose gradients are also left out of the norm that clips the policy's."""
+        """Learning rate of the draft layers; also excludes their gradients from the norm that clips the policy's."""
         from megatron.core.optimizer.optimizer_config import ParamKey
 
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
                 if _DRAFT in name:
-                    # Megatron's mark of a copy, which its norm of the gradients passes over.
+                    # Megatron's mark for copies, which its gradient norm skips.
                     parameter.shared = True
         if self._options.mtp_lr is None or not self._trains_draft:
             return {}
@@ -121,14 +121,14 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def step(self) -> StepResult:
-        """Clip and step. A gradient that is not finite skips the step.
+        """Clip and step; skips the step if a gradient is not finite.
 
-        `MAX_SKIPPED_STEPS` skipped in a row raise GradientsNotFinite. The norm is global, so all ranks decide alike.
+        `MAX_SKIPPED_STEPS` consecutive skips raise GradientsNotFinite. The norm is global, so all ranks decide alike.
         """
         rate = learning_rate(self._options, self.steps, self._total_steps)
         for group in self.megatron.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
-            # Megatron marks norms and biases (`wd_mult` 0) and leaves it to its scheduler to apply the mark.
+            # Megatron marks norms and biases (`wd_mult` 0) and leaves applying the mark to its scheduler.
             group["weight_decay"] = self._options.weight_decay * group.get("wd_mult", 1.0)
         norm = self._norm()
         if not math.isfinite(norm):
@@ -144,11 +144,11 @@ class Optimizer:
         return float(self.megatron.get_grad_norm())
 
     def _refuse(self, norm: float) -> None:
-        """Count and tell a step that is skipped; on all ranks at the same time, so that all know the names."""
+        """Count and report a skipped step. Collective, so that all ranks know the names."""
         self._skipped += 1
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, self._not_finite())
-        # The last pipeline stage, which the backward pass comes to first, has the highest ranks.
+        # The last pipeline stage, where the backward pass starts, has the highest ranks.
         names = list(dict.fromkeys(name for found in reversed(ranks) for name in found))[:_NAMED_GRADIENTS]
         where = f"in the backward pass first at {', '.join(names)}" if names else "the gradients' squares overflow"
         if dist.get_rank() == 0:
@@ -160,7 +160,7 @@ class Optimizer:
             )
 
     def _not_finite(self) -> list[str]:
-        """Parameters of this rank with such gradients, in the order of the backward pass, the first few."""
+        """First few parameters of this rank with non-finite gradients, in backward order."""
         found = []
         for chunk in reversed(self.chunks):
             for name, parameter in reversed(list(chunk.module.named_parameters())):
@@ -174,8 +174,8 @@ class Optimizer:
     def sharded_state(self, model_state: dict[str, Any], *, to_load: bool = False) -> dict[str, Any]:
         """Master weights and moments as whole parameters keyed like the model's, so that any layout can load them.
 
-        The optimizers' other values follow from the recipe and the number of steps; they are left out, because which
-        optimizers a rank has (dense, expert) depends on its place. Collective.
+        The optimizers' other values follow from the recipe and the number of steps; they are left out, because a rank's
+        optimizers (dense, expert) depend on its place. Collective.
         """
         # Gathering on one rank's host keeps a GPU from holding the states of its whole data-parallel group.
         metadata = {"distrib_optim_fully_reshardable_mem_efficient": not self._cpu}
@@ -186,7 +186,7 @@ class Optimizer:
         return {number: state for number, state in found.items() if state is not None}
 
     def take_state(self, loaded: dict[str, Any]) -> None:
-        """Put what was loaded by a `sharded_state(..., to_load=True)` into the optimizers."""
+        """Put the loaded content of `sharded_state(..., to_load=True)` into the optimizers."""
         for number, optimizer in enumerate(self.megatron.chained_optimizers):
             states = optimizer.optimizer.state.values()
             # Torch's Adam counts steps in each parameter's state, where Megatron would look for a loaded tensor.
@@ -199,7 +199,7 @@ class Optimizer:
                 optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
     def _allocate(self, optimizer: Any, *, force: bool) -> None:
-        """Make the moments exist (they do after a step), counted as `self.steps` steps."""
+        """Create the moments (which otherwise exist only after a step), counted as `self.steps` steps."""
         if len(optimizer.optimizer.state) and not force:
             return
         groups = optimizer.optimizer.state_dict()["param_groups"]
@@ -210,7 +210,7 @@ class Optimizer:
         optimizer.load_state_dict({"optimizer": {"param_groups": counted}})
         for state in optimizer.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
-                # Megatron gives all parameters one and the same tensor, which a step would count up once for each.
+                # Megatron shares one tensor between all parameters, which a step would increment once for each.
                 state["step"] = state["step"].clone()
             if fresh and not force:
                 for name in self._options.kind.states:
@@ -218,33 +218,33 @@ class Optimizer:
                         state[name].zero_()
 
     def close(self) -> None:
-        """Lets go of the model, and with it of the process groups and their threads; nothing can be trained after it.
+        """Release the model, and with it the process groups and their threads; no training is possible afterwards.
 
-        Megatron's backward hooks refer to the chunk that they hang from, through nodes that Python cannot collect.
+        Megatron's backward hooks refer to their chunk through nodes that Python cannot collect.
         """
         for chunk in self.chunks:
             for node in chunk.grad_accs:
-                # The hooks of a node share one dictionary; a new hook's handle leads to it.
+                # The hooks of a node share one dictionary, reachable through a new hook's handle.
                 hooks = node.register_hook(lambda *_: None).hooks_dict_ref()
                 assert hooks is not None
                 hooks.clear()
             chunk.grad_accs.clear()
 
     def reload_master_weights(self) -> None:
-        """Take the model's weights over into the optimizer's fp32 copies; needed after weights were loaded."""
+        """Copy the model's weights into the optimizer's fp32 masters; required after loading weights."""
         self.megatron.reload_model_params()
 
     def check_master_weights(self) -> None:
-        """Raises AssertionError where a master weight, rounded to the model's type, is not the model's weight."""
+        """Raise AssertionError if a master weight, rounded to the model's dtype, differs from the model's weight."""
         for model, master in self._master_pairs():
             assert torch.equal(master.detach().to(model.dtype).to(model.device), model), (
                 f"the master weights of a shard of {model.numel()} elements are not the model's"
             )
 
     def _master_pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Flat shards of low-precision weights with their fp32 masters, where these can be seen."""
+        """Flat shards of low-precision weights with their fp32 masters, where accessible."""
         for optimizer in self.megatron.chained_optimizers:
-            # The masters of an optimizer on the host.
+            # Masters of an optimizer on the host.
             yield from getattr(optimizer.optimizer, "param_to_fp32_param", {}).items()
             groups = getattr(optimizer, "model_float16_groups", [])
             masters = getattr(optimizer, "shard_fp32_from_float16_groups", [])

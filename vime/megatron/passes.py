@@ -1,4 +1,4 @@
-"""Runs packed micro-batches through Megatron's pipeline schedule: log-probs without, optimizer steps with gradients."""
+"""Packed micro-batches in Megatron's pipeline schedule: log-probs without gradients, optimizer steps with them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.recipe.schema import PerfOptions
 
 Around = Callable[[int], contextlib.AbstractContextManager[None]]
-"""A context for the forward pass of a micro-batch, by its number."""
+"""Maps a micro-batch index to a context for its forward pass."""
 
 
 @dataclass(frozen=True)
 class Packer:
-    """How samples become micro-batches under the recipe."""
+    """Division of samples into micro-batches by the recipe."""
 
     perf: PerfOptions
     layout: ParallelLayout
@@ -44,7 +44,7 @@ class Packer:
 
 
 class ModelPasses:
-    """One rank's passes through the model. All ranks call the same method with the same arguments."""
+    """Forward and backward passes of one rank. All ranks call the same method with the same arguments."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class ModelPasses:
         samples: Sequence[int] | None = None,
         around: Around | None = None,
     ) -> torch.Tensor:
-        """The model's log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank.
+        """Log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank.
 
-        With `samples` only theirs, and 0 elsewhere. `around` gives a context for the forward pass of a micro-batch.
+        With `samples` only theirs, and 0 elsewhere. `around` returns a context for a micro-batch's forward pass.
         """
         column = torch.zeros(data.slots, device=self._device)
         batches = self._batches(data, range(len(data.sequences)) if samples is None else samples, tokens_per_gpu)
@@ -94,7 +94,7 @@ class ModelPasses:
         tokens_per_gpu: int | None,
         around: Around | None = None,
     ) -> dict[str, float]:
-        """Adds the gradients of one global batch to the chunks' buffers, reduced over ranks; returns the `METRICS`."""
+        """Add the gradients of one global batch to the chunks' buffers, reduced over ranks; returns the `METRICS`."""
         batches = self._batches(data, samples, tokens_per_gpu)
         columns = {name: column.to(self._device) for name, column in columns.items()}
         sums = torch.zeros(len(METRICS), device=self._device)
@@ -107,7 +107,7 @@ class ModelPasses:
                 draft_loss, metrics = self.objective.draft(draft, *later)
                 loss = loss + draft_loss
                 sums.add_(metrics)
-            # With a token count of 0 Megatron sums gradients over ranks and divides by nothing.
+            # With a token count of 0 Megatron sums gradients over ranks without dividing.
             return loss, _no_tokens(), {}
 
         self._run(batches, measure, around, forward_only=False)
@@ -157,10 +157,10 @@ class ModelPasses:
     def _later(
         logits: torch.Tensor, weights: torch.Tensor, batch: PackedBatch, layers: int
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """For each draft layer the policy's logits, [t, V / TP], and weights, [t], of the tokens that it predicts.
+        """Per draft layer, the policy's logits, [t, V / TP], and weights, [t], for the tokens that it predicts.
 
-        They are those of one position later in the same sequence for every layer, over the borders of
-        context-parallel chunks; at the end of a sequence the weight is 0.
+        Each layer shifts them by one more position within the sequence, across the borders of context-parallel chunks;
+        at the end of a sequence the weight is 0.
         """
         from megatron.core import parallel_state as ps
         from megatron.core.transformer.multi_token_prediction import roll_tensor
@@ -177,7 +177,7 @@ class ModelPasses:
         return found
 
     def _over_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over data- and context-parallel ranks of the last pipeline stage, then from there to the others."""
+        """Sum over data- and context-parallel ranks of the last pipeline stage, then broadcast to the other stages."""
         from megatron.core import parallel_state as ps
 
         dist.all_reduce(values, group=ps.get_data_parallel_group(with_context_parallel=True))
@@ -188,7 +188,7 @@ class ModelPasses:
 
 
 def _packed(batch: PackedBatch) -> Any:
-    """Megatron's description of where the sequences of a micro-batch begin."""
+    """Megatron's description of the sequence boundaries in a micro-batch."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     bounds, longest = batch.bounds, batch.longest
@@ -196,7 +196,7 @@ def _packed(batch: PackedBatch) -> Any:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside of Megatron's wrappers."""
+    """The model without Megatron's wrappers."""
     while hasattr(model, "module"):
         model = model.module
     return model

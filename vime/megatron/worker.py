@@ -1,4 +1,4 @@
-"""One rank of the trainer: what the training loop calls, on all ranks at the same time."""
+"""One rank of the trainer: methods that the training loop calls on all ranks at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from vime.sync.source import WeightSource, model_source
 
 @dataclass
 class _Parts:
-    """What `setup` makes of a rank: the model and everything that works on it."""
+    """Parts of a rank that `setup` builds: the model and everything that works on it."""
 
     chunks: Sequence[Any]
     optimizer: optimizer.Optimizer
@@ -51,9 +51,9 @@ class _Parts:
     routes: Routes
     """Routes to experts; empty without `--use-routing-replay`."""
     reference: HostWeights | None = None
-    """Weights of the reference model, where a KL needs them."""
+    """Reference model weights; None if no KL needs them."""
     weights: WeightSource | None = None
-    """None in a plan without engines."""
+    """Source of the weight sync; None in a plan without engines."""
 
 
 class TrainWorker:
@@ -72,7 +72,7 @@ class TrainWorker:
     # --- start
 
     def setup(self, master_address: str, master_port: int) -> StartState:
-        """Join the other ranks, build model and optimizer, load weights and, when the run is resumed, its state."""
+        """Join the other ranks, build model and optimizer, load weights and, on resume, the run's state."""
         recipe, options = self.recipe, BuildOptions.from_recipe(self.recipe)
         seed = recipe.misc.seed
         init_parallel(self.layout, rank=self.rank, master_address=master_address, master_port=master_port, seed=seed)
@@ -89,7 +89,7 @@ class TrainWorker:
         return start
 
     def _build(self, options: BuildOptions) -> _Parts:
-        """Model, optimizer and what works on them, with random weights."""
+        """Build model, optimizer and their users, with random weights."""
         recipe = self.recipe
         trains_mtp = recipe.model.mtp_num_layers > 0
         chunks = build_model(self.config, self.layout, bf16=recipe.model.bf16, mtp=trains_mtp, options=options)
@@ -126,7 +126,7 @@ class TrainWorker:
         return self._parts
 
     def _load(self) -> StartState:
-        """Reference weights first, if a KL needs them, then what training starts from."""
+        """Load the reference weights first, if a KL needs them, then the weights that training starts from."""
         recipe, load = self.recipe, self.recipe.checkpoint.load
         resumes = tracks_iteration(load)
         needed = recipe.needs_reference
@@ -142,7 +142,7 @@ class TrainWorker:
         return StartState(state.rollout_id + 1, str(folder), state.extra)
 
     def _load_start(self) -> StartState:
-        """`--load` that holds a release, else an HF folder named for it, else `--ref-load`, else the HF checkpoint."""
+        """Load `--load` with a release, else an HF folder to start from, else `--ref-load`, else the HF checkpoint."""
         checkpoint = self.recipe.checkpoint
         for root in (checkpoint.load, None if checkpoint.start_from else checkpoint.ref_load):
             if root is not None and self._holds_weights(Path(root)):
@@ -166,7 +166,7 @@ class TrainWorker:
     # --- training
 
     def train(self, rollout: Rollout) -> dict[str, float]:
-        """All optimizer steps of a rollout. Returns metrics, the same on every rank."""
+        """Run all optimizer steps of a rollout. Returns metrics, the same on every rank."""
         self._ready.checkpointer.poll()
         samples = rollout.samples
         if not samples:
@@ -190,17 +190,17 @@ class TrainWorker:
         return metrics | {f"perf/{name}_time": seconds for name, seconds in times.items()}
 
     def _utilisation(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
-        """`perf/mfu` of the optimizer steps; nothing where the device's peak is not known."""
+        """`perf/mfu` of the optimizer steps; empty if the device's peak is unknown."""
         device = "" if backend.setup().cpu else torch.cuda.get_device_name()
         found = utilisation(self.config, lengths, seconds=seconds, gpus=self.layout.world_size, device=device)
         return {} if found is None else {"perf/mfu": found}
 
     def take_spans(self) -> list[tuple[str, float, float]]:
-        """(name, start, end) in Unix seconds of what this rank did in the last `train`; waits lie inside its steps."""
+        """(name, start, end) in Unix seconds for this rank's work in the last `train`; waits lie inside its steps."""
         return self._clock.take_spans()
 
     def _columns(self, rollout: Rollout, data: RolloutTokens) -> dict[str, torch.Tensor]:
-        """Everything the loss needs a token, besides its weight."""
+        """Per-token inputs of the loss, except its weight."""
         algorithm, limit, parts = self.recipe.algorithm, self.recipe.perf.forward_tokens_per_gpu, self._ready
         columns: dict[str, torch.Tensor] = {}
         if algorithm.loss_type == "sft_loss":
@@ -227,7 +227,7 @@ class TrainWorker:
         return columns
 
     def _old_log_probs(self, data: RolloutTokens) -> torch.Tensor:
-        """Log-probs before the first step; with routing replay in the micro-batches of the steps, to keep routes."""
+        """Log-probs before the first step; routing replay uses the steps' micro-batches, to keep their routes."""
         parts, perf = self._ready, self.recipe.perf
         if not self.recipe.algorithm.use_routing_replay:
             return parts.passes.log_probs(data, perf.forward_tokens_per_gpu)
@@ -253,7 +253,7 @@ class TrainWorker:
         masks: list[torch.Tensor],
         columns: dict[str, torch.Tensor],
     ) -> dict[str, float]:
-        """One optimizer step on these samples."""
+        """Run one optimizer step on these samples."""
         weights = torch.zeros(data.slots)
         options = self.recipe.algorithm
         shares = losses.token_weights(
@@ -293,25 +293,25 @@ class TrainWorker:
         return [values.tolist() for values in data.split(found)]
 
     def _reseed(self, rollout_id: int) -> None:
-        """Random states follow from seed and rollout alone, so a resumed run draws what the first would have drawn."""
+        """Seed from seed and rollout alone, so that a resumed run draws the same numbers as an uninterrupted one."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         seed = self.recipe.misc.seed + 1009 * (rollout_id + 1)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
-    # --- what leaves the trainer
+    # --- output of the trainer
 
     @property
     def weights(self) -> WeightSource:
-        """The source of the weight sync."""
+        """Source of the weight sync."""
         if self._ready.weights is None:
             raise RuntimeError("the plan has no engines")
         return self._ready.weights
 
     @property
     def residence(self) -> Residence:
-        """The rank's memory, which moves between GPU and host."""
+        """The rank's memory, movable between GPU and host."""
         return self._ready.residence
 
     def save(self, rollout_id: int, extra: dict[str, Any]) -> str:
@@ -327,7 +327,7 @@ class TrainWorker:
         return str(folder)
 
     def poll_save(self) -> bool:
-        """Publish a background checkpoint that is written; whether none is under way any more."""
+        """Publish a background checkpoint if it is written; returns True if none is still being written."""
         return self._ready.checkpointer.poll()
 
     def finish_save(self) -> None:
@@ -335,7 +335,7 @@ class TrainWorker:
         self._ready.checkpointer.finish()
 
     def export_hf(self, path: str) -> None:
-        """Write the current weights as an HF folder. Goes through a checkpoint, which has to be up to date."""
+        """Write the current weights as an HF folder. Uses a checkpoint, which must be up to date."""
         if self._last_saved is None or self._trained_since_save:
             raise RuntimeError("export_hf writes the last checkpoint, but the weights have changed since: save first")
         self._ready.checkpointer.finish()
@@ -359,7 +359,7 @@ class TrainWorker:
 
 
 def _means(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the steps; skipped steps are summed and count in nothing else, the learning rate is the last."""
+    """Means over the steps. Skipped steps are summed but otherwise excluded; the learning rate is the last."""
     whole = [result for result in results if not result["train/skipped_steps"]]
     found = {name: sum(r[name] for r in whole) / len(whole) for name in results[0]} if whole else {}
     found["train/skipped_steps"] = sum(result["train/skipped_steps"] for result in results)
