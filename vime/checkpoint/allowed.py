@@ -1,8 +1,8 @@
-"""Checks of a torch_dist folder's pickles before torch or Megatron open them: whoever wrote them runs no code here.
+"""Checks of a torch_dist folder's pickles before torch or Megatron open them, so that their writer runs no code here.
 
-A pickle names the functions that it wants called. `.metadata` and `common.pt` of a good folder need the few below; any
-other name is refused before it is even imported. A folder is checked and then opened, so one that somebody changes in
-between is not covered: keep folders that you load from out of others' reach while you do.
+A pickle names the functions that it wants called. `.metadata` and `common.pt` of a good folder need only the few
+below; any other name is refused before its import. A folder is checked first and opened later, so changes in between
+are not caught: keep folders that you load from out of others' reach meanwhile.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ METADATA_NAMES = frozenset(
         *(("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
     }
 )
-"""(module, name) that `.metadata` may ask for, as torch and Megatron write it."""
+"""(module, name) pairs allowed in `.metadata`, as torch and Megatron write it."""
 EXTRA_STATE = "._extra_state/shard_"
-"""Part of the names of objects that Transformer Engine's modules keep their state in."""
+"""Part of the names of objects that hold the state of Transformer Engine modules."""
 COMMON_NAMES: frozenset[tuple[str, str]] = frozenset()
-"""The same for `common.pt`: it holds plain dicts, lists, numbers and strings."""
+"""(module, name) pairs allowed in `common.pt`: none, since it holds plain dicts, lists, numbers and strings."""
 _MOST_COMMON_BYTES = 256 * 2**20
 _ERRORS = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)
-"""What a damaged pickle raises, with MemoryError and RecursionError for lengths and depths that nobody writes."""
+"""Errors raised by damaged pickles, besides MemoryError and RecursionError for absurd lengths and depths."""
 
 
 class _Refused(Exception):
@@ -69,7 +69,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Content of `.metadata`. Raises BadInput where it is damaged, asks for more than a good one, or leads outside."""
+    """Content of `.metadata`. Raises BadInput if it is damaged, asks for names not allowed, or points outside."""
     path = folder / ".metadata"
     try:
         with open(path, "rb") as stream:
@@ -92,10 +92,10 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def check_training_checkpoint(folder: Path) -> None:
-    """Raises BadInput unless Megatron can open the folder without calling anything that its writer chose.
+    """Raise BadInput unless Megatron can open the folder without calling anything chosen by its writer.
 
-    Megatron unpickles the stored objects that it is asked for; a training checkpoint has tensors, and the states of
-    modules (`EXTRA_STATE`), which vime writes for others and never asks for.
+    Megatron unpickles stored objects on request; a training checkpoint has tensors, and module states (`EXTRA_STATE`),
+    which vime writes for others and never requests.
     """
     for key, stored in read_metadata(folder).state_dict_metadata.items():
         if isinstance(stored, BytesStorageMetadata) and EXTRA_STATE not in key:
@@ -111,7 +111,7 @@ def check_training_checkpoint(folder: Path) -> None:
 
 
 def check_common(path: Path) -> None:
-    """Raises BadInput unless a file of `torch.save` holds plain values alone."""
+    """Raise BadInput unless a `torch.save` file holds only plain values."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():

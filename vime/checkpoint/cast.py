@@ -1,7 +1,7 @@
-"""Block fp8 to bf16, an HF folder to an HF folder, by any number of ranks that share a file system.
+"""Casts an HF folder from block fp8 to bf16, by any number of ranks that share a file system.
 
-Every shard file is cast by one rank and published by rename when its bytes are on the disk, so a second run goes on
-where an interrupted one ended. Rank 0 waits for all shards, adds index, config and small files, and renames the folder.
+Each shard file is cast by one rank and published by rename once its bytes are on disk, so that a second run resumes
+an interrupted one. Rank 0 waits for all shards, adds index, config and small files, and renames the folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from vime.checkpoint.cast_gpu import GpuCaster
 
 STAMP = "vime_cast.json"
-# Bytes of output that a thread works on at a time, in memory of its own that it keeps.
+# Output bytes per piece of work; each thread reuses a buffer of this size.
 PIECE_BYTES = 4 * 2**20
 STALL_SECONDS = 1800.0
 _POLL_SECONDS = 0.2
@@ -74,12 +74,11 @@ def cast_to_bf16(
     device: str | None = None,
     stall_s: float = STALL_SECONDS,
 ) -> int:
-    """Cast this rank's share of a block-fp8 checkpoint; rank 0 returns when the whole is published.
+    """Cast this rank's share of a block-fp8 checkpoint; rank 0 returns once the whole is published.
 
-    Tensors that are not quantised pass through as they are. `device` is `cpu` or a GPU's; by default a GPU where there
-    is one. Returns the bytes that this rank wrote. Raises BadInput for a source that is not complete or not fp8, for a
-    target that holds something else, and for a disk that is too small; DeadlineExceeded when for `stall_s` seconds no
-    rank finished a shard.
+    Unquantised tensors pass through unchanged. `device` is `cpu` or a GPU's name; by default a GPU if present. Returns
+    the bytes that this rank wrote. Raises BadInput for a source that is incomplete or not fp8, a target with other
+    content, or a disk that is too small; DeadlineExceeded if no rank finishes a shard for `stall_s` seconds.
     """
     check_rank(rank, world_size)
     source, target = Path(source), Path(target)
@@ -118,7 +117,7 @@ def cast_to_bf16(
 def verify_cast(
     source: str | Path, target: str | Path, *, rank: int = 0, world_size: int = 1, threads: int | None = None
 ) -> None:
-    """Reads this rank's share of both folders, all bytes, and compares the target with what a cast makes of the source.
+    """Read this rank's share of both folders, all bytes, and compare the target with a cast of the source.
 
     Raises BadInput with file and tensor for the first difference.
     """
@@ -156,7 +155,7 @@ def check_rank(rank: int, world_size: int) -> None:
 
 
 def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
-    """The output's files: those of the source, without scales, fp8 tensors as bf16. Checks every tensor."""
+    """Output files: those of the source, without scales, with fp8 tensors as bf16. Checks every tensor."""
     fp8 = {name for name in checkpoint.tensors if checkpoint.is_quantised(name)}
     if not fp8:
         raise BadInput(f"{checkpoint.path} holds no fp8 tensors: it needs no cast")
@@ -176,12 +175,12 @@ def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
 
 
 def _is_done(target: Path, stamp: dict[str, Any], shards: Sequence[Shard]) -> bool:
-    """True where the target is a complete output of this very cast."""
+    """True if the target is a complete output of this very cast."""
     return read_json(target / STAMP) == stamp and not _missing(target, shards)
 
 
 def _missing(folder: Path, shards: Sequence[Shard]) -> list[str]:
-    """Files of the output that are not there in full."""
+    """Output files that are missing or incomplete."""
     return [shard.name for shard in shards if _size(folder / shard.name) != shard.bytes]
 
 
@@ -193,7 +192,7 @@ def _size(path: Path) -> int | None:
 
 
 def _prepare(partial: Path, target: Path, stamp: dict[str, Any], shards: list[Shard]) -> None:
-    """A partial folder of this very cast: the interrupted one's, or a new one."""
+    """Make a partial folder for this very cast: the interrupted one's, or a new one."""
     require_empty(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists() and read_json(partial / STAMP) != stamp:
@@ -217,13 +216,13 @@ def _caster(checkpoint: HFCheckpoint, device: str | None) -> CpuCaster | GpuCast
 
 @dataclass(frozen=True)
 class Window:
-    """A pool that works on a few pieces of each shard at a time, so that the shards' pieces take turns."""
+    """Thread pool that works on a few pieces of each shard at a time, so that shards take turns."""
 
     pool: ThreadPoolExecutor
     size: int
 
     def run(self, call: Callable[[Any], None], items: Iterator[Any]) -> None:
-        """Calls with every item; the first error ends it."""
+        """Call with every item; stops at the first error."""
         pending: deque[Future[None]] = deque()
         for item in items:
             if len(pending) == self.size:
@@ -234,9 +233,9 @@ class Window:
 
 
 class CpuCaster:
-    """Dequantises rows of mapped files into memory that each thread keeps.
+    """Dequantises rows of mapped files into a buffer that each thread keeps.
 
-    Allocating it for every piece would leave the heaps of all threads large.
+    Allocating one for every piece would leave all threads' heaps large.
     """
 
     piece_bytes = PIECE_BYTES
@@ -274,7 +273,7 @@ def _write_shard(
 
 
 def _pieces(caster: CpuCaster | GpuCaster, info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
-    """Row ranges of a tensor (whole block rows) of about the caster's piece; (0, 1) is all of a scalar."""
+    """Row ranges of a tensor (whole block rows) of about the caster's piece size; (0, 1) is all of a scalar."""
     rows, checkpoint = info.shape[0] if info.shape else 1, caster.checkpoint
     block = checkpoint.block[0] if checkpoint.is_quantised(info.name) else 1
     row_bytes = max(1, (info.end - info.begin) // max(1, rows))
@@ -284,13 +283,13 @@ def _pieces(caster: CpuCaster | GpuCaster, info: TensorInfo) -> Iterator[tuple[T
 
 
 def _write_rows(caster: CpuCaster | GpuCaster, file: int, info: TensorInfo, first: int, last: int) -> int:
-    """Cast or copy rows of a tensor into their place; returns the bytes."""
+    """Cast or copy rows of a tensor into their place; returns the bytes written."""
     offset = info.begin + first * ((info.end - info.begin) // max(1, info.shape[0] if info.shape else 1))
     return write_at(file, raw_bytes(_cast_rows(caster, info, first, last)), offset)
 
 
 def _cast_rows(caster: CpuCaster | GpuCaster, info: TensorInfo, first: int, last: int) -> torch.Tensor:
-    """Rows of a tensor as the output has them, valid until this thread's next call."""
+    """Rows of a tensor as the output stores them, valid until this thread's next call."""
     checkpoint = caster.checkpoint
     if checkpoint.is_quantised(info.name):
         block = checkpoint.block[0]
@@ -301,7 +300,7 @@ def _cast_rows(caster: CpuCaster | GpuCaster, info: TensorInfo, first: int, last
 
 
 def _wait(missing: Callable[[], list[str]], stall_s: float) -> None:
-    """Waits until nothing is missing; every time the list gets shorter the deadline is extended."""
+    """Wait until nothing is missing; the deadline is extended whenever the list gets shorter."""
     left, deadline = missing(), time.monotonic() + stall_s
     while left:
         if time.monotonic() > deadline:
@@ -332,7 +331,7 @@ def _publish(checkpoint: HFCheckpoint, shards: list[Shard], partial: Path, targe
 
 
 def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and number of ranks: given, or from torchrun's or Slurm's environment, or 0 of 1."""
+    """Rank and number of ranks: as given, else from torchrun's or Slurm's environment, else 0 of 1."""
     if (rank is None) != (world_size is None):
         raise BadInput("--rank and --world-size belong together: give both or neither")
     if rank is not None and world_size is not None:
@@ -341,7 +340,7 @@ def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: casts this process's share; returns the exit code."""
+    """Run the command: cast this process's share; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Cast a block-fp8 HF checkpoint to bf16. Started by srun or torchrun, processes share the work."
     )

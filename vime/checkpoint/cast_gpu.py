@@ -1,7 +1,7 @@
-"""Dequantisation of rows of block-fp8 tensors on a GPU, between pinned buffers: the cast's way where there is one.
+"""Dequantisation of block-fp8 rows on a GPU, between pinned buffers; the cast uses it if a GPU is present.
 
-Every thread has a stream and buffers of its own and works on one piece at a time; with as many threads as cores the
-reads, both directions of PCIe, the kernel and the writes of different pieces overlap.
+Each thread has its own stream and buffers and works on one piece at a time. With as many threads as cores, the reads,
+both directions of PCIe, the kernel and the writes of different pieces overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vime.errors import BadInput
 from vime.fp8.gpu_kernels import BlockTable, block_table, launch_dequantise
 
 PIECE_BYTES = 32 * 2**20
-"""Output of a piece: one routed expert's matrix of DeepSeek-V3 fits."""
+"""Output bytes per piece; a routed expert's matrix of DeepSeek-V3 fits."""
 
 
 @dataclass
@@ -36,11 +36,11 @@ class _Lane:
 
 
 class GpuCaster:
-    """Reads rows of a tensor's file and gives back their bf16 values in pinned memory."""
+    """Reads rows of a tensor's file and returns their bf16 values in pinned memory."""
 
     piece_bytes = PIECE_BYTES
     shards_at_once = None
-    """As many as threads: pages are added to a file under its lock."""
+    """As many as threads, because pages are added to a file under its lock."""
 
     def __init__(self, checkpoint: HFCheckpoint, device: torch.device) -> None:
         if checkpoint.block[0] != checkpoint.block[1]:
@@ -66,13 +66,13 @@ class GpuCaster:
         return lane.host_out[:count].view(shape)
 
     def close(self) -> None:
-        """Closes the files that were read."""
+        """Close the files that were read."""
         for file in self._files.values():
             os.close(file)
         self._files.clear()
 
     def _lane(self, elements: int, scales: int) -> _Lane:
-        """This thread's lane, larger than before where a piece needs it."""
+        """This thread's lane, enlarged if a piece needs it."""
         lane: _Lane | None = getattr(self._local, "lane", None)
         if lane is not None and lane.host_in.numel() >= elements and lane.scales.numel() >= scales:
             return lane
@@ -105,7 +105,7 @@ class GpuCaster:
         return found
 
     def _read(self, info: TensorInfo, offset: int, into: torch.Tensor) -> None:
-        """Reads through a descriptor: a mapping would cost a page fault every 4 KiB."""
+        """Read through a descriptor: a mapping would cost a page fault every 4 KiB."""
         with self._lock:
             if info.file not in self._files:
                 self._files[info.file] = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,7 +1,7 @@
-"""HF checkpoint (block fp8 or not) to Megatron's torch_dist, in one pass, by any number of ranks.
+"""Converts an HF checkpoint (block fp8 or not) to Megatron's torch_dist, in one pass, by any number of ranks.
 
-Every box of every parameter is read, dequantised and written by exactly one rank, one after the other: a rank holds one
-tensor at a time. The layout decides how the boxes are cut and dealt out; the result loads at any other layout.
+Every box of every parameter is read, dequantised and written by exactly one rank, one at a time, so that a rank holds
+one tensor at a time. The layout decides how boxes are cut and assigned; the result loads at any other layout.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _OF_TRAINING = {
     "accumulate_allreduce_grads_in_fp32", "attention_backend", "attention_dropout", "attention_softmax_in_fp32", "bf16",
     "hidden_dropout", "moe_enable_deepep", "moe_token_dispatcher_type", "mtp_num_layers", "seed",
 }  # fmt: skip
-"""Megatron's flags that vime's recipe knows and a conversion does not need."""
+"""Megatron flags that vime's recipe knows but a conversion does not need."""
 _LAYOUT_FLAGS = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
@@ -61,13 +61,13 @@ _LAYOUT_FLAGS = {
 
 @dataclass(frozen=True)
 class Work:
-    """One box of a parameter: what is read, where it goes, who does it."""
+    """One box of a parameter: its source, its destination and its rank."""
 
     param: Param
     pieces: tuple[Piece, ...]
     place: DiskPlace
     offset: tuple[int, ...]
-    """In the parameter."""
+    """Offset of the box in the parameter."""
     size: tuple[int, ...]
     owner: int
 
@@ -81,12 +81,12 @@ def convert(
     threads: int | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> bool:
-    """Converts with all ranks of the default process group; False where it was done already. Collective.
+    """Convert with all ranks of the default process group; returns False if already done. Collective.
 
     An interrupted conversion of this source at this layout is resumed, file by file of `file_bytes`.
 
-    Raises BadInput, before anything is written, for a checkpoint that is not complete, a layout that the model does not
-    allow, a target that holds a checkpoint, and a disk that is too small.
+    Raises BadInput, before anything is written, for an incomplete checkpoint, a layout that the model does not allow, a
+    target that holds a checkpoint, or a disk that is too small.
     """
     config = checkpoint.config
     check_layout(config, layout)
@@ -119,7 +119,7 @@ def convert(
 
 
 def verify(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, rank: int) -> None:
-    """Reads this rank's share of source and output, all bytes, and compares; the ranks need not know each other.
+    """Read this rank's share of source and output, all bytes, and compare; the ranks do not communicate.
 
     Raises BadInput with the tensor for the first difference.
     """
@@ -148,14 +148,14 @@ def verify(checkpoint: HFCheckpoint, save_dir: Path, layout: ParallelLayout, ran
 
 
 def threads_of_a_rank() -> int:
-    """This rank's part of the cores of its node (LOCAL_WORLD_SIZE or Slurm's tasks of this node share them)."""
+    """This rank's share of its node's cores (divided by LOCAL_WORLD_SIZE or Slurm's tasks on this node)."""
     beside = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
     share = len(os.sched_getaffinity(0)) // (int(beside) if beside.isdigit() else 1)
     return max(1, min(share, MAX_THREADS))
 
 
 def stored_types(checkpoint: HFCheckpoint, params: Sequence[Param]) -> dict[str, torch.dtype]:
-    """Type of every key: that of its HF tensors (bf16 for fp8); the widest where the parameters of a key differ."""
+    """Dtype of every key: that of its HF tensors (bf16 for fp8), or the widest if a key's parameters differ."""
     types: dict[str, torch.dtype] = {}
     for param in params:
         key = disk_place(param, checkpoint.config).key
@@ -169,7 +169,7 @@ def stored_types(checkpoint: HFCheckpoint, params: Sequence[Param]) -> dict[str,
 def deal_out(config: ModelConfig, layout: ParallelLayout) -> list[Work]:
     """All boxes of the model with their owners; the same on every rank.
 
-    A box goes to the rank of its pipeline stage, expert group and tensor shard that has the fewest elements so far.
+    The owner is the rank with the fewest elements so far in the box's pipeline stage, expert group and tensor shard.
     """
     holders: dict[tuple[int, int, int, bool], list[int]] = defaultdict(list)
     for coords in map(layout.coordinates, range(layout.world_size)):
@@ -187,7 +187,7 @@ def deal_out(config: ModelConfig, layout: ParallelLayout) -> list[Work]:
         for index in range(shards):
             candidates = holders[stage, group, index, routed]
             if param.tp_dim is None:
-                # Whole on every rank of the stage or expert group: any may write it.
+                # Replicated on every rank of the stage or expert group: any may write it.
                 size = layout.etp if routed else layout.tp
                 candidates = [rank for i in range(size) for rank in holders[stage, group, i, routed]]
             owner = min(candidates, key=lambda rank: (load[rank], rank))
@@ -198,7 +198,7 @@ def deal_out(config: ModelConfig, layout: ParallelLayout) -> list[Work]:
 
 
 def _boxes(param: Param, place: DiskPlace, index: int, shards: int, owner: int) -> Iterator[Work]:
-    """The boxes of one shard: one a piece, except that interleaved q, k and v of a shard are one box."""
+    """Boxes of one shard: one per piece, except that a shard's interleaved q, k and v form one box."""
     found = pieces(param, index, shards)
     if param.join == Join.QKV:
         shape = local_shape(param, shards)
@@ -236,7 +236,7 @@ def _read(checkpoint: HFCheckpoint, param: Param, piece: Piece, dtype: torch.dty
 
 
 def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, Path, ParallelLayout]:
-    """The tool's command line: model flags (compared with `config.json`), parallel sizes, --hf-checkpoint, --save."""
+    """Parse the arguments: model flags (checked against `config.json`), parallel sizes, --hf-checkpoint, --save."""
     given = dict(parse_flags([word for word in argv if word != VERIFY], megatron=True))
     paths = {name: given.pop(name, None) for name in ("hf_checkpoint", "save")}
     sizes = {ours: given.pop(name) for name, ours in _LAYOUT_FLAGS.items() if name in given}
@@ -255,7 +255,7 @@ def read_arguments(argv: Sequence[str], world_size: int) -> tuple[HFCheckpoint, 
 
 
 def ignored_flags(argv: Sequence[str]) -> list[str]:
-    """Flags of the command line that Megatron knows, and that say nothing about a conversion."""
+    """Command-line flags that Megatron knows but that do not affect a conversion."""
     names = dict(parse_flags([word for word in argv if word != VERIFY], megatron=True))
     return [flag(name) for name in names if name not in _LAYOUT_FLAGS and _says_nothing(name)]
 
@@ -273,7 +273,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the conversion as this process's rank; returns the exit code."""
+    """Run the conversion as this process's rank; returns the exit code."""
     try:
         words = sys.argv[1:] if argv is None else argv
         ranks = from_environment()

@@ -1,6 +1,6 @@
-"""Saving Megatron's `torch_dist` by any number of ranks, lazily: one tensor of a thread at a time is in memory.
+"""Lazy saving of Megatron's `torch_dist` by any number of ranks: each thread has one tensor in memory at a time.
 
-A save that is interrupted at any byte leaves a hidden folder, in which the next one resumes.
+A save interrupted at any byte leaves a hidden folder, from which the next one resumes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MADE_FROM = "vime_made_from"
 class Chunk:
     """A box of a key, written by one rank.
 
-    `load` makes the tensor when it is written: one of its own, which is freed after that, or a view of a mapped file.
+    `load` makes the tensor at the time of writing: a new one, freed afterwards, or a view of a mapped file.
     """
 
     key: str
@@ -98,7 +98,7 @@ class _LazySavePlanner(SavePlanner):
         chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
         tensor = chunk.load().to(chunk.dtype).reshape(chunk.size).contiguous()
         self._said(tensor.nbytes)
-        # torch.save writes a whole storage, which a box of a mapped tensor has only a part of.
+        # torch.save writes a whole storage, of which a box of a mapped tensor is only a part.
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -114,13 +114,13 @@ def save(
     file_bytes: int = FILE_BYTES,
     said: Callable[[int], None] = lambda _: None,
 ) -> bool:
-    """Writes `<save_dir>/release` with all ranks of the default process group, and the tracker last. Collective.
+    """Write `<save_dir>/release` with all ranks of the default process group, and the tracker last. Collective.
 
     `chunks` and `objects` are this rank's; every box and object is given by exactly one rank. `common` goes to
-    `common.pt`. `made_from` (JSON) tells the source, `cut` the ranks and layout: an interrupted save of the same goes
-    on where it was; a complete one of the same source is left as it is, and False returned. Each of `threads` makes
-    and writes its own chunks, a file of about `file_bytes` at a time. Raises what a rank's `load` raised, on every
-    rank, and BadInput for a folder that holds another checkpoint, or a disk without room for this one.
+    `common.pt`. `made_from` (JSON) identifies the source, `cut` the ranks and layout: an interrupted save with equal
+    values is resumed; a complete one of the same source is left unchanged, and False returned. Each of `threads` makes
+    and writes its own chunks, a file of about `file_bytes` at a time. Raises the error of any `load` on every rank,
+    and BadInput for a folder that holds another checkpoint, or a disk without room for this one.
     """
     partial, first = save_dir / PARTIAL, dist.get_rank() == 0
     needed = _sum_over_ranks(sum(torch.Size(chunk.size).numel() * chunk.dtype.itemsize for chunk in chunks))
@@ -144,9 +144,9 @@ def save(
 
 
 def prepare(save_dir: Path, made_from: Mapping[str, Any], cut: Mapping[str, Any], needed: int) -> bool:
-    """Makes the folder that is written into, or finds the interrupted one's; False when all is complete already.
+    """Make the folder to write into, or find the interrupted one's; returns False if all is complete already.
 
-    `needed` bytes will be there in the end. Raises BadInput before anything is written.
+    The complete folder takes `needed` bytes. Raises BadInput before anything is written.
     """
     partial, release, stamp = save_dir / PARTIAL, save_dir / RELEASE, {"made_from": made_from, "cut": cut}
     if release.exists():
@@ -175,7 +175,7 @@ def prepare(save_dir: Path, made_from: Mapping[str, Any], cut: Mapping[str, Any]
 
 
 def _is_made_from(release: Path, made_from: Mapping[str, Any]) -> bool:
-    """True where a complete folder was made from this source."""
+    """True if a complete folder was made from this source."""
     try:
         check_common(release / "common.pt")
         return torch.load(release / "common.pt", weights_only=True).get(MADE_FROM) == made_from
@@ -184,7 +184,7 @@ def _is_made_from(release: Path, made_from: Mapping[str, Any]) -> bool:
 
 
 def _finish(save_dir: Path) -> None:
-    """Writes the tracker and removes notes after the rename of a complete folder; repeated after an interruption."""
+    """Write the tracker and remove notes after a complete folder's rename; repeated after an interruption."""
     if not (save_dir / TRACKER).exists():
         write_tracker(save_dir, RELEASE)
     for pattern in (".__*", STAMP):
@@ -203,7 +203,7 @@ def _sum_over_ranks(count: int) -> int:
 
 
 def _agree(decide: Callable[[], bool]) -> bool:
-    """Decision of rank 0, or its error, on every rank."""
+    """Rank 0's decision, or its error, on every rank."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -218,7 +218,7 @@ def _agree(decide: Callable[[], bool]) -> bool:
 
 @contextlib.contextmanager
 def _without_checksums() -> Iterator[None]:
-    """torch.load never looks at the sums that torch.save makes, and they cost as much as the cast."""
+    """Skip the checksums of torch.save: torch.load never checks them, and they cost as much as the cast."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

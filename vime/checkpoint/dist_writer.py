@@ -1,7 +1,7 @@
-"""Writing a rank's part of a torch_dist folder, file by file, so that a second run resumes where the first one ended.
+"""Writing a rank's part of a torch_dist folder, file by file, so that a second run resumes an interrupted one.
 
-A rank's items go, in their order, into files of about `file_bytes`. A file is written as a draft, brought to the disk,
-renamed, and then recorded next to it: a file without a record is written again.
+A rank's items go, in order, into files of about `file_bytes`. Each file is written as a draft, synced to disk,
+renamed, and then recorded next to it; a file without a record is written again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch.futures import Future
 from vime.system.files import READABLE, draft, read_json, remove_drafts, write_at, write_json
 
 FILE_BYTES = 2**30
-"""Bytes that an interruption costs a thread at most."""
-# Started early, so that the disk does not idle until the fsync.
+"""Upper limit of the bytes that an interruption costs a thread."""
+# Writeback starts early, so that the disk does not idle until the fsync.
 _FLUSH_BYTES = 32 * 2**20
 _OBJECT_BYTES = 1024
 
 
 class PartWriter(dcp.FileSystemWriter):
-    """The storage of `dcp.save`: what a rank has recorded in `path` is not made again."""
+    """Storage of `dcp.save` that skips items already recorded for the rank in `path`."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class PartWriter(dcp.FileSystemWriter):
         file_bytes: int = FILE_BYTES,
         skipped: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`skipped` is called with the bytes of tensors in files that were there."""
+        """`skipped` is called with the tensor bytes of files that already exist."""
         super().__init__(path)
         self._folder, self._threads, self._file_bytes, self._skipped = path, threads, file_bytes, skipped
 
@@ -55,7 +55,7 @@ class PartWriter(dcp.FileSystemWriter):
         return future
 
     def _file(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-        """The file with these items, made or found."""
+        """Write the file with these items, or use the existing one."""
         keys = [_key(item) for item in items]
         places = _recorded(self._folder, name, keys)
         if places is None:
@@ -72,7 +72,7 @@ class PartWriter(dcp.FileSystemWriter):
 
 
 def group_items(items: Sequence[WriteItem], file_bytes: int) -> list[list[WriteItem]]:
-    """Items in their order, cut into groups of at most `file_bytes`, or one item."""
+    """Items in order, cut into groups of at most `file_bytes`, or of one item."""
     groups: list[list[WriteItem]] = []
     filled = 0
     for item in items:
@@ -86,19 +86,19 @@ def group_items(items: Sequence[WriteItem], file_bytes: int) -> list[list[WriteI
 
 
 def item_bytes(item: WriteItem) -> int:
-    """Bytes of the tensor; about those of an object."""
+    """Bytes of a tensor; approximate bytes of an object."""
     if item.tensor_data is None:
         return _OBJECT_BYTES
     return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
 
 
 def record_of(folder: Path, name: str) -> Path:
-    """Says that a file is complete, and where its items lie."""
+    """Path of the record that a file is complete, with the places of its items."""
     return folder / f".{name}.json"
 
 
 def _recorded(folder: Path, name: str, keys: list[str]) -> list[list[int]] | None:
-    """Places of the items in a complete file; None where it must be written."""
+    """Places of the items in a complete file; None if it must be written."""
     record = read_json(record_of(folder, name))
     if not isinstance(record, dict) or record.get("keys") != keys:
         return None
@@ -114,7 +114,7 @@ def _key(item: WriteItem) -> str:
 
 
 def _write(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[list[int]]:
-    """Writes a file of the items, one behind the other; [offset, bytes] of each."""
+    """Write the items to a file, one after the other; returns [offset, bytes] of each."""
     places = []
     remove_drafts(path)
     with draft(path, mode=READABLE) as file:
@@ -130,13 +130,13 @@ def _write(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list
             del data
             places.append([first, stream.position - first])
         os.fsync(file)
-        # Nobody reads it soon; the source's pages are worth more.
+        # Drop it from the page cache: nobody reads it soon, and the source's pages are worth more.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     return places
 
 
 class _Appender(io.RawIOBase):
-    """File for torch.save, flushed to the disk while it grows."""
+    """File for torch.save that flushes to disk while growing."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -150,7 +150,7 @@ class _Appender(io.RawIOBase):
         for first in range(0, len(view), _FLUSH_BYTES):
             self.position += write_at(self._file, view[first : first + _FLUSH_BYTES], self.position)
             if self.position - self._flushed >= _FLUSH_BYTES:
-                # Linux starts to write these pages, and does not wait for it.
+                # Linux starts to write these pages without waiting for completion.
                 os.posix_fadvise(self._file, self._flushed, self.position - self._flushed, os.POSIX_FADV_DONTNEED)
                 self._flushed = self.position
         return len(view)

@@ -1,7 +1,7 @@
-"""Bringing a repository of the Hub to a folder: byte by byte where it was interrupted, size and hash verified.
+"""Fetching a Hub repository to a folder: resumed at the byte of an interruption, verified by size and hash.
 
-The content of the repository is noted in `.vime-fetch.json` next to the files, so that a node without network can
-tell what is missing. Needs no torch; huggingface_hub is imported when something is listed or fetched.
+`.vime-fetch.json` next to the files lists the repository's content, so that a node without network can tell what is
+missing. Needs no torch; huggingface_hub is imported only to list or fetch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vime.system.files import READABLE, publish_file, read_json, write_json
 
 NOTES = ".vime-fetch.json"
 WORKERS = 8
-# Weights in other formats, when there are safetensors.
+# Weights in other formats, skipped if there are safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot")
 _CHUNK = 1 << 20
 
 
 class FetchFailed(VimeError):
-    """The Hub cannot be reached, or gave something else than it announced."""
+    """The Hub cannot be reached, or sent content that differs from its listing."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A repository and the folder that it comes to."""
+    """A repository and its target folder."""
 
     folder: Path
     repository: str
@@ -40,7 +40,7 @@ class Source:
 
     @classmethod
     def parse(cls, folder: str, text: str) -> Source:
-        """From the recipe's spelling: `deepseek-ai/DeepSeek-R1`, `datasets/owner/name`, either with `@revision`."""
+        """Parse the recipe's spelling: `deepseek-ai/DeepSeek-R1`, `datasets/owner/name`, either with `@revision`."""
         name, _, revision = text.partition("@")
         kind = "dataset" if name.startswith("datasets/") else "model"
         name = name.removeprefix("datasets/")
@@ -58,7 +58,7 @@ class RemoteFile:
     path: str
     size: int
     digest: str
-    """sha256 of large files, git's sha1 of small ones, as the Hub keeps them."""
+    """sha256 of large files, git's sha1 of small ones, as in the Hub's listing."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Listing:
 
 
 def list_remote(source: Source) -> Listing:
-    """Asks the Hub. Raises BadInput for an unknown repository, FetchFailed when it cannot be reached."""
+    """List the repository on the Hub. Raises BadInput if it is unknown, FetchFailed if the Hub is unreachable."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -99,14 +99,14 @@ def _unreachable(what: str, error: Exception) -> str:
 
 
 def _network_error(what: str, error: Exception) -> Exception:
-    """The error of the HTTP library under huggingface_hub as ours; any other one as it is."""
+    """The error of huggingface_hub's HTTP library as FetchFailed; any other error unchanged."""
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
         return FetchFailed(_unreachable(what, error))
     return error
 
 
 def wanted(files: Sequence[RemoteFile]) -> Iterator[RemoteFile]:
-    """Files without the same weights in another format. Raises BadInput for a name that leads out of the folder."""
+    """Files except duplicate weights in another format. Raises BadInput for a name that points outside the folder."""
     has_safetensors = any(file.path.endswith(".safetensors") for file in files)
     for file in files:
         if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
@@ -116,7 +116,7 @@ def wanted(files: Sequence[RemoteFile]) -> Iterator[RemoteFile]:
 
 
 def noted(source: Source) -> Listing | None:
-    """Listing that an earlier fetch noted in the folder; None without one."""
+    """Listing noted in the folder by an earlier fetch; None without one."""
     content = read_json(source.folder / NOTES)
     if not isinstance(content, dict) or content.get("repository") != source.repository:
         return None
@@ -126,7 +126,7 @@ def noted(source: Source) -> Listing | None:
 
 
 def note(listing: Listing, verified: dict[str, list[int]]) -> None:
-    """Writes the notes: the listing, and size and time of the files whose hash was seen to be right."""
+    """Write the notes: the listing, and size and time of the files with a verified hash."""
     source = listing.source
     source.folder.mkdir(parents=True, exist_ok=True)
     content = {"repository": source.repository, "kind": source.kind, "revision": source.revision}
@@ -135,9 +135,9 @@ def note(listing: Listing, verified: dict[str, list[int]]) -> None:
 
 
 def look(listing: Listing, *, deep: bool) -> tuple[list[tuple[RemoteFile, str]], dict[str, list[int]]]:
-    """(files that are not right, each with the reason; the verified ones with size and time).
+    """(incorrect files, each with the reason; verified files with size and time).
 
-    A file is hashed unless its size and time are those of when it was; `deep` hashes all.
+    A file with the size and time of its last verification is not hashed again, unless `deep`.
     """
     folder = listing.source.folder
     notes = read_json(folder / NOTES)
@@ -171,7 +171,7 @@ def stamp_of(path: Path) -> list[int] | None:
 
 
 def has_digest(path: Path, file: RemoteFile) -> bool:
-    """True where the file's bytes have the announced hash."""
+    """True if the file's bytes have the announced hash."""
     digest = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(f"blob {file.size}\0".encode())
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as stream:
@@ -186,7 +186,7 @@ def part_of(folder: Path, file: RemoteFile) -> Path:
 
 
 def bring(listing: Listing, files: Sequence[RemoteFile], progress: Progress) -> None:
-    """Fetches files into the folder, some at once. Raises FetchFailed naming the first that does not come."""
+    """Fetch files into the folder, several at once. Raises FetchFailed naming the first failure."""
     with ThreadPoolExecutor(WORKERS) as pool:
         for _ in pool.map(lambda file: _bring(listing, file, progress), files):
             pass
@@ -234,7 +234,7 @@ def _bring(listing: Listing, file: RemoteFile, progress: Progress) -> None:
 
 
 def _bar(add: Callable[[int], None]) -> Any:
-    """A tqdm that counts into our progress and draws nothing."""
+    """A silent tqdm that adds to vime's progress."""
     from tqdm import tqdm
 
     class Bar(tqdm):

@@ -31,12 +31,12 @@ def export(
     quantised: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a torch_dist checkpoint as an HF folder, with config, tokenizer and tensor types from `hf_checkpoint`.
+    """Write a torch_dist checkpoint as an HF folder, with config, tokenizer and tensor dtypes from `hf_checkpoint`.
 
-    `quantised` stores what that checkpoint's `quantization_config` (or, without one, 128 x 128 blocks) quantises in
-    block fp8; otherwise fp8 tensors come out in bf16 and the config loses its `quantization_config`. MTP layers that
-    the torch_dist checkpoint does not hold come from `hf_checkpoint`; their copies of embedding and head get the
-    current values. Raises BadInput for a checkpoint of another model or a target that is not empty.
+    `quantised` stores in block fp8 what that checkpoint's `quantization_config` (or, without one, 128 x 128 blocks)
+    quantises; otherwise fp8 tensors are written in bf16 and the config loses its `quantization_config`. MTP layers
+    missing from the torch_dist checkpoint come from `hf_checkpoint`; their copies of embedding and head get the current
+    values. Raises BadInput for a checkpoint of another model or a target that is not empty.
     """
     original = HFCheckpoint(hf_checkpoint)
     config = original.config
@@ -92,7 +92,7 @@ def tensor_specs(part: HFTensor, original: HFCheckpoint, scheme: Quantisation | 
 def stored(
     part: HFTensor, tensor: torch.Tensor, original: HFCheckpoint, scheme: Quantisation | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that `tensor_specs` announces, from the current value."""
+    """Tensors announced by `tensor_specs`, from the current value."""
     if is_quantised(part.name, part.quantised, scheme):
         assert scheme is not None
         values, scale = quantise(tensor, scheme.block, scale_format=scheme.scale_format, name=part.name)
@@ -118,7 +118,7 @@ def exported_config(config: ModelConfig, scheme: Quantisation | None) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of tools/convert_torch_dist_to_hf.py; returns the exit code."""
+    """Command line of tools/convert_torch_dist_to_hf.py; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--load", required=True, help="torch_dist folder, or one with a tracker file")
     parser.add_argument(

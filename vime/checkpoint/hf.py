@@ -1,4 +1,4 @@
-"""An HF checkpoint folder for reading: every tensor whole or by box, block fp8 dequantised on the way."""
+"""Reading of an HF checkpoint folder: every tensor whole or by box, with block fp8 dequantised."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vime.models.namemap import HFTensor, Param
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FORMAT = 2
-"""Version of the output of cast and conversion; after an increase they redo work that an older vime began."""
+"""Output version of cast and conversion; an increase makes them redo work begun by an older vime."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Buffers that some old checkpoints carry and every model computes itself.
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
 class HFCheckpoint:
-    """A folder with `config.json` and safetensors files, alone or with an index.
+    """A folder with `config.json` and safetensors files, single or with an index.
 
     Opening reads all headers (not the tensors) and raises BadInput for a missing, truncated or malformed file.
     """
@@ -42,7 +42,7 @@ class HFCheckpoint:
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        """The model of `config.json`, with as many MTP layers as there are tensors of."""
+        """Model of `config.json`, with the number of MTP layers that have tensors."""
         config = ModelConfig.from_folder(self.path)
         hf, notes = fitted(config.hf, self.tensors.keys())
         return ModelConfig.from_hf(hf) if notes else config
@@ -60,7 +60,7 @@ class HFCheckpoint:
         return name in self.tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Place, stored type and shape of a tensor."""
+        """Place, stored dtype and shape of a tensor."""
         found = self.tensors.get(name)
         if found is None:
             raise BadInput(f"{self.path} has no tensor {name}: fetch the checkpoint again or correct its config.json")
@@ -100,7 +100,7 @@ class HFCheckpoint:
         size: Sequence[int] | None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """A box of a tensor, as `tensor`; only the pages under it are read (for fp8 those of its blocks)."""
+        """A box of a tensor, as in `tensor`; reads only the pages under it (for fp8 those of its blocks)."""
         stored = self.stored(name)
         start = tuple(start or (0,) * stored.dim())
         size = tuple(stored.shape if size is None else size)
@@ -114,7 +114,7 @@ class HFCheckpoint:
     def _dequantised(
         self, name: str, stored: torch.Tensor, start: tuple[int, ...], size: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        """The blocks under the box are dequantised, then cut to it."""
+        """Dequantise the blocks under the box, then cut to it."""
         scale, block = self.scale(name), self.block
         first = tuple(a // b for a, b in zip(start, block, strict=True))
         last = tuple(-(-(a + n) // b) for a, n, b in zip(start, size, block, strict=True))
@@ -125,7 +125,7 @@ class HFCheckpoint:
         return values[inner]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Identity of this checkpoint as JSON: place and type of every tensor, files, config."""
+        """Identity of this checkpoint as JSON: place and dtype of every tensor, files, config."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.file.name} {info.dtype} {info.shape} {info.begin}\n".encode())
@@ -135,7 +135,7 @@ class HFCheckpoint:
         return {"format": FORMAT, "source_sha256": digest.hexdigest()}
 
     def check(self, params: Iterable[Param]) -> None:
-        """Compares all headers with a model's parameters; raises BadInput for the first tensor that does not fit."""
+        """Compare all headers with a model's parameters; raises BadInput for the first tensor that does not fit."""
         check_names(self.path, self.tensors.keys())
         known: set[str] = set()
         for param in params:
@@ -163,7 +163,7 @@ class HFCheckpoint:
                 )
 
     def close(self) -> None:
-        """Releases the mapped files."""
+        """Release the mapped files."""
         self._mapped.close()
 
 

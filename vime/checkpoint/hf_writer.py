@@ -16,15 +16,15 @@ from vime.errors import BadInput
 from vime.system.files import READABLE, publish_folder, require_space, write_at, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
-# Not copied from a source folder: weights in any format, and what a download leaves behind.
+# Not copied from a source folder: weights in any format, and leftovers of a download.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".msgpack", ".h5", ".onnx")
 
 
 class HFWriter:
-    """Writes `specs` below a temporary folder next to `path`; `publish` renames it. Until then nothing looks complete.
+    """Writes `specs` to a temporary folder next to `path`, renamed by `publish`. Until then nothing looks complete.
 
-    The first rank calls `create()`, the others then write into the same files, in any order; every tensor is written
-    by exactly one rank.
+    The first rank calls `create()`; then all ranks write into the same files, in any order, each tensor by exactly one
+    rank.
     """
 
     def __init__(self, path: str | Path, specs: Sequence[Spec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -41,7 +41,7 @@ class HFWriter:
         self._files: dict[Path, int] = {}
 
     def create(self) -> None:
-        """Checks target and disk space, then makes the temporary folder with all files at their full size."""
+        """Check target and disk space, then make the temporary folder with all files at full size."""
         require_empty(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         require_space(self.path.parent, self.total_bytes)
@@ -57,7 +57,7 @@ class HFWriter:
                 stream.truncate(ends[name])
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor; its type is converted to the announced one."""
+        """Write one tensor, converted to the announced dtype."""
         info = self.places[name]
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, announced {info.shape}")
@@ -67,14 +67,14 @@ class HFWriter:
         write_at(file, raw_bytes(tensor.to(info.dtype)), info.begin)
 
     def close(self) -> None:
-        """Brings this rank's bytes to the disk and closes the files; every rank calls it before `publish`."""
+        """Sync this rank's bytes to disk and close the files; every rank calls it before `publish`."""
         for file in self._files.values():
             os.fsync(file)
             os.close(file)
         self._files.clear()
 
     def publish(self, *, copy_from: Path | None = None, config: dict[str, Any] | None = None) -> None:
-        """Adds the index, tokenizer and other small files of `copy_from` and `config.json`, then renames the folder."""
+        """Add the index, `copy_from`'s tokenizer and other small files, and `config.json`; then rename the folder."""
         self.close()
         if len(self._headers) > 1:
             weight_map = {name: info.file.name for name, info in self.places.items()}
@@ -88,14 +88,14 @@ class HFWriter:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copies the files of an HF folder that are not weights: config, tokenizer, generation settings, code, licence."""
+    """Copy an HF folder's files other than weights: config, tokenizer, generation settings, code, licence."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, target / file.name)
 
 
 def require_empty(path: Path) -> None:
-    """Refuses a target that exists and holds anything."""
+    """Raise BadInput for a target that exists and is not empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"{path} exists and is not empty: give a new folder or remove it")
 

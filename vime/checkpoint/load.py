@@ -1,4 +1,4 @@
-"""An HF checkpoint straight into the shards of a Megatron model, without a conversion on disk."""
+"""Loading of an HF checkpoint directly into the shards of a Megatron model, without a conversion on disk."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def load_hf_into(
     layout: ParallelLayout,
     coords: Coordinates,
 ) -> None:
-    """Fills this rank's model chunks (as `build_model` gives them) with its shards, in the model's types.
+    """Fill this rank's model chunks (as built by `build_model`) with its shards, in the model's dtypes.
 
-    Every rank reads its part by itself; there is no communication. Raises BadInput, before a weight is changed, for a
+    Every rank reads its part by itself, without communication. Raises BadInput, before a weight is changed, for a
     checkpoint that does not fit the model.
     """
     checkpoint.check(params_of(config))

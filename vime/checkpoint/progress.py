@@ -1,4 +1,4 @@
-"""Progress of work that is counted in bytes: a bar on a terminal, a line every few seconds in a log."""
+"""Progress of work measured in bytes: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BAR = 24
 
 
 class Progress:
-    """Counts bytes from several threads and says how far the work is, how fast, and how long it will take."""
+    """Counts bytes from several threads and reports progress, rate and remaining time."""
 
     def __init__(self, what: str, total: int, stream: TextIO | None = None) -> None:
         self.what, self.total, self.done = what, total, 0
@@ -23,7 +23,7 @@ class Progress:
         self._started = self._said = time.monotonic()
 
     def add(self, count: int) -> None:
-        """Count bytes as done; says so when it is time."""
+        """Count bytes as done; reports if a report is due."""
         with self._lock:
             self.done += count
             now = time.monotonic()
@@ -32,7 +32,7 @@ class Progress:
                 self._say(now)
 
     def close(self) -> None:
-        """The last word: all bytes, seconds and mean rate."""
+        """Report the totals: all bytes, seconds and mean rate."""
         with self._lock:
             self._say(time.monotonic())
             if self._terminal:

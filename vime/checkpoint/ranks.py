@@ -20,7 +20,7 @@ _FIRST_PORT, _PORTS = 20000, 10000
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and where rank 0 listens (address None: there is only one process)."""
+    """Rank of this process, number of ranks, and rank 0's address (None: there is only one process)."""
 
     rank: int = 0
     world_size: int = 1
@@ -29,18 +29,18 @@ class Ranks:
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are set, else those of a Slurm step, else one."""
+    """Ranks from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if set, else from a Slurm step, else a single one."""
     rank, world = rank_and_size(environ)
     if world == 1:
         return Ranks()
     address = environ.get("MASTER_ADDR") or _first_host(environ)
-    # Every process of a step computes the same port, and two jobs on a node rarely one.
+    # Every process of a step computes the same port; two jobs on a node rarely share one.
     own = _FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % _PORTS
     return Ranks(rank, world, address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else own)
 
 
 def rank_and_size(environ: Mapping[str, str]) -> tuple[int, int]:
-    """RANK and WORLD_SIZE where they are set, else those of a Slurm step, else 0 of 1."""
+    """RANK and WORLD_SIZE if set, else those of a Slurm step, else 0 of 1."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
@@ -54,7 +54,7 @@ def rank_and_size(environ: Mapping[str, str]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, timeout: datetime.timedelta) -> Iterator[None]:
-    """The default process group over gloo; a collective that waits longer than `timeout` fails."""
+    """Default process group over gloo; a collective that waits longer than `timeout` fails."""
     if ranks.address is None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:

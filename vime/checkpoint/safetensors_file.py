@@ -1,7 +1,7 @@
-"""One safetensors file: its header read and checked, its tensors mapped into memory.
+"""One safetensors file: its header, read and checked, and its tensors, mapped into memory.
 
-The format: 8 bytes little-endian length of a JSON header, the header (`name -> dtype, shape, data_offsets`, offsets
-counted from the end of the header), then the bytes of all tensors without gaps.
+Format: 8 bytes little-endian length of a JSON header, the header (`name -> dtype, shape, data_offsets`, with offsets
+from the end of the header), then the bytes of all tensors without gaps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file. Raises BadInput, naming file and tensor, where header and file size do not fit."""
+    """Tensors of a file. Raises BadInput, naming file and tensor, if header and file size do not match."""
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -89,9 +89,9 @@ def _info(file: Path, name: str, entry: dict, start: int) -> TensorInfo:
 
 
 class Mapped:
-    """Files mapped into memory on first use; tensors are views of the mapping, so only what is touched is read.
+    """Files mapped into memory on first use; tensors are views of the mapping, so that only touched pages are read.
 
-    The mapping is private: writing into a tensor changes neither the file nor what another process sees.
+    The mapping is private: writing into a tensor changes neither the file nor other processes' view of it.
     """
 
     def __init__(self) -> None:
@@ -110,13 +110,13 @@ class Mapped:
         return raw.view(info.dtype).view(info.shape)
 
     def close(self) -> None:
-        """Forgets the mappings; each is released when the last tensor that views it is gone."""
+        """Drop the mappings; each is released with the last tensor that views it."""
         self._maps.clear()
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that will be written."""
+    """A tensor to be written."""
 
     name: str
     dtype: torch.dtype
@@ -128,7 +128,7 @@ class Spec:
 
 
 def layout(file: Path, specs: Iterable[Spec]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Header bytes of a new file and where each of its tensors goes."""
+    """Header bytes of a new file and the places of its tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, places = 0, []
     for spec in specs:
@@ -150,12 +150,12 @@ def layout(file: Path, specs: Iterable[Spec]) -> tuple[bytes, dict[str, TensorIn
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor as the file holds them; no copy for a contiguous CPU tensor."""
+    """Bytes of a tensor as stored in the file; no copy for a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """True where two CPU tensors of one type hold the same bits, NaN included."""
+    """True if two CPU tensors of one dtype hold the same bits, NaN included."""
     flat = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
     return torch.equal(*flat)

@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoints without Megatron: names, tracker, and reading parameter by parameter.
+"""Access to Megatron's `torch_dist` checkpoints without Megatron: names, tracker, reading parameter by parameter.
 
 The format is torch's distributed checkpoint with Megatron's keys. `vime.checkpoint.dist_save` writes it.
 """
@@ -38,15 +38,15 @@ MADE_FROM = "vime_made_from"
 
 
 def object_name(key: str, index: tuple[int, ...] = (), stack: tuple[int, ...] = ()) -> str:
-    """Name of an object (Megatron's `_extra_state`) that is one of `stack` under its key."""
+    """Name of an object (Megatron's `_extra_state`) at `index` of `stack` under its key."""
     return f"{key}/shard_{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, stack or (1,)))}"
 
 
 def use_disk_keys(sharded_state_dict: Any, config: ModelConfig) -> None:
-    """Renames, in place, the keys of a Megatron model's `sharded_state_dict()` to those of the disk.
+    """Rename, in place, the keys of a Megatron model's `sharded_state_dict()` to those on disk.
 
-    Call it before `dist_checkpointing.save` or `load` (and before the optimizer's state is made from it), so that a
-    checkpoint does not depend on the layer spec that ran.
+    Call it before `dist_checkpointing.save` or `load`, and before deriving the optimizer's state, so that a checkpoint
+    does not depend on the layer spec.
     """
     if isinstance(sharded_state_dict, dict):
         for value in sharded_state_dict.values():
@@ -59,12 +59,12 @@ def use_disk_keys(sharded_state_dict: Any, config: ModelConfig) -> None:
 
 
 def write_tracker(save_dir: Path, content: str) -> None:
-    """Names the newest complete checkpoint of a folder, by rename."""
+    """Record the newest complete checkpoint of a folder, by rename."""
     write_file(save_dir / TRACKER, content, mode=READABLE)
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder that holds `.metadata`: `path` itself or the one that its tracker names."""
+    """Folder that holds `.metadata`: `path` itself or the one that its tracker names."""
     path = Path(path)
     if (path / ".metadata").exists():
         return path
@@ -78,13 +78,13 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 class TorchDistReader:
-    """A torch_dist folder for reading parameters one at a time, in one process, at any layout it was written with."""
+    """A torch_dist folder for reading parameters one at a time, in one process, whatever layout wrote it."""
 
     def __init__(self, path: str | Path, config: ModelConfig) -> None:
         self.path = checkpoint_folder(path)
         self.config = config
         self._reader = dcp.FileSystemReader(self.path)
-        # Not the reader's own, which unpickles whatever lies there.
+        # Not the reader's own method, which unpickles whatever is there.
         self._metadata = read_metadata(self.path)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -94,7 +94,7 @@ class TorchDistReader:
         )
 
     def dtype(self, param: Param) -> torch.dtype:
-        """The type in which the parameter is stored."""
+        """Dtype in which the parameter is stored."""
         return self._stored(param).properties.dtype
 
     def read(self, param: Param) -> torch.Tensor:
@@ -126,7 +126,7 @@ class TorchDistReader:
         return target
 
     def common(self) -> dict[str, Any]:
-        """The content of `common.pt`."""
+        """Content of `common.pt`."""
         check_common(self.path / "common.pt")
         return torch.load(self.path / "common.pt", weights_only=True)
 
