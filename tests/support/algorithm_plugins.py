@@ -1,4 +1,4 @@
-"""A stranger's estimator and policy loss, as `docs/training.md` shows them, and some that do wrong."""
+"""A third-party estimator and policy loss, as in `docs/training.md`, and some faulty ones."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""The corpus of `tests/rewards/corpus`: answers and labels with the verdict that mathematics gives them.
+"""The corpus of `tests/rewards/corpus`: answers and labels with their mathematically correct verdicts.
 
-A file's name is `<how>-<kind>.tsv`; `how` is a reward, or `boxed` for the content of a box that `math` grades. A row is
-`+` or `-`, answer and label, with tabs between and `⏎` for a new line.
+File names are `<how>-<kind>.tsv`; `how` is a reward, or `boxed` for the content of a box that `math` grades. A row is
+`+` or `-`, answer and label, separated by tabs, with `⏎` for a new line.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""The shell commands of README and docs, with what they need: the words after `bash` on the fence of their block.
+"""Shell commands of README and docs, with their requirements: the words after `bash` on the fence of their block.
 
 | fence | the test runs it |
 |---|---|
-| `bash` | as it stands, on a login node without Slurm |
-| `bash run` | where a finished run is recorded |
+| `bash` | as is, on a login node without Slurm |
+| `bash run` | in a place where a finished run is recorded |
 | `bash cluster` | with `--dry-run`: it would start the run that it describes |
-| `bash tiny` | where `$BASE_DIR` holds the tiny checkpoint |
+| `bash tiny` | with the tiny checkpoint in `$BASE_DIR` |
 | `bash slurm` | on the development cluster |
-| `bash gpus` | on the development cluster, which has no GPUs and refuses for this reason alone |
-| `bash install` | into a folder of its own |
-| `bash network` | its program's `--help`: it would download |
-| `bash suite` | not again: other tests run quickstart.sh, and these tests run inside test.sh |
+| `bash gpus` | on the development cluster, which refuses only because it has no GPUs |
+| `bash install` | into a separate folder |
+| `bash network` | only its program's `--help`: it would download |
+| `bash suite` | not here: other tests run quickstart.sh, and these tests run inside test.sh |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A base folder as the recipes expect it, with the checkpoint's files but no weights worth loading."""
+"""A base folder as the recipes expect it, with the checkpoint's files but without meaningful weights."""
 
 from __future__ import annotations
 

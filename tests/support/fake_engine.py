@@ -1,4 +1,4 @@
-"""A fake client of an engine that is only asked for log-probs, for the tests of trust."""
+"""A fake client of an engine that is asked only for log-probs, for the tests of trust."""
 
 from vime.rollout.client import Generated
 

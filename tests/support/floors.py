@@ -1,4 +1,4 @@
-"""Who may import whom: rooms of vime, from the ground up, as data. docs/architecture.md shows the same table."""
+"""Allowed imports between rooms of vime, from the ground up, as data. docs/architecture.md shows the same table."""
 
 FLOORS = (
     ("errors", "samples"),

@@ -1,8 +1,8 @@
-"""Run as a program by tests: an engine in this process that loads a folder, without a server.
+"""Test program: an in-process engine that loads a folder, without a server.
 
     python -m tests.support.fresh_engine FOLDER OUTPUT [--speculate]
 
-Writes as JSON to OUTPUT the checksums of its weights, and what it answers to PROMPTS: tokens and log-probs.
+Writes as JSON to OUTPUT the checksums of its weights, and its answers to PROMPTS: tokens and log-probs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`config.json` of known models, as published (the parts that matter), for tests."""
+"""Published `config.json` of known models (only the relevant parts), for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process of the tests: logits of transformers' own models. `OUT FOLDER…`."""
+"""Test program: logits of transformers' own models. Arguments: `OUT FOLDER…`."""
 
 from __future__ import annotations
 

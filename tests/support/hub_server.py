@@ -1,4 +1,4 @@
-"""A small Hub on this machine: what huggingface_hub asks of it, with faults on request."""
+"""A small local Hub that answers huggingface_hub's requests, with faults on request."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A process of the tests: casts or converts in children that die at a chosen byte. `TOOL SOURCE FOLDER POINT…`.
+"""Test program: casts or converts in children that die at a chosen byte. Arguments: `TOOL SOURCE FOLDER POINT…`.
 
-Every byte that is written counts, and every rename, unlink and new folder as one more; at its point a child ends as by
-SIGKILL, after the bytes before it. For each point a line of JSON: the child's exit code, what there is to see after
-its death, and again after a second run that nobody disturbs.
+Every byte written counts, and every rename, unlink and new folder counts as one more; at its point a child ends as by
+SIGKILL, after the bytes before it. Prints a line of JSON per point: the child's exit code, and what is visible after
+its death and again after an undisturbed second run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small plans with stub stages, for tests of the launcher: real processes, nothing that trains."""
+"""Small plans with stub stages, for tests of the launcher: real processes without training."""
 
 from __future__ import annotations
 

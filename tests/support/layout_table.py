@@ -1,4 +1,4 @@
-"""The layouts in which the trainer is tested, by model: trained as one process trains, and synced from."""
+"""Layouts in which the trainer is tested, by model: trained as in one process, and used as source of a weight sync."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the main job share: one base folder, whose tiny checkpoint is made once."""
+"""Shared parts of the main job's tests: one base folder, with a tiny checkpoint made once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How much the memory of one trainer rank grows with a model: `measured_growth.py CONFIG.json FLAGS…` prints bytes.
+"""Growth of one trainer rank's memory with a model: `measured_growth.py CONFIG.json FLAGS…` prints bytes.
 
-The rank's real parts: Megatron's model, vime's optimizer after one step, and the reference copy. A small model goes the
-same way first, so that what imports and first calls take is not counted.
+Uses the rank's real parts: Megatron's model, vime's optimizer after one step, and the reference copy. A small model
+runs through the same steps first, so that imports and first calls are not counted.
 """
 
 from __future__ import annotations

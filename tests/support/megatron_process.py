@@ -1,8 +1,8 @@
-"""A process of the tests: builds real Megatron models from checkpoints. Started alone or by torchrun.
+"""Test program: builds real Megatron models from checkpoints. Runs alone or under torchrun.
 
 `logits OUT FOLDER…` saves the logits of every HF folder loaded directly (`HF@TORCH_DIST`: loaded from the torch_dist);
-`compare TORCH_DIST HF TP PP EP` loads both into two models of this layout with Megatron's own loader and ours, and
-fails where a weight differs.
+`compare TORCH_DIST HF TP PP EP` loads both into two models of this layout, with Megatron's own loader and vime's, and
+fails if a weight differs.
 """
 
 from __future__ import annotations

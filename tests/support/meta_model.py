@@ -1,10 +1,10 @@
-"""Counts the parameters of Megatron models of any size and layout: built on the meta device, in a faked process group.
+"""Parameter counts of Megatron models of any size and layout: built on the meta device, in a faked process group.
 
     python meta_model.py < cases.json > counts.json
 
-A case is `{"hf": config.json, "layout": ParallelLayout's fields, "mtp": bool, "ranks": [...]}`; the answer to each is
-`{rank: {name: elements}}` of the rank's parameters. Only the process group is not real: nothing is sent while a model
-is built, so a process can stand for any rank of any number of ranks.
+A case is `{"hf": config.json, "layout": ParallelLayout's fields, "mtp": bool, "ranks": [...]}`; each answer is
+`{rank: {name: elements}}` of the rank's parameters. Only the process group is not real: building a model sends
+nothing, so a process can stand for any rank of any number of ranks.
 """
 
 from __future__ import annotations

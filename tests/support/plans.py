@@ -1,4 +1,4 @@
-"""Plans of the shipped recipes, made without reading a checkpoint, and entries of plans for tests."""
+"""Plans of the shipped recipes, made without reading a checkpoint, and plan entries for tests."""
 
 from __future__ import annotations
 

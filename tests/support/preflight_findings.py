@@ -1,4 +1,4 @@
-"""What a node without a fault reports to preflight, for tests of the checks."""
+"""Preflight findings of a fault-free node, for tests of the checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scheduler of the tests that starts nothing: it writes each submission to `$RECORD` and gives jobs numbers."""
+"""Test scheduler that starts nothing: records each submission in `$RECORD` and assigns job numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Log-probs of transformers' own models, in a process of its own: Megatron's shim for machines without a GPU, once
-installed, changes what transformers makes of buffers that no checkpoint holds.
+"""Log-probs of transformers' own models, in a separate process: Megatron's shim for machines without a GPU, once
+installed, changes transformers' handling of buffers that no checkpoint holds.
 
-As a module: what a test calls. As a script (`python reference_log_probs.py FOLDER`): that process.
+As a module: the function that a test calls. As a script (`python reference_log_probs.py FOLDER`): that process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Run as a program by a test: reload an engine's own weights in place, without and with vime's mends of vLLM.
+"""Test program: reloads an engine's own weights in place, without and with vime's fixes of vLLM.
 
     VLLM_PLUGINS= python -m tests.support.reload_in_place FOLDER OUTPUT
 
-Writes the answer to a prompt as JSON: before, after a reload by vLLM alone, after one with the mends.
+Writes the answers to a prompt as JSON: before, after a reload by vLLM alone, and after one with the fixes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes docs/report.png: the first screen of a synthetic run's report, as Chromium shows it.
+"""Writes docs/report.png: the first screen of a synthetic run's report, as rendered by Chromium.
 
 python -m tests.support.report_picture
 """

@@ -1,4 +1,4 @@
-"""One-process models for tests: built once a model, filled with random weights by name."""
+"""One-process models for tests: built once per model, filled with random weights by name."""
 
 from __future__ import annotations
 

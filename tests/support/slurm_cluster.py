@@ -1,4 +1,4 @@
-"""The development cluster as tests use it, and waits with deadlines."""
+"""Access of tests to the development cluster, and waits with deadlines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of stub stages on the development cluster, something that breaks it, and how it has to end."""
+"""A run of stub stages on the development cluster, a fault in it, and the expected end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A real training on the development cluster, for faults that a stub would hide.
+"""A real training run on the development cluster, for faults that a stub would hide.
 
 tiny-qwen3 with random weights on three nodes: a trainer rank on each of the first two, the engine on the third. One
-run serves several tests: a test starts it, resumes it, or takes it over from the test before, whichever is needed.
+run serves several tests: each starts it, resumes it, or takes it over from the test before, as needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of the tiny recipes' shapes with random weights, and the shards that a rank of any layout would hold."""
+"""Checkpoints of the tiny recipes' shapes with random weights, and a rank's shards of them in any layout."""
 
 from __future__ import annotations
 

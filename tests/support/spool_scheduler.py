@@ -1,6 +1,6 @@
-"""A scheduler as a stranger would write one: a spool folder, and jobs that are processes of this machine.
+"""Example of a third-party scheduler: a spool folder, with processes of this machine as jobs.
 
-`$SPOOL` is the folder; while `$SPOOL/hold` exists, jobs wait. Named in a profile as
+`$SPOOL` is the folder; while `$SPOOL/hold` exists, jobs wait. Profiles name it as
 `kind: tests.support.spool_scheduler:Spool`.
 """
 

@@ -1,4 +1,4 @@
-"""A stub of a vLLM server for protocol faults: answers at once or at a fixed speed, fails as told, remembers requests.
+"""Stub vLLM server for protocol faults: answers at once or at a fixed speed, fails on request, remembers requests.
 
 Its "model" answers the arithmetic question in the prompt's tokens (character codes) with fixed log-probs.
 """

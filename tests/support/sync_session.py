@@ -1,4 +1,4 @@
-"""The driver's side of a weight sync with a fake trainer and fake engines that record calls and fail on request."""
+"""Driver side of a weight sync, with a fake trainer and fake engines that record calls and fail on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real engines that a trainer of the tests gives its weights to."""
+"""Real engines that receive weights from a trainer of the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run folder made of numbers alone, for tests of what reads one: named so, since nothing was trained."""
+"""A synthetic run folder, so named since nothing was trained, for tests of its readers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A stand-in for Transformer Engine's states of modules on a CPU, where it cannot be installed.
+"""Stand-in for the module states of Transformer Engine on a CPU, where it cannot be installed.
 
-It gives a model of the local spec what Transformer Engine's modules give theirs: an empty `_extra_state` of linear
-layers, attention and norms that are fused into nothing, and numbered ones of grouped experts in the sharded state.
-Real Transformer Engine runs in tests/megatron/test_gpu.py.
+Adds to a model of the local spec the states of Transformer Engine's modules: an empty `_extra_state` of linear layers,
+attention and unfused norms, and numbered ones of grouped experts in the sharded state. Real Transformer Engine runs in
+tests/megatron/test_gpu.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The conversion tool, and programs started in several processes by torchrun."""
+"""Runs of the conversion tool, and of programs in several processes under torchrun."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs of the trainer in real processes: a list of cases is one start of N processes, each case a layout of its own.
+"""Trainer runs in real processes: one start of N processes runs a list of cases, each with its own layout.
 
-As a module: what a test calls. As a script (`python worker_cases.py CASES.json RANK`): one of the processes.
+As a module: the function that a test calls. As a script (`python worker_cases.py CASES.json RANK`): one process.
 """
 
 from __future__ import annotations
