@@ -1,4 +1,4 @@
-"""Checks of hand-given Megatron model flags against the checkpoint's `config.json`."""
+"""Checks of user-given Megatron model flags against the checkpoint's `config.json`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
 def check_engine(engine: EnginePlan, hf_config: Mapping[str, Any], *, on_gpu: bool) -> None:
-    """Raise BadInput for layouts that vLLM on CPUs computes incorrectly without an error, or that crash it."""
+    """Raise BadInput for layouts that make vLLM on CPUs compute silently wrong, or crash at the first request."""
     if on_gpu:
         return
     if engine.expert_parallel and engine.tensor_parallel_size > 1:
