@@ -1,7 +1,7 @@
-"""`python -m vime.launch`: what a batch script of `slurm/` runs: plans in the allocation, then becomes its controller.
+"""`python -m vime.launch`, run by the batch scripts of `slurm/`: plans in the allocation, then becomes its controller.
 
-For people who submit with sbatch themselves. A run folder that holds a plan is taken as it is: so does a requeued job,
-the next job of a chain, and a plan that `vime.submit --dry-run --run-dir DIR` wrote.
+For users who call sbatch themselves. A plan that the run folder already holds is used unchanged: by a requeued job, by
+the next job of a chain, or after `vime.submit --dry-run --run-dir DIR`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vime.run.scheduler import OwnJob, Scheduler, find_scheduler
 
 
 def own_scheduler(args: argparse.Namespace) -> Scheduler:
-    """The scheduler of the run folder's plan, else of the profile, else Slurm."""
+    """Scheduler of the run folder's plan, else of the profile, else Slurm."""
     if args.run_dir is not None and (Path(args.run_dir) / PLAN).is_file():
         return find_scheduler(read_plan(args.run_dir).cluster.kind)
     return find_scheduler(load_cluster(args.cluster).kind if args.cluster else "slurm")
@@ -44,7 +44,7 @@ def in_allocation(args: argparse.Namespace, job: OwnJob) -> None:
 
 
 def planned(args: argparse.Namespace, flags: Sequence[str]) -> Plan:
-    """The plan of the run folder, made and written when there is none."""
+    """Plan of the run folder, made and written if missing."""
     if args.run_dir is not None and (Path(args.run_dir) / PLAN).is_file():
         return read_plan(args.run_dir)
     plan = plan_from(args, flags, required=True, run_folder=True)
@@ -55,7 +55,7 @@ def planned(args: argparse.Namespace, flags: Sequence[str]) -> Plan:
 
 
 def check_size(plan: Plan, link: Link | None, have: int) -> None:
-    """Raises BadInput where the allocation has fewer nodes than the plan's part."""
+    """Raise BadInput if the allocation has fewer nodes than the plan's part needs."""
     need = len(part(plan, link).nodes) + plan.spares
     if have < need:
         raise BadInput(f"the job has {have} nodes, but the plan takes {need}: submit with --nodes {need}")

@@ -1,4 +1,4 @@
-"""The allocation's nodes as the run comes to know them: what preflight says of them, and which of them it takes."""
+"""Nodes of the allocation: their state after preflight, and the selection that the run uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFLIGHT = "preflight"
 
 
 def known_as(node: str, names: Sequence[str]) -> str:
-    """The one of Slurm's names that is this host's, whatever domain it has; the host's own where there is none."""
+    """Slurm's name for a host, matched without the domain; `node` itself if none matches."""
     if node in names:
         return node
     same = [name for name in names if name.partition(".")[0] == node.partition(".")[0]]
@@ -29,7 +29,7 @@ def known_as(node: str, names: Sequence[str]) -> str:
 
 
 class Allocation:
-    """The way from node names to the binding. `event` writes to the journal, `say` prints a line."""
+    """Turns node names into the binding. `event` writes to the journal, `say` prints a line."""
 
     def __init__(self, plan: Plan, runner: Runner, *, event: Callable[..., None], say: Callable[[str], None]) -> None:
         self._plan, self._runner, self._event, self._say = plan, runner, event, say
@@ -39,10 +39,10 @@ class Allocation:
         self.binding: Binding | None = None
 
     def places(self, stage: Stage) -> tuple[AllocatedNode, ...]:
-        """The nodes of a stage."""
+        """Nodes on which a stage runs."""
         names = self._runner.nodes()
         if self.binding is None:
-            # Preflight looks at every node of the allocation, spares too.
+            # Preflight inspects every node of the allocation, including spares.
             return tuple(AllocatedNode(i, name) for i, name in enumerate(names))
         if stage.name == RING:
             return tuple(AllocatedNode(node.index, names[node.slurm_index]) for node in self.binding.nodes)
@@ -50,13 +50,13 @@ class Allocation:
         return tuple(AllocatedNode(node, bound[node]) for node in stage.nodes)
 
     def prepare(self, stage: Stage) -> None:
-        """Before a stage starts."""
+        """Called before a stage starts."""
         if stage.name == PREFLIGHT:
             self._canary = release_canary(self._run)
             self._runner.environment[CANARY] = self._canary
 
     def learn(self, step: Step) -> None:
-        """After a stage has ended well. Raises RunFailed where too few nodes are fit."""
+        """Called after a stage has ended well. Raises RunFailed if too few nodes are fit."""
         if step.stage.name == PREFLIGHT:
             self._examine(step)
         elif step.stage.name == RING:
@@ -68,12 +68,12 @@ class Allocation:
         return tuple(names[node.slurm_index] for node in (self.binding.nodes if self.binding else ()))
 
     def lost_nodes(self) -> dict[str, str]:
-        """Nodes of the run that are lost, by Slurm's names, and how that is known."""
+        """Lost nodes of the run by Slurm's name, each with the evidence."""
         used = self.node_names() or self._runner.nodes()
         return {name: how for name, how in self._runner.lost_nodes().items() if name in used}
 
     def name_of(self, node: str) -> str:
-        """Slurm's name of a node that somebody calls by its host name, with or without a domain, or by its address."""
+        """Slurm's name of a node, given its host name, with or without a domain, or its address."""
         names = self._runner.nodes()
         for bound in self.binding.nodes if self.binding else ():
             if node in (bound.host, bound.address):
@@ -81,7 +81,7 @@ class Allocation:
         return known_as(node, names)
 
     def _examine(self, step: Step) -> None:
-        """The binding, from what preflight found."""
+        """Make the binding from preflight's findings."""
         places, limits, switches = step.places, self._runner.memory_limits(), self._runner.switches()
         hosts = {report.data["host"]: report.rank for report in step.of_kind("result")}
         failures = history.node_failures(read_events(self._run), self.name_of)
@@ -118,7 +118,7 @@ class Allocation:
             binding = binding.model_copy(update={"version": self.binding.version + 1})
         self.binding = binding
         write_binding(self._run, binding)
-        # A node's file system may show the file late.
+        # Also passed by variable: a node's file system may show the file late.
         self._runner.environment[BINDING_VARIABLE] = binding_text(self._run, binding)
         hosts = {str(node.index): node.host for node in binding.nodes}
         self._event("binding", f"{len(hosts)} nodes, ports moved by {binding.port_offset}", data={"hosts": hosts})

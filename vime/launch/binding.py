@@ -1,4 +1,4 @@
-"""From the findings of preflight to the binding: which nodes are fit, which host is which node, what ports are free."""
+"""From preflight's findings to the binding: fit nodes, the host of each logical node, free ports."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Examined:
     findings: Findings
     problems: Sequence[Problem]
     switches: Mapping[int, str] = field(default_factory=dict)
-    """Leaf switch by place; empty where the topology is not known."""
+    """Leaf switch by place; empty if the topology is unknown."""
 
     @property
     def fit(self) -> list[int]:
-        """Places of the nodes that may take part, in the allocation's order."""
+        """Places of the fit nodes, in the allocation's order."""
         bad = {problem.place for problem in self.problems}
         return [place for place in sorted(self.findings) if place not in bad]
 
@@ -41,7 +41,7 @@ class Examined:
 
 
 def examine(plan: Plan, step: Step, known: Known, switches: Mapping[int, str]) -> Examined:
-    """Judges the nodes whose preflight has ended. Raises RunFailed where too few are fit."""
+    """Judge the nodes after preflight. Raises RunFailed if too few are fit."""
     findings = {report.rank: report.data for report in step.of_kind("result")}
     for place in step.places:
         if place.index not in findings:
@@ -50,19 +50,19 @@ def examine(plan: Plan, step: Step, known: Known, switches: Mapping[int, str]) -
 
 
 def require_enough(plan: Plan, examined: Examined) -> Examined:
-    """Return `examined` where enough nodes are fit. Raises RunFailed with every problem otherwise."""
+    """Return `examined` if enough nodes are fit. Raises RunFailed with every problem otherwise."""
     if len(examined.fit) >= len(plan.nodes):
         return examined
     first, told = examined.problems[0], "; ".join(map(str, examined.problems))
     text = f"preflight failed: {told} ({len(examined.fit)} of {len(plan.nodes)} nodes are fit)"
-    # Where nothing else is wrong, another start on other nodes helps.
+    # A requeue helps only if other nodes would mend every problem.
     mended = all(problem.cause.requeue_mends for problem in examined.problems)
     cause = first.cause if mended else next(p.cause for p in examined.problems if not p.cause.requeue_mends)
     raise RunFailed(Failure(cause, text, "preflight", first.node))
 
 
 def bind(plan: Plan, runner: Runner, examined: Examined, *, end_time: float | None, everyone: bool = False) -> Binding:
-    """The binding of an allocation. With `everyone` it holds spare nodes too, after those that the plan needs."""
+    """Binding of an allocation. With `everyone`, spare nodes follow those that the plan needs."""
     span = max((len(engine.nodes) for engine in plan.engines), default=1)
     ordered = by_switch(examined.fit, examined.switches, span)
     chosen = ordered if everyone else ordered[: len(plan.nodes)]
@@ -77,9 +77,9 @@ def bind(plan: Plan, runner: Runner, examined: Examined, *, end_time: float | No
 
 
 def by_switch(places: Sequence[int], switches: Mapping[int, str], span: int) -> list[int]:
-    """Nodes of one switch next to each other, so that `span` consecutive ones, an engine, share it where they can.
+    """Group nodes by switch, so that `span` consecutive ones (an engine) share a switch if possible.
 
-    Switches come in the order of their first nodes; what is left of each after whole groups of `span` comes last.
+    Switches are ordered by their first nodes; each one's remainder after whole groups of `span` comes last.
     """
     groups: dict[str, list[int]] = {}
     for place in places:
@@ -89,7 +89,7 @@ def by_switch(places: Sequence[int], switches: Mapping[int, str], span: int) -> 
 
 
 def free_offset(plan: Plan, job: int, findings: Findings) -> int:
-    """The first offset, from the job's own on, at which no node has a listener. Raises RunFailed when there is none."""
+    """First offset, starting at the job's own, at which no node has a listener. Raises RunFailed if there is none."""
     choices = ports.offsets(plan)
     first = choices.index(ports.offset_of_job(plan, job))
     wanted = set(port_numbers(plan))
@@ -105,7 +105,7 @@ def free_offset(plan: Plan, job: int, findings: Findings) -> int:
 
 
 def port_numbers(plan: Plan) -> Iterator[int]:
-    """Every port of the plan, without an offset."""
+    """All ports of the plan, without the offset."""
     for name in Ports.model_fields:
         if not name.startswith("worker_"):
             yield getattr(plan.ports, name)
@@ -116,7 +116,7 @@ def port_numbers(plan: Plan) -> Iterator[int]:
 
 
 def table(examined: Examined) -> list[dict[str, Any]]:
-    """A row a node, for people."""
+    """One row per node, for people."""
     why: dict[int, list[str]] = {}
     for problem in examined.problems:
         why.setdefault(problem.place, []).append(str(problem).removeprefix(f"{problem.node}: "))
@@ -137,7 +137,7 @@ def table(examined: Examined) -> list[dict[str, Any]]:
 
 
 def write_report(run_dir: Path, examined: Examined, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`<run>/preflight.json`: the table, every problem and all reports of the nodes."""
+    """Write `<run>/preflight.json`: the table, every problem and all reports of the nodes."""
     content = {
         "nodes": rows,
         "problems": [asdict(problem) | {"cause": problem.cause.name} for problem in examined.problems],

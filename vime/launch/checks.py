@@ -1,4 +1,4 @@
-"""Checks of preflight's findings: reasons that keep a node from taking part. Pure functions, one per check."""
+"""Checks of preflight's findings: reasons to reject a node. Pure functions, one per check."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from vime.run.node_local import NODE_TMP, SOCKET_CHARACTERS
 from vime.run.plan import Plan
 
 Findings = Mapping[int, Mapping[str, Any]]
-"""Reports of vime.node.preflight by place in the allocation."""
+"""Reports of vime.node.preflight, by place in the allocation."""
 
 CLOCK_SKEW_S = 2.0
-"""Times of logs, of files and of tokens are compared between nodes."""
+"""Largest clock skew: times of logs, files and tokens are compared between nodes."""
 OPEN_FILES = 8192
-"""Files that the processes of Ray and of the engines on a node have open at the same time."""
+"""Open files that Ray's processes and the engines on a node need at the same time."""
 ENGINE_SHARED_MEMORY, RANK_SHARED_MEMORY = 160 * 2**20, 32 * 2**20
-"""Bytes of /dev/shm of a vLLM engine (its message queue) and of a trainer rank (NCCL)."""
+"""Bytes of /dev/shm per vLLM engine (message queue) and per trainer rank (NCCL)."""
 NODE_LOCAL_BYTES, NODE_LOCAL_BYTES_GPU = 2 * 10**8, 4 * 10**9
-"""For Ray's logs and sockets, and with GPUs for the caches of compiled kernels."""
+"""Disk for Ray's logs and sockets; with GPUs also for caches of compiled kernels."""
 GPU_MEMORY_IN_USE = 2 * 2**30
-"""More than a driver and its services take on an idle GPU."""
+"""Bytes on an idle GPU above the use of the driver and its services; more means that the GPU is taken."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a node is not fit."""
+    """One reason to reject a node."""
 
     place: int
     node: str
@@ -46,22 +46,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Known:
-    """Facts about the nodes that the controller has from elsewhere than their reports."""
+    """Facts about the nodes that do not come from their reports."""
 
     job_memory: Mapping[int, int] = field(default_factory=dict)
-    """Bytes that Slurm gives the job on a node, by place."""
+    """Bytes of host memory that Slurm gives the job on a node, by place."""
     moments: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    """Unix time before a node looked at its clock, and after, by place."""
+    """Controller's Unix time before and after a node read its clock, by place."""
     canary: str = ""
-    """Word that every node must have read in the run folder."""
+    """Word that every node must find in the run folder."""
     unseen: Sequence[int] = ()
-    """Places whose own file in the run folder the controller does not see."""
+    """Places whose own file in the run folder is invisible to the controller."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Failures in this run by host, for hosts that failed too often."""
 
 
 def problems(plan: Plan, findings: Findings, known: Known) -> list[Problem]:
-    """Everything that keeps nodes from taking part, by check."""
+    """All problems of all nodes, by check."""
     checks = [
         _memory(plan, findings, known),
         _shared_folder(plan, findings, known),
@@ -79,7 +79,7 @@ def problems(plan: Plan, findings: Findings, known: Known) -> list[Problem]:
 
 
 def _memory(plan: Plan, findings: Findings, known: Known) -> Iterator[Problem]:
-    """Any node may become any logical node, so it needs the most that one does."""
+    """Memory for the largest logical node, since any node may become it."""
     need = max((node.host_memory.total_bytes for node in plan.nodes), default=0)
     for place, found in sorted(findings.items()):
         limits = {"available host memory": found["memory_available"]}
@@ -105,7 +105,7 @@ def _shared_folder(plan: Plan, findings: Findings, known: Known) -> Iterator[Pro
 
 
 def _space(plan: Plan, findings: Findings) -> Iterator[Problem]:
-    """Free bytes of every file system against what the stages will write there."""
+    """Free bytes of every file system, against the bytes that the stages will write there."""
     outputs = {output.path: output.bytes or 0 for stage in plan.stages for output in stage.outputs}
     for place, found in sorted(findings.items()):
         free: dict[int, tuple[str, int]] = {}
@@ -158,14 +158,14 @@ def _gpus(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def _used(plan: Plan) -> set[int]:
-    """Numbers of the GPUs that the run takes on any host."""
+    """Indices of the GPUs that the run uses on any host."""
     return {slot for node in plan.nodes for slot in node_slots(plan, node.index)}
 
 
 def _planned(
     gpus: Sequence[Mapping[str, Any]], used: Collection[int], visible: str | None
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The GPUs of a host that the run takes, named by number or UUID; all of them where no name is known here."""
+    """GPUs of a host that the run uses, named by index or UUID; all of them if no name matches."""
     names = [name.strip() for name in (visible or "").split(",") if name.strip()]
     taken = [name for place, name in enumerate(names) if place in used] if names else [str(number) for number in used]
     chosen = [
@@ -177,11 +177,11 @@ def _planned(
 
 
 def broken_gpus(plan: Plan, told: Mapping[str, Any], visible: str | None) -> list[str]:
-    """Faults of the run's GPUs on a node after training failed; empty when there are none.
+    """Faults of the run's GPUs on a node after training failed.
 
-    `told` is what `vime.node.gpus.gpu_facts` gave, `visible` the node's CUDA_VISIBLE_DEVICES.
+    `told` is the result of `vime.node.gpus.gpu_facts`, `visible` the node's CUDA_VISIBLE_DEVICES.
 
-    Preflight found them whole, so what is seen now came with the run. Memory in use is no fault: the run's own is.
+    Preflight found the GPUs whole, so a fault arose during the run. Memory in use is no fault: it is the run's own.
     """
     if "gpus" not in told:
         return [told.get("error", "nvidia-smi is missing")]
@@ -196,7 +196,7 @@ def broken_gpus(plan: Plan, told: Mapping[str, Any], visible: str | None) -> lis
 
 
 def _gpu_faults(gpu: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(check, value, need) of everything that is wrong with a GPU; what it does not tell is not wrong."""
+    """(check, value, need) of every fault of a GPU; a missing value is no fault."""
     if gpu["ecc_uncorrectable"]:
         yield "uncorrectable ECC errors since boot", str(gpu["ecc_uncorrectable"]), "0"
     if gpu["remap_pending"] == "Yes":
@@ -218,7 +218,7 @@ def _versions(findings: Findings) -> Iterator[Problem]:
 
 
 def _rdma(plan: Plan, findings: Findings) -> Iterator[Problem]:
-    """Active ports that other nodes have: NCCL would wait for the node without one. More of them do no harm."""
+    """Active ports that other nodes have: NCCL would wait for a node without one. Extra ports do no harm."""
     if not uses_rdma(plan):
         return
     have = {
@@ -233,7 +233,7 @@ def _rdma(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def uses_rdma(plan: Plan) -> bool:
-    """False where the profile or the recipe switches off RDMA for NCCL."""
+    """False if the profile or the recipe disables RDMA for NCCL."""
     env = {**plan.cluster.env, **plan.recipe.misc.env}
     return env.get("NCCL_IB_DISABLE", "0") == "0" and env.get("NCCL_NET", "").lower() != "socket"
 
@@ -249,14 +249,14 @@ def _limits(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def shared_memory_bytes(plan: Plan) -> int:
-    """Bytes of /dev/shm taken on the fullest node: Ray's object store, vLLM's queues, NCCL's buffers."""
+    """Bytes of /dev/shm used on the fullest node: Ray's object store, vLLM's queues, NCCL's buffers."""
     engines = max((len(node.engines) for node in plan.nodes), default=0)
     ranks = max((len(node.ranks) for node in plan.nodes), default=0) if plan.on_gpu else 0
     return object_store_bytes(plan.recipe) + engines * ENGINE_SHARED_MEMORY + ranks * RANK_SHARED_MEMORY
 
 
 def _node_local(plan: Plan, findings: Findings) -> Iterator[Problem]:
-    """Sizes that a container or a small disk limits, before anything big starts there."""
+    """Sizes that a container or a small disk may limit."""
     shared = shared_memory_bytes(plan)
     space = NODE_LOCAL_BYTES_GPU if plan.on_gpu else NODE_LOCAL_BYTES
     for place, found in sorted(findings.items()):
@@ -274,7 +274,7 @@ def _node_local(plan: Plan, findings: Findings) -> Iterator[Problem]:
 
 
 def _clocks(findings: Findings, known: Known) -> Iterator[Problem]:
-    """A node looked at its clock between two moments that the controller knows by its own."""
+    """Skew of a node's clock, which it read between two moments of the controller's clock."""
     for place, found in sorted(findings.items()):
         first, last = known.moments.get(place, (found["time"], found["time"]))
         ahead, behind = found["time"] - last, first - found["time"]
@@ -291,7 +291,7 @@ def _failures(findings: Findings, known: Known) -> Iterator[Problem]:
 
 
 def _odd_ones(check: str, have: Mapping[int, str], findings: Findings) -> Iterator[Problem]:
-    """Nodes with another value than the commonest one."""
+    """Nodes whose value differs from the most common one."""
     common = Counter(have.values()).most_common(1)[0][0]
     for place, value in sorted(have.items()):
         if value != common:
@@ -303,7 +303,7 @@ def gb(number: int) -> str:
 
 
 def slow_nodes(reports: Sequence[Report], places: Sequence[int], floor_gbit: float) -> Iterator[Problem]:
-    """Nodes below the floor: those whose links to both neighbours are slow, else the sender of a slow link.
+    """Nodes below the floor: those with slow links to both neighbours, else the sender of a slow link.
 
     A slow node slows its neighbours' links too, so one slow link alone does not show which end is slow.
     """

@@ -1,6 +1,6 @@
 """Stages in a container: pyxis (options of srun) or apptainer (a program before Python). The controller stays outside.
 
-Text only: words of the srun call, mounts, variables.
+Makes text only: words of the srun call, mounts, variables.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from vime.run.plan import Container, Plan, Stage
 
 NODE_TMP = "/tmp"
 OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH", PLACES, JOB, CANARY, BINDING_VARIABLE)
-"""Variables that vime hands to a task, which an image must not replace."""
+"""Variables that vime passes to a task; an image must not replace them."""
 
 
 def mounts(plan: Plan, container: Container) -> tuple[str, ...]:
-    """Mounts of a stage: run folder, base folder, node-local files (services meet there), and those of the profile.
+    """Mounts of a stage: run folder, base folder, node-local files (shared by the services), and the profile's.
 
-    Raises BadInput for a path that the syntax of mounts cannot say.
+    Raises BadInput for a path that the syntax of mounts cannot express.
     """
     own = [plan.run_dir, *([plan.base_dir] if plan.base_dir else []), plan.cluster.env.get("VIME_NODE_TMP", NODE_TMP)]
     for path in own:
@@ -31,7 +31,7 @@ def mounts(plan: Plan, container: Container) -> tuple[str, ...]:
 
 
 def srun_options(plan: Plan) -> list[str]:
-    """Options of srun that pyxis adds; none without it."""
+    """Options that pyxis adds to srun; empty without pyxis."""
     container = plan.cluster.container
     if container is None or container.runtime != "pyxis":
         return []
@@ -39,16 +39,16 @@ def srun_options(plan: Plan) -> list[str]:
         f"--container-image={container.image}",
         f"--container-mounts={','.join(mounts(plan, container))}",
         "--no-container-mount-home",
-        # pyxis keeps a variable that the image sets, unless it is named here.
+        # Without this, pyxis prefers the image's value of a variable.
         f"--container-env={','.join(sorted({*plan.cluster.env, *OWN_VARIABLES}))}",
         *container.options,
     ]
 
 
 def environment(plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that apptainer turns into those inside, whatever the image sets; none for pyxis.
+    """Variables that apptainer sets inside, overriding the image's; empty for pyxis.
 
-    Values do not stand on the command line, where everybody could read them.
+    Values stay off the command line, where everybody could read them.
     """
     container = plan.cluster.container
     if container is None or container.runtime != "apptainer":
@@ -60,7 +60,7 @@ def environment(plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def wrap(plan: Plan, stage: Stage, command: Sequence[str]) -> list[str]:
-    """The command of a task, in apptainer where the profile says so. `command` is what stands after Python."""
+    """Command of a task, inside apptainer if the profile asks for it. `command`: interpreter and arguments."""
     container = plan.cluster.container
     if container is None or container.runtime != "apptainer":
         return list(command)

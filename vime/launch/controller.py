@@ -43,27 +43,27 @@ from vime.system.processes import start_ticks
 POLL_S = 0.25
 COMMENT_CHARACTERS = 200
 STOP_GRACE_S = 12.0
-"""What a task has to end its command: its supervisor asks for six seconds and then kills."""
+"""Time for a task to end its command: its supervisor sends KILL six seconds after TERM."""
 HURRIED_GRACE_S = 4.0
-"""The same when Slurm is about to kill the job."""
+"""The same, in seconds, when Slurm is about to kill the job."""
 ROOT_CAUSE_S = 2.0
-"""How long a failed stage waits for the word of a service that died under it."""
+"""Wait for news that a service died and so caused a stage to fail."""
 JOURNAL_PATIENCE_S = 30.0
-"""How long the last word waits for a file system that takes no writing."""
+"""Longest wait of the final event for a file system that refuses writes."""
 STEP_PATIENCE_S = 60.0
 REQUEUE_PATIENCE_S = 60.0
-"""How long a requeue waits for Slurm's controller."""
+"""Longest wait of a requeue for Slurm's controller."""
 HURRIED_PATIENCE_S = 3.0
 DRIVER_SILENCE_S = 600.0
-"""Without a sign of life from training's driver, after which it hangs. Writing the samples of a rollout blocks it."""
+"""Silence after which training's driver counts as hung. Long, since writing a rollout's samples blocks the driver."""
 MAY_BE_A_GPU = (Cause.CRASH, Cause.CODE_ERROR, Cause.DEADLINE)
-"""How a broken GPU shows before its node is looked at."""
+"""Causes that may hide a broken GPU; the nodes are then inspected."""
 MOST_SAVE_S = 3600.0
-"""How long training may take to save when the allocation goes on, or has no end."""
+"""Longest time for a requested save when the allocation continues, or has no end."""
 
 
 class Controller:
-    """One start of a run; a requeued job makes a new one."""
+    """One start of a run; a requeued job creates a new one."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Controller:
         watching: Callable[[], None] = lambda: None,
         link: Link | None = None,
     ) -> None:
-        """`say` gets a line an event, `watching` is called again and again while a stage runs.
+        """`say` receives one line per event; `watching` is called repeatedly while a stage runs.
 
-        In a chain `plan` is that of the job's own part, and `link` tells which one it is.
+        In a chain, `plan` covers this job's part only, and `link` names that part.
         """
         self._plan, self._runner, self._link = plan, runner, link
         self._say, self._watching = say, watching
@@ -84,14 +84,14 @@ class Controller:
         self._steps: list[Step] = []
         self._allocation = Allocation(plan, runner, event=self._event, say=say)
         self._hurried = False
-        """Slurm is about to kill the job."""
+        """True once Slurm is about to kill the job."""
         self._time = TimeLeft(plan, runner)
         self._first_checkpoint: int | None = None
-        """The newest one when this start began."""
+        """Newest checkpoint when this start began."""
         self._signals = Signals()
 
     def run(self) -> Cause:
-        """From the first stage to the end of the run. Called in the main thread."""
+        """Run all stages and return the run's cause. Called in the main thread."""
         with self._signals, contextlib.ExitStack() as held:
             try:
                 me = this_start(self._runner.job, self._runner.restart)
@@ -117,7 +117,7 @@ class Controller:
         return cause
 
     def _tell_of_lost_start(self) -> None:
-        """The last word of a start that had none: it died with its node, or was killed."""
+        """Record the end of an earlier start that died with its node, or was killed, before it could."""
         events = read_events(self._run)
         start = history.unfinished_start(events)
         if start is None:
@@ -177,11 +177,11 @@ class Controller:
         return cause
 
     def _requeue(self, cause: Cause) -> str:
-        """Asks for another start where that can help; who does it, or nothing."""
+        """Request another start where that can help; return who does it, empty if nobody."""
         if not (cause.requeue_mends and self._runner.can_requeue):
             return ""
         if self._hurried:
-            # Slurm ends this start itself, and starts the job again where it is going to.
+            # Slurm ends this start itself, and decides whether the job starts again.
             return "by Slurm" if cause in (Cause.PREEMPTED, Cause.NODE_FAILURE) else ""
         if why := self._no_more_starts(cause):
             self._say(f"not requeued: {why}")
@@ -192,7 +192,7 @@ class Controller:
         return "by vime"
 
     def _no_more_starts(self, cause: Cause) -> str:
-        """Why another start may not follow; empty where it may."""
+        """Reason that forbids another start; empty if one may follow."""
         if self._runner.restart >= self._plan.max_timeouts:
             return f"{self._runner.restart} starts, at most {self._plan.max_timeouts}"
         if cause.may_recur:
@@ -203,7 +203,7 @@ class Controller:
         return ""
 
     def _exclude(self, node: str) -> None:
-        """Keeps the waiting job off nodes that failed twice. If Slurm is not reached, the next start looks again."""
+        """Exclude nodes that failed twice from the waiting job. If Slurm is out of reach, the next start retries."""
         counts = history.node_failures(read_events(self._run), self._allocation.name_of)
         counts[node] += 1
         often = history.failed_too_often(counts)
@@ -211,7 +211,7 @@ class Controller:
             self._event("exclude", f"the job leaves out {', '.join(often)}: failed twice", data={"nodes": often})
 
     def _insist(self, what: str, act: Callable[[], None], seconds: float) -> bool:
-        """Asks Slurm until it has done it, or the time is over; whether it has."""
+        """Retry a request to Slurm until it succeeds (True) or `seconds` have passed (False)."""
         deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._hurried else seconds)
         while True:
             try:
@@ -224,7 +224,7 @@ class Controller:
             self._signals.wait([], 1.0)
 
     def _deliver(self, cause: Cause, failure: Failure | None) -> None:
-        """The last word, to the queue and to the journal, which may have to wait for its file system."""
+        """Deliver the run's end to the queue and to the journal, which may have to wait for its file system."""
         self._show(cause.name if failure is None else f"{cause.name}: {failure.text}"[:COMMENT_CHARACTERS])
         deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._hurried else JOURNAL_PATIENCE_S)
         while not self._journal.flush() and time.monotonic() < deadline:
@@ -236,14 +236,14 @@ class Controller:
 
     def _stage(self, stage: Stage) -> None:
         with contextlib.ExitStack() as held:
-            # Who only takes an artefact over needs no right to make it.
+            # Reusing a verified artefact takes no lock: the user may lack write access to its folder.
             if gate.is_gated(stage) and gate.difference(stage, self._plan.run_dir) is not None:
                 self._take_outputs(stage, lock := gate.OutputLock(stage))
                 held.callback(lock.release)
             self._make(stage)
 
     def _take_outputs(self, stage: Stage, lock: gate.OutputLock) -> None:
-        """Waits while another run makes the same outputs. Raises RunFailed at the stage's deadline or on a signal."""
+        """Wait while another run makes the same outputs. Raises RunFailed at the stage's deadline or on a signal."""
         deadline, told = time.monotonic() + stage.deadline_s, False
         while not lock.take():
             if not told:
@@ -283,7 +283,7 @@ class Controller:
         self._event("stage-end", f"done after {seconds:.1f} s", stage=stage.name, data={"seconds": seconds})
 
     def _run_step(self, stage: Stage, why: str) -> Step:
-        """The stage's step when it has ended well, or serves. One that Slurm refuses is tried again for a while."""
+        """Return the step once it has ended well, or serves. Retried for STEP_PATIENCE_S while Slurm refuses it."""
         deadline = time.monotonic() + STEP_PATIENCE_S
         while True:
             step = self._start(stage, why)
@@ -310,7 +310,7 @@ class Controller:
         return step
 
     def _watch(self, step: Step) -> None:
-        """Until the stage has ended or the service is ready. Raises RunFailed for everything else."""
+        """Wait until the stage has ended or the service is ready. Raises RunFailed on any other outcome."""
         stage, deadline = step.stage, time.monotonic() + step.stage.deadline_s
         while True:
             self._obey_signals(step)
@@ -335,9 +335,9 @@ class Controller:
             self._signals.wait([fd for step in self._steps for fd in step.descriptors()], POLL_S)
 
     def _more_time(self, stage: Stage) -> float:
-        """Seconds until the allocation ends, for a stage that may take all of it; 0 for every other.
+        """Seconds until the allocation ends, for a stage that may use all of it; 0 for any other.
 
-        The job may have more time than was planned: a person gave it to sbatch, or to scontrol while it ran.
+        The job may have more time than planned, granted by hand through sbatch or scontrol.
         """
         if stage.deadline_s < self._plan.cluster.time_limit_minutes * 60:
             return 0.0
@@ -345,13 +345,13 @@ class Controller:
         return 0.0 if end is None else end - time.time()
 
     def _ended_service(self, besides: Step) -> Step | None:
-        """A service that has ended while it is needed."""
+        """First service that has ended while needed; None while all run."""
         for service in self._steps:
             if service is not besides:
                 service.pump()
                 ended = service.poll() is not None
                 service.pump()
-                # srun ends a step for a task that fails, and waits for the others of one that does not.
+                # srun ends a step once a task fails, but after a task that exits with 0 it waits for the others.
                 if ended or service.ended_quietly:
                     return service
         return None
@@ -359,10 +359,10 @@ class Controller:
     def _judge(
         self, step: Step, code: int = 0, *, service: Failure | None = None, late: Failure | None = None
     ) -> Failure:
-        """Why a stage failed, from what the nodes, the services and its own tasks tell."""
+        """Failure of a stage, decided from reports of the nodes, the services and its own tasks."""
         deadline = time.monotonic() + ROOT_CAUSE_S
         while service is None and late is None and self._others(step) and time.monotonic() < deadline:
-            # A service that died under the stage is heard of a little later.
+            # The death of a service is noticed a little later than the failure it causes.
             if (ended := self._ended_service(besides=step)) is not None:
                 service = self._judged_alone(ended)
             self._signals.wait([], POLL_S)
@@ -380,7 +380,7 @@ class Controller:
         return decide(facts_of(service, service.poll() or 0))
 
     def _faulty_nodes(self) -> dict[str, str]:
-        """Nodes whose GPUs are broken now, and what is. A node that does not tell in time is left out."""
+        """Faults by node name, for nodes with broken GPUs. A node that does not report in time is left out."""
         stage = post_mortem_stage(self._plan)
         self._event("stage-start", "are GPUs broken?", stage=stage.name)
         step = self._runner.start(stage, self._allocation.places(stage))
@@ -416,21 +416,21 @@ class Controller:
         raise RunFailed(Failure(cause, text, step.stage.name, lost))
 
     def _obey_warning(self, step: Step) -> None:
-        """The allocation ends soon, or shall be given up at once. Slurm warns too early: there may be time to go on."""
+        """Handle Slurm's warning: preemption, or the end of the time limit, which may still leave time to train."""
         if not self._time.ends_soon():
             self._stop_in_time(step, Cause.PREEMPTED)
         if not step.stage.saves_on_request or self._time.is_due():
             self._stop_in_time(step, Cause.TIME_LIMIT)
 
     def _stop_in_time(self, step: Step, cause: Cause) -> NoReturn:
-        """Saves what training has; the run then starts again."""
+        """Save a checkpoint if the stage can, and raise RunFailed; the run then starts again."""
         saved = self._ask_for_checkpoint(step) if step.stage.saves_on_request else None
         text = f"{step.stage.name} was stopped before the {_words(cause)}"
         text += f" with checkpoint {saved}" if saved else ""
         raise RunFailed(Failure(cause, text, step.stage.name))
 
     def _ask_for_checkpoint(self, step: Step) -> str | None:
-        """The checkpoint that training wrote on request; None when it did not in the time that is left."""
+        """Request a checkpoint from training; None if it is not written in the time left."""
         request_checkpoint(self._run)
         self._time.look()
         # Stopping the stages after the checkpoint takes time too.
@@ -455,7 +455,7 @@ class Controller:
         return text
 
     def _stop_all(self) -> None:
-        """Ends every step, the last one started first."""
+        """Stop every step, the newest first."""
         for step in reversed(self._steps):
             self._runner.stop(step, HURRIED_GRACE_S if self._hurried else STOP_GRACE_S)
             self._event("stage-end", "stopped", stage=step.stage.name)
@@ -465,20 +465,20 @@ class Controller:
             self._sweep(tuple(sorted(silent, key=lambda place: place.index)))
 
     def _sweep(self, places: tuple[AllocatedNode, ...]) -> None:
-        """Clears nodes whose supervisors were killed: any task does, when it ends as the job's last one on its node."""
+        """Clear nodes whose supervisors were killed: the last task of a job to end on a node cleans up there."""
         stage = sweep_stage(tuple(place.index for place in places))
         nodes = ", ".join(place.name for place in places)
         try:
             step = self._runner.start(stage, places)
         except OSError as error:
-            # The run's own end is what has to be told.
+            # Not fatal: the run's own cause must still be reported.
             self._say(f"error: {nodes} could not be cleared: {error}")
             return
         if not step.wait(SWEEP_S):
             self._say(f"error: {nodes} could not be cleared within {SWEEP_S:.0f} s")
         self._runner.stop(step, HURRIED_GRACE_S)
 
-    # -- telling --
+    # -- output --
 
     def _event(self, kind: str, text: str = "", **fields: object) -> None:
         event = self._journal.write(kind, text, **fields)  # pyright: ignore[reportArgumentType]
@@ -488,18 +488,18 @@ class Controller:
         try:
             self._runner.show(f"vime: {text}")
         except VimeError as error:
-            # Only what squeue shows is poorer.
+            # Not fatal: only squeue's output suffers.
             self._say(f"note: the job's comment was not set: {error}")
 
     def _link_current_log(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> None:
-        """`logs/current.log` is always the log of the running stage's first task."""
+        """Point `logs/current.log` to the log of the running stage's first task."""
         target = task_log(self._run, stage.name, places[0].index, 0, stage.tasks_per_node)
         link = self._run / "logs" / "current.log"
         replace_link(link, target.relative_to(link.parent))
 
 
 def prepare_folders(run: Path) -> None:
-    """The run's folders and tokens, and nothing left of an earlier start that this one could take for its own."""
+    """Make folders and tokens, and remove files of an earlier start that this one could take for its own."""
     for folder in (run / "logs", control_folder(run)):
         private_folder(folder)
     withdraw_request(run)
@@ -508,21 +508,21 @@ def prepare_folders(run: Path) -> None:
 
 
 def newest_checkpoint(plan: Plan) -> int | None:
-    """Rollout of the run's newest checkpoint."""
+    """Rollout number of the run's newest checkpoint; None without one."""
     folders = [output.path for stage in plan.stages for output in stage.outputs if output.kind == "run"]
     found = [int(tracked(folder)) for folder in folders if folder and tracks_iteration(folder)]
     return max(found, default=None)
 
 
 def line_of(event: Event) -> str:
-    """An event as a line for a person."""
+    """One-line text of an event, for people."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))
     where = " ".join(part for part in (event.stage, event.node) if part)
     return f"{clock} {event.kind:12} {where}{': ' if where and event.text else ''}{event.text}"
 
 
 def control(run_dir: str, runner_of: Callable[[Plan], Runner], *, link: str | None = None) -> Cause:
-    """Runs the controller of a run folder, or of one link of a chain."""
+    """Run the controller of a run folder, or of one link of a chain."""
     with witnessed(run_dir):
         whole = read_plan(run_dir)
         own = find_link(whole, link)
@@ -531,7 +531,7 @@ def control(run_dir: str, runner_of: Callable[[Plan], Runner], *, link: str | No
 
 
 def tell(line: str) -> None:
-    """A line for whoever reads the job's output. The journal is what counts: the output may lie on a full disk."""
+    """Print a line to the job's output. Errors are ignored: the disk may be full, and the journal is authoritative."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 

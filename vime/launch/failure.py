@@ -1,4 +1,4 @@
-"""Why a run failed: one pure decision from facts, and how a step's reports and its launcher's text become facts."""
+"""Cause of a failed run: a pure decision from facts, which come from a step's reports and its launcher's text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Failure:
 
 
 class RunFailed(VimeError):
-    """Ends the run."""
+    """Raised to end the run with a failure."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.text)
@@ -48,7 +48,7 @@ class RunFailed(VimeError):
 
 @dataclass(frozen=True)
 class TaskExit:
-    """A task that ended without being told to."""
+    """A task that ended without a request."""
 
     node: str
     """Slurm's name."""
@@ -62,7 +62,7 @@ class TaskExit:
 
 @dataclass(frozen=True)
 class Account:
-    """What training's driver says of its own end (`vime.train.causes`)."""
+    """The training driver's account of its own end (`vime.train.causes`)."""
 
     cause: Cause
     text: str
@@ -73,33 +73,33 @@ class Account:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that is known when a stage has failed, whoever says it."""
+    """All evidence about a failed stage, from any source."""
 
     stage: str
     lost: Mapping[str, str] = field(default_factory=dict)
-    """Nodes that Slurm has lost, or whose slurmd does not answer, and how that is known."""
+    """Nodes that Slurm has lost, or whose slurmd does not answer, each with the evidence."""
     faulty: Mapping[str, str] = field(default_factory=dict)
-    """Nodes whose GPUs failed the post-mortem, and what it found."""
+    """Nodes whose GPUs failed the post-mortem, each with its findings."""
     service: Failure | None = None
-    """Of a service that ended while the stage needed it."""
+    """Failure of a service that ended while the stage needed it."""
     account: Account | None = None
     exits: tuple[TaskExit, ...] = ()
-    """In the order in which they were reported."""
+    """Task ends, in the order of their reports."""
     said: tuple[str, ...] = ()
     """Last lines of the launcher, and of tasks that could not report."""
     exit_code: int = 0
-    """The launcher's."""
+    """Exit code of the launcher."""
     unmet: str = ""
-    """What was expected and did not come: a result, a service that serves on."""
+    """Unmet expectation: a missing result, or a service that ended."""
     late: Failure | None = None
-    """Of a stage that did not end in time."""
+    """Failure of a stage that did not end in time."""
 
 
 def decide(facts: Facts) -> Failure:
-    """The one cause and the one culprit. Pure.
+    """Decide on one cause and one culprit. Pure.
 
-    Facts about nodes come first: Slurm's, the post-mortem's, srun's, Ray's. Then a service that died under the stage,
-    the driver's account, the first task that failed with its code, and texts last.
+    Order of precedence: facts about nodes (Slurm's, the post-mortem's, srun's, Ray's), a service that died during the
+    stage, the driver's account, the exit code of the first failed task, texts.
     """
     if facts.lost:
         return _node_failure(facts, facts.lost)
@@ -134,7 +134,7 @@ def decide(facts: Facts) -> Failure:
 
 
 def _node_failure(facts: Facts, nodes: Mapping[str, str]) -> Failure:
-    """Of the nodes that are lost or faulty, the one that the driver blames too, else the first."""
+    """Failure of a lost or faulty node: the one that the driver blames too, else the first."""
     blamed = facts.account.nodes if facts.account is not None else ()
     culprit = next((node for node in nodes if node in blamed), next(iter(nodes)))
     told = "; ".join(f"{node} {how}" for node, how in nodes.items())
@@ -160,7 +160,7 @@ def _of_exit(facts: Facts, task: TaskExit) -> Failure:
 
 
 def cause_of_exit(code: int, number: int | None) -> Cause:
-    """vime's programs exit with their cause; a crash or a kill is no error of the run's code; anything else is."""
+    """Cause of an exit: vime's programs exit with theirs, a crash or a kill is CRASH, anything else CODE_ERROR."""
     if number is not None:
         return Cause.CRASH if number in _CRASHES else Cause.CODE_ERROR
     try:
@@ -174,7 +174,7 @@ def cause_of_exit(code: int, number: int | None) -> Cause:
 
 
 def facts_of(step: Step, exit_code: int = 0, nodes: tuple[str, ...] = ()) -> Facts:
-    """What the step itself tells; `nodes` are Slurm's names of the logical nodes."""
+    """Facts from the step itself; `nodes` are Slurm's names of the logical nodes."""
     ends = step.of_kind("exit")
     own = [report for report in ends if not report.data["stopped"] and report.data["code"]]
     quiet = not own and not exit_code
@@ -187,7 +187,7 @@ def facts_of(step: Step, exit_code: int = 0, nodes: tuple[str, ...] = ()) -> Fac
     )
     if not quiet:
         return facts
-    # Some srun end with 0 although their one task was on a lost node.
+    # Some versions of srun exit with 0 although their only task was on a lost node.
     return replace(facts, unmet=f"the {'service' if step.stage.service else 'stage'} ended too early")
 
 
@@ -206,12 +206,12 @@ def _account(step: Step, nodes: tuple[str, ...]) -> Account | None:
 
 
 def was_refused(step: Step) -> bool:
-    """Whether Slurm did not create the step: it does not while its controller starts again, and soon does."""
+    """True if Slurm did not create the step, which happens while its controller restarts; worth a retry."""
     return not step.of_kind("start") and _NOT_CREATED.search("\n".join(step.told())) is not None
 
 
 def late(step: Step, seconds: float) -> Failure:
-    """A stage that did not end, or a service that was not ready, in time."""
+    """Failure of a stage that did not end, or a service that was not ready, in time."""
     ended = {report.rank for report in step.of_kind("exit")}
     ready = {report.rank for report in step.of_kind("ready")}
     started = {report.rank for report in step.of_kind("start")}
@@ -233,7 +233,7 @@ def late(step: Step, seconds: float) -> Failure:
 
 
 def hung(step: Step, seconds: float) -> Failure:
-    """A driver that has stopped answering: its process is stopped, or its event loop blocked."""
+    """Failure of a silent driver: its process is stopped, or its event loop blocked."""
     text = f"the driver has not answered for {seconds:.0f} s"
     return _failure(Facts(step.stage.name), Cause.CRASH, text, step.name_of(0), 0, step.told())
 

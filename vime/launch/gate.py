@@ -1,8 +1,8 @@
-"""Verification of a stage's outputs against its command and inputs; a stage that verifies is skipped.
+"""Verification of a stage's outputs against its command and inputs; a stage whose outputs verify is skipped.
 
-Every output folder gets a manifest, `.vime-artefact.json`, when its stage has ended well: the stage's fingerprint, and
-the marks (`vime.launch.marks`) of all files of inputs and outputs. A folder without one, or one that no longer agrees,
-verifies nothing.
+When a stage has ended well, each output folder gets a manifest, `.vime-artefact.json`: the stage's fingerprint, and the
+marks (`vime.launch.marks`) of all input and output files. A folder whose manifest is missing or disagrees does not
+verify.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from vime.system.visible import appears
 
 VERSION = 3
 _COMMAND_VERSION = 2
-"""Changes where the same command makes another output, so that older outputs are made again."""
+"""Raised when the same command starts to make another output, so that older outputs are made again."""
 _PARTS = ("size", "time", "inode", "content")
-"""Parts of a mark, as a difference names them."""
+"""Names of a mark's parts, for messages."""
 _NAMED = 3
-"""Files that a difference names."""
+"""Most files that a message names."""
 
 
 def is_gated(stage: Stage) -> bool:
-    """True for a stage that makes artefacts which a later run can take over."""
+    """True for a stage that makes artefacts which a later run can reuse."""
     return bool(stage.outputs) and all(output.kind != "run" for output in stage.outputs)
 
 
 def fingerprint(stage: Stage, run_dir: str) -> str:
-    """Hash of what the stage does: its command and size. The run folder in the command does not count."""
+    """Hash of the stage's command and size. The run folder in the command does not count."""
     command = [word.replace(run_dir, "<run>") for word in stage.command]
     content = [_COMMAND_VERSION, command, len(stage.nodes), stage.tasks_per_node]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class OutputLock:
-    """Lets one run at a time make a stage's outputs, for people who share their folder.
+    """Lets one run at a time make a stage's outputs, for people who share a folder.
 
-    A file lock, which the system gives back when its holder ends. Where the file system has none, nobody waits.
+    A file lock, which the kernel releases when its holder ends. On a file system without locks nobody waits.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -54,7 +54,7 @@ class OutputLock:
         self._files: list[int] = []
 
     def take(self) -> bool:
-        """Takes the lock; False while another run holds it. Raises BadInput where its file cannot be made."""
+        """Take the lock; False while another run holds it. Raises BadInput if its file cannot be made."""
         self.release()
         for path in self._paths:
             try:
@@ -80,7 +80,7 @@ def _open_lock(path: Path) -> int:
     try:
         return os.open(name, os.O_RDWR | os.O_CREAT | flags, READABLE)
     except PermissionError:
-        # Another user's: a reader may lock it too, at least on this host's own file systems.
+        # Another user's file: a reader may lock it too, at least on this host's own file systems.
         return os.open(name, os.O_RDONLY | flags)
 
 
@@ -92,7 +92,7 @@ def _not_ours(path: Path, error: OSError) -> BadInput:
 
 
 def difference(stage: Stage, run_dir: str) -> str | None:
-    """Why the outputs do not verify, in one line with the files that differ; None when they do."""
+    """One line with the reason and the files that differ; None if the outputs verify."""
     try:
         return _difference(stage, run_dir)
     except PermissionError as error:
@@ -109,7 +109,7 @@ def _difference(stage: Stage, run_dir: str) -> str | None:
     inputs = _content(stage.inputs)
     for output in stage.outputs:
         manifest = manifests[output.path] or {}
-        # Version 2 took other digests; what is compared then is size, time and inode.
+        # Version 2 had other digests: compare only size, time and inode.
         parts = len(_PARTS) if manifest.get("version") == VERSION else len(_PARTS) - 1
         for artefact in stage.inputs:
             changed = _changed(manifest.get("inputs", {}).get(artefact.name, {}), inputs[artefact.name], parts)
@@ -122,7 +122,7 @@ def _difference(stage: Stage, run_dir: str) -> str | None:
 
 
 def _changed(before: Marks, now: Marks, parts: int = len(_PARTS)) -> str:
-    """Differences in the first `parts` parts of marks, a few words per file; empty when there is none."""
+    """Differences in the first `parts` parts of marks, a few words per file; empty if equal."""
     words = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:
@@ -137,11 +137,11 @@ def _changed(before: Marks, now: Marks, parts: int = len(_PARTS)) -> str:
 
 
 def prepare(stage: Stage, run_dir: str) -> list[str]:
-    """Makes room for the outputs; returns what was moved aside.
+    """Make room for the outputs; return the folders moved aside, in words.
 
-    Partial output of this very stage stays: its tool resumes from there. Other output of vime that does not verify is
-    moved aside. A folder that vime did not make is left alone; the stage then says that it exists.
-    Raises BadInput where another user's folder or file is in the way.
+    Partial output of this same stage stays: its tool resumes from there. Other output of vime that does not verify is
+    moved aside. A folder that vime did not make is left alone; the stage then reports that it exists.
+    Raises BadInput if another user's folder or file is in the way.
     """
     try:
         return _prepare(stage, run_dir)
@@ -159,19 +159,19 @@ def _prepare(stage: Stage, run_dir: str) -> list[str]:
             os.rename(path, aside)
             moved.append(f"{path} moved to {aside.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Says who makes the folder, should the controller end before the manifest is written.
+        # Names the folder's maker, in case the controller ends before the manifest is written.
         write_json(marker, claim, mode=READABLE)
     return moved
 
 
 def seal(stage: Stage, run_dir: str) -> None:
-    """Writes the manifests, after the stage has ended well.
+    """Write the manifests, after the stage has ended well.
 
-    Raises VimeError where an output is missing, BadInput where an input is not what it was when `prepare` looked at it.
+    Raises VimeError if an output is missing, BadInput if an input has changed since `prepare`.
     """
     claim = _claim(stage, run_dir)
     for output in stage.outputs:
-        # It was written on another node.
+        # Written on another node, so it may appear late.
         path, shown = Path(output.path), appears(output.path)
         files = mark_artefact(output) if shown else {}
         before = (_load(_marker(output)) or {}).get("inputs", {})
@@ -184,7 +184,7 @@ def seal(stage: Stage, run_dir: str) -> None:
             raise VimeError(f"stage {stage.name} ended too early, without its output {path}: look at its log")
         content = {"version": VERSION, "stage": stage.name, **claim, "files": files}
         write_json(path / MANIFEST, content, mode=READABLE)
-        # Who may read the artefact may see that it is whole.
+        # Readable to those who can read the artefact, so that they can verify it.
         (path / MANIFEST).chmod(stat.S_IMODE(path.stat().st_mode) & 0o644)
         _marker(output).unlink(missing_ok=True)
 
@@ -204,7 +204,7 @@ def _marker(output: Artefact) -> Path:
 
 
 def _read(folder: Path) -> dict | None:
-    """The manifest of a folder; None where there is none, or it is cut."""
+    """Manifest of a folder; None if missing or truncated."""
     return _load(folder / MANIFEST)
 
 
@@ -214,6 +214,6 @@ def _load(path: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
-        # Cut: it says nothing about the folder, except that vime made it.
+        # Truncated: shows only that vime made the folder.
         return {}
     return content if isinstance(content, dict) else {}

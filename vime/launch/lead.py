@@ -1,4 +1,4 @@
-"""How long before the allocation's end training is asked to save: from the plan, then from what saving has taken."""
+"""Time before the allocation's end at which training is asked to save: from the plan, then from measured saves."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from vime.run.plan import Plan
 
 RECENT_STEPS = 20
 MARGIN_S = 60.0
-"""For stopping the stages and for what is slower than ever."""
+"""Margin for stopping the stages and for delays never seen before."""
 SLOWER = 1.5
-"""A save may take so much longer than the slowest that was seen: the file system is shared."""
+"""Factor over the slowest save seen so far: the file system is shared."""
 LOOK_AGAIN_S = 60.0
 EARLY_S = 90.0
-"""Slurm sends the signal up to a minute before it is due, and looks at time limits every half minute."""
+"""Slurm signals up to a minute early, and checks time limits every half minute."""
 _STEP = ("perf/generate_time", "perf/train_time", "perf/sync_time")
 
 
 def measured_lead_s(steps: Mapping[int, Mapping[str, float]]) -> float | None:
-    """Seconds from asking for a checkpoint to its end: the rollout that is under way, then the save.
+    """Seconds from the request for a checkpoint to its end: the current rollout, then the save.
 
-    `steps` are metrics by rollout, oldest first. None while no save has been measured.
+    `steps` are metrics by rollout, oldest first. None before the first measured save.
     """
     recent = list(steps.values())[-RECENT_STEPS:]
     saves = [values["perf/save_time"] for values in steps.values() if "perf/save_time" in values][-RECENT_STEPS:]
@@ -35,46 +35,46 @@ def measured_lead_s(steps: Mapping[int, Mapping[str, float]]) -> float | None:
 
 
 def lead_s(plan: Plan) -> float:
-    """The plan's lead, or that from saves of this run, once there are some; at most half of the time limit."""
+    """Lead from this run's saves, or the plan's before the first one; at most half of the time limit."""
     measured = measured_lead_s(read_metrics(Path(plan.run_dir)))
     if measured is None:
         return float(plan.signal_lead_s)
-    # More would leave nothing to train in.
+    # A longer lead would leave no time to train.
     return min(measured, plan.cluster.time_limit_minutes * 30.0)
 
 
 class Clock(Protocol):
-    """The part of a runner that knows when the allocation ends."""
+    """Part of a runner that knows the allocation's end."""
 
     def end_time(self) -> float | None: ...
 
 
 class TimeLeft:
-    """The allocation's real end, and when training has to be asked for its checkpoint."""
+    """The allocation's real end, and the time at which a checkpoint must be requested."""
 
     def __init__(self, plan: Plan, clock: Clock) -> None:
         self._plan, self._clock = plan, clock
         self._looked, self.end, self.lead_s = float("-inf"), None, float(plan.signal_lead_s)
 
     def look(self) -> float:
-        """Asks for the end, which a person or Slurm may have moved; the seconds left."""
+        """Query the end, which a person or Slurm may have moved; return the seconds left."""
         self._looked = time.monotonic()
-        # While Slurm's controller is away, what it said last holds.
+        # While Slurm's controller is away, its last answer holds.
         self.end = self._clock.end_time() or self.end
         self.lead_s = lead_s(self._plan)
         return self.left_s
 
     @property
     def left_s(self) -> float:
-        """Infinite where there is no end, or none is known."""
+        """Seconds left; infinite without a known end."""
         return float("inf") if self.end is None else self.end - time.time()
 
     def is_due(self) -> bool:
-        """Whether a checkpoint has to be asked for now. Cheap: asks anew once a minute, and before it says yes."""
+        """True if a checkpoint must be requested now. Cheap: queries once a minute, and before returning True."""
         if time.monotonic() - self._looked > LOOK_AGAIN_S:
             self.look()
         return self.left_s <= self.lead_s and self.look() <= self.lead_s
 
     def ends_soon(self) -> bool:
-        """Whether Slurm's warning is about the end of the allocation."""
+        """True if Slurm's warning announces the end of the allocation."""
         return self.look() <= max(self._plan.signal_lead_s, self.lead_s) + EARLY_S

@@ -16,7 +16,7 @@ from vime.run.logs import Follower, find_logs
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Preview, Wanted
 
-# Lines of training that a person at the terminal wants to see; everything is in the log.
+# Lines of training shown at the terminal; the log has all.
 _TOLD = re.compile(r"^(rollout|eval|weights from|checkpoint|error:)")
 
 
@@ -49,14 +49,14 @@ class Local:
         return run(plan)
 
     def after(self, plan: Plan, job_id: str) -> Plan:
-        # `submit` returns when the run has ended: one always follows the other.
+        # `submit` returns when the run has ended, so runs are ordered anyway.
         return plan
 
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
         return None
 
     def cancel(self, job_id: str) -> None:
-        """There is no queue."""
+        """Nothing to cancel: there is no queue."""
 
     def hosts(self, job_id: str) -> tuple[str, ...]:
         raise BadInput(f"job {job_id} is of no queue of this machine")
@@ -74,7 +74,7 @@ class Local:
 
 
 def run(plan: Plan) -> int:
-    """The run's exit code. Prints every event, and training's own summary lines."""
+    """Run to the end; return the exit code. Prints every event, and training's own summary lines."""
     progress = _Progress(plan.run_dir)
     with witnessed(plan.run_dir):
         cause = Controller(plan, LocalRunner(plan), say=tell, watching=progress.tell).run()
@@ -85,7 +85,7 @@ def run(plan: Plan) -> int:
 
 
 class _Progress:
-    """Tells what training's first task says; what was in its log before this start is left out."""
+    """Prints new lines of training's first task; lines from before this start are left out."""
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir

@@ -1,4 +1,4 @@
-"""Fingerprints of all files of an artefact, as its manifest holds them."""
+"""Fingerprints of all files of an artefact, in the form of its manifest."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from vime.system.fingerprint import Fingerprint, fingerprints
 
 MANIFEST = ".vime-artefact.json"
 NOT_CONTENT = (MANIFEST, ".vime-fetch.json", ".cache")
-"""Notes of vime and huggingface_hub about a folder; they are not part of its content."""
+"""Files that vime and huggingface_hub add to a folder; not part of its content."""
 
 Mark = list[int | str]
 """[size in bytes, mtime in ns, inode, digest], the JSON form of a Fingerprint."""
 Marks = dict[str, Mark]
-"""By path below the artefact."""
+"""Marks by path below the artefact."""
 
 
 def mark_artefact(artefact: Artefact) -> Marks:
-    """Marks of all files of an artefact, a folder or one file; empty where it is missing."""
+    """Marks of all files of an artefact, a folder or one file; empty if it is missing."""
     root = Path(artefact.path)
     paths = [root] if root.is_file() else files_of(root)
     names = [root.name] if root.is_file() else [str(path.relative_to(root)) for path in paths]
@@ -27,7 +27,7 @@ def mark_artefact(artefact: Artefact) -> Marks:
 
 
 def files_of(root: Path) -> list[Path]:
-    """Files of a folder that are content, sorted."""
+    """Content files of a folder, sorted."""
     paths = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in NOT_CONTENT]

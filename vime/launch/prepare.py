@@ -14,9 +14,9 @@ from vime.run.registry import record_run
 
 
 def claim_folder(plan: Plan) -> None:
-    """Makes the run folder, private, or takes the one of an earlier submission, which this one resumes.
+    """Make a private run folder, or reuse that of an earlier submission, which this one resumes.
 
-    Raises BadInput for a folder that is not the user's own, or holds a run of another recipe or model.
+    Raises BadInput for a folder of another user, or of a run with another recipe or model.
     """
     make_run_folder(plan.run_dir)
     if not (Path(plan.run_dir) / PLAN).exists():
@@ -30,14 +30,14 @@ def claim_folder(plan: Plan) -> None:
 
 
 def write_code(plan: Plan) -> None:
-    """Takes the snapshot that the plan names."""
+    """Write the code snapshot that the plan names."""
     if plan.code is not None and (found := snapshot.look(plan.recipe)) is not None:
         snapshot.write(found, plan.code)
 
 
 def start(plan: Plan) -> None:
-    """Writes code and plan and records the run, so that vime.status and its siblings find it from here on."""
-    # A reference to a secret that is missing is told before anything is queued.
+    """Write code and plan and register the run, so that vime.status and its siblings find it."""
+    # Report a reference to a missing secret before anything is queued.
     resolve({**plan.cluster.env, **plan.recipe.misc.env}, os.environ)
     claim_folder(plan)
     write_code(plan)
@@ -45,7 +45,7 @@ def start(plan: Plan) -> None:
     try:
         record_run(plan.run_dir)
     except BadInput as error:
-        # A home folder that is read-only or full: commands then need the run's folder.
+        # The home folder is read-only or full: commands then need the run's folder.
         print(f"note: the run is not in the list of runs, so give its folder to vime.status: {error}")
     print(f"run {plan.run_name}: {plan.run_dir}")
     for note in plan.notes:

@@ -1,4 +1,4 @@
-"""Stages as processes of this machine (`--cluster local`): the same tasks that Slurm would start."""
+"""Stages as processes of this machine (`--cluster local`): the tasks that Slurm would start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vime.system import processes
 
 
 class LocalRunner:
-    """Every logical node is this machine."""
+    """Runner whose logical nodes are all this machine."""
 
     def __init__(self, plan: Plan) -> None:
         self.restart, self.can_requeue = 0, False
@@ -81,4 +81,4 @@ class LocalRunner:
         raise NotImplementedError("a local run is started again by hand")
 
     def show(self, text: str) -> None:
-        """There is no queue."""
+        """Does nothing: there is no queue."""

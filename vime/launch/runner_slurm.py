@@ -1,4 +1,4 @@
-"""Stages as job steps: one srun a stage, however many nodes it has."""
+"""Stages as job steps: one srun per stage, for any number of nodes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _REASONS = {
 
 
 def cause_of_message(text: str) -> Cause | None:
-    """Why Slurm ends the job, from what it writes into the job's output just before TERM; None where it wrote nothing.
+    """Why Slurm ends the job, from the line it writes to the job's output just before TERM; None without one.
 
-    Asking for the job's state does not tell: while it ends, it is COMPLETING, whatever it was.
+    The job's state does not show it: while a job ends, it is COMPLETING for any reason.
     """
     found = _MESSAGE.findall(text)
     return _REASONS.get(found[-1], Cause.CANCELLED) if found else None
@@ -51,7 +51,7 @@ _COMMENT = "vime: "
 
 
 def site_comment(comment: str) -> str:
-    """The part of a job's comment that is not vime's: what a site's programs read."""
+    """Part of a job's comment that is not vime's, for the site's own programs."""
     before, _, after = comment.rpartition(f"; {_COMMENT}")
     if before or after != comment:
         return before
@@ -59,15 +59,15 @@ def site_comment(comment: str) -> str:
 
 
 def with_comment(site: str, text: str) -> str | None:
-    """The comment that shows vime's text, which begins with `vime: `; None where the site's part takes no addition."""
+    """Job comment with vime's text, which begins with `vime: `; None if the site's part allows no addition."""
     if site.startswith(("{", "[")):
-        # JSON, which a program reads whole.
+        # JSON, which an addition would make unreadable.
         return None
     return f"{site}; {text}" if site else text
 
 
 class SlurmRunner:
-    """Runs on the batch host, inside the job."""
+    """Runner on the batch host, inside the job."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -75,7 +75,7 @@ class SlurmRunner:
         self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), True
         self.environment: dict[str, str] = {}
         self._own_comment: str | None = None
-        """The job's comment without vime's part; None: not asked yet."""
+        """Job comment without vime's part; None: not queried yet."""
         self._cpus = slurm.cpus_per_node()
         # A requeued job appends to the output of its first start.
         self._output_start = os.fstat(1).st_size
@@ -99,11 +99,11 @@ class SlurmRunner:
         return Step(stage, places, [process], log, offset)
 
     def stop(self, step: Step, grace_s: float) -> None:
-        """Through the step, not the srun client: that one would kill without asking."""
+        """Signal the step instead of the srun client, which would kill at once."""
         for number, seconds in (("TERM", grace_s), ("KILL", 10.0)):
             if step.wait(0):
                 break
-            # The step may end before the signal comes; its srun then ends too, and that is what is waited for.
+            # The step may end before the signal arrives; its srun then ends too, as awaited below.
             with contextlib.suppress(SlurmError):
                 for step_id in slurm.step_ids(self.job, step_name(step.stage.name)):
                     slurm.signal_step(step_id, number)
@@ -126,12 +126,12 @@ class SlurmRunner:
         cause = cause_of_message(self._own_output())
         if cause is not None:
             return cause
-        # There are few seconds between TERM and KILL.
+        # Only a few seconds lie between TERM and KILL.
         state = slurm.job_state(self.job, seconds=2.0)
         return Cause.PREEMPTED if state is not None and state.restarts > self.restart else Cause.CANCELLED
 
     def _own_output(self) -> str:
-        """Lines that this start of the job, and Slurm about it, have written to the job's output file."""
+        """Output of this start of the job, including Slurm's own lines about it."""
         if not stat.S_ISREG(os.fstat(1).st_mode):
             return ""
         with open("/proc/self/fd/1", "rb") as output:
@@ -161,7 +161,7 @@ class SlurmRunner:
         try:
             slurm.requeue(self.job)
         except SlurmError:
-            # Slurm ends this start as soon as it takes the request, at times before the process that asked knows.
+            # Slurm ends this start on the request, at times before scontrol has returned.
             state = slurm.job_state(self.job)
             if state is None or not (state.state == "COMPLETING" or state.phase == "waiting"):
                 raise

@@ -1,4 +1,4 @@
-"""Signals as events of the controller's loop: a handler only notes them, the loop acts on them."""
+"""Signals as events of the controller's loop: handlers only record them, the loop acts on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WATCHED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Signals:
-    """Context manager for the main thread; the handlers that were there come back at its end."""
+    """Context manager for the main thread; restores the previous handlers at its end."""
 
     def __init__(self) -> None:
         self.arrived: list[signal.Signals] = []
@@ -40,13 +40,13 @@ class Signals:
         self.arrived.append(signal.Signals(number))
 
     def take(self) -> signal.Signals | None:
-        """The strongest signal that has arrived since the last call: one that ends the run before one that warns."""
+        """Strongest signal since the last call, or None: one that ends the run before one that warns."""
         arrived, self.arrived = self.arrived, []
         ending = [number for number in arrived if number != signal.SIGUSR2]
         return (ending or arrived or [None])[0]
 
     def wait(self, descriptors: Iterable[int], seconds: float) -> None:
-        """Returns when a signal has arrived, a descriptor can be read, or the time is over."""
+        """Wait until a signal arrives, a descriptor becomes readable, or the time is over."""
         readable, _, _ = select.select([self._wake, *descriptors], [], [], seconds)
         if self._wake in readable:
             os.read(self._wake, 4096)

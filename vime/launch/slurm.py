@@ -1,4 +1,4 @@
-"""Slurm as a scheduler: the class that everything outside of vime.launch and vime.slurm asks."""
+"""Slurm as a scheduler: the interface for all code outside of vime.launch and vime.slurm."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Slurm:
         )
 
     def control(self, run_dir: str, *, link: str | None = None) -> Cause:
-        # A login node that only asks the queue does without the controller's modules.
+        # Imported here: a login node that only queries the queue does not need the controller's modules.
         from vime.launch.controller import control
         from vime.launch.runner_slurm import SlurmRunner
 

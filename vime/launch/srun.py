@@ -1,4 +1,4 @@
-"""The srun calls of vime, as argument lists. Pure."""
+"""Argument lists of vime's srun calls. Pure."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def step_name(stage: str) -> str:
 
 
 def step_python(cluster: Cluster) -> str:
-    """The interpreter of the tasks: the container's, the profile's, or the one that runs this."""
+    """Interpreter of the tasks: the container's, the profile's, or the current one."""
     return cluster.container.python if cluster.container else cluster.interpreter or sys.executable
 
 
 def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cpus_per_node: int | None) -> list[str]:
-    """The srun call of a stage on these nodes.
+    """Argument list of srun for a stage on these nodes.
 
-    Since Slurm 22.05 srun takes no CPUs over from sbatch, so a step states them; steps share the job's nodes with the
-    services and with each other, hence `--overlap`.
+    Since Slurm 22.05 srun does not inherit CPUs from sbatch, so each step states them; steps share the job's nodes with
+    the services and with each other, hence `--overlap`.
     """
     cpus = stage.cpus_per_task or max(1, (cpus_per_node or 1) // stage.tasks_per_node)
     if cpus_per_node is not None:
@@ -49,7 +49,7 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
 
 
 def gpu_options(cluster: Cluster, count: int) -> dict[str, str]:
-    """Options of sbatch and srun that request GPUs of a node in the way of this cluster."""
+    """Options of sbatch and srun that request GPUs per node in this cluster's syntax."""
     if not count or cluster.gpu_request == "none":
         return {}
     kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
@@ -57,7 +57,7 @@ def gpu_options(cluster: Cluster, count: int) -> dict[str, str]:
 
 
 def attach_argv(job: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool) -> list[str]:
-    """The srun call that runs a command on a node of the job, next to the running stages."""
+    """Argument list of srun for a command on a node of the job, next to the running stages."""
     argv = [
         "srun",
         f"--jobid={job}",

@@ -1,4 +1,4 @@
-"""A stage while it runs: its launcher processes and what its tasks report, the same under Slurm and on one machine."""
+"""A running stage: its launcher processes and its tasks' reports, the same under Slurm and on one machine."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from vime.system.private import private_folder
 
 @dataclass(frozen=True)
 class AllocatedNode:
-    """A node of the allocation as a stage sees it."""
+    """A node of the allocation, as seen by a stage."""
 
     index: int
-    """Logical node; before the binding exists, the place in the allocation."""
+    """Number of the logical node; before the binding exists, the place in the allocation."""
     name: str
     """Slurm's name of the node."""
 
 
 @dataclass
 class Step:
-    """Processes of one stage. `pump` is called again and again; the rest is what it has seen."""
+    """Processes of one stage. `pump` must be called repeatedly; the other methods show its findings."""
 
     stage: Stage
     places: tuple[AllocatedNode, ...]
     processes: list[subprocess.Popen[bytes]]
     launcher_log: Path
     log_offset: int = 0
-    """Where this step's part of the launcher log begins: earlier starts of the run wrote to it too."""
+    """Offset of this step's part of the launcher log: earlier starts of the run wrote to it too."""
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
-    """Unix time."""
+    """Unix seconds."""
     reports: list[Report] = field(default_factory=list)
     _alive: float | None = None
     _assemblers: list[Assembler] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Step:
             os.set_blocking(_output(process), False)
 
     def pump(self) -> list[Report]:
-        """Reports that have arrived since the last call."""
+        """Collect the reports that have arrived since the last call."""
         new: list[Report] = []
         for i, process in enumerate(self.processes):
             while self._open[i]:
@@ -71,19 +71,19 @@ class Step:
 
     @property
     def silent_s(self) -> float | None:
-        """Seconds since a task last reported that it is alive; None where none ever did."""
+        """Seconds since the last `alive` report of a task; None before the first."""
         return None if self._alive is None else time.monotonic() - self._alive
 
     def descriptors(self) -> list[int]:
-        """Descriptors that become readable when something is reported."""
+        """Descriptors that become readable when a report arrives."""
         return [_output(process) for process, is_open in zip(self.processes, self._open, strict=True) if is_open]
 
     def poll(self) -> int | None:
-        """None while a process runs; then 0, or the exit code of one that failed. Call `pump` once more after it."""
+        """None while processes run; then 0, or the exit code of a failed one. Call `pump` once more afterwards."""
         codes = [process.poll() for process in self.processes]
         failed = [code for code in codes if code]
         if failed and len(self.processes) > 1:
-            # One of several local tasks failed: the stage has, whatever the others do.
+            # One failed task of several local ones fails the stage.
             return failed[0]
         return None if None in codes else max(failed, key=abs, default=0)
 
@@ -92,7 +92,7 @@ class Step:
 
     @property
     def silent_places(self) -> set[AllocatedNode]:
-        """Nodes with a task that started and reported no end: its supervisor was killed, or its node is lost."""
+        """Nodes with a task that started but reported no end: its supervisor was killed, or its node is lost."""
         ended = {report.rank for report in self.of_kind("exit")}
         started = {report.rank for report in self.of_kind("start")}
         return {self.places[rank // self.stage.tasks_per_node] for rank in started - ended}
@@ -103,11 +103,11 @@ class Step:
 
     @property
     def ended_quietly(self) -> bool:
-        """Whether a task has ended with code 0 without being told to."""
+        """True if a task has ended with code 0 without a request to stop."""
         return any(not report.data["code"] and not report.data["stopped"] for report in self.of_kind("exit"))
 
     def told(self, lines: int = 20) -> list[str]:
-        """Last words of the launcher and of tasks that could not report."""
+        """Last lines of the launcher and of tasks that could not report."""
         other = [line for assembler in self._assemblers for line in assembler.other]
         try:
             text = self.launcher_log.read_bytes()[self.log_offset :].decode("utf-8", errors="replace")
@@ -116,7 +116,7 @@ class Step:
         return [*other, *text.splitlines()][-lines:]
 
     def wait(self, seconds: float) -> bool:
-        """Whether all processes end within this time; pumps meanwhile."""
+        """True if all processes end within this time; pumps meanwhile."""
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.processes):
             self.pump()
@@ -133,74 +133,74 @@ class Step:
 
 
 class Runner(Protocol):
-    """Starts stages and ends them."""
+    """Starts and stops stages."""
 
     job: str
-    """Slurm's job id, or a name of this run on this machine."""
+    """Slurm's job id, or a name for this run on this machine."""
     restart: int
-    """How often the job has been requeued."""
+    """Number of requeues of the job so far."""
     can_requeue: bool
     environment: dict[str, str]
-    """Variables that the tasks of every step to come get: what is too new for a file to be seen on all nodes."""
+    """Variables for the tasks of all later steps: values too recent for a file to be visible on all nodes."""
 
     def nodes(self) -> tuple[str, ...]:
-        """Names of the allocation's nodes in its order."""
+        """Names of the allocation's nodes, in its order."""
         ...
 
     def start(self, stage: Stage, places: tuple[AllocatedNode, ...]) -> Step: ...
 
     def stop(self, step: Step, grace_s: float) -> None:
-        """Ends a step and waits for it: TERM to every task, KILL after the grace."""
+        """End a step and wait for it: TERM to every task, KILL after `grace_s` seconds."""
         ...
 
     def end_time(self) -> float | None:
-        """Unix time at which the allocation ends."""
+        """Unix time at which the allocation ends; None: never, or unknown."""
         ...
 
     def memory_limits(self) -> dict[str, int]:
-        """Bytes of host memory that the job may take, by node name; nothing for a node without a limit."""
+        """Bytes of host memory that the job may use, by node name; a node without a limit is left out."""
         ...
 
     def switches(self) -> dict[str, str]:
-        """The leaf switch of every node by name; empty where the network's topology is not known."""
+        """Leaf switch of every node, by node name; empty if the topology is unknown."""
         ...
 
     def why_ended(self) -> Cause:
-        """What TERM means: whoever ends the allocation tells nobody but Slurm."""
+        """Meaning of a TERM, which only Slurm knows."""
         ...
 
     def why_lost(self, job: str, restart: int) -> Cause:
-        """What ended a start that left no last word."""
+        """Cause of the end of a start that recorded none itself."""
         ...
 
     def runs(self, job: str, restart: int) -> bool | None:
-        """Whether this start of a job of the same kind still runs; None where nobody can say."""
+        """True while this start of a job of the same kind still runs; None if unknown."""
         ...
 
     def lost_nodes(self) -> dict[str, str]:
-        """Names of the allocation's nodes that are down or do not answer, and how that is known."""
+        """Nodes of the allocation that are down or do not answer, by name, each with the evidence."""
         ...
 
     def requeue(self) -> None:
-        """Lets the same job run again."""
+        """Make the same job run again."""
         ...
 
     def exclude(self, nodes: Sequence[str]) -> None:
-        """Keeps the job, which waits for its next start, off these nodes."""
+        """Exclude these nodes from the next start of the waiting job."""
         ...
 
     def show(self, text: str) -> None:
-        """Tells the queue what the job is doing."""
+        """Show the job's current activity in the queue."""
         ...
 
 
 def places_text(places: Sequence[AllocatedNode]) -> str:
-    """The places as tasks read them: `0=node01,1=node03`."""
+    """Places in the form that tasks parse: `0=node01,1=node03`."""
     return ",".join(f"{place.index}={place.name}" for place in places)
 
 
 def launch(argv: Sequence[str], env: dict[str, str], run_dir: str, stage: str) -> subprocess.Popen[bytes]:
-    """A launcher process in a session of its own, its stderr in the stage's launcher log."""
+    """Start a launcher process in a new session, its stderr in the stage's launcher log."""
     log = launcher_log(run_dir, stage)
     private_folder(log.parent)
     errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -213,7 +213,7 @@ def launch(argv: Sequence[str], env: dict[str, str], run_dir: str, stage: str) -
 
 
 def log_size(log: Path) -> int:
-    """Bytes that a launcher log holds already."""
+    """Current size of a launcher log in bytes."""
     return log.stat().st_size if log.exists() else 0
 
 

@@ -1,6 +1,6 @@
-"""Submission to Slurm: jobs whose batch script becomes the controller, through submitit.
+"""Submission to Slurm through submitit; each job's batch script becomes the controller.
 
-Needs neither Slurm nor torch to make the scripts' text.
+Making the scripts' text needs neither Slurm nor torch.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from vime.system.files import PRIVATE, write_file
 from vime.system.private import private_folder
 
 MAX_SIGNAL_LEAD_S = 65535
-"""Slurm's limit."""
+"""Longest signal lead in seconds that Slurm accepts."""
 
 
 class ControllerJob:
-    """Pickled by submitit: path of the run folder and name of the link, nothing else."""
+    """Pickled by submitit; holds only the run folder's path and the link's name."""
 
     def __init__(self, run_dir: str, link: str | None = None) -> None:
         self.run_dir, self.link = run_dir, link
 
     def __call__(self) -> str:
-        # The controller's handlers replace submitit's, which would act in the middle of anything.
+        # The controller's handlers replace submitit's, which would interrupt at any point.
         cause = find_scheduler("slurm").control(self.run_dir, link=self.link)
         if cause:
             sys.exit(int(cause))
         return cause.name
 
     def checkpoint(self) -> Any:
-        """Called by submitit for a signal before the controller has handlers of its own: run again from the start."""
+        """Called by submitit on a signal before the controller has installed its handlers: run again from the start."""
         from submitit.core.utils import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -63,7 +63,7 @@ class Script:
 
 
 def cpus_needed(plan: Plan) -> int:
-    """CPUs a node, where the job does not take whole nodes."""
+    """CPUs per node, for jobs that do not take whole nodes."""
     by_stage = [stage.tasks_per_node * (stage.cpus_per_task or 1) for stage in plan.stages]
     per_slot = plan.recipe.resources.num_cpus_per_rank or 1
     return plan.cluster.cpus_per_node or max([*by_stage, *(node.gpus * per_slot for node in plan.nodes)])
@@ -75,17 +75,17 @@ def job_name(plan: Plan, link: Link | None) -> str:
 
 
 def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = None) -> dict[str, Any]:
-    """Options of a job in submitit's names; those that it has no name for stand in `additional_parameters`.
+    """Options of a job under submitit's names; those without a name there go into `additional_parameters`.
 
-    `after` is the id of the job that must have succeeded before this link of a chain starts.
+    `after`: id of the job that must succeed before this link of a chain starts.
     """
     plan = part(plan, link)
     cluster = plan.cluster
     more: dict[str, Any] = {
-        # B: signals the batch process, which is the controller; without it Slurm would signal the steps.
+        # B: signal the batch process, which is the controller, instead of the steps.
         "signal": f"B:USR2@{min(math.ceil(lead_s(plan)), MAX_SIGNAL_LEAD_S)}",
         "requeue": True,
-        # Without it a job whose dependency has failed would wait for ever.
+        # kill-on-invalid-dep: otherwise a job whose dependency has failed would wait for ever.
         **({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
         **cluster.extra_sbatch,
     }
@@ -113,14 +113,14 @@ def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = 
 
 
 def setup_lines(plan: Plan) -> list[str]:
-    """Shell lines before Python starts: the profile's, its environment, and the run's own code first on the path."""
+    """Shell lines before Python starts: the profile's setup and environment, and the run's code first on the path."""
     cluster = plan.cluster
     lines = module_lines(cluster.modules) if cluster.modules else []
     if cluster.venv is not None:
         lines.append(f"source {shlex.quote(f'{cluster.venv}/bin/activate')}")
     lines += [*cluster.setup, *export_lines(cluster.env)]
     if plan.code is not None:
-        # The folder in which the run was submitted may hold plug-ins; it may also be the checkout, so it comes second.
+        # The submit folder may hold plug-ins, but may also be the checkout, so it comes second.
         # Python itself would put it first.
         lines.append(f'export PYTHONPATH={shlex.quote(plan.code)}:"$SLURM_SUBMIT_DIR${{PYTHONPATH:+:$PYTHONPATH}}"')
         lines.append("export PYTHONSAFEPATH=1")
@@ -128,9 +128,9 @@ def setup_lines(plan: Plan) -> list[str]:
 
 
 def module_lines(modules: Sequence[str]) -> list[str]:
-    """Shell lines that load modules, or end the job with a message.
+    """Shell lines that load modules, or end the job with a message on failure.
 
-    A batch shell may lack the function `module`, and old versions of it succeed where there is no such module.
+    A batch shell may lack the function `module`, and its old versions succeed for an unknown module.
     """
     names = shlex.join(modules)
     missing = shlex.quote(f"error: the modules {' '.join(modules)} of the cluster profile cannot be loaded on")
@@ -158,7 +158,7 @@ def _executor(plan: Plan, link: Link | None = None, after: str | None = None) ->
             return 2  # the script's text can be made on a machine without Slurm
 
         def _submit_command(self, command: str) -> Any:
-            """As submitit's, with vime's own call of sbatch: cleaned environment, deadline, whole answer."""
+            """Like submitit's, through vime's call of sbatch: cleaned environment, deadline, whole answer."""
             draft = self.folder / f".submission_file_{(word := uuid.uuid4().hex)}.sh"
             draft.write_text(self._make_submission_file_text(command, word), encoding="utf-8")
             try:
@@ -172,7 +172,7 @@ def _executor(plan: Plan, link: Link | None = None, after: str | None = None) ->
             self._set_job_permissions(job.paths.folder)
             return job
 
-    # exec: the batch process must be Python itself, since Slurm signals that process alone.
+    # exec: the batch process must be Python itself, since Slurm signals only that process.
     python = "exec " + shlex.quote(plan.cluster.interpreter or sys.executable)
     executor = Executor(submit_folder(plan), max_num_timeout=plan.max_timeouts, python=python)
     executor.update_parameters(**sbatch_parameters(plan, link, after))
@@ -184,20 +184,20 @@ def submit_folder(plan: Plan) -> Path:
 
 
 def sbatch_text(plan: Plan, link: Link | None = None, after: str | None = None) -> str:
-    """A batch script, exactly as it will be submitted."""
+    """Batch script, exactly as it will be submitted."""
     executor = _executor(plan, link, after)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def scripts(plan: Plan) -> tuple[Script, ...]:
-    """The batch scripts of a run in order, as Slurm can be asked about them: without the ids of jobs that are to be."""
+    """Batch scripts of a run in order, without dependencies: the ids of later jobs do not exist yet."""
     if plan.shape == "chain":
         return tuple(Script(link.name, sbatch_text(plan, link)) for link in links(plan))
     return (Script(None, sbatch_text(plan)),)
 
 
 def step_calls(plan: Plan) -> list[str]:
-    """The srun call of every stage as a line of shell; only the allocation knows the names of its nodes."""
+    """One shell line per stage with its srun call; node names are known only in the allocation."""
     lines = []
     for stage in plan.stages:
         python = step_python(plan.cluster)
@@ -209,7 +209,7 @@ def step_calls(plan: Plan) -> list[str]:
 
 
 def write_scripts(plan: Plan) -> list[Path]:
-    """Writes the scripts as a person can submit them with sbatch: their last line starts vime.launch; their paths."""
+    """Write scripts that a person can submit with sbatch: their last line starts vime.launch. Returns their paths."""
     folder, written = private_folder(submit_folder(plan)), []
     for link in links(plan) if plan.shape == "chain" else (None,):
         executor = _executor(plan, link)
@@ -221,13 +221,13 @@ def write_scripts(plan: Plan) -> list[Path]:
 
 
 def submit(plan: Plan) -> str:
-    """Submits the run; the id of its (first) job."""
+    """Submit the run; return the id of its (first) job."""
     return submit_jobs(plan)[0].job_id
 
 
 def submit_jobs(plan: Plan) -> tuple[Job, ...]:
-    """Submits the run's jobs. `check_path` goes before. Raises BadInput; then nothing is queued."""
-    # The jobs unpickle what lies here: nobody else may write to it, or to a folder above it.
+    """Submit the run's jobs, after `check_path`. Raises BadInput; then nothing is queued."""
+    # The jobs unpickle files from here: nobody else may write to this folder, or to one above it.
     make_run_folder(plan.run_dir)
     private_folder(submit_folder(plan))
     jobs: list[Job] = []
@@ -249,20 +249,20 @@ def _submit_one(plan: Plan, link: Link | None, after: str | None) -> Job:
 
 
 def check_container(plan: Plan) -> None:
-    """Raises BadInput where a folder of the run cannot be mounted in the profile's container."""
+    """Raise BadInput if a folder of the run cannot be mounted in the profile's container."""
     if plan.cluster.container is not None:
         mounts(plan, plan.cluster.container)
 
 
 def check_path(run_dir: str) -> None:
-    """Slurm reads `%` in the names of output files, a script's line ends at a newline, and a search path has colons."""
+    """Refuse `%` (expanded by Slurm in output names), newlines (break the script) and colons (separate paths)."""
     for character, name in (("%", "a percent sign"), ("\n", "a newline"), ("\\", "a backslash"), (":", "a colon")):
         if character in run_dir:
             raise BadInput(f"run folder {run_dir!r} has {name} in it, which a job cannot take: give another --run-dir")
 
 
 def check_free(run_dir: str | os.PathLike[str]) -> None:
-    """A run folder belongs to one run at a time. Raises BadInput while a job of it is in the queue."""
+    """Raise BadInput while a job of this run folder is in the queue: it belongs to one run at a time."""
     for job in read_jobs(run_dir):
         state = slurm.job_state(job.job_id)
         if state is not None and state.active:

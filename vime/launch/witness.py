@@ -1,4 +1,4 @@
-"""The witness of a controller: a small process that writes the run's last word when the controller was killed."""
+"""The witness: a small process that records the run's end if the controller is killed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 
 @contextlib.contextmanager
 def witnessed(run_dir: str) -> Iterator[None]:
-    """The process inside is watched. Entered before it starts any thread or child.
+    """Watch this process inside the block. Enter before any thread or child starts.
 
-    Slurm may kill the witness together with the controller; then the run's next start tells of it.
+    Slurm may kill the witness together with the controller; then the run's next start records the end.
     """
     watched, life = os.pipe2(os.O_CLOEXEC)
     controller = os.getpid()
@@ -27,7 +27,7 @@ def witnessed(run_dir: str) -> Iterator[None]:
     if pid == 0:
         try:
             os.setsid()
-            # Slurm's warnings are for the controller.
+            # Slurm's warnings are meant for the controller.
             for number in _DEAF_TO:
                 signal.signal(number, signal.SIG_IGN)
             os.close(life)
@@ -44,7 +44,7 @@ def witnessed(run_dir: str) -> Iterator[None]:
 
 
 def tell_of_death(run_dir: str, controller: int) -> None:
-    """Ends the journal of a controller that has ended without a last word."""
+    """Write the final event for a controller that ended without one."""
     events = last_start(read_events(run_dir))
     if not events or events[0].data.get("pid") != controller or events[-1].kind in ENDS:
         return
@@ -57,7 +57,7 @@ def tell_of_death(run_dir: str, controller: int) -> None:
 
 
 def running_stage(events: list[Event]) -> str | None:
-    """The stage that a start's events leave running, services aside where another runs."""
+    """Stage still running after a start's events; a service only if no other stage runs."""
     running: list[str] = []
     for event in events:
         if event.kind == "stage-start" and event.stage:

@@ -1,6 +1,6 @@
-"""`python -m vime.node.post_mortem`: the state of a node's GPUs after training failed, reported as a `result`.
+"""`python -m vime.node.post_mortem`: reports the state of a node's GPUs after training failed, as a `result`.
 
-The stage is in no plan: the controller starts it where a fault of a GPU may have ended training.
+The stage is in no plan: the controller starts it if a GPU fault may have ended training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POST_MORTEM = "post-mortem"
 
 
 def post_mortem_stage(plan: Plan) -> Stage:
-    """One look at every node, with the GPUs that the plan's largest stage asks for."""
+    """Stage that inspects every node, with the GPUs of the plan's largest stage."""
     return Stage(
         name=POST_MORTEM,
         nodes=tuple(node.index for node in plan.nodes),

@@ -1,4 +1,4 @@
-"""`python -m vime.node.ray_node --run DIR --head|--worker`: Ray on one node, as the plan says.
+"""`python -m vime.node.ray_node --run DIR --head|--worker`: Ray on one node, according to the plan.
 
 The head and the first worker also report when the GCS answers and when every node of the plan is alive.
 """
@@ -26,7 +26,7 @@ from vime.run.tokens import RAY_TOKEN, read_token, token_path
 
 POLL_S = 0.5
 MEMORY_THRESHOLD = "0.98"
-"""Ray's own killer starts above this share of memory; CPU Adam fills nodes on purpose."""
+"""Share of memory above which Ray kills workers. High, since CPU Adam fills nodes on purpose."""
 _ALIVE = 0
 _HEAD_PORTS = ("gcs",)
 _NODE_PORTS = (
@@ -35,28 +35,28 @@ _NODE_PORTS = (
 
 
 def ray_environment(run_dir: str) -> dict[str, str]:
-    """Variables of every Ray process; the token is named by its file, so it stands in no environment."""
+    """Variables of every Ray process; they name the token's file, not the token."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path(run_dir, RAY_TOKEN)),
         "RAY_memory_usage_threshold": MEMORY_THRESHOLD,
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
-        # Draining a node that ends with the whole run would wait half a minute for nothing.
+        # Draining would wait half a minute for nothing: the nodes end together with the run.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Its exporter would serve metrics to everyone, on every interface.
+        # Ray's exporter would serve metrics to everyone, on every interface.
         "RAY_enable_metrics_collection": "0",
         "RAY_DEDUP_LOGS": "0",
-        # Ray would put its actors, which are the run itself, behind everything else on the node.
+        # Ray would give its actors, which are the run itself, the lowest priority on the node.
         "RAY_worker_niceness": "0",
-        # The plan says which GPU a rank takes; Ray's own order is shuffled.
+        # The plan assigns GPUs to ranks; Ray's own order is shuffled.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
 
 
 def live_addresses(address: str) -> set[str]:
-    """Addresses of the Ray nodes that the GCS says are alive. Raises what the GCS client raises while it is away."""
+    """Addresses of the Ray nodes that the GCS calls alive. Raises the client's errors while the GCS is away."""
     from ray._raylet import GcsClient
 
     nodes = GcsClient(address=address).get_all_node_info(timeout=5)
@@ -70,9 +70,9 @@ def wait_nodes(
     *,
     on_missing: Callable[[list[str]], None] = lambda missing: None,
 ) -> None:
-    """Returns when the nodes at all wanted addresses are alive, asking the GCS at `address`.
+    """Wait until the nodes at all wanted addresses are alive, according to the GCS at `address`.
 
-    Raises DeadlineExceeded naming the missing addresses.
+    Raises DeadlineExceeded with the missing addresses.
     """
     deadline, told = time.monotonic() + deadline_s, None
     while True:
@@ -91,13 +91,13 @@ def wait_nodes(
 
 
 def names_of(binding: Binding, missing: list[str]) -> list[str]:
-    """Missing addresses as hosts."""
+    """Host names of the missing addresses."""
     hosts = {node.address: node.host for node in binding.nodes}
     return [f"{hosts[item]} ({item})" if item in hosts else item for item in missing]
 
 
 def check_ports(plan: Plan, binding: Binding, node: int) -> None:
-    """Raises VimeError where somebody has taken a port of Ray's since preflight; Ray would only say that it died."""
+    """Raise VimeError if one of Ray's ports was taken since preflight; Ray would only report that it died."""
     busy, ports = listening_ports(), planned_ports.moved(plan.ports, binding.port_offset)
     names = _NODE_PORTS + (_HEAD_PORTS if node == 0 else ())
     for name in names:
@@ -106,7 +106,7 @@ def check_ports(plan: Plan, binding: Binding, node: int) -> None:
 
 
 class Readiness(threading.Thread):
-    """Reports when the nodes that are waited for are alive; ends this process when they are not in time."""
+    """Reports once the awaited nodes are alive; ends this process if they are late."""
 
     def __init__(self, plan: Plan, binding: Binding, waits_for: list[int], deadline_s: float) -> None:
         super().__init__(daemon=True)
@@ -130,10 +130,11 @@ class Readiness(threading.Thread):
 
 
 def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadline_s: float) -> int:
-    """Runs Ray on this node to its end, reporting when the nodes it waits for are alive."""
+    """Run Ray on this node to its end, and report once the awaited nodes are alive."""
     temp_dir = Path(os.environ.get("TMPDIR", "/tmp")) / "ray"
     os.environ.update(ray_environment(plan.run_dir))
-    # Ray reads how it authenticates when it is loaded, and two threads that load it at once find it half loaded.
+    # Import here, in one thread: Ray reads its authentication settings on import, and a second thread that imports
+    # it at the same time would find it half loaded.
     import ray  # noqa: F401
 
     parameters = ray_parameters(plan, binding, node, temp_dir=str(temp_dir), cpus=len(os.sched_getaffinity(0)))
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         plan, binding = read_plan(args.run), read_binding(args.run)
-        read_token(args.run, RAY_TOKEN)  # is it there, and private?
+        read_token(args.run, RAY_TOKEN)  # fails unless it exists and is private
         node, rank = int(os.environ["VIME_NODE"]), int(os.environ["RANK"])
         check_ports(plan, binding, node)
         stage = next(stage for stage in plan.stages if stage.name == ("ray-head" if args.head else "ray-workers"))

@@ -1,9 +1,9 @@
-"""Ray's processes on one node: what `ray start --block` does, less what a run has no use for.
+"""Ray's processes on one node: `ray start --block` without the parts that a run does not use.
 
-The command takes as much processor time to load as all that it starts, brings servers along that stay idle (the
-dashboard's, the autoscaler's, one for remote drivers), and ends when a raylet takes more than 30 s to register, as many
-nodes that load from one file system at once do. So vime builds Ray's own `Node`. That is not Ray's public interface:
-Ray's version is pinned, and tests/e2e/test_slurm_ray.py starts it.
+Loading the command takes as much processor time as all that it starts, and it adds idle servers (dashboard, autoscaler,
+remote drivers). It fails if a raylet takes more than 30 s to register, which happens when many nodes load from one file
+system at once. So vime builds Ray's own `Node`. That is no public interface: Ray's version is pinned, and
+tests/e2e/test_slurm_ray.py starts it.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from vime.run.plan import Binding, Plan
 
 POLL_S = 0.5
 HELPERS_NICE, LOGS_NICE = 19, 10
-"""Of Ray's agents and of its log monitor: they load as long as all else together, and nothing waits for them."""
+"""Niceness of Ray's agents and log monitor: they load as long as all else together, and nothing waits for them."""
 TAIL_LINES, TAIL_BYTES = 40, 16384
-"""Of a log of Ray's."""
+"""Size of the tail read from one of Ray's logs."""
 STOPPED = 128 + signal.SIGTERM
 
 
 class Terminated(BaseException):
-    """This process was told to end. No `Exception`: Ray tries again after those."""
+    """This process was asked to end. Not an `Exception`: Ray retries after those."""
 
 
 def pin_resource(node: int) -> str:
-    """The custom resource that only this logical node offers."""
+    """Custom Ray resource that only this logical node offers."""
     return f"slurm_rank_{node}"
 
 
 def gcs_address(plan: Plan, binding: Binding) -> str:
-    """Where every Ray process of the run finds its head."""
+    """Address at which every Ray process of the run finds its head."""
     return f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
 
 
 def logical_cpus(plan: Plan, node: int, present: int) -> int:
-    """CPUs that Ray may give away: those that are there, and at least what the node's slots ask for.
+    """CPUs that Ray may assign: those present, but at least as many as the node's slots request.
 
-    They place actors and limit nothing, so a small machine may offer more than it has.
+    They serve placement only and limit nothing, so a small machine may offer more than it has.
     """
     per_slot = plan.recipe.resources.num_cpus_per_rank or 1
     return max(present, plan.nodes[node].gpus * per_slot + 1)
 
 
 def ray_parameters(plan: Plan, binding: Binding, node: int, *, temp_dir: str, cpus: int) -> dict[str, Any]:
-    """Arguments of Ray's RayParams for a logical node; the first one is the head.
+    """Arguments of Ray's RayParams for a logical node; node 0 is the head.
 
-    The helpers of a raylet have ports of the plan, so that it need not wait until they tell theirs.
+    A raylet's helpers use ports of the plan, so that it need not wait for their announcements.
     """
     here, ports = binding.nodes[node], planned_ports.moved(plan.ports, binding.port_offset)
     parameters: dict[str, Any] = {
@@ -78,20 +78,19 @@ def ray_parameters(plan: Plan, binding: Binding, node: int, *, temp_dir: str, cp
     }
     if node == 0:
         return {**parameters, "gcs_server_port": ports.gcs, "temp_dir": temp_dir}
-    # A worker's folder is the head's path, on the worker's own disk.
+    # A worker's folder has the head's path, but on the worker's own disk.
     return {**parameters, "gcs_address": gcs_address(plan, binding)}
 
 
 class RayProcesses:
-    """Ray on this node, from its start to its end. All of it in the main thread: Ray's processes end with the thread
-    that started them."""
+    """Ray on this node, from start to end. Main thread only: Ray's processes end with the thread that started them."""
 
     def __init__(self, parameters: dict[str, Any], deadline_s: float) -> None:
         self._parameters, self._deadline = parameters, time.monotonic() + deadline_s
         self._node: Any = None
 
     def run(self) -> int:
-        """Blocks until a process of Ray's ends, which ends the others, or this one is told to. An exit code."""
+        """Block until a process of Ray ends, which ends the others, or a signal arrives. Returns an exit code."""
         signal.signal(signal.SIGTERM, _stop)
         try:
             self._start()
@@ -122,31 +121,32 @@ class RayProcesses:
             nice = LOGS_NICE if component == ray_constants.PROCESS_TYPE_LOG_MONITOR else HELPERS_NICE
             return ["nice", "-n", str(nice), *interpreter(component, *args, **options)]
 
-        # What starts the helpers; the raylet and the run's own processes do not go through it.
+        # Ray starts only its helpers through this function, neither the raylet nor the run's own processes.
         services._build_python_executable_command_memory_profileable = patient
 
         class RunNode(Node):
             def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
-                # Without the dashboard this server has one module left, the usage statistics that are off.
+                # Without the dashboard only one module of this server is left: usage statistics, which are off.
                 self._webui_url = ""
 
             def start_ray_processes(self) -> None:
                 processes._node = self
-                # The raylet gives its helper 15 s to write this file, whose content is known: `Node` does not tell it.
+                # The raylet waits at most 15 s for its helper to write this file. Written here instead, since `Node`
+                # does not pass on the known port.
                 port = processes._parameters["dashboard_agent_listen_port"]
                 persist_port(self._session_dir, self._node_id, DASHBOARD_AGENT_LISTEN_PORT_NAME, port)
                 super().start_ray_processes()
                 processes._wait_registered()
-                # It brings the lines of actors to the driver, and there are none before this.
+                # Started last: it sends the lines of actors to the driver, and there are none before.
                 self.start_log_monitor()
 
         head = "gcs_address" not in self._parameters
         node = RunNode(RayParams(**self._parameters), head=head, shutdown_at_exit=False, spawn_reaper=True)
-        # Where `ray status` of a person who looks finds the head.
+        # Lets `ray status`, run by a person, find the head.
         write_ray_address(node.gcs_address, node.get_temp_dir_path())
 
     def _wait_registered(self) -> None:
-        """Until the GCS knows the raylet. Raises VimeError where a process has ended or the deadline has passed."""
+        """Wait until the GCS knows the raylet. Raises VimeError if a process has ended or the deadline has passed."""
         node = self._node
         while not any(found.hex() == node._node_id for found in node.get_gcs_client().get_all_node_info(timeout=30)):
             if dead := node.dead_processes():
@@ -156,7 +156,7 @@ class RayProcesses:
             time.sleep(0.1)
 
     def _last_words(self, dead: list[tuple[str, Any]]) -> str:
-        """Names of processes that have ended; what they said goes to this one's log, for theirs are on the node."""
+        """Names of ended processes; copies their last lines to this process's log, since theirs are node-local."""
         for name, _ in dead:
             for path in sorted(Path(self._node.get_logs_dir_path()).glob(f"{name}.*")):
                 with path.open("rb") as file:

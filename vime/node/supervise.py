@@ -1,6 +1,6 @@
-"""Runs one command and answers for everything that descends from it: nothing of it outlives the supervisor.
+"""Runs one command and controls all its descendants: none outlives the supervisor.
 
-Linux only: the supervisor becomes the reaper of orphans below it, so a daemon that detaches stays its descendant.
+Linux only: the supervisor is the subreaper of orphans below it, so a detached daemon stays its descendant.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LONGEST_LINE = 64 * 1024
 
 @dataclass(frozen=True)
 class Exit:
-    """How a command ended."""
+    """End of a command."""
 
     code: int
-    """Its exit code; 128 + signal when a signal ended it."""
+    """Exit code; 128 + signal if a signal ended the command."""
     signal: int | None
     stopped: bool
-    """The supervisor had been told to end it."""
+    """True if the supervisor was asked to end the command."""
     tail: tuple[str, ...]
-    """Last lines of its output."""
+    """Last lines of the command's output."""
 
     @property
     def meaning(self) -> str:
@@ -61,7 +61,7 @@ class Supervisor:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def run(self) -> Exit:
-        """Runs the command to its end, or ends it on TERM, INT, HUP or the death of the parent."""
+        """Run the command to its end, or end it on TERM, INT, HUP or the death of the parent."""
         raise_soft_limits()
         adopt_orphans()
         watched = {*STOP_SIGNALS, signal.SIGCHLD}
@@ -112,7 +112,7 @@ class Supervisor:
             os._exit(127)
 
     def _wait(self, child: int, watched: set[signal.Signals]) -> tuple[int, bool]:
-        """Wait status of the child, and whether the supervisor was told to end it."""
+        """Wait status of the child, and True if the supervisor was asked to end it."""
         deadline: float | None = None
         while True:
             while (ended := _reap()) is not None:
@@ -129,7 +129,7 @@ class Supervisor:
                     os.kill(child, signal.SIGTERM)
 
     def _clear(self, watched: set[signal.Signals]) -> None:
-        """Ends what the command left behind: TERM, and KILL after two seconds, until nothing is below."""
+        """End the command's remaining descendants: TERM, KILL after two seconds, until none is left."""
         begin, killed = time.monotonic(), False
         if kill_tree(os.getpid(), signal.SIGTERM) == 0:
             return
@@ -147,7 +147,7 @@ class Supervisor:
             signal.sigtimedwait(watched, 0.2)
 
     def _pump_output(self, descriptor: int) -> None:
-        """Copies the command's output to the log, a time before each line, so that the logs of nodes can be merged."""
+        """Copy the command's output to the log with a time before each line, so that logs of nodes can be merged."""
         log = _Log(self._log)
         for line in _lines(descriptor):
             log.write(line)
@@ -160,7 +160,7 @@ class Supervisor:
 
 
 class _Log:
-    """A log whose lines may be lost while the file system is full or read-only; the command goes on all the same."""
+    """A log that loses lines while the file system is full or read-only, but never stops the command."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, -1
@@ -176,7 +176,7 @@ class _Log:
                 self._lost = 0
             os.write(self._descriptor, _stamped(line))
         except OSError:
-            # The tail that the exit report brings has the last of them.
+            # The exit report's tail still has the last of them.
             self._lost += 1
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ def _stamped(line: bytes) -> bytes:
 
 
 def _reap() -> tuple[int, int] | None:
-    """(pid, wait status) of a child that has ended."""
+    """(pid, wait status) of a child that has ended; None without one."""
     try:
         pid, status = os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
@@ -200,7 +200,7 @@ def _reap() -> tuple[int, int] | None:
 
 
 def _lines(descriptor: int):
-    """Lines that arrive, until every writer has closed; a line without an end is cut where it grows too long."""
+    """Yield lines until every writer has closed; split overlong lines."""
     rest = b""
     while data := os.read(descriptor, 65536):
         *lines, rest = (rest + data).split(b"\n")

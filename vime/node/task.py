@@ -1,6 +1,6 @@
 """`python -m vime.node.task --run DIR --stage NAME`: one task of a stage on its node, started by a runner.
 
-It finds its logical node and rank, sets the command's environment and supervises it; nothing of it stays behind.
+It finds its logical node and rank, sets the command's environment and supervises the command to its end.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "PMI_", "PMI2_", "PMIX_", "
 
 @dataclass(frozen=True)
 class TaskRank:
-    """Where a task stands in its stage."""
+    """Position of a task in its stage."""
 
     node: int
-    """Logical node (before the binding exists: place in the allocation)."""
+    """Number of the logical node (before the binding exists: place in the allocation)."""
     rank: int
     world_size: int
     local_rank: int
@@ -50,9 +50,9 @@ class TaskRank:
 
 
 def find_rank(stage: Stage, environ: Mapping[str, str]) -> TaskRank:
-    """From `VIME_PLACES` (`0=node01,1=node03`: the stage's nodes in order) and the name of this node.
+    """Find node and rank from `VIME_PLACES` (`0=node01,1=node03`: the stage's nodes in order) and this node's name.
 
-    Slurm's own numbers of nodes and tasks count inside the step, so they say nothing about the plan.
+    Slurm's own node and task numbers count inside the step, so they do not map to the plan.
     """
     try:
         places = [entry.split("=", 1) for entry in environ[PLACES].split(",")]
@@ -82,22 +82,22 @@ CACHES = {
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "CUDA_CACHE_PATH": "cuda",
 }
-"""Caches of compiled kernels. They default to the home folder, a network file system that hundreds of ranks would
-write to at once; here they are folders of the job's node-local files, unless somebody has set them."""
+"""Caches of compiled kernels, by variable. They default to the home folder, a network file system that hundreds of
+ranks would write to at once; here they are node-local folders of the job, unless already set."""
 
 
 def task_env(
     plan: Plan, stage: Stage, task: TaskRank, binding: Binding | None, environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """The command's environment: this one without Slurm's and MPI's variables; the profile's, the stage's, the ranks.
+    """Command's environment: this process's without Slurm's and MPI's variables, the profile's, the stage's, the ranks.
 
-    Whatever starts inside would take Slurm's variables for its own: Ray's workers inherit them from the raylet.
+    Processes started inside would mistake Slurm's variables for their own: Ray's workers inherit the raylet's.
     """
     env = {name: value for name, value in environ.items() if not name.startswith(_FOREIGN)}
     env.update(resolve({**plan.cluster.env, **stage.env}, environ))
     job = environ.get(JOB, "local")
     if visible := environ.get(VISIBLE) or environ.get("CUDA_VISIBLE_DEVICES"):
-        # The GPUs that the scheduler gave the job here; Ray and the ranks narrow CUDA's own variable.
+        # GPUs that the scheduler assigned on this node; Ray and the ranks narrow CUDA's own variable.
         env[VISIBLE] = visible
     env.update(
         RANK=str(task.rank),
@@ -124,7 +124,7 @@ def task_env(
         )
         if here.interface:
             env.setdefault("GLOO_SOCKET_IFNAME", here.interface)
-            # NCCL takes a bare name for a prefix.
+            # `=`: NCCL treats a bare name as a prefix.
             env.setdefault("NCCL_SOCKET_IFNAME", f"={here.interface}")
         if here.rdma:
             env.setdefault("NCCL_IB_HCA", "=" + ",".join(here.rdma))
@@ -132,7 +132,7 @@ def task_env(
 
 
 def stage_of(plan: Plan, name: str) -> Stage:
-    """The plan's stage of this name, or one that the controller adds: the sweep, the post-mortem."""
+    """Stage of this name: the plan's, or one that the controller adds (sweep, post-mortem)."""
     for stage in plan.stages:
         if stage.name == name:
             return stage
@@ -144,14 +144,14 @@ def stage_of(plan: Plan, name: str) -> Stage:
 
 
 def run_task(run_dir: str, stage_name: str) -> int:
-    """Runs the task to its end; the command's exit code."""
+    """Run the task to its end; return the command's exit code."""
     plan = read_plan(run_dir)
     stage = stage_of(plan, stage_name)
     task = find_rank(stage, os.environ)
     binding = find_binding(run_dir)
     env = task_env(plan, stage, task, binding, os.environ)
     for artefact in stage.inputs:
-        # The stage before may have written it on another node. One that does not appear is the command's to report.
+        # The previous stage may have written it on another node. If it does not appear, the command reports it.
         appears(artefact.path)
     folder = NodeFolder(Path(env["TMPDIR"]).name)
     log = task_log(run_dir, stage_name, task.node, task.rank, stage.tasks_per_node)
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return int(error.cause)
     except OSError as error:
-        # To stdout, which srun brings to the controller; stderr lands on the file system that may be what failed.
+        # To stdout, which srun forwards to the controller; stderr goes to the file system, which may have failed.
         print(f"error: {socket.gethostname()}: {error}", flush=True)
         return int(Cause.STORAGE if is_storage_error(error) else Cause.CODE_ERROR)
 

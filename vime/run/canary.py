@@ -1,6 +1,6 @@
-"""Files in the run folder that show controller and nodes to see the same folder.
+"""Files in the run folder that prove that controller and nodes see the same folder.
 
-The controller's word travels to the nodes in `CANARY` too, so that a node knows what it has to find.
+The nodes get the controller's word through `CANARY` too, so that each knows what it must find.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vime.system.files import PRIVATE, write_file
 from vime.system.visible import names_in, patience_s
 
 CANARY = "VIME_CANARY"
-"""Environment variable of a task: the word that the controller has written."""
+"""Environment variable of a task: the word written by the controller."""
 _NAME = ".canary"
 SEEN_DEADLINE_S = 10.0
-"""Shortest wait for a file of another machine."""
+"""Shortest wait for a file from another machine."""
 _POLL_S = 0.1
 
 
@@ -34,7 +34,7 @@ def release_canary(run_dir: str | os.PathLike[str]) -> str:
 
 
 def read_canary(run_dir: str | os.PathLike[str], expected: str | None = None) -> str | None:
-    """Word that this node sees; None where there is none. Waits for `expected`, which may become visible late."""
+    """Word that this node sees, or None. Waits for `expected`, which may become visible late."""
     path = control_folder(run_dir) / _NAME
     deadline = time.monotonic() + (0.0 if expected is None else max(SEEN_DEADLINE_S, patience_s(path)))
     while (word := _read(path)) != expected and time.monotonic() < deadline:
@@ -51,16 +51,16 @@ def _read(path: Path) -> str | None:
 
 
 def answer_canary(run_dir: str | os.PathLike[str]) -> None:
-    """Write this node's own file. Raises OSError where it cannot."""
+    """Write this node's own file. Raises OSError on failure."""
     write_file(_answer(run_dir, socket.gethostname()), socket.gethostname(), mode=PRIVATE)
 
 
 def hosts_unseen(run_dir: str | os.PathLike[str], hosts: set[str]) -> set[str]:
-    """Hosts whose file does not show up here, however late the file system shows files of other machines."""
+    """Hosts whose file stays invisible here, even after the file system's delay for files of other machines."""
     folder = control_folder(run_dir)
     deadline = time.monotonic() + max(SEEN_DEADLINE_S, patience_s(folder))
     while True:
-        # A name that was never looked up is not remembered as missing, and a listing may be old.
+        # The listing may be stale, but looking up a name before it exists would cache it as missing.
         listed = names_in(folder)
         unseen = {host for host in hosts if _answer(run_dir, host).name not in listed}
         unseen = {host for host in unseen if not _answer(run_dir, host).exists()}

@@ -1,4 +1,4 @@
-"""The shape `chain`: one Slurm job a stage, each with the plan of its own part. The stages are the plan's own."""
+"""The shape `chain`: one Slurm job per stage, each with its part of the plan."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from vime.errors import BadInput
 from vime.run.plan import Memory, NodePlan, Plan, Stage
 
 LOOKS = ("preflight", "ring")
-"""Stages that look at a job's nodes: the second one at what connects them, where they work together."""
+"""Stages that test a job's nodes; `ring` tests the network, if the nodes work together."""
 _MARGIN_S = 300.0
-"""Margin of a job's time limit over its stages' deadlines, which then fire first and name what hangs."""
+"""Margin of a job's time limit over its stages' deadlines, so that those expire first and name the stage that hangs."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One job of a run. A run of the shape `allocation` is one job, and has no links."""
+    """One job of a chain. A run of the shape `allocation` is one job, and has no links."""
 
     name: str
     """Name of the stage that the job runs: `cast`, `convert`, `train` or `report`."""
     index: int
     stages: tuple[Stage, ...]
-    """Preflight on the job's nodes, the services that the stage needs, and the stage."""
+    """Stages of the job: preflight on its nodes, the services that the stage needs, and the stage."""
     after: str | None
-    """Name of the link that must have succeeded."""
+    """Name of the link that must succeed before this one."""
     before: str | None
     """Name of the link that waits for this one."""
 
 
 def links(plan: Plan) -> tuple[Link, ...]:
-    """The jobs of a chain in order: every stage that ends is one, with the services that stand before it."""
+    """Jobs of a chain in order: one per stage that ends, with the services that precede it."""
     groups: list[list[Stage]] = [[]]
     for stage in plan.stages:
         if stage.name in LOOKS:
@@ -52,7 +52,7 @@ def links(plan: Plan) -> tuple[Link, ...]:
 
 
 def find_link(plan: Plan, name: str | None) -> Link | None:
-    """The link of this name; None where a plan has no links and none is asked for. Raises BadInput."""
+    """Link of this name; None for a plan without links if `name` is None. Raises BadInput otherwise."""
     if plan.shape != "chain":
         if name is None:
             return None
@@ -64,7 +64,7 @@ def find_link(plan: Plan, name: str | None) -> Link | None:
 
 
 def part(plan: Plan, link: Link | None) -> Plan:
-    """The plan of one job: its stages, the nodes and GPUs they take, and no more time than they may need.
+    """Plan of one job: its stages, the nodes and GPUs they use, and the time they may need.
 
     Only the job that holds services (Ray) needs the memory of the trainer and the engines.
     """
@@ -95,7 +95,7 @@ def _nodes(stages: tuple[Stage, ...] | list[Stage]) -> int:
 
 
 def _preflight(plan: Plan, group: list[Stage]) -> tuple[Stage, ...]:
-    """Every job looks at its own nodes first: they are others than those of the job before."""
+    """Preflight stages of a job, whose nodes differ from those of the previous job."""
     count = _nodes(group)
     wanted = LOOKS if any(stage.service for stage in group) else LOOKS[:1]
     found = (stage for stage in plan.stages if stage.name in wanted)

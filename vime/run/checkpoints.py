@@ -32,7 +32,7 @@ def partial_of(root: str | Path, rollout_id: int) -> Path:
 
 
 def iteration_of(name: str) -> int | None:
-    """Rollout number of a published checkpoint's folder name; None for any other name."""
+    """Rollout number in a published checkpoint's folder name; None for any other name."""
     match = _ITERATION.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -56,7 +56,7 @@ def has_tracker(root: str | Path | None) -> bool:
 def tracked(root: str | Path) -> str:
     """Content of the tracker: an iteration's number or `release`.
 
-    Raises OSError where there is no tracker, BadInput where it says anything else, such as the path of a folder.
+    Raises OSError without a tracker, BadInput for any other content, such as the path of a folder.
     """
     with open(Path(root) / TRACKER, "rb") as file:
         content = file.read(_MOST_BYTES).decode(errors="replace").strip()
@@ -69,11 +69,11 @@ def tracked(root: str | Path) -> str:
 
 
 def tracked_folder(root: str | Path) -> Path:
-    """The folder that the tracker names. Raises OSError where there is no tracker."""
+    """Folder that the tracker names. Raises OSError without a tracker."""
     name = tracked(root)
     return Path(root) / RELEASE if name == RELEASE else folder_of(root, int(name))
 
 
 def tracks_iteration(root: str | Path | None) -> bool:
-    """True where the tracker names a rollout, at which a run resumes; False for `release` and without a tracker."""
+    """True if the tracker names a rollout, at which a run resumes; False for `release` and without a tracker."""
     return root is not None and has_tracker(root) and tracked(root).isdigit()

@@ -1,6 +1,6 @@
-"""The code of a queued run: a copy of the working tree in the run folder, so that later edits do not change the run.
+"""Code of a queued run: a copy of the working tree in the run folder, so that later edits do not change the run.
 
-A checkout is copied; what pip has installed does not change under a run and is left where it is.
+Only a checkout is copied; packages installed by pip do not change during a run.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _SKIPPED = ("__pycache__",)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a run's code, and a name made of their content."""
+    """Files of a run's code, and a name derived from their content."""
 
     files: tuple[tuple[str, Path], ...]
-    """Path in the snapshot, and the file."""
+    """(path in the snapshot, source file) of each file."""
     name: str
 
 
 def checkout() -> Path | None:
-    """The working tree that vime runs from; None where it is installed."""
+    """Working tree that vime runs from; None if vime is installed."""
     return _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "configs").is_dir() else None
 
 
 def look(recipe: Recipe) -> Snapshot | None:
-    """Files to copy for a run of the recipe: the working tree's code and the modules of the recipe's plug-ins."""
+    """Collect the files to copy for a run: the working tree's code and the modules of the recipe's plug-ins."""
     root = checkout()
     if root is None:
         return None
@@ -61,7 +61,7 @@ def folder_of(run_dir: str | os.PathLike[str], snapshot: Snapshot) -> str:
 
 
 def write(snapshot: Snapshot, folder: str | os.PathLike[str]) -> None:
-    """Copies the files; the folder appears whole or not at all, and one that is there is left. Raises BadInput."""
+    """Copy the files atomically: the folder appears whole or not at all. An existing one stays. Raises BadInput."""
     target = Path(folder)
     if target.is_dir():
         return
@@ -94,7 +94,7 @@ def plugin_modules(recipe: Recipe) -> list[str]:
 
 
 def _module_files(module: str) -> Iterable[tuple[str, Path]]:
-    """A module in the working directory or on the path; nothing for one that is installed or not to be found here."""
+    """Files of a module in the working directory or on the path; none for an installed or unknown module."""
     spec = PathFinder.find_spec(module, [os.getcwd(), *sys.path])
     if spec is None or spec.origin is None or not spec.has_location:
         return []

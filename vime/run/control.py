@@ -1,4 +1,4 @@
-"""Files in `control/` of a run folder, by which the controller and training talk."""
+"""Files in `control/` of a run folder, through which controller and training communicate."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ def control_folder(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def request_checkpoint(run_dir: str | os.PathLike[str]) -> None:
-    """Asks training to save a checkpoint and end. Called by the controller."""
+    """Ask training to save a checkpoint and end. Called by the controller."""
     write_file(control_folder(run_dir) / _REQUEST, "", mode=PRIVATE)
 
 
 def checkpoint_requested(run_dir: str | os.PathLike[str]) -> bool:
     """True once the controller has asked for a checkpoint and the end of training.
 
-    Looks at the folder's listing: a name that was missing at the last call may be remembered as missing.
+    Reads the folder's listing, since a client may cache a name's absence from the previous call.
     """
     return _REQUEST in names_in(control_folder(run_dir))
 
 
 def answer_checkpoint(run_dir: str | os.PathLike[str], rollout_id: int, path: str) -> None:
-    """Tells the controller that the requested checkpoint is published. Called by training."""
+    """Report the published checkpoint to the controller. Called by training."""
     answer = json.dumps({"rollout_id": rollout_id, "path": path, "time": time.time()})
     write_file(control_folder(run_dir) / _DONE, answer, mode=PRIVATE)
 
 
 def checkpoint_answer(run_dir: str | os.PathLike[str]) -> str | None:
-    """Answer of training, JSON of rollout_id, path and time (Unix seconds); None before it came."""
+    """Answer of training, JSON of rollout_id, path and time (Unix seconds); None before it arrives."""
     path = control_folder(run_dir) / _DONE
     return path.read_text(encoding="utf-8") if _DONE in names_in(path.parent) and appears(path) else None
 
 
 def withdraw_request(run_dir: str | os.PathLike[str]) -> None:
-    """Removes request and answer, so that a new start does not take an earlier one's for its own."""
+    """Remove request and answer, so that a new start does not mistake an earlier one's for its own."""
     for name in (_REQUEST, _DONE):
         (control_folder(run_dir) / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Environment variables that a recipe or profile gives to the processes of a run, secrets by reference among them.
+"""Environment variables that a recipe or profile sets for a run's processes; secrets are given by reference.
 
-A value `variable:NAME` is taken from the environment in which the run is submitted, `file:PATH` from a private file of
-the user; neither stands in a plan, a script or a page.
+A value `variable:NAME` is read from the environment of the submission, `file:PATH` from a private file of the user; the
+secret itself is written to no plan, script or page.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ VARIABLE, FILE = "variable:", "file:"
 
 
 def resolve(given: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
-    """Values of the variables. Raises BadInput for a reference to what is missing or can be read by others."""
+    """Values of the variables. Raises BadInput if a reference's target is missing or readable by others."""
     return {name: _value(name, value, environ) for name, value in given.items()}
 
 
 def export_lines(given: Mapping[str, str]) -> list[str]:
-    """Lines of shell that set the variables, without a secret: one that is given as it is reaches only the tasks."""
+    """Shell lines that set the variables, free of secrets: one given as plain text reaches only the tasks."""
     lines = []
     for name, value in given.items():
         if value.startswith(VARIABLE):

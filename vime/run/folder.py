@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def make_run_folder(run_dir: str | os.PathLike[str]) -> Path:
-    """The run folder, made private before anything is put into it. Raises BadInput where it is not the user's own."""
+    """Make the run folder, private from the start, and return it. Raises BadInput if another user owns it."""
     folder = Path(run_dir)
     try:
         shared_parents(folder)
@@ -36,7 +36,7 @@ def log_folder(run_dir: str | os.PathLike[str], stage: str) -> Path:
 
 
 def task_log(run_dir: str | os.PathLike[str], stage: str, node: int, rank: int, tasks_per_node: int) -> Path:
-    """`node00.log`, or `node00.rank3.log` where several tasks share a node."""
+    """`node00.log`, or `node00.rank3.log` if several tasks share a node."""
     name = f"node{node:02d}.log" if tasks_per_node == 1 else f"node{node:02d}.rank{rank}.log"
     return log_folder(run_dir, stage) / name
 
@@ -47,24 +47,24 @@ def launcher_log(run_dir: str | os.PathLike[str], stage: str) -> Path:
 
 
 def write_plan(plan: Plan) -> Path:
-    """Writes the plan to its run folder, made (0700) when missing. Raises BadInput where it cannot be written."""
+    """Write the plan to its run folder, made (0700) if missing. Raises BadInput if it cannot be written."""
     return _write(Path(plan.run_dir) / PLAN, plan)
 
 
 def read_plan(run_dir: str | os.PathLike[str]) -> Plan:
-    """The plan of a run, also of one that an older vime made. Raises BadInput where there is none or it is damaged."""
+    """Plan of a run, also of one made by an older vime. Raises BadInput if it is missing or damaged."""
     return _read(Path(run_dir) / PLAN, Plan, "give a run folder that vime.submit made", _upgraded_plan)
 
 
 def write_binding(run_dir: str | os.PathLike[str], binding: Binding) -> Path:
-    """Writes the hosts, addresses and ports of the allocation."""
+    """Write the hosts, addresses and ports of the allocation."""
     return _write(Path(run_dir) / BINDING, binding)
 
 
 def read_binding(run_dir: str | os.PathLike[str]) -> Binding:
-    """What the allocation knows. Raises BadInput before the controller has written it.
+    """Binding of the current start. Raises BadInput before the controller has written it.
 
-    A task was handed the binding of its start in `BINDING_VARIABLE`. The file counts where it is a later one of the
+    A task received the binding of its start in `BINDING_VARIABLE`. The file wins only if it is a later one of the
     same start: a client of a network file system may show none, or an earlier one, for up to a minute.
     """
     handed = handed_binding(run_dir)
@@ -83,7 +83,7 @@ def read_binding(run_dir: str | os.PathLike[str]) -> Binding:
 
 
 def find_binding(run_dir: str | os.PathLike[str]) -> Binding | None:
-    """The same; None before the controller has written it. Raises BadInput for one that is damaged."""
+    """As `read_binding`, but None before the controller has written it. Raises BadInput if it is damaged."""
     if handed_binding(run_dir) is None and not (Path(run_dir) / BINDING).exists():
         return None
     return read_binding(run_dir)
@@ -94,13 +94,13 @@ BINDING_VARIABLE = "VIME_BINDING"
 
 
 def binding_text(run_dir: str | os.PathLike[str], binding: Binding) -> str:
-    """Value of `BINDING_VARIABLE`: 5 kB for 1000 nodes, where the system takes 128 kB."""
+    """Value of `BINDING_VARIABLE`: 5 kB for 1000 nodes; the system's limit is 128 kB."""
     content = json.dumps({"run_dir": os.fspath(run_dir), "binding": binding.model_dump()})
     return base64.b64encode(zlib.compress(content.encode())).decode()
 
 
 def handed_binding(run_dir: str | os.PathLike[str]) -> Binding | None:
-    """The binding in this process's environment; None outside of tasks, and for another run."""
+    """Binding in this process's environment; None outside of tasks, and for another run."""
     text = os.environ.get(BINDING_VARIABLE)
     if not text:
         return None

@@ -9,15 +9,15 @@ from vime.errors import Cause
 from vime.run.journal import Event, last_start
 
 ENDS = ("run-end", "job-end")
-"""The last word of a start; a job of a chain that is not the last one has the second."""
+"""Kinds of a start's final event; `job-end` for all jobs of a chain but the last."""
 MOST_CRASHES = 5
-"""Starts in a row that may end with CRASH before the run is not started again."""
+"""Consecutive starts that may end with CRASH before the run stops for good."""
 MOST_FAILURES = 2
-"""A node that failed so often in one run is not used by it any more."""
+"""Failures of a node in one run after which the run leaves it out."""
 
 
 def unfinished_start(events: list[Event]) -> Event | None:
-    """The `run-start` of the last start, when it left no last word."""
+    """`run-start` event of the last start if it has no final event."""
     last = last_start(events)
     if not last or last[0].kind != "run-start" or any(event.kind in ENDS for event in last):
         return None
@@ -25,7 +25,7 @@ def unfinished_start(events: list[Event]) -> Event | None:
 
 
 def crashes(events: list[Event]) -> int:
-    """How many starts in a row ended with CRASH and were followed by another, since a person started the run."""
+    """Number of consecutive requeued starts that ended with CRASH, since a person started the run."""
     count = 0
     for event in events:
         if event.kind == "run-start" and not event.data.get("restart"):
@@ -37,11 +37,11 @@ def crashes(events: list[Event]) -> int:
 
 
 def node_failures(events: list[Event], name_of: Callable[[str], str] = str) -> Counter[str]:
-    """How often each node failed in this run. `name_of` gives the one name of a node that has several."""
+    """Failures of each node in this run. `name_of` maps the names of a node to one."""
     ends = (event for event in events if event.kind == "run-end" and event.data.get("cause") == Cause.NODE_FAILURE.name)
     return Counter(name_of(event.node) for event in ends if event.node)
 
 
 def failed_too_often(failures: Mapping[str, int]) -> list[str]:
-    """Nodes that the run leaves out from now on."""
+    """Nodes that the run must leave out from now on."""
     return sorted(node for node, count in failures.items() if count >= MOST_FAILURES)

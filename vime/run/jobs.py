@@ -1,4 +1,4 @@
-"""The Slurm jobs of a run, as its submission wrote them down: one, or one a stage of a chain."""
+"""Slurm jobs of a run, as recorded at submission: one, or one per stage of a chain."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Job:
 
     job_id: str
     link: str | None = None
-    """The link of the chain; None for a run that is one job."""
+    """Link of the chain; None for a run that is one job."""
 
 
 def read_jobs(run_dir: str | os.PathLike[str]) -> tuple[Job, ...]:
-    """The jobs that were submitted last for this run, in order; empty for a local run or before submission."""
+    """Jobs of this run's last submission, in order; empty for a local run or before submission."""
     try:
         text = (Path(run_dir) / SUBMIT_FOLDER / JOB_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -34,17 +34,17 @@ def read_jobs(run_dir: str | os.PathLike[str]) -> tuple[Job, ...]:
 
 
 def write_jobs(run_dir: str | os.PathLike[str], jobs: Sequence[Job]) -> None:
-    """Replaces the recorded jobs."""
+    """Replace the recorded jobs."""
     folder = private_folder(Path(run_dir) / SUBMIT_FOLDER)
     write_json(folder / JOB_FILE, {"jobs": [asdict(job) for job in jobs], "time": time.time()}, mode=PRIVATE)
 
 
 def forget_jobs(run_dir: str | os.PathLike[str]) -> None:
-    """Removes the record of jobs, for a run that continues without Slurm."""
+    """Remove the record of jobs, for a run that continues without Slurm."""
     (Path(run_dir) / SUBMIT_FOLDER / JOB_FILE).unlink(missing_ok=True)
 
 
 def add_job(run_dir: str | os.PathLike[str], job: Job) -> None:
-    """Records a job that a person submitted by hand, when it starts and after each requeue."""
+    """Record a hand-submitted job, when it starts and after each requeue."""
     known = [other for other in read_jobs(run_dir) if other.link is not None and other.link != job.link]
     write_jobs(run_dir, [*known, job])

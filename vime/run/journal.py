@@ -1,4 +1,4 @@
-"""The journal of a run, `events.jsonl`: what happened, in order. The controller writes it, every command reads it."""
+"""Journal of a run, `events.jsonl`: its events in order. The controller writes it, every command reads it."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ class Event(BaseModel):
 
 
 class Journal:
-    """The one writer. A line is one write to a file opened for appending; what must survive a crash is synced.
+    """The only writer. Each line is one write to a file opened for appending; with `sync` it survives a crash.
 
-    On a full disk it takes up its reserve, and what cannot be written at all waits in memory: an event never raises.
+    A full disk is met by a reserve of blocks; events that still cannot be written wait in memory. `write` never raises.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
-        """Raises OSError where the journal cannot be opened."""
+        """Raises OSError if the journal cannot be opened."""
         self._reserve = Path(run_dir) / RESERVE_FILE
         self._waiting = b""
         self.error: OSError | None = None
-        """Error that keeps events in memory; None while there is none."""
+        """Error that keeps events in memory, or None."""
         self._file = LineFile(Path(run_dir) / EVENTS_FILE)
         self._keep_reserve()
 
     def write(self, kind: Kind, text: str = "", *, sync: bool = True, **fields: Any) -> Event:
-        """Appends an event; `fields` are stage, node, rank and data of Event."""
-        # Reports, status and the job's comment show events: no secret of a log's tail or an error gets into one.
+        """Append an event; `fields` are stage, node, rank and data of Event."""
+        # Redact secrets of log tails and errors: reports, status and the job's comment show events.
         fields["data"] = redacted(fields.get("data", {}))
         event = Event(kind=kind, text=redact(text), **fields)
         self._waiting += event.model_dump_json(exclude_defaults=True).encode() + b"\n"
@@ -78,7 +78,7 @@ class Journal:
         return event
 
     def flush(self, *, sync: bool = True) -> bool:
-        """Writes what waits; whether all of it is written."""
+        """Write the waiting events; True if none is left."""
         try:
             try:
                 self._write_waiting()
@@ -103,7 +103,7 @@ class Journal:
             self._waiting = self._waiting[self._file.append(self._waiting) :]
 
     def _keep_reserve(self) -> None:
-        """Blocks that are the run's already when the disk is full; without them the last word would have no room."""
+        """Allocate blocks ahead, so that the final event has room on a full disk."""
         if not self._reserve.exists():
             descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -113,7 +113,7 @@ class Journal:
 
 
 def read_events(run_dir: str | os.PathLike[str], damage: Counter[str] | None = None) -> list[Event]:
-    """Every event of a run, oldest first. Other lines are left out, and counted in `damage` under the file's name."""
+    """All events of a run, oldest first. Invalid lines are skipped, and counted in `damage` under the file's name."""
     lines = Lines(Path(run_dir) / EVENTS_FILE)
     events = list(lines.read(Event.model_validate))
     if damage is not None:
@@ -122,13 +122,13 @@ def read_events(run_dir: str | os.PathLike[str], damage: Counter[str] | None = N
 
 
 def last_start(events: list[Event]) -> list[Event]:
-    """The events since the run was started or requeued for the last time; of a chain, since each job was."""
+    """Events since the run's last start or requeue; in a chain, since each job's last one."""
     before: list[Event] = []
     starts: dict[int, list[Event]] = {}
     current = before
     for event in events:
         if event.kind == "run-start":
-            # A job that starts again makes what the jobs after it did of no account.
+            # Restarting a link invalidates the later links' events.
             index = event.data.get("link_index", 0)
             starts = {link: kept for link, kept in starts.items() if link < index}
             current = starts[index] = []

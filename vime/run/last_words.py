@@ -1,6 +1,6 @@
-"""Why a program ended, from the tail of its log: the line that says most, and the cause that known texts stand for.
+"""Why a program ended, from the tail of its log: the most telling line, and the cause of known texts.
 
-One picker for the tracebacks of actors, engines and tools, and for what srun says. Pure.
+Shared by tracebacks of actors, engines and tools, and by srun's messages. Pure.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ GPU_FAULT = re.compile(
       | NVLink\ (?:fatal\ )?error|GPU\ requires\ reset""",
     re.VERBOSE | re.IGNORECASE,
 )
-"""A GPU, its memory or its links failed. Xids: docs.nvidia.com, those whose action is to reset or replace."""
+"""Texts of a failed GPU, its memory or its links. Xids from docs.nvidia.com whose action is to reset or replace."""
 BROKEN_COLLECTIVE = re.compile(
     r"""nccl(?:Remote|System|Internal)Error|NCCL\ error.*(?:remote\ process\ exited|system\ error|internal\ error)
       | remote\ process\ exited\ or\ there\ was\ a\ network\ error|unhandled\ system\ error
@@ -64,9 +64,9 @@ _STORAGE = re.compile("|".join(os.strerror(number) for number in sorted(STORAGE_
 
 
 def cause_of_text(lines: Iterable[str]) -> Cause | None:
-    """The cause that a text stands for; None where it names none that is known.
+    """Cause that a text stands for; None if it is unknown.
 
-    A broken collective is a consequence of most other ends, so it comes last.
+    A broken collective is matched last: most other failures lead to one.
     """
     text = "\n".join(lines)
     if GPU_FAULT.search(text):
@@ -79,11 +79,11 @@ def cause_of_text(lines: Iterable[str]) -> Cause | None:
 
 
 def telling_line(tail: Iterable[str]) -> str:
-    """The line of a tail that says most, at most 500 characters.
+    """Most telling line of a tail, cut to 500 characters.
 
-    In this order: the last of vime's own words (`error: …`), exceptions and fatal errors; a line that speaks of an
-    error; a line that points elsewhere ("see root cause above", a chained traceback's joints, srun's list of exit
-    codes); the last line.
+    In this order: the last vime message (`error: …`), exception or fatal error; a line that mentions an error; a line
+    that points elsewhere ("see root cause above", a chained traceback's joints, srun's list of exit codes); the last
+    line.
     """
     raw = [line for line in tail if line.strip()]
     lines = [_bare(line) for line in raw]
@@ -103,12 +103,12 @@ def _is_strong(lines: Sequence[str], i: int) -> bool:
     line = lines[i]
     if _OWN_WORD.match(line) or _FATAL.search(line) or _EXCEPTION_NAME.match(line):
         return True
-    # Of any name, where a traceback's last frame stands before it.
+    # An exception of any name, if a traceback's last frame precedes it.
     return i > 0 and lines[i - 1].startswith("  ") and _EXCEPTION.match(line) is not None
 
 
 def _bare(line: str) -> str:
-    """The line without what loggers and launchers write before it, its indentation kept."""
+    """Line without the prefixes of loggers and launchers, its indentation kept."""
     line = line.rstrip()
     while (match := _PREFIX.match(line)) and match[0]:
         line = line[match.end() :]

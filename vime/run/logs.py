@@ -1,4 +1,4 @@
-"""The logs of a run: finding, following and merging them by the time stamp of each line."""
+"""Find, follow and merge a run's logs by the time stamp of each line."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from pathlib import Path
 from vime.run.plan import Plan
 
 TRAIN = "train"
-"""The stage in whose log Ray collects what the trainer's ranks say."""
+"""Stage in whose log Ray collects the output of the trainer's ranks."""
 _NAME = re.compile(r"node(\d+)(?:\.rank(\d+))?\.log")
 _ENGINE = re.compile(r"engine-(\d+)-node(\d+)\.log")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} ")
 STAMP_LENGTH = 24
 _VLLM = re.compile(r"(?:\(\S+ pid=\d+\) )?(?:DEBUG|INFO|WARNING|ERROR) (\d\d-\d\d \d\d:\d\d:\d\d) ")
 _ACTOR = re.compile(r"\(rank (\d+) on node (\d+) pid=\d+(?:, ip=\S+)?\) ?")
-"""Prefix that Ray gives to lines of vime.train.actors.RankActor."""
+"""Prefix that Ray adds to lines of vime.train.actors.RankActor."""
 
 
 @dataclass(frozen=True)
 class LogFile:
-    """One task's log: of a stage's task, of an engine, or what one trainer rank says in the log of training."""
+    """Log of a stage's task, of an engine, or of one trainer rank (its lines in the log of training)."""
 
     stage: str
     node: int
     rank: int | None
-    """Rank of the task; of an engine, its index in the run."""
+    """Rank of the task, or index of the engine in the run."""
     path: Path
 
     @property
@@ -42,7 +42,7 @@ class Line:
     """One line of a log."""
 
     stamp: str
-    """`2026-01-31 12:00:00.123`; that of the line before where the line has none."""
+    """`2026-01-31 12:00:00.123`; a line without one gets that of the previous line."""
     file: LogFile
     text: str
 
@@ -55,7 +55,7 @@ class Wanted:
     node: int | None = None
     rank: int | None = None
     single_ranks: Mapping[tuple[str, int], int] = field(default_factory=dict)
-    """Rank of the one task of a stage on a node: names of logs tell ranks only where tasks share a node."""
+    """Rank of a stage's only task on a node: log names contain ranks only if tasks share a node."""
 
     def takes(self, log: LogFile) -> bool:
         rank = self.single_ranks.get((log.stage, log.node)) if log.rank is None else log.rank
@@ -63,16 +63,16 @@ class Wanted:
         return all(wanted is None or wanted == has for wanted, has in asked)
 
     def takes_all(self, log: LogFile) -> bool:
-        """True where every line of the file is selected."""
+        """True if every line of the file is selected."""
         return self.takes(log) and not (log.stage == TRAIN and (self.node is not None or self.rank is not None))
 
     def may_hold(self, log: LogFile) -> bool:
-        """True where the file may hold a selected line."""
+        """True if the file may hold a selected line."""
         return self.takes(log) or (log.stage == TRAIN and self.stage in (None, TRAIN))
 
 
 def single_ranks(plan: Plan) -> dict[tuple[str, int], int]:
-    """Rank of every task that has its node for itself, by stage and node; the driver of training is none."""
+    """Rank of every task that is alone on its node, by stage and node; without the driver of training."""
     stages = [stage for stage in plan.stages if stage.tasks_per_node == 1 and stage.name != TRAIN]
     return {(stage.name, node): rank for stage in stages for rank, node in enumerate(stage.nodes)}
 
@@ -80,13 +80,13 @@ def single_ranks(plan: Plan) -> dict[tuple[str, int], int]:
 def find_logs(
     run_dir: str | Path, *, stage: str | None = None, node: int | None = None, rank: int | None = None
 ) -> list[LogFile]:
-    """The log files that match, by stage, node and rank."""
+    """Matching log files, ordered by stage, node and rank."""
     wanted = Wanted(stage, node, rank)
     return [log for log in all_logs(run_dir) if wanted.takes(log)]
 
 
 def all_logs(run_dir: str | Path) -> list[LogFile]:
-    """Every log of a task or an engine, by stage, node and rank."""
+    """All logs of tasks and engines, ordered by stage, node and rank."""
     found = []
     for path in sorted((Path(run_dir) / "logs").glob("*/*.log")):
         if match := _NAME.fullmatch(path.name):
@@ -101,7 +101,7 @@ def tail_offset(path: Path, lines: int) -> int:
     block = 64 * 1024
     with open(path, "rb") as log:
         place = log.seek(0, os.SEEK_END)
-        # A line counts by the newline at its end; one more newline stands before the first of them.
+        # Counts newlines: one ends each line, and one more precedes the first of them.
         missing = lines + 1
         while place > 0:
             start = max(0, place - block)
@@ -120,7 +120,7 @@ def tail_offset(path: Path, lines: int) -> int:
 
 @dataclass
 class Follower:
-    """Reads what is appended to one log; a line counts when it is whole."""
+    """Reads lines appended to one log, complete ones only."""
 
     file: LogFile
     offset: int = 0
@@ -128,7 +128,7 @@ class Follower:
     _stamp: str = field(default="")
 
     def poll(self) -> list[Line]:
-        """Lines since the last call."""
+        """New complete lines since the last call."""
         try:
             with open(self.file.path, "rb") as log:
                 log.seek(self.offset)
@@ -152,11 +152,11 @@ class Follower:
 
 
 def _stamped(lines: list[Line]) -> list[Line]:
-    """Gives lines before the first time stamp that stamp."""
+    """Give the lines before the first time stamp that stamp."""
     first = next((line.stamp for line in lines if line.stamp), "")
     return [line if line.stamp else replace(line, stamp=first) for line in lines]
 
 
 def merge(lines: Iterable[Line]) -> list[Line]:
-    """By time; lines of one log keep their order."""
+    """Sort by time; lines of one log keep their order."""
     return sorted(lines, key=lambda line: line.stamp)

@@ -1,8 +1,7 @@
 """Messages from a task to the controller: JSON, as framed lines on the task's standard output.
 
-srun brings that output to the controller at once and from every node, where a file on a shared file system may show up
-half a minute later. Slurm forwards output in pieces of up to 1 KiB that mix between tasks, so a message travels in
-frames shorter than that.
+srun forwards that output to the controller at once, while a file on a shared file system may show up half a minute
+later. Slurm forwards output in pieces of up to 1 KiB that mix between tasks, so a message is split into shorter frames.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, Literal
 FRAME_CHARACTERS = 800
 MARK = "~vime"
 REPORT_FD = "VIME_REPORT_FD"
-"""Environment variable with the descriptor on which a stage's command reports to its task."""
+"""Environment variable: descriptor on which a stage's command reports to its task."""
 
 Kind = Literal["start", "ready", "waiting", "result", "failure", "alive", "exit"]
 
@@ -34,11 +33,11 @@ class Report:
     kind: Kind
     data: dict[str, Any] = field(default_factory=dict)
     arrived: float = field(default_factory=time.time, compare=False)
-    """Unix time here."""
+    """Unix time of arrival at this process."""
 
 
 def encode(report: Report) -> bytes:
-    """The frames of a report: ASCII lines `~vime RANK MORE PIECE`."""
+    """Frames of a report: ASCII lines `~vime RANK MORE PIECE`."""
     text = json.dumps([report.kind, report.data], separators=(",", ":"))
     pieces = [text[i : i + FRAME_CHARACTERS] for i in range(0, len(text), FRAME_CHARACTERS)]
     last = len(pieces) - 1
@@ -46,7 +45,7 @@ def encode(report: Report) -> bytes:
 
 
 class Assembler:
-    """Turns the bytes that arrive from all tasks of a step into reports, and keeps the lines that are none."""
+    """Turns the output of all tasks of a step into reports, and keeps the other lines."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -54,7 +53,7 @@ class Assembler:
         self.other: list[str] = []
 
     def feed(self, data: bytes) -> list[Report]:
-        """The reports that these bytes complete, in order."""
+        """Reports completed by these bytes, in order."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         found = (self._line(line.decode("utf-8", errors="replace")) for line in lines)
         return [report for report in found if report is not None]
@@ -78,7 +77,7 @@ class Assembler:
 
 
 def report(kind: Kind, **data: Any) -> None:
-    """Sends a message from a stage's command to its task, and so to the controller; does nothing without a task."""
+    """Send a message from a stage's command through its task to the controller; no-op without a task."""
     descriptor = os.environ.get(REPORT_FD)
     if descriptor is not None:
         os.write(int(descriptor), json.dumps([kind, data], separators=(",", ":")).encode("ascii") + b"\n")

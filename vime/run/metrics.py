@@ -1,6 +1,6 @@
-"""Metrics of a run: one JSON line a step in `metrics.jsonl`, TensorBoard always, W&B by flag.
+"""Metrics of a run: one JSON line per step in `metrics.jsonl`, TensorBoard always, W&B by flag.
 
-Names are those that users of such systems know: `rollout/…`, `train/…`, `perf/…`, `eval/…`.
+Names follow the usual scheme: `rollout/…`, `train/…`, `perf/…`, `eval/…`.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ START = "start"
 class MetricsWriter:
     """Writes scalars of one rollout at a time to every sink.
 
-    A resumed run appends; readers keep the last line of a step. Metrics never end a run: a sink that fails, as on a
-    full disk, loses values and is named once.
+    A resumed run appends; readers keep the last line of a step. Metrics never end a run: a failing sink (full disk)
+    loses values and is reported once.
     """
 
     def __init__(self, run_dir: str | Path, *, wandb: Mapping[str, Any] | None = None) -> None:
-        """`wandb`: arguments of `wandb.init`, as `wandb_settings` makes them; None leaves W&B out."""
+        """`wandb`: arguments of `wandb.init` from `wandb_settings`; None disables W&B."""
         from tensorboard.summary import Writer
 
-        # First of all, so that a library that is missing leaves no file open.
+        # First, so that a missing library leaves no file open.
         self._wandb: Any = None if wandb is None else _wandb_run(run_dir, wandb)
         run_dir = Path(run_dir)
         self._file = LineFile(run_dir / METRICS_FILE)
         board = private_folder(run_dir / "tensorboard")
         self._board = Writer(str(board))
         self._failed: set[str] = set()
-        # TensorBoard's thread hands on here what it met.
+        # Errors that TensorBoard's thread passes on.
         self._errors = (OSError, RuntimeError, ValueError, *(() if self._wandb is None else (_wandb_error(),)))
 
     def start(self, step: int) -> None:
-        """Marks a start of training at this step: lines of this step and later ones before it are of a dead branch."""
+        """Mark a start of training at this step: earlier lines of this and later steps belong to a dead branch."""
         self._to(METRICS_FILE, lambda: self._file.add({START: step, "time": round(time.time(), 3)}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log `values` at `step` (the number of the rollout). A value that is not finite is written as null."""
+        """Log `values` at `step` (the rollout number). Non-finite values are written as null."""
         clean = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, "time": round(time.time(), 3), **clean}
         finite = {name: value for name, value in clean.items() if value is not None}
@@ -107,7 +107,7 @@ def wandb_settings(recipe: Recipe, run_name: str) -> dict[str, Any] | None:
 
 
 def _wandb_run(run_dir: str | Path, settings: Mapping[str, Any]) -> Any:
-    """The run's page in Weights & Biases."""
+    """Open the run's page in Weights & Biases."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -119,10 +119,10 @@ def _wandb_run(run_dir: str | Path, settings: Mapping[str, Any]) -> Any:
 
 
 def read_metrics(run_dir: str | Path, damage: Counter[str] | None = None) -> dict[int, dict[str, float]]:
-    """All steps of the run's living branch, in order, later lines of a step merged over earlier ones.
+    """All steps of the run's live branch, in order, later lines of a step merged over earlier ones.
 
-    A start at a step drops this step and later ones: the run was set back to a checkpoint before them. Lines that are
-    no metrics are left out, and counted in `damage` under the file's name.
+    A start at a step drops this step and later ones: the run was set back to a checkpoint before them. Invalid lines
+    are skipped, and counted in `damage` under the file's name.
     """
     steps: dict[int, dict[str, float]] = {}
     lines = Lines(Path(run_dir) / METRICS_FILE)

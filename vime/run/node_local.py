@@ -1,4 +1,4 @@
-"""The job's folder for node-local files, by its name alone, and whether sockets fit below it. Pure."""
+"""Name of the job's folder for node-local files, and length of socket paths below it. Pure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ NODE_TMP = "VIME_NODE_TMP"
 SOCKET_CHARACTERS = 107
 """Longest path of a Unix socket on Linux."""
 _LONGEST_BELOW = "/ray/session_2026-01-02_03-04-05_678901_1234567/sockets/plasma_store"
-"""The longest path of a socket below the job's folder: Ray's."""
+"""Longest path of a socket below the job's folder, one of Ray's."""
 _JOB = "12345678"
 
 
 def base_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Folder of all of this user's jobs on a node."""
+    """Folder for all of this user's jobs on a node."""
     return Path(environ.get(NODE_TMP, "/tmp")) / f"vime-{os.getuid()}"
 
 
 def longest_socket(environ: Mapping[str, str], job: str = _JOB) -> int:
-    """Characters of the longest path of a socket of a job; by default of one with an id of eight digits."""
+    """Characters in a job's longest socket path; by default for an id of eight digits."""
     return len(os.fsencode(base_folder(environ) / job)) + len(_LONGEST_BELOW)

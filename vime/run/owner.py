@@ -1,4 +1,4 @@
-"""The owner of a run folder: the one start of the run whose controller writes to it.
+"""Owner of a run folder: the only start of the run whose controller may write to it.
 
 <run>/owner.json    job, restart, host, boot, process and its start; written by the controller, removed at its end
 """
@@ -21,7 +21,7 @@ OWNER, _LOCK = "owner.json", ".owner.lock"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 JobRuns = Callable[[str, int], bool | None]
-"""(job, restart) -> whether the scheduler still runs this start of the job; None where it cannot say."""
+"""(job, restart) -> True if the scheduler still runs this start of the job; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,29 @@ class Owner:
     restart: int
     host: str
     boot: str
-    """The kernel's id of the host's boot."""
+    """Kernel's id of the host's boot."""
     pid: int
     pid_start: int
-    """Of the controller, in clock ticks since boot."""
+    """Start of the controller's process, in clock ticks since boot."""
 
     def __str__(self) -> str:
         return f"start {self.restart} of job {self.job} (process {self.pid} on {self.host})"
 
 
 class Superseded(VimeError):
-    """Another start owns the run folder now; this one must not write to it any more."""
+    """Another start owns the run folder now; this one must no longer write to it."""
 
 
 def this_start(job: str, restart: int) -> Owner:
-    """The record of the calling process."""
+    """Owner record of the calling process."""
     pid = os.getpid()
     return Owner(job, restart, socket.gethostname(), _BOOT.read_text().strip(), pid, start_ticks(pid) or 0)
 
 
 def lives(owner: Owner, me: Owner, job_runs: JobRuns) -> bool | None:
-    """Whether the recorded start still runs; None where nobody can say.
+    """True if the recorded start still runs; None if unknown.
 
-    A later start of the same job has its predecessor's place: the scheduler ended that one, or cannot reach it.
+    A later start of the same job replaces its predecessor: the scheduler ended that one, or cannot reach it.
     """
     if owner.job == me.job and owner.restart < me.restart:
         return False
@@ -66,7 +66,7 @@ def lives(owner: Owner, me: Owner, job_runs: JobRuns) -> bool | None:
 
 
 def read_owner(run_dir: str | os.PathLike[str]) -> Owner | None:
-    """The recorded owner; None without one. A record that cannot be read counts as none: it is written whole."""
+    """Recorded owner, or None. A damaged record counts as none, since records are written whole."""
     content = read_json(Path(run_dir) / OWNER)
     try:
         return Owner(**content) if content is not None else None
@@ -76,9 +76,9 @@ def read_owner(run_dir: str | os.PathLike[str]) -> Owner | None:
 
 @contextlib.contextmanager
 def owned(run_dir: str | os.PathLike[str], me: Owner, job_runs: JobRuns) -> Iterator[None]:
-    """The run folder belongs to this start inside the block.
+    """Own the run folder inside the block.
 
-    Raises BadInput, having touched nothing, while another start runs or may run. OSError: the folder takes no file.
+    Raises BadInput without any change while another start runs or may run, OSError if the folder is not writable.
     """
     path = Path(run_dir) / OWNER
     with _locked(Path(run_dir)):
@@ -91,14 +91,14 @@ def owned(run_dir: str | os.PathLike[str], me: Owner, job_runs: JobRuns) -> Iter
     try:
         yield
     finally:
-        # On a disk that went away the record stays, and the next start sees that nobody lives.
+        # If the disk is gone the record stays, and the next start sees that its process has ended.
         with contextlib.suppress(OSError):
             if read_owner(run_dir) == me:
                 path.unlink()
 
 
 def require_owner(run_dir: str | os.PathLike[str], job: str | None, restart: int) -> None:
-    """Raises Superseded where another start owns the folder, as after a network that was split healed."""
+    """Raise Superseded if another start owns the folder, for example after a network partition."""
     owner = read_owner(run_dir)
     if owner is not None and (owner.job, owner.restart) != (job, restart):
         raise Superseded(f"start {restart} of job {job} has no say any more: {run_dir} belongs to {owner}")
@@ -106,7 +106,7 @@ def require_owner(run_dir: str | os.PathLike[str], job: str | None, restart: int
 
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """One claim at a time, where the file system has locks."""
+    """Allow one claim at a time, if the file system has locks."""
     file = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
     try:
         with contextlib.suppress(OSError):

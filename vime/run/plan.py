@@ -1,4 +1,4 @@
-"""The plan of a run: what shall be. Made once by `vime.submit`, written to `plan.json`, read by everything later."""
+"""Plan of a run. Made once by `vime.submit`, written to `plan.json`, read by all later programs."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class GpuMemory(Frozen):
     estimate: Literal[True] = True
     training: Memory = Memory()
     engine: Memory = Memory()
-    """With the KV cache, which takes what weights and reserve leave of `--vllm-gpu-memory-utilization`."""
+    """Includes the KV cache, which fills `--vllm-gpu-memory-utilization` after weights and reserve."""
     gpu_bytes: int
     """GPU memory, from the cluster profile."""
     kv_cache_tokens: int = 0
     """Tokens that the KV cache of one GPU holds."""
     missing: int = 0
-    """Bytes that the engine's weights and reserve take beyond their budget."""
+    """Bytes by which the engine's weights and reserve exceed their budget."""
     moments: tuple[Item, ...] = ()
-    """With `--colocate`: what trainer and engine together hold at each moment of a rollout."""
+    """With `--colocate`: bytes that trainer and engine together hold at each moment of a rollout."""
 
 
 class TrainerRank(Frozen):
-    """One Megatron rank and where it sits."""
+    """One Megatron rank and its place."""
 
     rank: int
     node: int
@@ -66,7 +66,7 @@ class TrainerRank(Frozen):
 
 
 class EnginePlan(Frozen):
-    """One vLLM engine: the GPUs it takes, node by node, and its parallel sizes."""
+    """One vLLM engine: its GPUs, node by node, and its parallel sizes."""
 
     index: int
     nodes: tuple[int, ...]
@@ -79,7 +79,7 @@ class EnginePlan(Frozen):
     port: int
     """Port of the server on its first node."""
     aux_port: int
-    """First of 32 ports for the engine's own ranks to meet on."""
+    """First of 32 ports for communication among the engine's ranks."""
 
 
 class NodePlan(Frozen):
@@ -104,7 +104,7 @@ class Artefact(Frozen):
 
 
 class Stage(Frozen):
-    """One dependent step of the run. A service stays up while the stages after it run."""
+    """One step of the run, dependent on those before it. A service stays up while later stages run."""
 
     name: str
     """`preflight`, `cast`, `convert`, `verify-cast`, `verify-convert`, `ray-head`, `ray-workers`, `train`, `report`."""
@@ -112,25 +112,25 @@ class Stage(Frozen):
     """Logical nodes."""
     tasks_per_node: int = 1
     cpus_per_task: int | None = None
-    """None: all of the node's."""
+    """CPUs of a task; None: all CPUs of the node."""
     gpus_per_node: int = 0
     command: tuple[str, ...]
     """argv after the Python interpreter, for example ("-m", "vime.train", "--run", …)."""
     env: dict[str, str] = Field(default_factory=dict)
     service: bool = False
     needs_services: bool = True
-    """Services that run are stopped before a stage that does not need them. (A slurmctld that was restarted may
-    create no step next to theirs: Slurm 22.05 forgets that they share the job's memory.)"""
+    """If False, running services are stopped before the stage. (A restarted slurmctld may refuse a step next to theirs:
+    Slurm 22.05 forgets that they share the job's memory.)"""
     tells_end: bool = False
-    """The stage has ended well only when it has said so (a report `result`); exit code 0 alone says too little."""
+    """True if the stage succeeds only with a report `result`; exit code 0 alone is not enough."""
     inputs: tuple[Artefact, ...] = ()
     outputs: tuple[Artefact, ...] = ()
     deadline_s: float
-    """Seconds after which the stage has failed (for a service: until it is ready)."""
+    """Seconds after which the stage has failed; for a service, until it is ready."""
 
     @property
     def saves_on_request(self) -> bool:
-        """Whether the stage writes the run's own checkpoints, and one more when the controller asks for it."""
+        """True if the stage writes the run's checkpoints, including one on the controller's request."""
         return any(output.kind == "run" for output in self.outputs)
 
 
@@ -152,17 +152,17 @@ class Ports(Frozen):
 
 
 class Container(Frozen):
-    """The container that the stages run in; the controller runs outside of it, on the batch host."""
+    """Container for the stages; the controller runs outside of it, on the batch host."""
 
     runtime: Literal["pyxis", "apptainer"]
     image: str
-    """As the runtime names it: a .sqsh or .sif file, or a registry's name."""
+    """Image in the runtime's syntax: a .sqsh or .sif file, or a registry's name."""
     mounts: tuple[str, ...] = ()
-    """`SOURCE:TARGET` or `SOURCE:TARGET:FLAGS`. Run folder, base folder and node-local files are mounted anyway."""
+    """`SOURCE:TARGET` or `SOURCE:TARGET:FLAGS`. Run folder, base folder and node-local files are always mounted."""
     python: str = "python3"
-    """Interpreter inside."""
+    """Interpreter inside the container."""
     options: tuple[str, ...] = ()
-    """More options of srun (pyxis) or of `apptainer exec`."""
+    """Further options of srun (pyxis) or of `apptainer exec`."""
 
     @field_validator("mounts", "options", mode="before")
     @classmethod
@@ -184,31 +184,31 @@ class Cluster(Frozen):
     gpus_per_node: int = 0
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gpus-per-node"
     gpu_type: str | None = None
-    """As Slurm names it (`h100`), where a partition has several."""
+    """Slurm's name of the GPU type (`h100`), for a partition with several."""
     cpus_per_node: int | None = None
     memory_per_node_bytes: int | None = None
     gpu_memory_bytes: int | None = None
-    """Memory of one GPU; 80 GB where it is not given."""
+    """Memory of one GPU; None: 80 GB."""
     exclusive: bool = True
     mem: str | None = "0"
     time_limit_minutes: int = 24 * 60
     network_interface: str | None = None
     min_network_gbit: float | None = None
-    """Gigabits per second that every node must bring to its neighbour before anything big starts (gloo, over TCP); by
-    default 1 for nodes with GPUs. 0 leaves the test out."""
+    """Gigabits per second that every node must reach to its neighbour in preflight (gloo, over TCP); by default 1 for
+    nodes with GPUs. 0 skips the test."""
     container: Container | None = None
     modules: tuple[str, ...] = ()
-    """Loaded with `module load` before anything else."""
+    """Modules for `module load`, before anything else."""
     venv: str | None = None
-    """Virtual environment that is activated, and whose Python runs."""
+    """Virtual environment to activate, whose Python runs."""
     setup: tuple[str, ...] = ()
-    """More shell lines before Python starts."""
+    """Further shell lines before Python starts."""
     env: dict[str, str] = Field(default_factory=dict)
     extra_sbatch: dict[str, Any] = Field(default_factory=dict)
     job_comment: Literal["append", "keep"] = "append"
-    """Whether the job's comment shows what the run does, after what the site reads there; a JSON comment is kept."""
+    """`append`: the job's comment shows the run's activity after the site's part; a JSON comment is kept unchanged."""
     python: str | None = None
-    """Interpreter on the nodes; by default the virtual environment's, else the one that runs vime.submit."""
+    """Interpreter on the nodes; by default the virtual environment's, else that of vime.submit."""
 
     @field_validator("modules", "setup", mode="before")
     @classmethod
@@ -217,7 +217,7 @@ class Cluster(Frozen):
 
     @property
     def one_machine(self) -> bool:
-        """True where every logical node is this machine: nodes then share address, ports and memory."""
+        """True if every logical node is this machine: nodes then share address, ports and memory."""
         return self.kind == "local"
 
     @property
@@ -227,7 +227,7 @@ class Cluster(Frozen):
 
     @property
     def interpreter(self) -> str | None:
-        """Python of the batch script, where the profile says which."""
+        """Python of the batch script, if the profile sets it."""
         return self.python or (f"{self.venv}/bin/python" if self.venv else None)
 
 
@@ -240,9 +240,9 @@ _MODULES_OF_1 = {
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Content of a `plan.json` of any version, as one of this version. Version 1: vime 0.1.
+    """Convert the content of a `plan.json` of any version to this version. Version 1: vime 0.1.
 
-    The result is not validated; content of an unknown version comes back as it is.
+    The result is not validated; content of an unknown version is returned unchanged.
     """
     if values.get("version") != 1:
         return values
@@ -257,17 +257,17 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Plan(Frozen):
-    """One run, complete. `binding.json` adds what only the allocation knows."""
+    """Complete plan of one run. `binding.json` adds the facts known only in the allocation."""
 
     version: Literal[2] = VERSION
     command: tuple[str, ...] = ()
-    """The words after `python -m vime.submit` that the plan was made from."""
+    """Arguments of `python -m vime.submit` from which the plan was made."""
     run_name: str
     run_dir: str
     base_dir: str | None
     shape: Literal["allocation", "chain"] = "allocation"
     recipe: Recipe
-    """With every path absolute and every derived value filled in."""
+    """Recipe with every path absolute and every derived value filled in."""
     model_config_hf: dict[str, Any]
     """The model's HF `config.json`, as read from the checkpoint or from `configs/models/`."""
     cluster: Cluster
@@ -279,7 +279,7 @@ class Plan(Frozen):
     ports: Ports
     stages: tuple[Stage, ...]
     code: str | None = None
-    """Folder with the copy of the code that the run's processes import; None: what is installed."""
+    """Folder with the copy of the code that the run's processes import; None: the installed code."""
     max_timeouts: int = 1000
     signal_lead_s: int = 300
     """Seconds before the time limit at which the batch script is signalled."""
@@ -298,12 +298,12 @@ class Plan(Frozen):
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and response that the engines take: `--vllm-max-model-len`, else the model's own length."""
+        """Most tokens of prompt and response in the engines: `--vllm-max-model-len`, else the model's own length."""
         return context_length(self.recipe, self.model)
 
 
 def context_length(recipe: Recipe, config: ModelConfig) -> int:
-    """Tokens of prompt and response that the engines take. Raises BadInput where neither says it."""
+    """Most tokens of prompt and response in the engines. Raises BadInput if neither flag nor model sets it."""
     given = recipe.engine.vllm.get("max_model_len")
     if given is None:
         if config.hf.get("max_position_embeddings") is None:
@@ -322,7 +322,7 @@ class BoundNode(Frozen):
     address: str
     interface: str | None = None
     rdma: tuple[str, ...] = ()
-    """Active RDMA ports, as `mlx5_0:1`."""
+    """Active RDMA ports, such as `mlx5_0:1`."""
     slurm_index: int = 0
     """Place in SLURM_JOB_NODELIST."""
 
@@ -333,7 +333,7 @@ class Binding(Frozen):
     job_id: str | None = None
     restart: int = 0
     version: int = 0
-    """Number of bindings that this start had before this one."""
+    """Number of earlier bindings of this start."""
     nodes: tuple[BoundNode, ...]
     port_offset: int = 0
     end_time: float | None = None

@@ -1,4 +1,4 @@
-"""Old checkpoints of ended runs: which could go, and removing them. What a run resumes from stays."""
+"""Select and remove old checkpoints of ended runs. Those from which a run resumes stay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OVER = ("succeeded", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class Old:
-    """A folder that could go."""
+    """A folder that can be removed."""
 
     run: str
     """Name of its run."""
@@ -34,10 +34,10 @@ def save_folder(plan: Plan) -> Path:
 def old_checkpoints(
     runs: Iterable[tuple[Plan, RunState]], *, keep: int = 1, among: Collection[str] | None = None
 ) -> list[Old]:
-    """Checkpoints of ended runs beyond the `keep` newest that the tracker file counts, and saves that were cut short.
+    """Checkpoints of ended runs older than the `keep` newest complete ones, and interrupted saves.
 
-    `runs` are all that are known: a folder that one which has not ended saves to, or resumes from, is left alone, and a
-    run that is lost may still be going on somewhere. `among` are the folders of the runs that are looked at.
+    `runs` must hold all known runs: folders that an unfinished one saves to or resumes from are left alone, and a lost
+    run may still be running. `among` limits the selection to these run folders.
     """
     known = list(runs)
     busy = {
@@ -60,7 +60,7 @@ def _old_in(folder: Path, keep: int) -> list[tuple[Path, str]]:
         newest = tracked(folder)
         names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     except (OSError, BadInput):
-        # Without a good tracker nothing says which checkpoint is whole: nothing goes.
+        # Without a valid tracker no checkpoint is known to be whole: remove nothing.
         return []
     if not newest.isdigit():
         return []
@@ -78,7 +78,7 @@ def size_of(folder: Path) -> int:
 
 
 def remove(old: Old) -> None:
-    """Renames first, so that what is left after a crash does not look like a checkpoint."""
+    """Remove a folder, renamed first so that remains after a crash do not look like a checkpoint."""
     if old.path.name.startswith("."):
         shutil.rmtree(old.path)
         return

@@ -1,4 +1,4 @@
-"""A person's runs, newest last, in `$XDG_STATE_HOME/vime/runs.jsonl`, so that commands find the last one."""
+"""A user's runs, newest last, in `$XDG_STATE_HOME/vime/runs.jsonl`, so that commands find the last one."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Run:
     run_name: str
     run_dir: Path
     time: float
-    """Unix seconds of its submission."""
+    """Submission time, Unix seconds."""
 
 
 def registry_path() -> Path:
-    """The registry's file; it need not exist."""
+    """Path of the registry; the file need not exist."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "vime" / "runs.jsonl"
 
 
 def record_run(run_dir: str | os.PathLike[str]) -> None:
-    """Appends a run; a line is one write, so that submissions at the same time do not mix."""
+    """Append a run; a line is one write, so that concurrent submissions do not mix."""
     path, folder = registry_path(), Path(run_dir).absolute()
     line = {"run_name": folder.name, "run_dir": str(folder), "time": time.time()}
     try:
@@ -46,20 +46,20 @@ def record_run(run_dir: str | os.PathLike[str]) -> None:
 
 
 def runs() -> list[Run]:
-    """Every run whose folder still holds a plan, oldest first; a run submitted twice counts at its last time."""
+    """All runs whose folder still holds a plan, oldest first; a resubmitted run appears at its last submission."""
     known = {run.run_dir: run for run in _lines()}
     return sorted((run for run in known.values() if (run.run_dir / PLAN).is_file()), key=lambda run: run.time)
 
 
 def last_run() -> Path:
-    """Folder of the newest run. Raises BadInput when there is none."""
+    """Folder of the newest run. Raises BadInput without any."""
     if found := runs():
         return found[-1].run_dir
     raise BadInput(f"no run is recorded in {registry_path()}: give the run's folder")
 
 
 def find_run(name: str) -> Path:
-    """Folder of the run of this name, or at this path; of several with one name the newest."""
+    """Folder of the newest run of this name, or at this path."""
     for candidate in (Path(name).expanduser(), *(run.run_dir for run in reversed(runs()) if run.run_name == name)):
         if (candidate / PLAN).is_file():
             return candidate.absolute()
@@ -68,7 +68,7 @@ def find_run(name: str) -> Path:
 
 
 def _lines() -> Iterator[Run]:
-    """The entries in order of writing. A damaged one is skipped: its run is still found by its path."""
+    """Entries in order of writing. A damaged one is skipped: its run is still found by its path."""
     try:
         yield from Lines(registry_path()).read(
             lambda entry: Run(str(entry["run_name"]), Path(entry["run_dir"]), float(entry["time"]))

@@ -1,4 +1,4 @@
-"""The command that resumes a run: the one that started it, in the same run folder."""
+"""Command that resumes a run: the one that started it, with the same run folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def resume_command(plan: Plan) -> tuple[str, ...]:
 
 
 def _parts(plan: Plan) -> tuple[list[str], list[str]]:
-    """The command's own options but those of the place, and the recipe's flags."""
+    """The command's options except those that set the place, and the recipe's flags."""
     words = list(plan.command)
     if not words:
-        # A plan from before commands were kept in it.
+        # An old plan, without its command.
         return ["--recipe", plan.recipe.name, "--nodes", str(len(plan.nodes)), "--cluster", plan.cluster.name], []
     end = words.index("--") if "--" in words else len(words)
     return list(_without_place(words[:end])), words[end + 1 :]

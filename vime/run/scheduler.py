@@ -1,7 +1,7 @@
-"""Protocol of the program that owns the machines; one class implements it for each scheduler.
+"""Protocol of the scheduler that owns the machines; one class implements it for each scheduler.
 
-`slurm` and `local` (this machine alone) ship with vime. Another one is a class that a cluster profile names as
-`kind: package.module:Class`; nothing outside of such a class knows which scheduler runs.
+`slurm` and `local` (this machine alone) ship with vime. A cluster profile names any other class as
+`kind: package.module:Class`; no code outside of such a class depends on the scheduler.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from vime.errors import BadInput, Cause
 from vime.run.plan import Cluster, Plan
 
 PATIENCE_S = 30.0
-"""Default deadline of one question, in seconds."""
+"""Default deadline of one query, in seconds."""
 Phase = Literal["waiting", "running", "ended"]
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as its scheduler reports it."""
+    """State of a job, as reported by its scheduler."""
 
     job_id: str
     state: str
     """The scheduler's own word, for people: `PENDING`, `NODE_FAIL`, …"""
     phase: Phase
-    """Meaning of the state. `waiting`: to be started, perhaps again. A state that is not known is never `ended`."""
+    """Meaning of the state. `waiting`: will start, perhaps again. An unknown state is never `ended`."""
     reason: str = ""
-    """Why it waits; empty where the scheduler gives no reason."""
+    """Reason for which the job waits; empty if the scheduler gives none."""
     start: float | None = None
-    """Unix seconds; expected while the job waits."""
+    """Start, Unix seconds; an estimate while the job waits."""
     end: float | None = None
-    """Unix seconds at which the allocation ends; None: never, or not known."""
+    """Unix seconds at which the allocation ends; None: never, or unknown."""
 
     @property
     def active(self) -> bool:
@@ -51,19 +51,19 @@ class OwnJob:
     """Nodes of its allocation."""
     partition: str | None = None
     time_limit_minutes: int | None = None
-    """None: no limit, or not known."""
+    """None: no limit, or unknown."""
     submit_dir: str = ""
-    """Folder in which it was submitted; plug-ins of the run may lie there."""
+    """Folder in which the job was submitted; it may hold plug-ins of the run."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Machines that a request asks for, before the profile is completed."""
+    """Requested machines, before the profile is completed."""
 
     nodes: int
-    """Spares included."""
+    """Nodes, including spares."""
     gpus_per_node: int
-    """0: the recipe runs without GPUs."""
+    """GPUs per node; 0: the recipe runs without GPUs."""
     spares: int = 0
     partition: str | None = None
     shape: Literal["allocation", "chain"] = "allocation"
@@ -80,55 +80,55 @@ class Preview:
 class Scheduler(Protocol):
     """A scheduler, from the first look at its machines to the controller inside its job.
 
-    Made without arguments, on login nodes, batch hosts and compute nodes alike; keeps no state between calls, and its
-    module imports neither torch, ray nor vllm. Every call has a deadline. Raises BadInput for a request that cannot
-    be met as it stands (exit code 2), and SchedulerError where the scheduler is absent, silent or fails.
+    Constructed without arguments, on login nodes, batch hosts and compute nodes alike; keeps no state between calls.
+    Its module imports neither torch, ray nor vllm. Every call has a deadline. Raises BadInput for a request that cannot
+    be met (exit code 2), and SchedulerError if the scheduler is absent, silent or fails.
     """
 
     copies_code: bool
-    """True where jobs start later than their submission, so that a run takes a copy of vime's code."""
+    """True if jobs start later than their submission, so that a run needs a copy of vime's code."""
 
     def resolve(self, cluster: Cluster, wanted: Wanted, *, timeout_s: float) -> tuple[Cluster, list[str]]:
-        """Complete a profile with what the scheduler knows of its nodes.
+        """Complete a profile with the scheduler's facts about its nodes.
 
-        Returns the profile with partition, sizes of a node and time limit filled in, values of the profile kept, and
-        a note for each choice. Raises BadInput where no nodes match, SchedulerError after `timeout_s` seconds.
+        Returns the profile with partition, node sizes and time limit filled in (existing values are kept), and a note
+        for each choice. Raises BadInput if no nodes match, SchedulerError after `timeout_s` seconds.
         """
         ...
 
     def preview(self, plan: Plan) -> list[Preview]:
-        """Texts that a submission would hand over, for `--dry-run`. Asks the scheduler nothing and writes nothing."""
+        """Texts that a submission would pass on, for `--dry-run`. Queries no scheduler and writes nothing."""
         ...
 
     def write_scripts(self, plan: Plan) -> list[Path]:
-        """Write scripts to the run folder that a person can submit without vime; their paths, in order."""
+        """Write scripts that a person can submit without vime to the run folder; return their paths, in order."""
         ...
 
     def check(self, plan: Plan) -> None:
-        """Refuse what would be refused later. Called before anything of the run is written; queues nothing."""
+        """Raise early the errors of a submission. Called before anything of the run is written; queues nothing."""
         ...
 
     def submit(self, plan: Plan) -> int:
         """Start the run whose folder is written, record its jobs (`vime.run.jobs`) and say so on stdout.
 
-        Returns the exit code of `vime.submit`: 0 for a run that is queued, the run's own cause for one that has ended
-        here. After an exception no job of the run is left in the queue.
+        Returns the exit code of `vime.submit`: 0 for a queued run, the run's cause for one that has already ended.
+        After an exception no job of the run is left in the queue.
         """
         ...
 
     def after(self, plan: Plan, job_id: str) -> Plan:
-        """The plan of a run whose job starts only once another job has ended, however that ends.
+        """Plan of a run whose job starts only after another job has ended, with or without success.
 
-        Raises BadInput where the scheduler cannot order jobs.
+        Raises BadInput if the scheduler cannot order jobs.
         """
         ...
 
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
-        """State of a job, running or ended; None where the scheduler does not know it any more."""
+        """State of a job, running or ended; None if the scheduler no longer knows it."""
         ...
 
     def cancel(self, job_id: str) -> None:
-        """Ask for the end of a job and return at once. No error for one that has ended meanwhile."""
+        """Request the end of a job and return at once. No error if it has already ended."""
         ...
 
     def hosts(self, job_id: str) -> tuple[str, ...]:
@@ -138,14 +138,14 @@ class Scheduler(Protocol):
     def attach(
         self, job_id: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool
     ) -> tuple[list[str], dict[str, str]]:
-        """Program and environment that run a command on a node of the job, next to what runs there.
+        """Program and environment that run a command on a node of the job, next to its running processes.
 
-        `host` is one of `hosts`; `terminal`: the command is interactive. Raises BadInput where that is impossible.
+        `host` is one of `hosts`; `terminal`: the command is interactive. Raises BadInput if that is impossible.
         """
         ...
 
     def own_job(self) -> OwnJob | None:
-        """The job that this process is part of; None outside of any."""
+        """Job that this process is part of; None outside of any."""
         ...
 
     def control(self, run_dir: str, *, link: str | None = None) -> Cause:
@@ -160,7 +160,7 @@ BUILT_IN: Mapping[str, str] = {"slurm": "vime.launch.slurm:Slurm", "local": "vim
 
 
 def find_scheduler(kind: str) -> Scheduler:
-    """The scheduler of a profile's `kind`. Raises BadInput for one that cannot be imported."""
+    """Scheduler of a profile's `kind`. Raises BadInput if it cannot be imported."""
     module, colon, name = BUILT_IN.get(kind, kind).partition(":")
     if not colon:
         raise BadInput(f"kind is {kind!r}: give slurm, local, or package.module:Class of a scheduler")

@@ -1,4 +1,4 @@
-"""State of a run, from its folder and, where there is one, its scheduler: what `vime.status` shows."""
+"""State of a run for `vime.status`, from its folder and, if any, its scheduler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vime.system.processes import start_ticks
 
 ENDED = ("succeeded", "failed", "cancelled", "lost")
 _PATIENCE_S = 10.0
-"""Deadline of a question to the scheduler, in seconds; the journal tells the rest."""
+"""Deadline of a query to the scheduler, in seconds; without an answer the journal decides."""
 
 _AFTER = {"stage-start": "running", "stage-ready": "ready", "stage-skip": "skipped", "stage-end": "done"}
 
@@ -44,24 +44,24 @@ class JobOfRun:
 
     job_id: str
     link: str | None
-    """The link of the chain; None where the run is one job."""
+    """Link of the chain; None if the run is one job."""
     state: str
-    """In the scheduler's words; empty where it does not know the job any more."""
+    """State in the scheduler's words; empty if it no longer knows the job."""
     reason: str = ""
 
 
 @dataclass
 class RunState:
-    """Everything that `vime.status` shows; `--json` prints it as it is."""
+    """All values shown by `vime.status`; `--json` prints them unchanged."""
 
     run: str
     run_dir: str
     state: str
     """`submitted`, `pending`, `running`, `requeued`, `succeeded`, `failed`, `lost`, or `planned`."""
     job: str | None = None
-    """The job that runs or comes next."""
+    """Id of the job that runs or comes next."""
     jobs: list[JobOfRun] = field(default_factory=list)
-    """Every job of a chain."""
+    """All jobs of a chain."""
     reason: str = ""
     """Reason for which the job waits, or the end of the run."""
     cause: str | None = None
@@ -70,20 +70,20 @@ class RunState:
     stages: list[StageState] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
     rollout: int | None = None
-    """Rollouts finished."""
+    """Number of finished rollouts."""
     num_rollout: int = 0
     reward: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last rollout, by name."""
     seconds_left: float | None = None
-    """Until the allocation ends."""
+    """Seconds until the allocation ends."""
     next_checkpoint: int | None = None
     """Number of the rollout after which the next checkpoint is written."""
     expected_start: float | None = None
     """Unix time at which the scheduler expects a waiting job to start."""
 
     note: str = ""
-    """Facts that could not be found out, each with the reason."""
+    """Facts that could not be determined, each with the reason."""
 
     @property
     def ended(self) -> bool:
@@ -94,7 +94,7 @@ class RunState:
 
 
 def run_state(run_dir: str | os.PathLike[str]) -> RunState:
-    """Read the state of a run, from its folder alone where the scheduler does not answer. BadInput without a plan."""
+    """Read the state of a run; from its folder alone if the scheduler is silent. Raises BadInput without a plan."""
     plan = read_plan(run_dir)
     jobs = read_jobs(run_dir)
     events = of_jobs(last_start(read_events(run_dir, damage := Counter())), jobs)
@@ -118,7 +118,7 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
 
 
 def of_jobs(events: list[Event], jobs: Sequence[Job]) -> list[Event]:
-    """Without what an earlier submission of the run did: a run that is submitted again has not begun until it does."""
+    """Events without those of an earlier submission: a resubmitted run has none until it starts."""
     ids = {job.job_id for job in jobs}
     kept, ours = [], True
     for event in events:
@@ -130,7 +130,7 @@ def of_jobs(events: list[Event], jobs: Sequence[Job]) -> list[Event]:
 
 
 def current_job(jobs: Sequence[Job], events: list[Event]) -> Job | None:
-    """The job that runs or comes next: of a chain, the first that the journal does not call done; at its end the last.
+    """Job that runs or comes next: in a chain, the first that is not done in the journal, else the last.
 
     `events` are those since the last start.
     """
@@ -150,7 +150,7 @@ def _job_of_run(scheduler: Scheduler, job: Job, now: Job, state: JobState | None
 
 
 def _last_word(events: list[Event]) -> Event | None:
-    """The run's last event; None while it runs or after a requeue."""
+    """Final event of the run; None while it runs or after a requeue."""
     end = next((event for event in reversed(events) if event.kind == "run-end"), None)
     return None if end is None or end.data.get("requeued") else end
 
@@ -182,7 +182,7 @@ def _read_events(found: RunState, plan: Plan, events: list[Event]) -> None:
 
 
 def _judge(found: RunState, events: list[Event], job: JobState | None) -> None:
-    """The run's own last word counts; without one, the scheduler's or the process table's state of its controller."""
+    """Judge by the run's final event; without one, by the scheduler's state or the controller's process."""
     end = _last_word(events)
     begun = bool(events) and events[-1].kind != "job-end"
     if end is not None:
@@ -194,7 +194,7 @@ def _judge(found: RunState, events: list[Event], job: JobState | None) -> None:
     elif job is not None and job.phase == "running":
         found.state, found.seconds_left = "running", _seconds_left(job.end)
     elif job is not None and not begun and job.state == "COMPLETED":
-        # Of a chain that was submitted by hand, each job is known from its start on.
+        # In a hand-submitted chain a job is known only once it starts.
         found.state, found.reason = "pending", "the next job of the chain has not started"
     elif job is not None and not begun:
         found.state = "cancelled" if job.state.startswith("CANCELLED") else "failed"
@@ -214,7 +214,7 @@ def _judge(found: RunState, events: list[Event], job: JobState | None) -> None:
 
 
 def _judge_by_journal(found: RunState, events: list[Event]) -> None:
-    """Where the scheduler does not answer, the run is taken to do what its journal said last."""
+    """Judge by the journal's last event, if the scheduler does not answer."""
     if not events:
         found.state = "submitted"
         return
@@ -231,7 +231,7 @@ def _seconds_left(end: float | None) -> float | None:
 
 
 def controller_is_here(events: list[Event]) -> int | None:
-    """Pid of the run's controller, when it lives on this machine."""
+    """Pid of the run's controller if it runs on this machine, else None."""
     start = next((event for event in reversed(events) if event.kind == "run-start"), None)
     if start is None or start.data.get("host") != socket.gethostname():
         return None

@@ -1,4 +1,4 @@
-"""Tokens of one start of a run, which Ray and the engines demand of callers: files 0600 in `<run>/secrets` (0700)."""
+"""Tokens of one start of a run, required from callers of Ray and the engines: files 0600 in `<run>/secrets` (0700)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def token_path(run_dir: str | os.PathLike[str], name: str) -> Path:
 
 
 def make_tokens(run_dir: str | os.PathLike[str]) -> None:
-    """Replaces the tokens by new ones, for this start of the run."""
+    """Make new tokens for this start of the run, replacing earlier ones."""
     folder = private_folder(Path(run_dir) / "secrets")
     for name in TOKENS:
         write_file(folder / name, secrets.token_hex(32) + "\n", mode=PRIVATE)
 
 
 def read_token(run_dir: str | os.PathLike[str], name: str) -> str:
-    """A token of the run. Raises BadInput where it is missing or others may read it."""
+    """Read a token of the run. Raises BadInput if it is missing or others may read it."""
     path = token_path(run_dir, name)
     try:
         with open(path, encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""What nodes and engines of a run are busy with: small files that nodes and the driver replace, and vime.top reads."""
+"""Load of a run's nodes and engines, in small files that nodes and the driver replace and vime.top reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vime.system.private import private_folder
 
 FOLDER, QUEUES = "usage", "queues.json"
 FRESH_SECONDS = 120.0
-"""Age from which a file says nothing about the present."""
+"""Age in seconds from which a file is stale."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class GpuUsage:
 
     index: int
     percent: float | None
-    """Share of the last sample period with a kernel running; None where the driver does not say, as below."""
+    """Share of the last sample period with a running kernel; None if the driver gives no value, also below."""
     memory_used: float | None
-    """Bytes."""
+    """Bytes of GPU memory in use."""
     memory_total: float | None
     celsius: float | None
 
@@ -34,14 +34,14 @@ class NodeUsage:
     """One node at one moment."""
 
     node: int
-    """Logical node."""
+    """Number of the logical node."""
     time: float
     """Unix seconds."""
     load: float
     """Mean number of runnable processes over a minute."""
     cores: int
     memory_used: float
-    """Bytes of the host: total less what is available."""
+    """Bytes of host memory: total minus available."""
     memory_total: float
     gpus: tuple[GpuUsage, ...] = field(default=())
 
@@ -56,7 +56,7 @@ def write_usage(run_dir: str | Path, usage: NodeUsage) -> None:
 
 
 def read_usage(run_dir: str | Path) -> list[NodeUsage]:
-    """Newest usage of every node that has written one, in the order of nodes."""
+    """Newest usage of every node that has written one, ordered by node."""
     found = []
     for path in sorted((Path(run_dir) / FOLDER).glob("node*.json")):
         values = read_json(path)
@@ -67,11 +67,11 @@ def read_usage(run_dir: str | Path) -> list[NodeUsage]:
 
 
 def write_queues(run_dir: str | Path, loads: Sequence[Sequence[int]]) -> None:
-    """Samples under way on each data-parallel rank of each engine."""
+    """Write the number of running samples on each data-parallel rank of each engine."""
     write_json(Path(run_dir) / QUEUES, {"time": time.time(), "loads": [list(ranks) for ranks in loads]}, mode=PRIVATE)
 
 
 def read_queues(run_dir: str | Path) -> list[list[int]]:
-    """What `write_queues` wrote last; empty where that is long ago or never was."""
+    """Values from the last `write_queues`; empty if stale or never written."""
     values: dict[str, Any] = read_json(Path(run_dir) / QUEUES) or {}
     return values["loads"] if time.time() - values.get("time", 0.0) < FRESH_SECONDS else []

@@ -1,4 +1,4 @@
-"""Why training ended: decided from what Ray knows of nodes and actors before any error's class or text."""
+"""Why training ended: decided from Ray's facts about nodes and actors, then from an error's class and text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vime.run.plan import Binding, BoundNode, Plan
 
 POLL_S = 3.0
 ASKED_S = 15.0
-"""How long a driver that failed waits for Ray to say which node or actor ended."""
+"""Longest wait of a failed driver for Ray to name the node or actor that ended."""
 CONNECT_S = 3.0
 RANK_NAME = re.compile(r"rank-(\d+)")
 _CONSEQUENCE = re.compile(r"actor|connection|engine \d+|unreachable|timed out|did not end within", re.IGNORECASE)
@@ -35,15 +35,15 @@ class NodeLost(VimeError):
 
 @dataclass(frozen=True)
 class DeadActor:
-    """An actor that Ray says is dead although nobody ended it."""
+    """An actor that is dead according to Ray although nobody ended it."""
 
     name: str
     """`rank 1`, or `EngineActor` for one without a name."""
     node: int | None
-    """Logical node."""
+    """Number of the logical node."""
     rank: int | None
     reason: str
-    """Ray's, in one line."""
+    """Ray's reason, in one line."""
     out_of_memory: bool = False
 
 
@@ -52,13 +52,13 @@ class RayFacts:
     """Ray's view of a run that failed."""
 
     lost: dict[int, str] = field(default_factory=dict)
-    """How each lost logical node is known to be lost."""
+    """Evidence of each lost logical node, by its number."""
     dead: tuple[DeadActor, ...] = ()
 
 
 @dataclass(frozen=True)
 class Account:
-    """The driver's account of its end; travels to the controller as the report `failure`."""
+    """The driver's account of its end; sent to the controller as the report `failure`."""
 
     cause: Cause
     text: str
@@ -73,9 +73,9 @@ class Account:
 
 
 def explain(error: BaseException, facts: RayFacts) -> Account:
-    """The account of an error, given what Ray knows. Pure.
+    """Account of an error, given Ray's facts. Pure.
 
-    A lost node comes first, then an actor that died, unless the error has a cause of its own that no death explains.
+    A lost node takes precedence, then a dead actor, unless the error has a cause that no death explains.
     """
     found = leaves(error)
     lost = {leaf.node: str(leaf) for leaf in found if isinstance(leaf, NodeLost)}
@@ -93,7 +93,7 @@ def explain(error: BaseException, facts: RayFacts) -> Account:
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The errors inside exception groups, Ray's wrappers and what was raised from another error, in that order."""
+    """Leaf errors: those inside exception groups, Ray's wrappers and chains of `raise … from`, in that order."""
     return list(_leaves(error))
 
 
@@ -103,7 +103,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _leaves(inner)
-    # Before VimeError: Ray raises a class that is both, and whose `cause` is the error itself.
+    # Before VimeError: Ray raises a class that is both, whose `cause` is the original error.
     elif isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         yield from _leaves(error.cause)
     else:
@@ -113,7 +113,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The cause that one error stands for, by its class and then by its text."""
+    """Cause of one error, by its class, then by its text."""
     from ray import exceptions
 
     if isinstance(error, (BaseExceptionGroup, exceptions.RayTaskError)):
@@ -135,7 +135,7 @@ def cause_of(error: BaseException) -> Cause:
 
 
 def line_of(error: BaseException) -> str:
-    """One line that says what the error is; its class where it has no text."""
+    """One-line text of the error, or its class if it has none."""
     from ray.exceptions import RayActorError, RayTaskError
 
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -150,7 +150,7 @@ def line_of(error: BaseException) -> str:
 
 
 def one_line(reason: str) -> str:
-    """Ray's words on a death, without its lists of fields and of common causes."""
+    """Ray's message about a death, without its lists of fields and of common causes."""
     words = [line.strip() for line in reason.splitlines() if line.strip() and not line.startswith("\t")]
     text = " ".join(words).removeprefix("The actor died unexpectedly before finishing this task. ")
     _, mark, detail = text.partition("Worker exit detail: ")
@@ -159,7 +159,7 @@ def one_line(reason: str) -> str:
 
 
 def _weight(error: BaseException) -> int:
-    """How much less an error says than others of the same failure."""
+    """Sort key: higher for an error that says less than others of the same failure."""
     from ray.exceptions import RayActorError
 
     if isinstance(error, asyncio.CancelledError):
@@ -170,7 +170,7 @@ def _weight(error: BaseException) -> int:
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Whether the death of an actor can have led to this error."""
+    """True if the death of an actor may have led to this error."""
     if cause_of(error) in (Cause.CRASH, Cause.NODE_FAILURE, Cause.DEADLINE):
         return True
     return isinstance(error, VimeError) and _CONSEQUENCE.search(str(error)) is not None
@@ -180,9 +180,9 @@ def _is_consequence(error: BaseException) -> bool:
 
 
 async def watch_nodes(plan: Plan, binding: Binding) -> None:
-    """Raises NodeLost when a node of the run leaves Ray's cluster; returns never.
+    """Raise NodeLost when a node of the run leaves Ray's cluster; never returns.
 
-    While the GCS does not answer nothing is known: the head's own end is for the controller to see.
+    A silent GCS proves nothing and is ignored: the controller notices the end of the head.
     """
     address, seen = gcs_address(plan, binding), set[str]()
     while True:
@@ -198,7 +198,7 @@ async def watch_nodes(plan: Plan, binding: Binding) -> None:
 
 
 async def ray_facts(plan: Plan, binding: Binding, error: BaseException) -> RayFacts:
-    """Dead nodes and actors. Where the error speaks of a death, waits until Ray has heard of it, for 15 s at most."""
+    """Dead nodes and actors. If the error mentions a death, wait until Ray knows of it, for at most 15 s."""
     deadline = time.monotonic() + (ASKED_S if any(map(_is_consequence, leaves(error))) else 0.0)
     while True:
         lost = await lost_nodes(plan, binding)
@@ -209,7 +209,7 @@ async def ray_facts(plan: Plan, binding: Binding, error: BaseException) -> RayFa
 
 
 async def lost_nodes(plan: Plan, binding: Binding) -> dict[int, str]:
-    """Logical nodes whose raylet takes no connection, and how it fails."""
+    """Logical nodes whose raylet refuses connections, each with the error."""
     port = plan.ports.node_manager + binding.port_offset
     answers = await asyncio.gather(*(_refusal(node.address, port) for node in binding.nodes))
     return {
@@ -220,7 +220,7 @@ async def lost_nodes(plan: Plan, binding: Binding) -> dict[int, str]:
 
 
 async def _refusal(address: str, port: int) -> str | None:
-    """Why a port takes no connection; None where it does."""
+    """Reason for which a port refuses a connection; None if it accepts."""
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), CONNECT_S)
     except TimeoutError:
@@ -232,13 +232,13 @@ async def _refusal(address: str, port: int) -> str | None:
 
 
 def _dead_actors(binding: Binding) -> list[DeadActor]:
-    """Actors of the run that ended without being told to."""
+    """Actors of the run that ended without a request."""
     from ray._private import state
     from ray.core.generated.common_pb2 import ActorDiedErrorContext as Context
 
     try:
         actors: Sequence[dict[str, Any]] = list(state.actors().values())
-    except Exception:  # noqa: BLE001 -- the GCS may be what failed; then it has nothing to say
+    except Exception:  # noqa: BLE001 -- the GCS itself may have failed; then no actor is known to be dead
         return []
     intended = (Context.OWNER_DIED, Context.RAY_KILL, Context.OUT_OF_SCOPE, Context.REF_DELETED)
     by_address = {node.address: node.index for node in binding.nodes}

@@ -1,4 +1,4 @@
-"""The driver of a run: brings actors, engines and sampler up, then runs the loop or one of the debug modes."""
+"""Driver of a run: starts actors, engines and sampler, then runs the loop or one of the debug modes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
 
 BEAT_SECONDS = 10.0
-"""Between two signs of life for the controller."""
+"""Interval between two `alive` reports to the controller."""
 QUEUES_SECONDS = 10.0
-"""Between two writes of what the engines work on."""
+"""Interval between two writes of the engines' queues."""
 
 
 async def _beat() -> None:
-    """Tell the controller that the event loop turns, for as long as it does."""
+    """Report `alive` to the controller as long as the event loop runs."""
     while True:
         report("alive")
         await asyncio.sleep(BEAT_SECONDS)
@@ -49,7 +49,7 @@ class Driver:
         self.deadlines = self.phases.deadlines
 
     async def run(self) -> None:
-        """Train, or do what a debug flag asks for instead."""
+        """Train, or run the mode of a debug flag."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 watches = [tasks.create_task(watch_nodes(self.plan, self.binding)), tasks.create_task(_beat())]
@@ -91,7 +91,7 @@ class Driver:
                     task.cancel()
 
     async def _note_queues(self, sampler: Sampler) -> None:
-        """Write what the engines work on, for `vime.top`. In a thread: a shared file system may take its time."""
+        """Write the engines' queues for `vime.top`. In a thread, since a shared file system may be slow."""
         while True:
             await asyncio.to_thread(write_queues, self.plan.run_dir, sampler.loads())
             await asyncio.sleep(QUEUES_SECONDS)
@@ -99,7 +99,7 @@ class Driver:
     async def _start(
         self, stack: contextlib.AsyncExitStack, trainer: TrainerGroup, engines: EngineGroup
     ) -> tuple[StartState, list[EngineClient]]:
-        """Engines and trainer up: one after the other where they share GPUs, each of which expects them empty."""
+        """Start engines and trainer; one after the other if they share GPUs, since each expects them empty."""
         engines_up = engines.start(deadline_s=self.deadlines.engine_start)
         if self.recipe.resources.colocate:
             clients = await self._clients(stack, await engines_up)
@@ -123,12 +123,12 @@ class Driver:
         engines: EngineGroup,
         clients: list[EngineClient],
     ) -> Loop:
-        """The loop, with a sampler and a supervisor of these engines."""
+        """Make the loop, with a sampler and a supervisor of these engines."""
         limits = self.deadlines
-        # A recovery may have to wait until the trainer has time for a sync.
+        # A recovery may have to wait for the trainer before its sync.
         patience = Patience(
             recovery=limits.engine_start + limits.train + limits.save + 2 * limits.sync,
-            # Found and restarted within the time of a rollout.
+            # A stall is found and the engine restarted within the timeout of a rollout.
             stall=min(Patience.stall, self.recipe.rollout.rollout_timeout / 3),
         )
 
@@ -163,7 +163,7 @@ class Driver:
         await trainer.call(self.deadlines.save, WorkerMethods.finish_save)
 
     async def _rollout_only(self, group: Any) -> None:
-        """Generate with the weights that the engines loaded, and write it down."""
+        """Generate with the weights that the engines loaded, and write the rollouts."""
         engines = EngineGroup(self.plan, group)
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
             urls = await engines.start(deadline_s=self.deadlines.engine_start)
@@ -178,7 +178,7 @@ class Driver:
 
 @contextlib.asynccontextmanager
 async def _stopped_afterwards(engines: EngineGroup) -> AsyncIterator[None]:
-    """Stop the engines at the end of the block, however it ends."""
+    """Stop the engines at the end of the block, also after an error."""
     try:
         yield
     except BaseException as error:

@@ -1,11 +1,11 @@
-"""Hand-over of the GPUs: with `--colocate` trainer and engines take turns; this module knows whose turn it is.
+"""Hand-over of the GPUs: with `--colocate` trainer and engines take turns, which this module tracks.
 
     train ─► gradients leave ─► engines' weights wake ─► sync ─► engines' cache wakes ─► weights leave ─► generate
       ▲                                                                                                      │
       └──────────────────────────── weights and gradients come back ◄── engines sleep ◄─────────────────────┘
 
-Every step has a deadline; the free bytes of every GPU and host before and after it are recorded, and what the hosts
-took is compared with the plan. On processors the same steps run, though little moves there.
+Every step has a deadline. Free bytes of every GPU and host are recorded before and after it, and host memory taken is
+compared with the plan. CPU runs execute the same steps, though little moves there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PLANNED_AS = {
     "weights_leave": ("weights_backup", "backup_rounding"),
     "engines_sleep": ("engine_sleep_copy",),
 }
-"""Items of the plan's host memory that a step may fill."""
+"""Items of the plan's host memory that each step may fill."""
 SLACK_BYTES = 2 * 2**30
-"""Host memory that other processes may take or free during a step."""
+"""Bytes of host memory that other processes may take or free during a step."""
 
 
 class Sleeper(Protocol):
-    """The calls to an engine (`vime.rollout.client.EngineClient`)."""
+    """Calls to an engine (`vime.rollout.client.EngineClient`)."""
 
     async def sleep(self, level: int = 1) -> None: ...
     async def wake_up(self, tags: Sequence[str] = ()) -> None: ...
@@ -57,7 +57,7 @@ class HandoverDeadlines:
 
 
 class Handover:
-    """The owner of the GPUs of a run. Its methods do nothing where trainer and engines have GPUs of their own."""
+    """Owner of a run's GPUs. Its methods do nothing if trainer and engines have separate GPUs."""
 
     def __init__(
         self,
@@ -73,14 +73,14 @@ class Handover:
         self._deadlines, self._say = deadlines or HandoverDeadlines(), say
         self.takes_turns = plan.recipe.resources.colocate
         self._asleep = {engine: {"weights", "kv_cache"} for engine in range(len(engines))} if asleep else {}
-        """Sleeping parts of each engine, by vLLM's tags; an engine without any is left out."""
+        """Sleeping parts of each engine, as vLLM's tags; an engine without any is left out."""
         self._away: set[Part] = set()
-        """Parts of the trainer that are on the host."""
+        """Parts of the trainer that are off the GPUs."""
         self._metrics: dict[str, float] = {}
 
     @property
     def trainer_has_them(self) -> bool:
-        """Whether engines sleep: they can neither be asked nor started."""
+        """True while engines sleep: they can then neither serve requests nor be started."""
         return bool(self._asleep)
 
     async def engines_sleep(self) -> None:
@@ -103,29 +103,29 @@ class Handover:
         await self._wake("weights")
 
     async def room_for_answers(self) -> None:
-        """Wake the engines' cache, so that they answer; the trainer still has its weights, to compare log-probs."""
+        """Wake the engines' cache, so that they answer; the trainer keeps its weights, to compare log-probs."""
         await self._wake("kv_cache")
 
     async def to_engines(self) -> None:
-        """Move the last of the trainer off the GPUs."""
+        """Move the rest of the trainer off the GPUs."""
         await self._leave("weights")
 
     async def weights_come_back(self) -> None:
-        """Bring the trainer's weights back, whether engines sleep or not."""
+        """Bring the trainer's weights back, in any state of the engines."""
         await self._come_back("weights")
 
     async def room_to_start(self) -> None:
-        """Nothing of the trainer is left on the GPUs: an engine that starts takes its whole share at once, and ends
-        where less is free. `weights_come_back` brings the trainer back for the sync that follows."""
+        """Move the trainer off the GPUs entirely: a starting engine takes its whole share at once, and fails if less is
+        free. `weights_come_back` brings the trainer back for the sync that follows."""
         await self._leave("gradients")
         await self._leave("weights")
 
     def started(self, engine: int) -> None:
-        """Note that an engine was restarted, and so is awake."""
+        """Record that an engine was restarted, and so is awake."""
         self._asleep.pop(engine, None)
 
     def take_metrics(self) -> dict[str, float]:
-        """`handover/…` of the steps since the last call."""
+        """Metrics `handover/…` of the steps since the last call."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -206,7 +206,7 @@ def moved(before: Sequence[Free], after: Sequence[Free]) -> dict[str, float]:
 
 
 def over_plan(plan: Plan, step: str, before: Sequence[Free], after: Sequence[Free]) -> Mapping[int, tuple[int, int]]:
-    """Nodes where the step took more host memory than planned: (taken, planned) bytes."""
+    """(taken, planned) host bytes of each node on which a step took more than planned."""
     items = PLANNED_AS.get(step, ())
     found = {}
     for node, taken in host_taken(before, after).items():

@@ -1,4 +1,4 @@
-"""Phases of a run as the driver measures them: each is a span of the timeline, its results are metrics and a line."""
+"""Phases of a run, measured by the driver: each gives a span of the timeline, metrics and a printed line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPANS_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Phases:
-    """The run's writers of metrics and timeline, and the phases that the loop and the debug modes share."""
+    """Writers of metrics and timeline, and the phases shared by the loop and the debug modes."""
 
     plan: Plan
     deadlines: PhaseDeadlines
@@ -29,7 +29,7 @@ class Phases:
 
     @classmethod
     def of(cls, plan: Plan, deadlines: PhaseDeadlines | None = None) -> Phases:
-        """Writers into the plan's run folder."""
+        """Open the writers in the plan's run folder."""
         metrics = MetricsWriter(plan.run_dir, wandb=wandb_settings(plan.recipe, plan.run_name))
         return cls(plan, deadlines or PhaseDeadlines.of(plan), Timeline(plan.run_dir), metrics)
 
@@ -38,7 +38,7 @@ class Phases:
         self.timeline.close()
 
     def generation(self, sampler: Sampler, rollout_id: int) -> asyncio.Task[Rollout]:
-        """A rollout under way."""
+        """Start a rollout as a task."""
 
         async def generate() -> Rollout:
             with self.timeline.phase("generate", rollout_id):
@@ -47,7 +47,7 @@ class Phases:
         return asyncio.create_task(generate())
 
     async def train(self, trainer: TrainerCall, rollout: Rollout) -> dict[str, float]:
-        """All optimizer steps of a rollout; metrics of rank 0."""
+        """Run all optimizer steps of a rollout; return the metrics of rank 0."""
         import ray
 
         with self.timeline.phase("train", rollout.rollout_id):
@@ -58,7 +58,7 @@ class Phases:
         return results[0]
 
     async def evaluate_if_due(self, sampler: Sampler, rollout_id: int) -> None:
-        """Evaluate before this rollout, where the recipe asks for it."""
+        """Evaluate before this rollout if the recipe asks for it."""
         if not evaluates_before(self.plan.recipe, rollout_id):
             return
         with self.timeline.phase("eval", rollout_id):
@@ -68,7 +68,7 @@ class Phases:
         print(f"eval {rollout_id}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
 
     def record_rewards(self, sampler: Sampler, rollout_id: int) -> None:
-        """Put the spans of grading on the timeline."""
+        """Add the spans of grading to the timeline."""
         for name, start, end in sampler.take_spans():
             self.timeline.add(Span(name, rollout_id, "rewards", start, end))
 
@@ -89,14 +89,14 @@ class Phases:
 
 
 def saves_after(recipe: Recipe, rollout_id: int) -> bool:
-    """Every `--save-interval` rollouts, and after the last one."""
+    """True every `--save-interval` rollouts, and after the last one."""
     last = rollout_id == recipe.rollout.num_rollout - 1
     interval = recipe.checkpoint.save_interval
     return last or (interval is not None and (rollout_id + 1) % interval == 0)
 
 
 def evaluates_before(recipe: Recipe, rollout_id: int) -> bool:
-    """Before the first rollout and every `--eval-interval` rollouts; `num_rollout` stands for the end of the run."""
+    """True before the first rollout and every `--eval-interval` rollouts; `num_rollout` means the end of the run."""
     interval = recipe.eval.eval_interval
     if interval is None or not recipe.eval.eval_prompt_data:
         return False

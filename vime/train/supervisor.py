@@ -1,4 +1,4 @@
-"""Keeps a run's engines up, with the trainer's current weights, and trusted; restarts those that fail."""
+"""Keeps a run's engines running, trusted and on the trainer's current weights; restarts those that fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE_SECONDS = 120.0
 
 
 class EngineLost(VimeError):
-    """An engine failed more often than it may be restarted."""
+    """An engine failed more often than the limit of restarts."""
 
     def __init__(self, text: str, cause: Cause) -> None:
         super().__init__(text)
@@ -30,14 +30,14 @@ class EngineLost(VimeError):
 
 
 class Servers(Protocol):
-    """The server processes of all engines (`vime.train.actors.EngineGroup`)."""
+    """Server processes of all engines (`vime.train.actors.EngineGroup`)."""
 
     async def restart(self, engines: Sequence[int], *, deadline_s: float) -> None: ...
     async def exited(self) -> list[tuple[int, str]]: ...
 
 
 class Sync(Protocol):
-    """`vime.sync.session.WeightSync`."""
+    """Interface of `vime.sync.session.WeightSync`."""
 
     async def run(self, version: int) -> dict[str, float]: ...
     def restarted(self, engine: int, client: Any) -> None: ...
@@ -54,9 +54,9 @@ class RecoveryDeadlines:
 
 
 class EngineSupervisor:
-    """Everything that happens to the engines besides generating, one thing at a time.
+    """Performs all operations on engines except generation, one at a time.
 
-    `turn` is held by whoever uses the trainer: it does one thing at a time too.
+    `turn` must be held while using the trainer, which also does one thing at a time.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class EngineSupervisor:
         self.turn = asyncio.Lock()
         self._care = asyncio.Lock()
         self.version = 0
-        """Version of the trainer's weights: the rollouts it has trained on. Set by whoever trains, in its turn."""
+        """Version of the trainer's weights: number of rollouts trained on. Set by the training loop, under `turn`."""
         self._restarts: Counter[int] = Counter()
         self._synced = False
         self.restarts = 0
-        """Restarts since the count was last taken."""
+        """Restarts since the last `sync`."""
 
     async def sync(self) -> dict[str, float]:
-        """Give all engines the trainer's weights and see that they compute the same; metrics `sync/…`.
+        """Send the trainer's weights to all engines, check that they compute the same, return metrics `sync/…`.
 
-        An engine that fails on the way is restarted and loaded whole. Raises EngineLost, SyncFailed where the trainer
-        failed, EngineDistrusted where engines never agreed with the trainer.
+        An engine that fails meanwhile is restarted and loaded whole. Raises EngineLost, SyncFailed if the trainer
+        failed, EngineDistrusted if engines never agreed with the trainer.
         """
         async with self._care, self.turn:
             for engine, how in () if self._handover.trainer_has_them else await self._servers.exited():
@@ -100,12 +100,12 @@ class EngineSupervisor:
         return metrics | self._handover.take_metrics()
 
     async def to_trainer(self) -> None:
-        """The trainer gets the GPUs, where it shares them. No request may be under way."""
+        """Give shared GPUs to the trainer. No request may be running."""
         async with self._care, self.turn:
             await self._handed(self._handover.to_trainer)
 
     async def _handed(self, step: Callable[[], Awaitable[None]]) -> None:
-        """A step of the hand-over; an engine that does not take part is restarted, and the step is repeated."""
+        """Run a step of the hand-over; if an engine gets stuck, restart it and repeat the step."""
         while True:
             try:
                 return await step()
@@ -113,8 +113,7 @@ class EngineSupervisor:
                 await self._restart([error.engine], error.engine, error)
 
     async def recover(self, engine: int, error: EngineError) -> None:
-        """Bring a failed engine back with the trainer's weights: as it is where only a connection broke, else by a
-        restart. Raises as `sync`."""
+        """Restore a failed engine with current weights, restarted unless only a connection broke. Raises as `sync`."""
         async with self._care:
             broke = isinstance(error, (EngineUnreachable, EngineTimeout))
             if broke and self._synced and await self._answers(engine):
@@ -124,7 +123,7 @@ class EngineSupervisor:
                 await self._load([engine])
 
     async def watch(self, report: Callable[[int, EngineError], None]) -> None:
-        """Report engines whose processes have ended, for as long as it runs."""
+        """Report engines whose processes have ended, until cancelled."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             if self._care.locked() or self._handover.trainer_has_them:
@@ -133,7 +132,7 @@ class EngineSupervisor:
                 report(engine, EngineUnreachable(f"engine {engine} {how}"))
 
     async def _load(self, checked: Sequence[int]) -> dict[str, float]:
-        """Sync, and compare these engines with the trainer. Then the GPUs are theirs."""
+        """Sync, compare these engines with the trainer, and give the GPUs to the engines."""
         while True:
             try:
                 await self._handover.weights_come_back()
@@ -144,7 +143,7 @@ class EngineSupervisor:
             except SyncFailed as error:
                 if error.engine is None:
                     raise
-                # The others may hold a mixture of two versions: none of them serves again as it is.
+                # The other engines may hold a mixture of two versions, so restart them all.
                 everyone = range(len(self._clients))
                 await self._restart(everyone, error.engine, error)
                 checked = everyone
@@ -152,10 +151,10 @@ class EngineSupervisor:
                 await self._restart([error.engine], error.engine, error)
             except EngineDistrusted as error:
                 if not self._synced:
-                    raise  # other weights would have come with the first sync; a restart computes the same again
+                    raise  # this first sync set all weights, so a restart would compute the same again
                 await self._restart([error.engine], error.engine, error)
             except EngineError as error:
-                # It took the weights and then did not answer.
+                # An engine took the weights and then did not answer.
                 failed = await self._failing(checked)
                 await self._restart(failed, failed[0], error)
             else:
@@ -187,7 +186,7 @@ class EngineSupervisor:
         return {"sync/train_rollout_logprob_abs_diff": max(found)}
 
     async def _answers(self, engine: int) -> bool:
-        """Whether every rank of the engine answers a real request with the current weights."""
+        """True if every rank of the engine answers a real request with the current weights."""
         client, ranks = self._clients[engine], self._plan.engines[engine].data_parallel_size
         settings = probe_settings(self._plan)
         try:
@@ -205,12 +204,12 @@ class EngineSupervisor:
         return all(set(answer.weight_versions) == {self.version} for answer in answers)
 
     async def _failing(self, engines: Sequence[int]) -> list[int]:
-        """Those that do not answer; all of them when every one does, since one of them did not."""
+        """Engines that do not answer; all of them if every one does now, since one of them did not before."""
         answers = await asyncio.gather(*(self._answers(engine) for engine in engines))
         return [engine for engine, good in zip(engines, answers, strict=True) if not good] or list(engines)
 
     async def _restart(self, engines: Sequence[int], blamed: int, error: VimeError) -> None:
-        """Restart these engines. A start that fails counts as a failure of the blamed one too."""
+        """Restart these engines. A failed start counts as another failure of the blamed one."""
         limit = self._plan.recipe.engine.max_engine_restarts
         names = ", ".join(map(str, engines))
         while True:

@@ -1,4 +1,4 @@
-"""Compares log-probs of the engines' answers to real requests with the trainer's, before an engine is used."""
+"""Compares the engines' log-probs on real requests with the trainer's, before an engine is used."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vime.rollout.client import Generated, SamplingSettings
 from vime.run.plan import EnginePlan, Plan
 
 PROBES = 8
-"""Prompts that every data-parallel rank of every engine answers."""
+"""Number of prompts that every data-parallel rank of every engine answers."""
 PROBE_TOKENS = 16
 SAME_NUMBERS = 0.1
-"""Nats. Engine and trainer hold the same numbers and differ in types and kernels only; measured: 0.006 to 0.03."""
+"""Nats, if engine and trainer hold the same numbers and differ in types and kernels only; measured: 0.006 to 0.03."""
 ROUNDED_NUMBERS = 0.5
-"""Nats. The trainer's weights have left the grid of the engine's block fp8; measured on a small model: up to 0.3."""
+"""Nats, once the trainer's weights are off the engine's block-fp8 grid; measured on a small model: up to 0.3."""
 
 LogProbs = Callable[[list[tuple[list[int], list[int]]]], Awaitable[list[list[float]]]]
 """The trainer's log-probs, in nats, of (prompt, response) token ids."""
@@ -35,7 +35,7 @@ class ProbeClient(Protocol):
 
 
 class EngineDistrusted(VimeError):
-    """An engine's log-probs are not those of the trainer."""
+    """An engine's log-probs differ too much from the trainer's."""
 
     def __init__(self, text: str, engine: int) -> None:
         super().__init__(text)
@@ -45,8 +45,8 @@ class EngineDistrusted(VimeError):
 def trusted_difference(plan: Plan, version: int) -> float:
     """Mean absolute difference of log-probs, in nats, below which an engine is trusted.
 
-    `--max-logprob-difference` where it is given. Weights are the same numbers on both sides unless they were trained
-    and then quantised for the engine.
+    `--max-logprob-difference` if given. Weights are the same numbers on both sides unless they were trained and then
+    quantised for the engine.
     """
     given = plan.recipe.engine.max_logprob_difference
     if given is not None:
@@ -56,7 +56,7 @@ def trusted_difference(plan: Plan, version: int) -> float:
 
 
 def probe_settings(plan: Plan) -> SamplingSettings:
-    """As in a rollout, but every token may be drawn: the trainer's log-probs know no top-p and top-k."""
+    """Settings of a rollout without top-p and top-k, which the trainer's log-probs do not model."""
     options = plan.recipe.rollout
     return SamplingSettings(min(PROBE_TOKENS, options.rollout_max_response_len), options.rollout_temperature)
 
@@ -71,9 +71,9 @@ async def differences(
     deadline_s: float,
     version: int,
 ) -> list[float]:
-    """Mean absolute difference in nats of every engine's worst data-parallel rank, in the order of `engines`.
+    """Mean absolute difference, in nats, of each engine's worst data-parallel rank, in the order of `engines`.
 
-    Raises EngineDistrusted when an answer comes from weights of another version, EngineError when there is none.
+    Raises EngineDistrusted if an answer comes from another weight version, EngineError without an answer.
     """
     seats = [(e, rank) for e, engine in enumerate(engines) for rank in range(engine.data_parallel_size)]
 
@@ -110,7 +110,7 @@ def mean_difference(engines: Sequence[Sequence[float]], trainers: Sequence[Seque
 
 
 def check_trust(plan: Plan, engines: Sequence[EnginePlan], found: Sequence[float], version: int) -> None:
-    """Raises EngineDistrusted for the first engine at or above the bound."""
+    """Raise EngineDistrusted for the first engine at or above the bound."""
     bound = trusted_difference(plan, version)
     for engine, difference in zip(engines, found, strict=True):
         if not difference < bound:
