@@ -127,7 +127,10 @@ def test_mixed_numbers_are_sums_and_never_joined_digits(whole, part, other, rest
     spellings = mixed_spellings(whole, part)
     agree(spellings, spellings, one, two)
     joined = Fraction(int(f"{whole}{part.numerator}"), part.denominator)
-    differ(spellings, fraction_spellings(joined) if joined.denominator > 1 else whole_spellings(int(joined)), one, two)
+    # 1 3/10 is 13/10, however it is read.
+    if joined != whole + part:
+        wrong = fraction_spellings(joined) if joined.denominator > 1 else whole_spellings(int(joined))
+        differ(spellings, wrong, one, two)
     if whole + part != other + rest:
         differ(spellings, mixed_spellings(other, rest), one, two)
 
