@@ -1,4 +1,4 @@
-"""What a torch_dist folder may ask of whoever opens it: what a good one needs, and nothing else, from any writer."""
+"""Limits on what opening a torch_dist folder may do: all that a good one needs, nothing else, whoever wrote it."""
 
 from __future__ import annotations
 

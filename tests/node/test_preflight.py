@@ -1,4 +1,4 @@
-"""What a node tells about itself."""
+"""Facts that a node reports about itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is drawn on a terminal says what the plain text says, and nothing else reaches the terminal."""
+"""Terminal output says the same as the plain text, and nothing else reaches the terminal."""
 
 import io
 import re

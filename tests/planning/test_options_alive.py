@@ -53,7 +53,7 @@ def other_value(name: str, group: str, field: str) -> Any:
 
 @functools.cache
 def outcome(*flags: str) -> str:
-    """What a person and the stages see of a plan, besides the recipe itself; or the refusal."""
+    """Everything that a person and the stages see of a plan except the recipe itself, or the refusal."""
     try:
         plan = plan_of("tiny-deepseek-r1", *flags)
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""What the journal tells a new start about those before it."""
+"""Facts about earlier starts that a new start reads in the journal."""
 
 from __future__ import annotations
 

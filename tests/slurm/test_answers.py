@@ -22,7 +22,7 @@ JobId=12 JobName=a run
 
 
 def test_memory_of_a_job_on_its_nodes() -> None:
-    """Where memory is no resource, Slurm gives none, and sets no limit."""
+    """Slurm gives no memory and sets no limit on a cluster where memory is no resource."""
     assert parse_node_memory(JOB)[-2:] == [("node[01-02]", 160000 * 2**20), ("node04", 300 * 2**20)]
 
 

@@ -13,7 +13,7 @@ FLAGS = (
 
 
 def open_page(address: str, folder: Path, *options: str, limit_s: float = 120) -> str:
-    """What the browser prints for a page; its profile is kept in `folder`. Fails where Chromium is missing."""
+    """Output of the browser for a page; its profile is kept in `folder`. Fails where Chromium is missing."""
     browser = shutil.which("chromium")
     assert browser, "tools/test.sh installs Debian's chromium when it is root; install it or run tools/test.sh --fast"
     command = [browser, *FLAGS, f"--user-data-dir={folder / 'browser-profile'}", *options, address]

@@ -26,7 +26,7 @@ class Pair:
     right: bool
 
     def verdict(self) -> bool:
-        """What vime's reward says."""
+        """Verdict of vime's reward."""
         function = getattr(text if self.reward == "gpqa" else math_answer, self.reward)
         return function(Sample(0, 0, "?", [1], label=self.label, response=self.response)) > 0
 
