@@ -20,7 +20,7 @@ HEAVY = {
 }  # fmt: skip
 """Packages that take long to load or that a login node lacks: an import inside a function may delay them."""
 HIDDEN = {
-    "vime.launch.slurm": "the controller runs in the job: a login node that asks the queue does without its modules",
+    "vime.schedulers.slurm": "the controller runs in the job: a login node that queries the queue loads none of it",
     "vime.megatron.backend": "the shim patches torch where there is no GPU, and is loaded nowhere else",
 }
 """Modules that import others of vime inside functions although these need nothing heavy, each with its reason."""

@@ -224,7 +224,7 @@ def test_every_option_is_listed_with_its_value(no_slurm: dict[str, str], capsys:
 def test_a_local_run_is_recorded_before_it_starts(
     no_slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_dir: Path
 ):
-    local = pytest.importorskip("vime.launch.local")
+    local = pytest.importorskip("vime.schedulers.local")
     started = []
     monkeypatch.setattr(local, "run", lambda plan: started.append(last_run()) or 7)
     words = ["--recipe", "tiny-deepseek-r1", "--cluster", "local", "--base-dir", str(base_dir), "--run-name", "a b"]

@@ -9,10 +9,10 @@ import pytest
 
 from tests.support.launch_stub import make_plan, preflight, stub
 from tests.support.recording_scheduler import submissions
-from vime.launch.slurm import Slurm
-from vime.launch.submission import sbatch_text
 from vime.planning.sweep import load_sweep
 from vime.run.folder import read_plan
+from vime.schedulers.slurm import Slurm
+from vime.schedulers.submission import sbatch_text
 from vime.sweep import main
 
 FILE = """

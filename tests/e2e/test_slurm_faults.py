@@ -18,11 +18,11 @@ import pytest
 from tests.support.launch_stub import READY, make_plan, preflight, ray_stages, service, stub
 from tests.support.slurm_cluster import STATE, DevCluster, bring_up, wait_for_end, wait_for_event, wait_until
 from tests.support.slurm_scene import HANG, Scene, node_name, scene
-from vime.launch.submission import submit
 from vime.planning import ports
 from vime.run.folder import read_binding, read_plan
 from vime.run.journal import Journal, read_events
 from vime.run.plan import Stage
+from vime.schedulers.submission import submit
 from vime.slurm import queue as slurm
 
 pytestmark = pytest.mark.e2e

@@ -13,9 +13,9 @@ import pytest
 
 from tests.support.launch_stub import folder, make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end
-from vime.launch.submission import submit
 from vime.run.folder import read_binding
 from vime.run.journal import read_events
+from vime.schedulers.submission import submit
 
 pytestmark = pytest.mark.e2e
 LATE_S = 20

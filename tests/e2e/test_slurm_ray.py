@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.launch_stub import make_plan, preflight, ray_stages, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event
-from vime.launch.submission import submit
 from vime.run.journal import read_events
+from vime.schedulers.submission import submit
 
 pytestmark = pytest.mark.e2e
 

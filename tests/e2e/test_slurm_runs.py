@@ -14,11 +14,11 @@ import pytest
 from tests.support.launch_stub import make_plan, preflight, ray_stages, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import cancel, logs, status
-from vime.launch.submission import sbatch_text, submit
 from vime.run.folder import read_binding
 from vime.run.journal import read_events
 from vime.run.plan import Stage
 from vime.run.registry import record_run
+from vime.schedulers.submission import sbatch_text, submit
 from vime.slurm import queue as slurm
 from vime.slurm.sbatch import check_accepted
 

@@ -15,12 +15,12 @@ import pytest
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import attach, cancel, logs, status
-from vime.launch.submission import check_free, scripts, submit_jobs, write_scripts
 from vime.run.folder import read_plan
 from vime.run.jobs import Job, read_jobs
 from vime.run.journal import read_events
 from vime.run.plan import Plan, Stage
 from vime.run.registry import record_run
+from vime.schedulers.submission import check_free, scripts, submit_jobs, write_scripts
 from vime.slurm import queue as slurm
 from vime.slurm.sbatch import check_accepted
 
@@ -182,7 +182,7 @@ import sys
 from pathlib import Path
 from tests.support.launch_stub import make_plan, preflight, stub
 from vime.run import code as snapshot
-from vime.launch.submission import submit
+from vime.schedulers.submission import submit
 from vime.launch.prepare import start
 run_dir = Path(sys.argv[1])
 code = "import vime.version_of_test as v, my_plugin; print(v.VALUE, my_plugin.VALUE, flush=True)"

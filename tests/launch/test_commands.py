@@ -35,7 +35,7 @@ def running(run_dir: Path):
     train = stub("train", "print('rollout 1', flush=True); import time; time.sleep(600)")
     make_plan(run_dir, [service("ray-head"), train])
     record_run(run_dir)
-    code = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
+    code = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
     code += "sys.exit(local.run(read_plan(sys.argv[1])))"
     controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
     log, deadline = run_dir / "logs/train/node00.log", time.monotonic() + 30

@@ -18,13 +18,13 @@ from tests.support.launch_stub import folder, make_plan, preflight, service, stu
 from vime.errors import Cause
 from vime.launch import controller
 from vime.launch.controller import Controller
-from vime.launch.runner_local import LocalRunner
 from vime.node.network import ALONE_ADDRESS
 from vime.run import tokens as run_tokens
 from vime.run.control import answer_checkpoint, request_checkpoint
 from vime.run.folder import make_run_folder, read_binding
 from vime.run.journal import Event, Journal, last_start, read_events
 from vime.run.plan import Artefact, Plan, Stage
+from vime.schedulers.runner_local import LocalRunner
 from vime.system.processes import descendants
 
 
@@ -284,7 +284,7 @@ def test_an_answer_of_an_earlier_start_does_not_count(run_dir: Path) -> None:
 @pytest.mark.e2e
 def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
     make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on', flush=True); time.sleep(600)")])
-    code = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
+    code = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
     code += "local.run(read_plan(sys.argv[1]))"
     controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
     below: list[int] = []
@@ -380,7 +380,7 @@ def test_a_second_controller_of_a_run_folder_is_refused(run_dir: Path) -> None:
 
     def second() -> None:
         before = (run_dir / "events.jsonl").read_bytes(), (run_dir / "owner.json").read_bytes()
-        code = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
+        code = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
         code += "sys.exit(local.run(read_plan(sys.argv[1])))"
         done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, timeout=60)
         refused.append(Cause(done.returncode))

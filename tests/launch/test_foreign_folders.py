@@ -12,13 +12,13 @@ import pytest
 from tests.support.launch_stub import make_plan, stub
 from vime import attach, cancel, logs, report, status
 from vime.errors import BadInput
-from vime.launch import local
 from vime.launch.controller import control
 from vime.launch.prepare import start
-from vime.launch.submission import submit_jobs
 from vime.node import task
 from vime.run.folder import PLAN
 from vime.run.plan import Plan
+from vime.schedulers import local
+from vime.schedulers.submission import submit_jobs
 
 
 @pytest.fixture

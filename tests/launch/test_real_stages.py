@@ -12,12 +12,12 @@ from tests.support import tiny_hf
 from tests.support.launch_stub import make_plan, preflight
 from vime.errors import Cause
 from vime.launch.controller import Controller
-from vime.launch.runner_local import LocalRunner
 from vime.planning.build import make_plan as plan_recipe
 from vime.planning.cluster import load_cluster
 from vime.recipe.load import load_recipe
 from vime.run.journal import Event, last_start, read_events
 from vime.run.plan import Stage
+from vime.schedulers.runner_local import LocalRunner
 
 pytestmark = pytest.mark.e2e
 

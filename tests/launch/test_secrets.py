@@ -12,7 +12,6 @@ from tests.support.launch_stub import make_plan, stub
 from vime.cli import command
 from vime.errors import BadInput
 from vime.launch.prepare import start
-from vime.launch.submission import sbatch_text, step_calls, write_scripts
 from vime.node.task import TaskRank, task_env
 from vime.planning.build import Checks
 from vime.planning.build import make_plan as build_plan
@@ -25,6 +24,7 @@ from vime.run.environment import export_lines, resolve
 from vime.run.folder import read_plan, write_plan
 from vime.run.journal import Journal, read_events
 from vime.run.plan import Plan
+from vime.schedulers.submission import sbatch_text, step_calls, write_scripts
 from vime.system.redact import redacted
 
 SECRET = "hunter2hunter2"

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.launch_stub import folder, make_plan, stub
 from vime.run.journal import read_events
 
-RUN = "import sys; from vime.launch import local; from vime.run.folder import read_plan; "
+RUN = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
 RUN += "sys.exit(local.run(read_plan(sys.argv[1])))"
 
 

@@ -14,13 +14,13 @@ from tests.support.launch_stub import make_plan, stub
 from vime.errors import Cause
 from vime.launch import controller, lead
 from vime.launch.controller import Controller
-from vime.launch.runner_local import LocalRunner
-from vime.launch.runner_slurm import SlurmRunner
 from vime.launch.witness import tell_of_death
 from vime.run import history
 from vime.run import journal as events
 from vime.run.journal import Event, Journal, read_events
 from vime.run.plan import Plan
+from vime.schedulers.runner_local import LocalRunner
+from vime.schedulers.runner_slurm import SlurmRunner
 from vime.slurm import queue as slurm
 from vime.slurm.queue import SlurmError
 

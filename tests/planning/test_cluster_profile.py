@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.launch_stub import make_plan, stub
 from vime.errors import BadInput
-from vime.launch.submission import sbatch_text
 from vime.planning.cluster import load_cluster
 from vime.recipe.files import data_folder
 from vime.run.plan import Cluster
+from vime.schedulers.submission import sbatch_text
 
 EVERYTHING = """
 kind: slurm

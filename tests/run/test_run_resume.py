@@ -43,7 +43,7 @@ def test_the_command_makes_the_same_plan_in_the_same_folder(
     base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    local = pytest.importorskip("vime.launch.local")
+    local = pytest.importorskip("vime.schedulers.local")
     monkeypatch.setattr(local, "run", lambda plan: 0)
     given = ["--recipe", "tiny-deepseek-r1", "--cluster", "local", "--base-dir", str(base_dir), "--run-name", "ü '$x"]
     assert submit.main([*given, "--", "--lr", "3e-6"]) == 0

@@ -8,7 +8,7 @@ FLOORS = (
     ("planning", "rollout", "fp8"),
     ("observe", "checkpoint", "node"),
     ("launch", "sync"),
-    ("megatron",),
+    ("megatron", "schedulers"),
     ("train",),
 )
 """From the ground up. What stands in no floor is a command: it imports from everywhere, and nothing imports it."""

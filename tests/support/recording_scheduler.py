@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 from vime.errors import BadInput
-from vime.launch.local import Local
 from vime.run.jobs import Job, write_jobs
 from vime.run.plan import Plan
 from vime.run.scheduler import PATIENCE_S, JobState
+from vime.schedulers.local import Local
 
 
 def submissions() -> list[dict[str, str]]:

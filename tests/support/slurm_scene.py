@@ -12,9 +12,9 @@ from typing import Any
 
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
-from vime.launch.submission import submit
 from vime.run.journal import Event, read_events
 from vime.run.plan import Stage
+from vime.schedulers.submission import submit
 from vime.slurm import queue as slurm
 
 SAVED = "weights and optimizer of rollout 1"

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vime.errors import BadInput, Cause, SchedulerError
-from vime.launch.runner_local import LocalRunner
 from vime.run.jobs import Job, write_jobs
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Phase, Preview, Wanted
+from vime.schedulers.runner_local import LocalRunner
 
 
 def spool() -> Path:

@@ -25,12 +25,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vime.launch.submission import submit
 from vime.node.ray_node import ray_environment
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe, ResourceOptions
 from vime.run.folder import write_plan
 from vime.run.plan import Cluster, Memory, NodePlan, Plan, Ports, Stage, TrainerRank
+from vime.schedulers.submission import submit
 from vime.slurm import queue as slurm
 
 WANTED = 2.0

@@ -156,7 +156,7 @@ class Scheduler(Protocol):
         ...
 
 
-BUILT_IN: Mapping[str, str] = {"slurm": "vime.launch.slurm:Slurm", "local": "vime.launch.local:Local"}
+BUILT_IN: Mapping[str, str] = {"slurm": "vime.schedulers.slurm:Slurm", "local": "vime.schedulers.local:Local"}
 
 
 def find_scheduler(kind: str) -> Scheduler:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vime.launch import container
 from vime.run.plan import Cluster, Plan, Stage
+from vime.schedulers import container
 
 
 def step_name(stage: str) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from vime.errors import BadInput, Cause
 from vime.launch.controller import Controller, control, tell
-from vime.launch.runner_local import LocalRunner
 from vime.launch.witness import witnessed
 from vime.planning.cluster import machine_memory
 from vime.run.jobs import forget_jobs
 from vime.run.logs import Follower, find_logs
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Preview, Wanted
+from vime.schedulers.runner_local import LocalRunner
 
 # Lines of training shown at the terminal; the log has all.
 _TOLD = re.compile(r"^(rollout|eval|weights from|checkpoint|error:)")

@@ -17,10 +17,13 @@ import pytest
 
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from vime.errors import BadInput, Cause
-from vime.launch.container import environment, srun_options, wrap
-from vime.launch.runner_slurm import cause_of_message, site_comment, with_comment
-from vime.launch.srun import attach_argv, srun_argv, step_python
-from vime.launch.submission import (
+from vime.run.chain import Link, links
+from vime.run.jobs import Job, read_jobs
+from vime.run.plan import Plan
+from vime.schedulers.container import environment, srun_options, wrap
+from vime.schedulers.runner_slurm import cause_of_message, site_comment, with_comment
+from vime.schedulers.srun import attach_argv, srun_argv, step_python
+from vime.schedulers.submission import (
     check_container,
     check_path,
     module_lines,
@@ -29,9 +32,6 @@ from vime.launch.submission import (
     submit_jobs,
     write_scripts,
 )
-from vime.run.chain import Link, links
-from vime.run.jobs import Job, read_jobs
-from vime.run.plan import Plan
 from vime.slurm.client import step_environment
 from vime.slurm.queue import cpus_per_node, parse_job
 
@@ -115,7 +115,7 @@ def test_a_submission_that_fails_in_the_middle_leaves_no_job(tmp_path: Path, mon
             raise BadInput("sbatch refused the job: QOSMaxSubmitJobPerUserLimit")
         return Job(str(7 + link.index), link.name)
 
-    monkeypatch.setattr("vime.launch.submission._submit_one", submit_one)
+    monkeypatch.setattr("vime.schedulers.submission._submit_one", submit_one)
     monkeypatch.setattr("vime.slurm.queue.cancel", cancelled.append)
     with pytest.raises(BadInput, match="QOSMaxSubmit"):
         submit_jobs(plan)
@@ -166,7 +166,7 @@ def test_a_module_that_is_missing_ends_the_job_with_its_name(site: str) -> None:
 def test_no_slurm_and_no_torch_are_needed_for_the_text(tmp_path: Path) -> None:
     plan_of(tmp_path)
     code = (
-        "import sys; from vime.launch.submission import sbatch_text; from vime.run.folder import read_plan;"
+        "import sys; from vime.schedulers.submission import sbatch_text; from vime.run.folder import read_plan;"
         "print(sbatch_text(read_plan(sys.argv[1]))); heavy = {'torch', 'ray', 'numpy', 'vllm'} & set(sys.modules);"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

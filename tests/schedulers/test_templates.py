@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vime.launch.submission import scripts
 from vime.planning.build import Checks, make_plan
 from vime.recipe.files import data_folder
 from vime.recipe.load import load_recipe
 from vime.run.plan import Cluster, Plan
+from vime.schedulers.submission import scripts
 
 OWN = ("job-name", "output")
 """Options that a script submitted by hand has of its own."""

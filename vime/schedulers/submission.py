@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
-from vime.launch.container import mounts
 from vime.launch.lead import lead_s
-from vime.launch.srun import gpu_options, srun_argv, step_python
 from vime.run.chain import Link, links, part
 from vime.run.environment import export_lines
 from vime.run.folder import make_run_folder
 from vime.run.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
 from vime.run.plan import Plan
 from vime.run.scheduler import find_scheduler
+from vime.schedulers.container import mounts
+from vime.schedulers.srun import gpu_options, srun_argv, step_python
 from vime.slurm import queue as slurm
 from vime.slurm import sbatch
 from vime.system.files import PRIVATE, write_file

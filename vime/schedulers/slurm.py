@@ -1,4 +1,4 @@
-"""Slurm as a scheduler: the interface for all code outside of vime.launch and vime.slurm."""
+"""Slurm as a scheduler: the interface for all code outside of vime.schedulers and vime.slurm."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vime.errors import BadInput, Cause, SchedulerError
-from vime.launch import submission
-from vime.launch.srun import attach_argv
 from vime.planning.cluster import resolve
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Preview, Wanted
+from vime.schedulers import submission
+from vime.schedulers.srun import attach_argv
 from vime.slurm import queue, sbatch
 from vime.slurm.client import client_environment
 from vime.slurm.hostlist import expand_hosts
@@ -96,6 +96,6 @@ class Slurm:
     def control(self, run_dir: str, *, link: str | None = None) -> Cause:
         # Imported here: a login node that only queries the queue does not need the controller's modules.
         from vime.launch.controller import control
-        from vime.launch.runner_slurm import SlurmRunner
+        from vime.schedulers.runner_slurm import SlurmRunner
 
         return control(run_dir, SlurmRunner, link=link)

@@ -10,12 +10,12 @@ import stat
 from collections.abc import Sequence
 
 from vime.errors import Cause
-from vime.launch import container
-from vime.launch.srun import srun_argv, step_name, step_python
 from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
 from vime.node.task import JOB, PLACES
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
+from vime.schedulers import container
+from vime.schedulers.srun import srun_argv, step_name, step_python
 from vime.slurm import queue as slurm
 from vime.slurm.client import SlurmError, step_environment
 from vime.slurm.hostlist import expand_hosts

@@ -16,12 +16,12 @@ from tests.support.launch_stub import make_plan, stub
 from tests.support.spool_scheduler import Spool
 from vime import attach, cancel, status, submit
 from vime.errors import BadInput
-from vime.launch.local import Local
-from vime.launch.slurm import Slurm
 from vime.run.journal import read_events
 from vime.run.registry import record_run
 from vime.run.scheduler import Scheduler, find_scheduler
 from vime.run.state import run_state
+from vime.schedulers.local import Local
+from vime.schedulers.slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
 KIND = "tests.support.spool_scheduler:Spool"
@@ -110,9 +110,9 @@ def test_a_scheduler_that_is_not_there_is_bad_input(kind: str) -> None:
 
 
 def test_the_protocols_own_module_loads_neither_scheduler() -> None:
-    code = "import vime.run.state, sys; print([name for name in sys.modules if name.startswith('vime.launch')])"
+    code = "import vime.run.state, sys; print({'vime.launch', 'vime.schedulers'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 def test_an_attached_command_sees_nothing_of_the_allocation_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
