@@ -10,10 +10,10 @@ import pytest
 
 from vime.errors import Cause
 from vime.launch.allocation import known_as
-from vime.launch.failure import Account, Facts, Failure, TaskExit, decide, facts_of
+from vime.launch.failure import Account, Facts, Failure, TaskExit, decide, facts_of, may_repeat
 from vime.launch.steps import AllocatedNode, Step
 from vime.run.messages import Report
-from vime.run.plan import Stage
+from vime.run.plan import Artefact, Stage
 from vime.slurm.reach import parse_places
 
 PLACES = (AllocatedNode(0, "gpu006"), AllocatedNode(1, "gpu007"))
@@ -99,6 +99,8 @@ SRUN = [
      "gpu007"),
     ("slurmstepd: error: Detected 1 oom_kill event in StepId=12.3. Some of the step tasks have been OOM Killed.\n"
      "srun: error: gpu007: task 1: Out Of Memory", 1, Cause.OUT_OF_MEMORY, "gpu007"),
+    ("srun: error: gpu007: task 3: Killed\nsrun: Terminating StepId=12.3\nsrun: error: gpu006: task 2: Terminated", 143,
+     Cause.CRASH, "gpu007"),
     ("srun: error: gpu007: task 1: Exited with exit code 19\nsrun: Terminating StepId=12.3", 19, Cause.STORAGE,
      "gpu007"),
     ("srun: error: gpu007: tasks 8-15: Exited with exit code 1\nsrun: launch/slurm: _step_signal: Terminating "
@@ -127,6 +129,29 @@ def test_cause_and_culprit_of_what_srun_says(
 ) -> None:
     failure = decide(facts_of(ended_step(tmp_path, said, service=True), code))
     assert (failure.cause, failure.node) == (cause, node), failure
+
+
+KILLED = "srun: error: gpu007: task 1: Killed\nsrun: Terminating StepId=12.3"
+NO_STEP = "srun: error: Unable to create step for job 12: Socket timed out on send/recv operation"
+
+
+@pytest.mark.parametrize(
+    ("said", "stage", "repeats"),
+    [
+        (KILLED, {}, True),
+        (NO_STEP, {}, True),
+        (NO_STEP, {"service": True}, True),
+        (KILLED, {"service": True}, False),
+        (KILLED, {"outputs": (Artefact(name="bf16", kind="hf", path="/b/bf16"),)}, False),
+        ("srun: error: gpu007: task 1: Exited with exit code 1", {}, False),
+    ],
+)
+def test_a_step_that_only_looks_repeats_after_a_kill_from_outside(
+    tmp_path: Path, said: str, stage: dict, repeats: bool
+) -> None:
+    step = ended_step(tmp_path, said)
+    step.stage = step.stage.model_copy(update=stage)
+    assert may_repeat(step) is repeats
 
 
 def exit_report(rank: int, code: int, *, stopped: bool = False) -> Report:

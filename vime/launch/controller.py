@@ -20,7 +20,7 @@ from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
 from vime.launch.checks import broken_gpus
-from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, was_refused
+from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, may_repeat
 from vime.launch.lead import TimeLeft
 from vime.launch.signals import Signals
 from vime.launch.steps import AllocatedNode, Runner, Step
@@ -283,7 +283,7 @@ class Controller:
         self._event("stage-end", f"done after {seconds:.1f} s", stage=stage.name, data={"seconds": seconds})
 
     def _run_step(self, stage: Stage, why: str) -> Step:
-        """Return the step once it has ended well, or serves. Retried for STEP_PATIENCE_S while Slurm refuses it."""
+        """Return the step once it has ended well, or serves. Retried for STEP_PATIENCE_S if it may be."""
         deadline = time.monotonic() + STEP_PATIENCE_S
         while True:
             step = self._start(stage, why)
@@ -291,7 +291,7 @@ class Controller:
                 self._watch(step)
                 return step
             except RunFailed as error:
-                if self._hurried or not was_refused(step) or time.monotonic() > deadline:
+                if self._hurried or not may_repeat(step) or time.monotonic() > deadline:
                     raise
                 why = f"again: {error.failure.text}"
             self._steps.remove(step)

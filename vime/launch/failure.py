@@ -123,6 +123,8 @@ def decide(facts: Facts) -> Failure:
         on = _OUT_OF_MEMORY_ON.search(text)
         node = on[1] or on[2] if on else _first_killed(facts.said)
         return _failure(facts, Cause.OUT_OF_MEMORY, line.strip(), node, None, facts.said)
+    if node := _killed_by_another(facts.said):
+        return _failure(facts, Cause.CRASH, "its task and supervisor were killed", node, None, facts.said)
     if facts.unmet:
         first = facts.exits[0] if facts.exits else None
         tail = first.tail if first else facts.said
@@ -210,6 +212,15 @@ def was_refused(step: Step) -> bool:
     return not step.of_kind("start") and _NOT_CREATED.search("\n".join(step.told())) is not None
 
 
+def may_repeat(step: Step) -> bool:
+    """True if the step failed for a reason outside of it that may be over soon, and left nothing behind.
+
+    A node that comes back from a fault ends what it still holds of the job, and takes new tasks of the same job along.
+    """
+    looks_only = not (step.stage.service or step.stage.outputs)
+    return was_refused(step) or (looks_only and _killed_by_another(step.told()) is not None)
+
+
 def late(step: Step, seconds: float) -> Failure:
     """Failure of a stage that did not end, or a service that was not ready, in time."""
     ended = {report.rank for report in step.of_kind("exit")}
@@ -236,6 +247,12 @@ def hung(step: Step, seconds: float) -> Failure:
     """Failure of a silent driver: its process is stopped, or its event loop blocked."""
     text = f"the driver has not answered for {seconds:.0f} s"
     return _failure(Facts(step.stage.name), Cause.CRASH, text, step.name_of(0), 0, step.told())
+
+
+def _killed_by_another(said: Sequence[str]) -> str | None:
+    """Node of the first task that was killed together with its supervisor, so that only srun reports it."""
+    ends = (match for line in said if (match := _KILLED_TASK.search(line)))
+    return next((match[1] for match in ends if match[3].strip() == "Killed"), None)
 
 
 def _first_killed(said: Sequence[str]) -> str | None:
