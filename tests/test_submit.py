@@ -50,7 +50,7 @@ def test_the_dry_run_of_full_r1_needs_no_slurm_no_torch_and_no_checkpoint(no_slu
     result = python("-c", code, env=no_slurm, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    for text in ("128 ranks, TP8 x CP4 x DP1 x PP4", "DP8 x TP8, expert parallel", "node 4-11: 1.21 TB", "#SBATCH"):
+    for text in ("128 ranks, TP8 x CP4 x DP1 x PP4", "DP8 x TP8, expert parallel", "node 4-11: 1.13 TB", "#SBATCH"):
         assert text in result.stdout
     assert "srun --job-name=vime-ray-workers --nodes=15 --nodelist=NODES" in result.stdout
     assert "planned without the scheduler: there is no Slurm on this machine" in result.stdout

@@ -119,7 +119,7 @@ def test_what_is_printed_names_the_shortage_the_way_out_and_every_source():
     plan = plan_of("deepseek-r1", on=cluster(TB))
     text = render_needs(plan, needs_of(plan))
     for said in (
-        "no: node 4 needs 1212 GB of host memory and has 1000 GB",
+        "no: node 4 needs 1134 GB of host memory and has 1000 GB",
         "the least that fits: --nodes 32",
         "-- --no-use-kl-loss",
         "GPU memory a rank: an estimate",

@@ -24,8 +24,10 @@ from tests.support.synced import FAR_NODE, MIDDLE, NEW, OLD, Synced
 from tests.support.trainer import Held, Trainer
 from vime.recipe.parallel import ParallelLayout
 from vime.rollout.client import EngineClient
+from vime.train.handover import SLEEP_LEVEL
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 # Matrices of whole blocks for two tensor-parallel workers, and head sizes that the attention of GPUs knows.
 FP8_DEEPSEEK = {
@@ -56,6 +58,33 @@ def assert_same_answers(found: Sequence[Any], wanted: Sequence[Any]) -> None:
         assert values == pytest.approx(wanted_values, abs=1e-4)
 
 
+async def test_an_engine_that_dropped_its_weights_asleep_is_a_fresh_one_after_the_sync(tmp_path: Path) -> None:
+    """DeepSeek in block fp8 with its draft, on the trainer's GPU. Asleep the engine gives its weights' memory back and
+    copies none of them to the host; buffers and scales that no sync brings have to survive."""
+    hf = FP8_DEEPSEEK
+    new = write_folder(tmp_path / "new", hf, trained(hf, NEW), in_fp8=True)
+    old = write_folder(tmp_path / "old", hf, trained(hf, OLD), in_fp8=True)
+    options = (*SMALL, "--speculative-config", json.dumps(SPECULATION))
+    async with contextlib.AsyncExitStack() as stack:
+        trainer = await stack.enter_async_context(Trainer(tmp_path, 1))
+        fresh = await stack.enter_async_context(engine(new, tmp_path / "fresh.log", *options, backend="vime", gpus="0"))
+        wanted, wanted_answers = await fresh.checksums(), await answers(fresh)
+        held = Held(hf, MIDDLE, (engine_plan(0, {0: (0,)}),), str(tmp_path), draft=True, gpus=(0,))
+        client = await stack.enter_async_context(
+            engine(old, tmp_path / "engine.log", *options, backend="vime", gpus="0")
+        )
+        synced = Synced(trainer, held, [client])
+        # Asleep before any sync, as at a run's start, and between two of them.
+        for seed in (MIDDLE, NEW):
+            await client.sleep(SLEEP_LEVEL)
+            await client.wake_up(["weights"])
+            await synced.sync(seed=seed)
+            await client.wake_up(["kv_cache"])
+        assert await synced.checksums() == [wanted]
+        assert_same_answers(await answers(client), wanted_answers)
+
+
+@two_gpus
 async def test_an_engine_on_the_trainers_gpu_and_one_on_its_own(tmp_path: Path) -> None:
     """DeepSeek in block fp8 with its draft. One engine maps the trainer's memory, to the other buckets go by NCCL."""
     hf = FP8_DEEPSEEK
@@ -80,7 +109,7 @@ async def test_an_engine_on_the_trainers_gpu_and_one_on_its_own(tmp_path: Path) 
 
         # As a run of shared GPUs does it: asleep while the trainer works, its weights back for the sync.
         for client in clients:
-            await client.sleep()
+            await client.sleep(SLEEP_LEVEL)
             await client.wake_up(["weights"])
         await synced.sync(seed=NEW)
         for client in clients:
@@ -93,6 +122,7 @@ async def test_an_engine_on_the_trainers_gpu_and_one_on_its_own(tmp_path: Path) 
         assert await synced.checksums() == [wanted, wanted]
 
 
+@two_gpus
 @pytest.mark.parametrize(
     ("hf", "sizes", "flags"),
     [

@@ -72,7 +72,7 @@ async def test_gpus_go_round_in_this_order_and_everything_fits_at_every_step():
     await a_whole_turn(world.handover)
     assert world.steps == [
         "gradients leave", "wake weights", "wake weights", "wake kv_cache", "wake kv_cache", "weights leave",
-        "sleep 1", "sleep 1", "weights come_back", "gradients come_back",
+        "sleep 2", "sleep 2", "weights come_back", "gradients come_back",
     ]  # fmt: skip
     assert world.handover.trainer_has_them
     assert world.trainer == {"weights", "gradients"}

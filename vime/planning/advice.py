@@ -17,7 +17,7 @@ class Lever:
     saves_bytes: int
     what: str
     how: str
-    """Flags to pass, or `not built` where vime has no such option yet."""
+    """Flags to pass."""
 
 
 def fullest(plan: Plan) -> NodePlan:
@@ -36,7 +36,6 @@ def levers(plan: Plan) -> tuple[Lever, ...]:
             found.append(Lever(size, what, how))
 
     if recipe.resources.device == "gpu":
-        add(("engine_sleep_copy",), "put engines to sleep without their weights: the sync brings them", "not built")
         setting = {**recipe.misc.env, ALLOCATOR_SETTINGS[0]: "pinned_max_round_threshold_mb:1"}
         how = f"-- --env {shlex.quote(json.dumps(setting))}"
         add(("pinned_rounding", "backup_rounding"), "have torch pin buffers at their own size", how)

@@ -21,6 +21,8 @@ from vime.run.plan import Item, Memory, TrainerRank
 GB = 10**9
 GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB
 """Host memory of a process with a CUDA context, NCCL and its libraries."""
+GPU_ENGINE_ASLEEP = 1 * GB
+"""What vLLM keeps on the host of a process that sleeps at level 2: the model's buffers and the CUDA graphs' memory."""
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that configure torch's allocators; the first is the newer name."""
@@ -123,7 +125,7 @@ def node_memory(
     share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
     slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
     if recipe.resources.device == "gpu":
-        items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, config, weights, share, slots)]
+        items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, slots)]
     else:
         items = [*_cpu_trainer(recipe, on_node), *_cpu_engines(recipe, weights, share, slots)]
     store = object_store_bytes(recipe)
@@ -191,11 +193,10 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
     yield _item("trainer_processes", on_node.ranks * GPU_PROCESS, why)
 
 
-def _gpu_engines(recipe: Recipe, config: ModelConfig, weights: Weights, share: float, slots: int) -> Iterator[Item]:
+def _gpu_engines(recipe: Recipe, slots: int) -> Iterator[Item]:
     if recipe.resources.colocate:
-        size = weight_bytes(config, weights, quantised=True) * share
-        why = "the engines' weights on this node, asleep (level 1) while the trainer holds the GPU"
-        yield _item("engine_sleep_copy", size, why)
+        why = f"buffers and CUDA graphs of {slots} sleeping processes; their weights are dropped, the sync brings them"
+        yield _item("engine_sleep_copy", slots * GPU_ENGINE_ASLEEP, why)
     why = f"{slots} processes of {GPU_ENGINE_PROCESS / GB:.0f} GB (CUDA context, NCCL, libraries)"
     yield _item("engine_processes", slots * GPU_ENGINE_PROCESS, why)
 

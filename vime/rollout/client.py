@@ -263,8 +263,8 @@ class EngineClient:
         """Discard cached keys and values, which are valid only for the weights that computed them."""
         await self._json("POST", "/reset_prefix_cache")
 
-    async def sleep(self, level: int = 1) -> None:
-        """Free device memory: level 1 keeps the weights in host memory, level 2 drops them."""
+    async def sleep(self, level: int) -> None:
+        """Free device memory: level 1 keeps the weights in host memory, level 2 drops them and keeps buffers."""
         await self._json("POST", f"/sleep?level={level}", deadline_s=self.deadlines.weights)
 
     async def wake_up(self, tags: Sequence[str] = ()) -> None:

@@ -19,7 +19,7 @@ from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
 from vime.train.causes import watch_nodes
 from vime.train.deadlines import PhaseDeadlines
-from vime.train.handover import Handover
+from vime.train.handover import SLEEP_LEVEL, Handover
 from vime.train.loop import Loop
 from vime.train.phases import Phases, saves_after
 from vime.train.placement import reserve
@@ -103,7 +103,7 @@ class Driver:
         engines_up = engines.start(deadline_s=self.deadlines.engine_start)
         if self.recipe.resources.colocate:
             clients = await self._clients(stack, await engines_up)
-            await asyncio.gather(*(client.sleep() for client in clients))
+            await asyncio.gather(*(client.sleep(SLEEP_LEVEL) for client in clients))
             return await self._trainer_up(trainer), clients
         start, urls = await asyncio.gather(self._trainer_up(trainer), engines_up)
         return start, await self._clients(stack, urls)

@@ -29,6 +29,8 @@ PLANNED_AS = {
     "engines_sleep": ("engine_sleep_copy",),
 }
 """Items of the plan's host memory that each step may fill."""
+SLEEP_LEVEL = 2
+"""vLLM's level that drops the weights, since every sync brings them all; buffers, which no sync brings, are kept."""
 SLACK_BYTES = 2 * 2**30
 """Bytes of host memory that other processes may take or free during a step."""
 
@@ -36,7 +38,7 @@ SLACK_BYTES = 2 * 2**30
 class Sleeper(Protocol):
     """Calls to an engine (`vime.rollout.client.EngineClient`)."""
 
-    async def sleep(self, level: int = 1) -> None: ...
+    async def sleep(self, level: int) -> None: ...
     async def wake_up(self, tags: Sequence[str] = ()) -> None: ...
 
 
@@ -84,10 +86,10 @@ class Handover:
         return bool(self._asleep)
 
     async def engines_sleep(self) -> None:
-        """Free the engines' GPU memory; they keep their weights on the host."""
+        """Free the engines' GPU memory; the next sync brings their weights anew."""
         if self.takes_turns and not self._asleep:
             everyone = range(len(self._engines))
-            await self._step("engines_sleep", lambda: self._each(everyone, lambda engine: engine.sleep(1)))
+            await self._step("engines_sleep", lambda: self._each(everyone, lambda engine: engine.sleep(SLEEP_LEVEL)))
             self._asleep = {engine: {"weights", "kv_cache"} for engine in everyone}
 
     async def to_trainer(self) -> None:
