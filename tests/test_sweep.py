@@ -11,8 +11,8 @@ from tests.support.launch_stub import make_plan, preflight, stub
 from tests.support.recording_scheduler import submissions
 from vime.planning.sweep import load_sweep
 from vime.run.folder import read_plan
+from vime.schedulers.batch_script import sbatch_text
 from vime.schedulers.slurm import Slurm
-from vime.schedulers.submission import sbatch_text
 from vime.sweep import main
 
 FILE = """

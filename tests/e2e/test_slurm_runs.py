@@ -18,7 +18,8 @@ from vime.run.folder import read_binding
 from vime.run.journal import read_events
 from vime.run.plan import Stage
 from vime.run.registry import record_run
-from vime.schedulers.submission import sbatch_text, submit
+from vime.schedulers.batch_script import sbatch_text
+from vime.schedulers.submission import submit
 from vime.slurm import queue as slurm
 from vime.slurm.sbatch import check_accepted
 

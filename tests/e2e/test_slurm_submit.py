@@ -20,7 +20,8 @@ from vime.run.jobs import Job, read_jobs
 from vime.run.journal import read_events
 from vime.run.plan import Plan, Stage
 from vime.run.registry import record_run
-from vime.schedulers.submission import check_free, scripts, submit_jobs, write_scripts
+from vime.schedulers.batch_script import scripts
+from vime.schedulers.submission import check_free, submit_jobs, write_scripts
 from vime.slurm import queue as slurm
 from vime.slurm.sbatch import check_accepted
 

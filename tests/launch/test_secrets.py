@@ -24,7 +24,8 @@ from vime.run.environment import export_lines, resolve
 from vime.run.folder import read_plan, write_plan
 from vime.run.journal import Journal, read_events
 from vime.run.plan import Plan
-from vime.schedulers.submission import sbatch_text, step_calls, write_scripts
+from vime.schedulers.batch_script import sbatch_text, step_calls
+from vime.schedulers.submission import write_scripts
 from vime.system.redact import redacted
 
 SECRET = "hunter2hunter2"

@@ -11,7 +11,7 @@ from vime.errors import BadInput
 from vime.planning.cluster import load_cluster
 from vime.recipe.files import data_folder
 from vime.run.plan import Cluster
-from vime.schedulers.submission import sbatch_text
+from vime.schedulers.batch_script import sbatch_text
 
 EVERYTHING = """
 kind: slurm

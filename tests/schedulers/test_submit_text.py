@@ -20,18 +20,18 @@ from vime.errors import BadInput, Cause
 from vime.run.chain import Link, links
 from vime.run.jobs import Job, read_jobs
 from vime.run.plan import Plan
+from vime.schedulers.batch_script import (
+    module_lines,
+    sbatch_options,
+    sbatch_text,
+    scripts,
+    setup_lines,
+    submit_folder,
+)
 from vime.schedulers.container import environment, srun_options, wrap
 from vime.schedulers.runner_slurm import cause_of_message, site_comment, with_comment
 from vime.schedulers.srun import attach_argv, srun_argv, step_python
-from vime.schedulers.submission import (
-    check_container,
-    check_path,
-    module_lines,
-    sbatch_text,
-    scripts,
-    submit_jobs,
-    write_scripts,
-)
+from vime.schedulers.submission import check_container, check_path, submit_jobs, write_scripts
 from vime.slurm.client import step_environment
 from vime.slurm.queue import cpus_per_node, parse_job
 
@@ -166,8 +166,9 @@ def test_a_module_that_is_missing_ends_the_job_with_its_name(site: str) -> None:
 def test_no_slurm_and_no_torch_are_needed_for_the_text(tmp_path: Path) -> None:
     plan_of(tmp_path)
     code = (
-        "import sys; from vime.schedulers.submission import sbatch_text; from vime.run.folder import read_plan;"
-        "print(sbatch_text(read_plan(sys.argv[1]))); heavy = {'torch', 'ray', 'numpy', 'vllm'} & set(sys.modules);"
+        "import sys; from vime.schedulers.batch_script import sbatch_text; from vime.run.folder import read_plan;"
+        "heavy = {'torch', 'ray', 'numpy', 'vllm', 'submitit'}; print(sbatch_text(read_plan(sys.argv[1])));"
+        "heavy &= sys.modules.keys();"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     env = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
@@ -323,3 +324,24 @@ def test_an_image_replaces_none_of_the_runs_variables(tmp_path: Path) -> None:
     assert inside["APPTAINERENV_PYTHONNOUSERSITE"] == "1"
     assert "APPTAINERENV_HOME" not in inside
     assert "a-secret" not in " ".join(wrap(apptainer, stub("train", ""), ["python3"]))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_submitit_would_write_the_same_script(tmp_path: Path, name: str) -> None:
+    """The job runs in submitit's environment, so its script has to stay submitit's."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    plan = plan_of(tmp_path, **PROFILES[name])
+    options = sbatch_options(plan)
+    known = {key.replace("-", "_"): value for key, value in options.items() if key in ("job-name", "nodes", "time")}
+    text = _make_sbatch_string(
+        command=sbatch_text(plan).splitlines()[-1],
+        folder=submit_folder(plan),
+        setup=setup_lines(plan),
+        wckey=None,  # pyright: ignore[reportArgumentType]
+        stderr_to_stdout=True,
+        use_srun=False,
+        additional_parameters={key: value for key, value in options.items() if key.replace("-", "_") not in known},
+        **known,  # pyright: ignore[reportArgumentType]
+    )
+    assert text == sbatch_text(plan)

@@ -14,7 +14,7 @@ from vime.planning.build import Checks, make_plan
 from vime.recipe.files import data_folder
 from vime.recipe.load import load_recipe
 from vime.run.plan import Cluster, Plan
-from vime.schedulers.submission import scripts
+from vime.schedulers.batch_script import scripts
 
 OWN = ("job-name", "output")
 """Options that a script submitted by hand has of its own."""

@@ -11,6 +11,7 @@ from vime.planning.cluster import resolve
 from vime.run.plan import Cluster, Plan
 from vime.run.scheduler import PATIENCE_S, JobState, OwnJob, Preview, Wanted
 from vime.schedulers import submission
+from vime.schedulers.batch_script import scripts, step_calls
 from vime.schedulers.srun import attach_argv
 from vime.slurm import queue, sbatch
 from vime.slurm.client import client_environment
@@ -35,9 +36,9 @@ class Slurm:
     def preview(self, plan: Plan) -> list[Preview]:
         texts = [
             Preview(f"Batch script{f' of {script.link}' if script.link else ''}", script.text)
-            for script in submission.scripts(plan)
+            for script in scripts(plan)
         ]
-        return [*texts, Preview("Job steps, started by the controller", "\n\n".join(submission.step_calls(plan)))]
+        return [*texts, Preview("Job steps, started by the controller", "\n\n".join(step_calls(plan)))]
 
     def write_scripts(self, plan: Plan) -> list[Path]:
         return submission.write_scripts(plan)
@@ -46,7 +47,7 @@ class Slurm:
         submission.check_path(plan.run_dir)
         submission.check_container(plan)
         submission.check_free(plan.run_dir)
-        sbatch.check_accepted([script.text for script in submission.scripts(plan)])
+        sbatch.check_accepted([script.text for script in scripts(plan)])
 
     def after(self, plan: Plan, job_id: str) -> Plan:
         if plan.shape != "allocation":

@@ -1,37 +1,26 @@
-"""Submission to Slurm through submitit; each job's batch script becomes the controller.
-
-Making the scripts' text needs neither Slurm nor torch.
-"""
+"""Submission to Slurm through submitit; each job's batch script becomes the controller."""
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
-from vime.launch.lead import lead_s
-from vime.run.chain import Link, links, part
-from vime.run.environment import export_lines
+from vime.run.chain import Link, links
 from vime.run.folder import make_run_folder
-from vime.run.jobs import SUBMIT_FOLDER, Job, read_jobs, write_jobs
+from vime.run.jobs import Job, read_jobs, write_jobs
 from vime.run.plan import Plan
 from vime.run.scheduler import find_scheduler
+from vime.schedulers.batch_script import job_name, python_words, sbatch_text, script_text, submit_folder
 from vime.schedulers.container import mounts
-from vime.schedulers.srun import gpu_options, srun_argv, step_python
 from vime.slurm import queue as slurm
 from vime.slurm import sbatch
 from vime.system.files import PRIVATE, write_file
 from vime.system.private import private_folder
-
-MAX_SIGNAL_LEAD_S = 65535
-"""Longest signal lead in seconds that Slurm accepts."""
 
 
 class ControllerJob:
@@ -54,108 +43,16 @@ class ControllerJob:
         return DelayedSubmission(self)
 
 
-@dataclass(frozen=True)
-class Script:
-    """The batch script of one job."""
-
-    link: str | None
-    text: str
-
-
-def cpus_needed(plan: Plan) -> int:
-    """CPUs per node, for jobs that do not take whole nodes."""
-    by_stage = [stage.tasks_per_node * (stage.cpus_per_task or 1) for stage in plan.stages]
-    per_slot = plan.recipe.resources.num_cpus_per_rank or 1
-    return plan.cluster.cpus_per_node or max([*by_stage, *(node.gpus * per_slot for node in plan.nodes)])
-
-
-def job_name(plan: Plan, link: Link | None) -> str:
-    """Name of a job in the queue."""
-    return plan.run_name + (f"-{link.name}" if link else "")
-
-
-def sbatch_parameters(plan: Plan, link: Link | None = None, after: str | None = None) -> dict[str, Any]:
-    """Options of a job under submitit's names; those without a name there go into `additional_parameters`.
-
-    `after`: id of the job that must succeed before this link of a chain starts.
-    """
-    plan = part(plan, link)
-    cluster = plan.cluster
-    more: dict[str, Any] = {
-        # B: signal the batch process, which is the controller, instead of the steps.
-        "signal": f"B:USR2@{min(math.ceil(lead_s(plan)), MAX_SIGNAL_LEAD_S)}",
-        "requeue": True,
-        # kill-on-invalid-dep: otherwise a job whose dependency has failed would wait for ever.
-        **({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
-        **cluster.extra_sbatch,
-    }
-    parameters: dict[str, Any] = {
-        "job_name": job_name(plan, link),
-        "nodes": len(plan.nodes) + plan.spares,
-        "ntasks_per_node": 1,
-        "time": cluster.time_limit_minutes,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "mem": cluster.mem,
-        "exclusive": True if cluster.exclusive else None,
-        "cpus_per_task": None if cluster.exclusive else cpus_needed(plan),
-        "wckey": None,
-        "stderr_to_stdout": True,
-        "use_srun": False,
-        "setup": setup_lines(plan),
-        "additional_parameters": more,
-    }
-    gpus = gpu_options(cluster, cluster.gpus_per_node)
-    parameters.update({name.replace("-", "_"): value for name, value in gpus.items()})
-    return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
-
-
-def setup_lines(plan: Plan) -> list[str]:
-    """Shell lines before Python starts: the profile's setup and environment, and the run's code first on the path."""
-    cluster = plan.cluster
-    lines = module_lines(cluster.modules) if cluster.modules else []
-    if cluster.venv is not None:
-        lines.append(f"source {shlex.quote(f'{cluster.venv}/bin/activate')}")
-    lines += [*cluster.setup, *export_lines(cluster.env)]
-    if plan.code is not None:
-        # The submit folder may hold plug-ins, but may also be the checkout, so it comes second.
-        # Python itself would put it first.
-        lines.append(f'export PYTHONPATH={shlex.quote(plan.code)}:"$SLURM_SUBMIT_DIR${{PYTHONPATH:+:$PYTHONPATH}}"')
-        lines.append("export PYTHONSAFEPATH=1")
-    return lines
-
-
-def module_lines(modules: Sequence[str]) -> list[str]:
-    """Shell lines that load modules, or end the job with a message on failure.
-
-    A batch shell may lack the function `module`, and its old versions succeed for an unknown module.
-    """
-    names = shlex.join(modules)
-    missing = shlex.quote(f"error: the modules {' '.join(modules)} of the cluster profile cannot be loaded on")
-    return [
-        "for file in /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh /etc/profile.d/modules.sh; do",
-        '    type module >/dev/null 2>&1 || { [ -r "$file" ] && . "$file"; }',
-        "done",
-        "failed= words=$(mktemp)",
-        f'module load {names} 2>"$words" || failed=1',
-        'cat "$words" >&2',
-        'if [ -n "$failed" ] || grep -qiE "unable to locate|not found|unknown" "$words"; then',
-        f'    echo {missing} "$(hostname)" >&2',
-        "    exit 2",
-        "fi",
-        'rm -f "$words"',
-    ]
-
-
 def _executor(plan: Plan, link: Link | None = None, after: str | None = None) -> Any:
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 2  # the script's text can be made on a machine without Slurm
+            return 2  # without Slurm's programs, the call of sbatch says what is missing
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return sbatch_text(plan, link, after)
 
         def _submit_command(self, command: str) -> Any:
             """Like submitit's, through vime's call of sbatch: cleaned environment, deadline, whole answer."""
@@ -172,50 +69,20 @@ def _executor(plan: Plan, link: Link | None = None, after: str | None = None) ->
             self._set_job_permissions(job.paths.folder)
             return job
 
-    # exec: the batch process must be Python itself, since Slurm signals only that process.
-    python = "exec " + shlex.quote(plan.cluster.interpreter or sys.executable)
-    executor = Executor(submit_folder(plan), max_num_timeout=plan.max_timeouts, python=python)
-    executor.update_parameters(**sbatch_parameters(plan, link, after))
+    executor = Executor(submit_folder(plan), max_num_timeout=plan.max_timeouts)
+    # submitit tells a time limit from a preemption by the time that has passed.
+    executor.update_parameters(time=plan.cluster.time_limit_minutes)
     return executor
-
-
-def submit_folder(plan: Plan) -> Path:
-    return Path(plan.run_dir) / SUBMIT_FOLDER
-
-
-def sbatch_text(plan: Plan, link: Link | None = None, after: str | None = None) -> str:
-    """Batch script, exactly as it will be submitted."""
-    executor = _executor(plan, link, after)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-def scripts(plan: Plan) -> tuple[Script, ...]:
-    """Batch scripts of a run in order, without dependencies: the ids of later jobs do not exist yet."""
-    if plan.shape == "chain":
-        return tuple(Script(link.name, sbatch_text(plan, link)) for link in links(plan))
-    return (Script(None, sbatch_text(plan)),)
-
-
-def step_calls(plan: Plan) -> list[str]:
-    """One shell line per stage with its srun call; node names are known only in the allocation."""
-    lines = []
-    for stage in plan.stages:
-        python = step_python(plan.cluster)
-        argv = srun_argv(
-            stage, ["NODE"] * len(stage.nodes), plan=plan, python=python, cpus_per_node=plan.cluster.cpus_per_node
-        )
-        lines.append(shlex.join("--nodelist=NODES" if word.startswith("--nodelist=") else word for word in argv))
-    return lines
 
 
 def write_scripts(plan: Plan) -> list[Path]:
     """Write scripts that a person can submit with sbatch: their last line starts vime.launch. Returns their paths."""
     folder, written = private_folder(submit_folder(plan)), []
     for link in links(plan) if plan.shape == "chain" else (None,):
-        executor = _executor(plan, link)
-        words = ["-u -m vime.launch --run-dir", shlex.quote(plan.run_dir), *(["--stage", link.name] if link else [])]
+        stage = ["--stage", link.name] if link else []
+        words = [python_words(plan), "-u -m vime.launch --run-dir", shlex.quote(plan.run_dir), *stage]
         path = folder / f"{link.name if link else 'run'}.sbatch"
-        write_file(path, executor._make_submission_file_text(" ".join([executor.python, *words]), ""), mode=PRIVATE)
+        write_file(path, script_text(plan, " ".join(words), link), mode=PRIVATE)
         written.append(path)
     return written
 
