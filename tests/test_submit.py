@@ -17,7 +17,7 @@ from vime.launch.prepare import start
 from vime.run.folder import read_plan
 from vime.run.registry import last_run
 
-HEAVY = ("torch", "ray", "vllm", "transformers", "numpy", "megatron")
+HEAVY = ("torch", "ray", "vllm", "transformers", "numpy", "megatron", "submitit", "asyncio")
 
 
 @pytest.fixture

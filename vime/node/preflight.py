@@ -21,7 +21,6 @@ from vime.errors import VimeError
 from vime.node.gpus import gpu_facts
 from vime.node.network import ALONE_ADDRESS, listening_ports, own_address, rdma_ports
 from vime.node.scratch import remove_dead
-from vime.node.task import JOB, PLACES
 from vime.planning import ports
 from vime.run.canary import CANARY, answer_canary, read_canary
 from vime.run.devices import VISIBLE
@@ -29,6 +28,7 @@ from vime.run.folder import PLAN, read_plan
 from vime.run.messages import report
 from vime.run.node_local import base_folder, longest_socket
 from vime.run.plan import Plan
+from vime.run.variables import JOB, PLACES
 from vime.system.limits import raise_soft_limits, soft_limit
 from vime.system.memory import memory_available
 

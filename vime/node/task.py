@@ -27,11 +27,10 @@ from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
 from vime.run.node_local import base_folder
 from vime.run.plan import Binding, Plan, Stage
+from vime.run.variables import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
 from vime.system.private import private_folder
 from vime.system.visible import appears
 
-PLACES, JOB = "VIME_PLACES", "VIME_JOB"
-LOCAL_PLACE, LOCAL_RANK = "VIME_LOCAL_PLACE", "VIME_LOCAL_RANK"
 _FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "VIME_")
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,9 @@ from vime.recipe import algorithms
 from vime.recipe.algorithms import CORRECTIONS, ESTIMATORS, POLICY_LOSSES, Column, KLType
 from vime.recipe.optimizers import OptimizerKind, optimizer_kind
 from vime.recipe.sampling import SamplingSettings
+
+# Plug-ins of pydantic have no say in a recipe, and the search for them reads the metadata of every installed package.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 def _name_in(table: Mapping[str, object]) -> AfterValidator:

@@ -111,6 +111,6 @@ def _files(root: Path, place: Path) -> Iterator[tuple[str, Path]]:
         return
     for folder, folders, names in os.walk(place):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        inside = Path(folder).relative_to(root)
         for name in sorted(names):
-            path = Path(folder, name)
-            yield str(path.relative_to(root)), path
+            yield str(inside / name), Path(folder, name)

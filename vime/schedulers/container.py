@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vime.errors import BadInput
-from vime.node.task import JOB, PLACES
 from vime.run.canary import CANARY
 from vime.run.folder import BINDING_VARIABLE
 from vime.run.plan import Container, Plan, Stage
+from vime.run.variables import JOB, PLACES
 
 NODE_TMP = "/tmp"
 OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH", PLACES, JOB, CANARY, BINDING_VARIABLE)

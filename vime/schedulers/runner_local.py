@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from vime.errors import Cause
 from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
-from vime.node.task import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
 from vime.run.devices import VISIBLE
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
+from vime.run.variables import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
 from vime.system import processes
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from vime.errors import Cause
 from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
-from vime.node.task import JOB, PLACES
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
+from vime.run.variables import JOB, PLACES
 from vime.schedulers import container
 from vime.schedulers.srun import srun_argv, step_name, step_python
 from vime.slurm import queue as slurm
