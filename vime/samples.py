@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+UNVERSIONED = -1
+"""Weight version of tokens that no synced weights made: given ones, and those of an engine before its first sync."""
+MODEL = "model"
+"""Role of a turn that was sampled."""
 
 
 class Status(enum.StrEnum):
@@ -19,8 +24,42 @@ class Status(enum.StrEnum):
 
 
 @dataclass
+class Turn:
+    """A stretch of a response: what the model sampled in one turn, or what it was given before the next."""
+
+    role: str
+    """`model`, or the roles of the given messages; `ids` for given token ids."""
+    start: int
+    """Place of its first token in the response."""
+    end: int
+    """Place behind its last token."""
+    text: str = ""
+    finish: str = ""
+    """How a sampled turn ended: `stop`, `length`, or empty while it is unfinished."""
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the model sampled it."""
+        return self.role == MODEL
+
+
+@dataclass
+class ToolUse:
+    """One call of a tool."""
+
+    name: str
+    seconds: float = 0.0
+    error: str = ""
+    """Kind of its failure, such as `timeout`; empty where it answered."""
+
+
+@dataclass
 class Sample:
-    """One response to one prompt. The lists `response_ids` to `loss_mask` have one entry per response token."""
+    """One response to one prompt. The lists `response_ids` to `loss_mask` have one entry per response token.
+
+    The response of a conversation of many turns holds all that came after the prompt: tokens that the model sampled,
+    and tokens that it was given, which have the mask 0, the log-prob 0 and no version.
+    """
 
     index: int
     """Number of the sample in the run, unique."""
@@ -38,8 +77,20 @@ class Sample:
     loss_mask: list[int] = field(default_factory=list)
     """1 where the token is trained on."""
     response: str = ""
+    """The answer as text: the model's last turn."""
     reward: float | None = None
     status: Status = Status.PENDING
+    turns: list[Turn] = field(default_factory=list)
+    """In order, without gaps; empty where the response is one sampled turn."""
+    tools: list[ToolUse] = field(default_factory=list)
+    environment: dict[str, Any] | None = None
+    """State of an aborted conversation's environment, as plain values; None where it has none or cannot tell."""
+    branch: int = 0
+    """Number of the branch inside its conversation, which all samples of the same index are; 0 is the main one."""
+    data_prompt: tuple[Any, list[int]] | None = None
+    """Prompt and its token ids in the data set, where the conversation began with others."""
+    branches: list[Sample] = field(default_factory=list, metadata={"kept": False})
+    """Other lines of a finished conversation, which training gets beside this one with the same reward."""
 
     @property
     def length(self) -> int:
@@ -47,34 +98,59 @@ class Sample:
         return len(self.prompt_ids) + len(self.response_ids)
 
     def values(self) -> dict[str, Any]:
-        """All fields as plain values, which JSON can hold where the data set's own values can."""
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"status": str(self.status)}
+        """All fields but the branches as plain values, which JSON can hold where the data set's own values can."""
+        plain = {name: getattr(self, name) for name in (*PROMPT_FIELDS, *RESPONSE_FIELDS)} | {
+            "status": str(self.status)
+        }
+        turns = self.turns if len(self.turns) > 1 else []
+        return plain | {"turns": [asdict(turn) for turn in turns], "tools": [asdict(use) for use in self.tools]}
 
     def response_values(self) -> dict[str, Any]:
         """The fields that generation and scoring set, as plain values."""
-        return {name: value for name, value in self.values().items() if name in RESPONSE_FIELDS}
+        names = {*RESPONSE_FIELDS, *(() if self.data_prompt is None else ("prompt", "prompt_ids"))}
+        return {name: value for name, value in self.values().items() if name in names}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Sample:
-        """A sample from `values()`; raises KeyError where a field is missing."""
+        """A sample from `values()`; raises KeyError where a field is missing that every version wrote."""
         sample = cls(*(values[name] for name in PROMPT_FIELDS))
         sample.set_response(values)
         return sample
 
     def set_response(self, values: Mapping[str, Any]) -> None:
-        """Take over the fields of `response_values()`; raises KeyError where one is missing."""
+        """Take over the fields of `response_values()`; KeyError where one is missing that every version wrote."""
         for name in RESPONSE_FIELDS:
-            setattr(self, name, Status(values[name]) if name == "status" else values[name])
+            if name in _LATER_FIELDS and name not in values:
+                continue
+            setattr(self, name, _READERS[name](values[name]) if name in _READERS else values[name])
+        if self.data_prompt is not None:
+            self.prompt, self.prompt_ids = values["prompt"], values["prompt_ids"]
 
     def without_response(self) -> Sample:
-        """A new sample of the same number and prompt that is still to be generated."""
-        return Sample(*(getattr(self, name) for name in PROMPT_FIELDS))
+        """A new sample of the same number and of the data set's prompt that is still to be generated."""
+        fresh = Sample(*(getattr(self, name) for name in PROMPT_FIELDS))
+        if self.data_prompt is not None:
+            fresh.prompt, fresh.prompt_ids = self.data_prompt
+        return fresh
+
+    def restart(self) -> None:
+        """Forget the response."""
+        self.__dict__.update(self.without_response().__dict__)
 
 
 PROMPT_FIELDS = ("index", "group_index", "prompt", "prompt_ids", "label", "metadata")
 """Fields that a sample has from the start, in the order of the constructor."""
-RESPONSE_FIELDS = tuple(each.name for each in fields(Sample) if each.name not in PROMPT_FIELDS)
-"""Fields that generation and scoring set."""
+RESPONSE_FIELDS = tuple(
+    each.name for each in fields(Sample) if each.name not in PROMPT_FIELDS and each.metadata.get("kept", True)
+)
+"""Fields that generation and scoring set, and that a file keeps."""
+_LATER_FIELDS = frozenset({"turns", "tools", "environment", "branch", "data_prompt"})
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "status": Status,
+    "turns": lambda turns: [Turn(**turn) for turn in turns],
+    "tools": lambda tools: [ToolUse(**use) for use in tools],
+    "data_prompt": lambda pair: pair if pair is None else tuple(pair),
+}
 
 
 @dataclass
@@ -83,6 +159,13 @@ class Group:
 
     index: int
     samples: list[Sample]
+
+    def with_branches(self) -> Group:
+        """The group as training gets it: every branch of a conversation is a sample, with the conversation's reward."""
+        samples: list[Sample] = []
+        for sample in self.samples:
+            samples += [sample, *(replace(branch, reward=sample.reward) for branch in sample.branches)]
+        return Group(self.index, samples)
 
 
 @dataclass
@@ -96,6 +179,7 @@ class Rollout:
 
     @property
     def samples(self) -> list[Sample]:
+        """All samples, group by group."""
         return [sample for group in self.groups for sample in group.samples]
 
 

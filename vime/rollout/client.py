@@ -14,10 +14,7 @@ import msgspec
 from vime.errors import Cause, VimeError
 from vime.recipe.sampling import SamplingSettings
 from vime.rollout.command import MODEL_NAME
-from vime.samples import Sample, Status
-
-UNVERSIONED = -1
-"""Weight version of tokens from the weights that an engine starts with, before any sync."""
+from vime.samples import UNVERSIONED, Sample, Status
 
 PauseMode = Literal["keep", "abort", "wait"]
 _HEAD = 300
@@ -241,6 +238,27 @@ class EngineClient:
             return parse_answer(answer, limit)
         except EngineAnswer as error:
             raise EngineAnswer(f"engine {self.url}: {error}") from error.__cause__
+
+    async def parse(self, token_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Tokens of an answer as a chat message: `content`, `reasoning` and `tool_calls`, by the parsers that the
+        engine was started with (`--vllm-tool-call-parser`, `--vllm-reasoning-parser`)."""
+        choice = {"index": 0, "token_ids": list(token_ids), "finish_reason": "stop"}
+        request: dict[str, Any] = {"model": MODEL_NAME, "messages": [{"role": "user", "content": ""}]}
+        if tools:
+            request |= {"tools": list(tools), "tool_choice": "auto"}
+        body = {
+            "model": MODEL_NAME,
+            "generate_response": {"request_id": "parse", "choices": [choice]},
+            "chat_request": request,
+        }
+        answer = await self._json("POST", "/v1/chat/completions/derender", body)
+        try:
+            message = answer["choices"][0]["message"]
+            return {name: value for name, value in message.items() if value} | {"content": message["content"] or ""}
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise EngineAnswer(
+                f"engine {self.url}: parsed answer is not what vLLM documents: {answer!r:.300}"
+            ) from error
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """Stop scheduling. `keep` freezes requests until `resume`, `abort` ends them, `wait` lets them finish first."""

@@ -12,15 +12,16 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from vime.errors import DeadlineExceeded, VimeError
 from vime.rollout.client import EngineAnswer, EngineClient, EngineError, EngineTimeout, Generated, SamplingSettings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Recover = Callable[[int, EngineError], Awaitable[None]]
 """Called with the number of an engine that failed and how; returns once it runs again with the current weights."""
 
@@ -82,7 +83,10 @@ class _Engine:
 
 @dataclass(eq=False)
 class Seat:
-    """Engine and data-parallel rank that generate the samples of one group; `left` counts the unfinished ones."""
+    """Engine and data-parallel rank that generate the samples of one group; `left` counts the unfinished ones.
+
+    A sample keeps its place between two turns of a conversation, while a tool works for it.
+    """
 
     left: int
     engine: _Engine | None = None
@@ -153,23 +157,10 @@ class Dispatcher:
         Raises TimeoutError, or EngineTimeout with the engines that had requests and made no token for long.
         """
         silent: list[str] = []
-
-        def expire() -> None:
-            # Before the round's requests are cancelled, which no engine shows any more afterwards.
-            silent.extend(self._silent())
-            limit.reschedule(asyncio.get_running_loop().time())
-
-        clock = _Clock(seconds, expire)
         try:
-            async with asyncio.timeout(None) as limit:
-                self._clocks.add(clock)
-                if not self._recoveries:
-                    clock.start()
-                try:
-                    yield
-                finally:
-                    clock.stop()
-                    self._clocks.discard(clock)
+            # Looked at before the round's requests are cancelled, which no engine shows any more afterwards.
+            async with self.clock(seconds, at_end=lambda: silent.extend(self._silent())):
+                yield
         except TimeoutError:
             if silent:
                 raise EngineTimeout(f"no token from {', '.join(silent)}, within the limit of {seconds:g} s") from None
@@ -180,6 +171,25 @@ class Dispatcher:
         now = time.monotonic()
         times = {e: now - max(e.progress_at, e.busy_from) for e in self._engines if e.up and e.calls}
         return [f"engine {e.index} ({s:.0f} s)" for e, s in times.items() if s > 3 * self.patience.watch]
+
+    @contextlib.asynccontextmanager
+    async def clock(self, seconds: float, at_end: Callable[[], None] = lambda: None) -> AsyncIterator[None]:
+        """As `asyncio.timeout`, with a clock that stands still while an engine recovers. `at_end` runs when it ends."""
+
+        def expire() -> None:
+            at_end()
+            limit.reschedule(asyncio.get_running_loop().time())
+
+        clock = _Clock(seconds, expire)
+        async with asyncio.timeout(None) as limit:
+            self._clocks.add(clock)
+            if not self._recoveries:
+                clock.start()
+            try:
+                yield
+            finally:
+                clock.stop()
+                self._clocks.discard(clock)
 
     @property
     def stopping(self) -> bool:
@@ -219,26 +229,38 @@ class Dispatcher:
         deadline_s: float,
         seed: int | None = None,
     ) -> Generated:
-        """One answer, repeated on failures, elsewhere when the group's engine is down. Frees one place of the seat.
+        """One answer, repeated on failures, elsewhere when the group's engine is down.
 
         Raises RoundFull, or EngineError when repeating cannot help.
         """
-        try:
-            for attempt in range(1, self.patience.attempts + 1):
-                engine = await self._engine_of(seat)
-                try:
-                    return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s, seed)
-                except EngineError as error:
-                    if self._fatal:
-                        raise self._fatal from None
-                    self._strike(engine, error)
-                    if not error.retry or attempt == self.patience.attempts:
-                        raise
-                    self.retries += 1
-                    log.debug("request %d repeated: %s", attempt, error)
-            raise AssertionError("unreachable")
-        finally:
-            self._free(seat)
+
+        async def ask(engine: _Engine) -> Generated:
+            return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s, seed)
+
+        return await self._repeated(seat, ask)
+
+    async def parse(self, seat: Seat, token_ids: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Tokens of an answer as a chat message, by the parsers of the group's engine. Raises as `generate`."""
+
+        async def ask(engine: _Engine) -> dict[str, Any]:
+            return await engine.client.parse(token_ids, tools)
+
+        return await self._repeated(seat, ask)
+
+    async def _repeated(self, seat: Seat, ask: Callable[[_Engine], Awaitable[T]]) -> T:
+        for attempt in range(1, self.patience.attempts + 1):
+            engine = await self._engine_of(seat)
+            try:
+                return await ask(engine)
+            except EngineError as error:
+                if self._fatal:
+                    raise self._fatal from None
+                self._strike(engine, error)
+                if not error.retry or attempt == self.patience.attempts:
+                    raise
+                self.retries += 1
+                log.debug("request %d repeated: %s", attempt, error)
+        raise AssertionError("unreachable")
 
     def stop(self) -> None:
         """Send no more requests; those that wait for an engine end with RoundFull."""
@@ -384,7 +406,8 @@ class Dispatcher:
             seat.engine = None
             self._serve()
 
-    def _free(self, seat: Seat) -> None:
+    def free(self, seat: Seat) -> None:
+        """Free the place of a sample that needs no engine any more."""
         seat.left -= 1
         if seat.engine is not None:
             seat.engine.loads[seat.rank] -= 1

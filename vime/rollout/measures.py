@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from vime.samples import Group, Sample, Status
+from vime.samples import UNVERSIONED, Group, Sample, Status
 
 
 def finished_metrics(finished: Sequence[Group]) -> dict[str, float]:
@@ -51,7 +51,8 @@ def training_metrics(groups: Sequence[Group], current_version: int) -> dict[str,
     """Over the groups that training gets; staleness is how many versions a token's weights are behind the trainer's
     when it trains on it."""
     samples = [sample for group in groups for sample in group.samples]
-    behind = [current_version - version for sample in samples for version in sample.weight_versions]
+    versions = [version for sample in samples for version in sample.weight_versions if version != UNVERSIONED]
+    behind = [current_version - version for version in versions]
     metrics = {
         "rollout/num_groups": float(len(groups)),
         "rollout/num_samples": float(len(samples)),

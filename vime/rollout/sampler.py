@@ -17,7 +17,8 @@ from vime.recipe.prompt_sources import evaluation_sources, training_sources
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
 from vime.rewards.filters import check_filter_path
 from vime.rewards.scorer import Scorer, no_answer_warning
-from vime.rollout.client import UNVERSIONED, EngineClient, EngineError
+from vime.rollout.chat import ChatTemplate
+from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.counters import EngineCounters
 from vime.rollout.data import PromptStream, Tokenisation, load_prompts, load_tokenizer
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
@@ -25,8 +26,9 @@ from vime.rollout.evaluate import evaluate
 from vime.rollout.generation import Generator
 from vime.rollout.measures import by_set_metrics, finished_metrics, training_metrics
 from vime.rollout.mixture import PromptMixture
+from vime.rollout.session import Settings
 from vime.run.plan import Plan
-from vime.samples import Group, Prompt, Rollout, Status, new_group
+from vime.samples import UNVERSIONED, Group, Prompt, Rollout, Status, new_group
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +132,16 @@ class Sampler:
             patience_s=options.rm_patience,
         )
         self._generator = Generator(
-            self._dispatcher,
             self._scorer,
-            tokenizer,
-            context,
-            options.rollout_seed if options.rollout_sample_seeds else None,
-            options.mask_offpolicy_in_partial_rollout,
+            Settings(
+                self._dispatcher,
+                ChatTemplate(tokenizer, options.apply_chat_template_kwargs, options.rollout_stop_token_ids),
+                self._settings,
+                context,
+                options.rollout_timeout,
+                seed=options.rollout_seed if options.rollout_sample_seeds else None,
+            ),
+            mask_old_tokens=options.mask_offpolicy_in_partial_rollout,
         )
         self._next_group = 0
         self._kept: list[Group] = []
@@ -177,7 +183,7 @@ class Sampler:
         seconds = time.monotonic() - started
         tail = round_.passed_at[-1] - round_.passed_at[math.ceil(0.9 * len(round_.passed)) - 1]
         tokens = self._generator.tokens - tokens
-        groups = sorted(round_.passed, key=lambda group: group.index)
+        groups = [group.with_branches() for group in sorted(round_.passed, key=lambda group: group.index)]
         self._check_staleness(groups, rollout_id)
         metrics = {
             **finished_metrics(round_.finished),
@@ -354,8 +360,10 @@ def _without_answers(group: Group) -> Group:
 
 def _packed(group: Group, source: tuple[str, int]) -> dict[str, Any]:
     """A waiting group as plain values; its prompt stays in the data set."""
-    fresh = all(sample.status == Status.PENDING for sample in group.samples)
-    samples = [] if fresh else [sample.response_values() for sample in group.samples]
+    # Branches are not kept: such a conversation begins again.
+    kept = [sample.without_response() if sample.branches else sample for sample in group.samples]
+    fresh = all(sample.status == Status.PENDING for sample in kept)
+    samples = [] if fresh else [sample.response_values() for sample in kept]
     name, row = source
     return {"index": group.index, "set": name, "row": row, "samples": samples}
 
