@@ -342,7 +342,8 @@ def build() -> str:
     if missing:
         raise SystemExit(f"error: vLLM has no argument {', '.join(missing)}")
     taken = {name: kind for name, kind in arguments.items() if name not in VLLM_OWNED}
-    head = '"""Flags of Megatron-core and arguments of vLLM. Written by tools/make_flag_tables.py; edit that."""\n'
+    about = "Flags of Megatron-core and vLLM. One module since tools/make_flag_tables.py writes it; edit that."
+    head = f'"""{about}"""\n'
     return "\n".join(
         [
             head,

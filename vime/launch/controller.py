@@ -1,6 +1,8 @@
 """The controller: runs the plan's stages in order, keeps the services up, and ends the run with its cause.
 
 It runs once, on the batch host (or on this machine), owns every process it starts, and journals what happens.
+
+One module since stages, signals and the end share one loop's state: the running steps and the time left.
 """
 
 from __future__ import annotations

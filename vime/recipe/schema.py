@@ -2,6 +2,8 @@
 
 An option belongs to exactly one group, so a flat command line or a flat YAML mapping names it without its group. The
 string below an option is its help text; its type and bounds are checked when the recipe is read.
+
+One module since it is one table: every option of a recipe, by group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flags of Megatron-core and arguments of vLLM. Written by tools/make_flag_tables.py; edit that."""
+"""Flags of Megatron-core and vLLM. One module since tools/make_flag_tables.py writes it; edit that."""
 
 MEGATRON_VERSION = "0.16.1"
 VLLM_VERSION = "0.32.0"

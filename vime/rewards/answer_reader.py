@@ -1,4 +1,7 @@
-"""Reader of final answers: text in LaTeX or plain writing to values that can be compared."""
+"""Reader of final answers: text in LaTeX or plain writing to values that can be compared.
+
+One module since it is one grammar: a recursive descent whose rules call each other.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
 
-from vime.rewards.answer_values import INFINITY, Equation, Items, Named, Node, Quantity, Value, Words, number
+from vime.rewards.answer_numbers import Node, number
+from vime.rewards.answer_values import INFINITY, Equation, Items, Named, Quantity, Value, Words
 from vime.rewards.latex_tokens import NoAnswer, Token, Unreadable, tokenise
 
 MOST_CHARACTERS = 4000

@@ -9,8 +9,9 @@ from typing import Any
 from math_verify import parse, verify
 from sympy import Basic
 
+from vime.rewards.answer_numbers import Node
 from vime.rewards.answer_reader import readings
-from vime.rewards.answer_values import Items, Named, Node, Quantity, Value, Words, equal
+from vime.rewards.answer_values import Items, Named, Quantity, Value, Words, equal
 from vime.rewards.extract import (
     ANSWER_MARKERS,
     BadLabel,

@@ -2,6 +2,8 @@
 
 A group takes a seat on one engine and one of its data-parallel ranks, where its samples share the prompt's cached keys
 and values. A group waits while every engine has as many requests as its server takes, so that a slow engine gets fewer.
+
+One module since seats, strikes, restarts and deadlines change the same few tables between two awaits.
 """
 
 from __future__ import annotations
