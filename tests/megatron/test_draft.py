@@ -62,7 +62,7 @@ def gradients(layout: Any, *, mtp: bool) -> tuple[dict[str, torch.Tensor], dict[
     masks = [torch.tensor(sample.loss_mask, dtype=torch.float32) for sample in samples]
     columns = {
         "weights": torch.cat(token_weights(masks, per_token=False)),
-        "advantages": torch.randn(data.slots, generator=torch.Generator().manual_seed(1)),
+        "advantages": torch.randn(data.response_tokens, generator=torch.Generator().manual_seed(1)),
     }
     optimizer.zero_grad()
     metrics = passes.gradients(data, range(len(samples)), columns, 64)

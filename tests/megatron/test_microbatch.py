@@ -38,19 +38,20 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(
             data, range(len(pairs)), Padding.of(layout), cp_rank=rank, cp_size=cp, device=CPU
         )  # fmt: skip
         assert batch.tokens.shape[1] % tp == 0
-        for token, position, target, slot in zip(
-            batch.tokens[0].tolist(), batch.positions[0].tolist(), batch.targets.tolist(), batch.slots.tolist(),
+        for token, position, target, index in zip(
+            batch.tokens[0].tolist(), batch.positions[0].tolist(), batch.targets.tolist(),
+            batch.response_index.tolist(),
             strict=True,
         ):  # fmt: skip
-            if slot >= 0:
-                assert slot not in found
-                found[slot] = (token, position, target)
-    expected, slot = {}, 0
+            if index >= 0:
+                assert index not in found
+                found[index] = (token, position, target)
+    expected, index = {}, 0
     for prompt, response in pairs:
         whole = [*prompt, *response]
         for place in range(len(prompt), len(whole)):
-            expected[slot] = (whole[place - 1], place - 1, whole[place])
-            slot += 1
+            expected[index] = (whole[place - 1], place - 1, whole[place])
+            index += 1
     assert found == expected
 
 
@@ -103,7 +104,7 @@ def test_attention_sees_the_sequence_up_to_the_query_and_no_other(
 def test_a_micro_batch_without_samples_predicts_nothing() -> None:
     padding = Padding.of(ParallelLayout(world_size=4, tp=2, cp=2))
     batch = make_batch(RolloutTokens.of([([1], [2])]), [], padding, cp_rank=1, cp_size=2, device=CPU)
-    assert batch.slots.max() == -1
+    assert batch.response_index.max() == -1
     assert batch.tokens.shape[1] > 0
 
 

@@ -40,7 +40,9 @@ class Problem:
         self.data = RolloutTokens.of(self.pairs)
         torch.manual_seed(seed)
         self.logits = [torch.randn(len(p) + len(r), VOCABULARY, dtype=torch.float64) for p, r in self.pairs]
-        self.columns = {name: torch.randn(self.data.slots) * 0.3 - 2 for name in ("old", "reference", "rollout")}
+        self.columns = {
+            name: torch.randn(self.data.response_tokens) * 0.3 - 2 for name in ("old", "reference", "rollout")
+        }
         self.columns["advantages"] = torch.cat(
             [torch.full((len(r),), draw.uniform(-2, 2)) for _, r in self.pairs]
         )  # fmt: skip

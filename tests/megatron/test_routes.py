@@ -42,7 +42,7 @@ class Problem:
         masks = [torch.tensor(sample.loss_mask, dtype=torch.float32) for sample in samples]
         self.columns = {
             "weights": torch.cat(token_weights(masks, per_token=False)),
-            "advantages": torch.randn(self.data.slots, generator=torch.Generator().manual_seed(1)),
+            "advantages": torch.randn(self.data.response_tokens, generator=torch.Generator().manual_seed(1)),
         }
 
     def log_probs(self, context: Any = None) -> torch.Tensor:

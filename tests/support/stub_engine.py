@@ -40,7 +40,7 @@ class StubEngine:
     holds: Callable[[list[int]], bool] = lambda _token_ids: False
     """Prompts that are answered only after `release`, or with half of their tokens when they are aborted."""
     version: str = "0"
-    slots: int = 10_000
+    max_num_seqs: int = 10_000
     """Requests that it works on at a time."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
@@ -49,7 +49,7 @@ class StubEngine:
 
     async def __aenter__(self) -> StubEngine:
         self._aborts: dict[asyncio.Event, float] = {}
-        self._work = asyncio.Semaphore(self.slots)
+        self._work = asyncio.Semaphore(self.max_num_seqs)
         self._resumed = asyncio.Event()
         self._resumed.set()
         self._now = 0

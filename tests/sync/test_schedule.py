@@ -21,7 +21,7 @@ from vime.models.families import params_of
 from vime.models.namemap import Param, Where
 from vime.models.shards import check_layout, holds, pieces, tensor_split
 from vime.recipe.parallel import ParallelLayout
-from vime.sync.parts import SLOTS
+from vime.sync.parts import BUFFERS
 from vime.sync.receivers import experts_of, receivers_of
 from vime.sync.schedule import Schedule, aligned, far_groups, make_schedule
 
@@ -156,16 +156,16 @@ def test_all_tensors_are_streamed_once_and_each_stages_layers_in_their_order(sch
 @given(schedules())
 def test_places_do_not_overlap_and_fit_the_buffer(schedule: Schedule) -> None:
     for bucket, number in itertools.product(schedule.buckets, range(len(schedule.receivers))):
-        places, size = schedule.places(bucket.index, number)
+        slices, size = schedule.slices(bucket.index, number)
         spans = []
-        for place in places:
-            spans.append((place.offset, place.offset + place.entry.bytes))
-            if place.scale_offset is not None:
-                assert place.scale_offset % 64 == 0
-                spans.append((place.scale_offset, place.scale_offset + 4))
+        for entry_slice in slices:
+            spans.append((entry_slice.offset, entry_slice.offset + entry_slice.entry.bytes))
+            if entry_slice.scale_offset is not None:
+                assert entry_slice.scale_offset % 64 == 0
+                spans.append((entry_slice.scale_offset, entry_slice.scale_offset + 4))
         spans.sort()
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-        assert not spans or spans[-1][1] <= size <= schedule.capacity(number, bucket.index % SLOTS)
+        assert not spans or spans[-1][1] <= size <= schedule.capacity(number, bucket.index % BUFFERS)
 
 
 def test_buckets_respect_the_buffer_but_for_a_tensor_that_is_larger_alone() -> None:
@@ -173,9 +173,9 @@ def test_buckets_respect_the_buffer_but_for_a_tensor_that_is_larger_alone() -> N
     receivers = receivers_of(config, [0], [engine_plan(0, {0: (0,)})])
     schedule = make_schedule(config, ParallelLayout(), [0], receivers, 20_000)
     assert len(schedule.buckets) > 3
-    assert all(schedule.places(bucket.index, 0)[1] <= 20_000 for bucket in schedule.buckets)
+    assert all(schedule.slices(bucket.index, 0)[1] <= 20_000 for bucket in schedule.buckets)
     schedule = make_schedule(config, ParallelLayout(), [0], receivers, 4096)
-    large = [bucket for bucket in schedule.buckets if schedule.places(bucket.index, 0)[1] > 4096]
+    large = [bucket for bucket in schedule.buckets if schedule.slices(bucket.index, 0)[1] > 4096]
     assert large
     assert all(len(bucket.entries) == 1 for bucket in large)
     with pytest.raises(BadInput, match="--update-weight-buffer-size 0"):
@@ -263,7 +263,7 @@ def test_the_recipes_sync_sends_what_the_nodes_need_and_quantises_on_the_shard()
     policy = [param for param in params_of(config) if param.where != Where.MTP]
     dense = stored([param for param in policy if param.expert is None])
     routed = stored([param for param in policy if param.expert is not None])
-    sent = sum(schedule.places(bucket.index, 0)[1] for bucket in schedule.buckets)
+    sent = sum(schedule.slices(bucket.index, 0)[1] for bucket in schedule.buckets)
     assert len(schedule.buckets) < 1.1 * sent / (512 * 2**20)
     assert sent <= 1.05 * (dense + routed / 8)
     first = schedule.buckets[len(schedule.buckets) // 2]
@@ -294,7 +294,7 @@ def test_the_recipes_workers_get_their_own_experts_only() -> None:
         ]
         return sum(sizes)
 
-    sent = sum(schedule.places(bucket.index, 17)[1] for bucket in schedule.buckets)
+    sent = sum(schedule.slices(bucket.index, 17)[1] for bucket in schedule.buckets)
     assert sent <= 1.05 * (stored(False) + stored(True) / 64)
 
 

@@ -30,7 +30,7 @@ from vime.sync import segment
 from vime.sync.buffers import entry_views
 from vime.sync.digest import trainer_digests
 from vime.sync.fingerprint import fingerprint
-from vime.sync.parts import SLOTS
+from vime.sync.parts import BUFFERS
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import Schedule, make_schedule
 from vime.sync.segment import Segment, SegmentError, segment_name
@@ -92,19 +92,19 @@ def check_published(
         data = source._buffers.of(bucket, int(number)).data
         if info["segment"] is not None:
             data = torch.frombuffer(Segment.open(info["segment"]).memory, dtype=torch.uint8)
-        places, size = schedule.places(bucket, int(number))
+        slices, size = schedule.slices(bucket, int(number))
         assert info["size"] == size
-        assert [entry[0] for entry in info["tensors"]] == [place.entry.name for place in places]
-        for place in places:
-            got, scales = entry_views(data, place, schedule.block)
-            part = place.entry.param.parts[place.entry.part].name
-            wanted, wanted_scales = expected(hf, whole, place.entry.name, part)
-            assert got.dtype == wanted.dtype, place.entry.name
-            assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)), place.entry.name
+        assert [entry[0] for entry in info["tensors"]] == [entry_slice.entry.name for entry_slice in slices]
+        for entry_slice in slices:
+            got, scales = entry_views(data, entry_slice, schedule.block)
+            part = entry_slice.entry.param.parts[entry_slice.entry.part].name
+            wanted, wanted_scales = expected(hf, whole, entry_slice.entry.name, part)
+            assert got.dtype == wanted.dtype, entry_slice.entry.name
+            assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)), entry_slice.entry.name
             if scales is None or wanted_scales is None:
                 assert scales is wanted_scales
             else:
-                assert torch.equal(scales, wanted_scales), place.entry.name
+                assert torch.equal(scales, wanted_scales), entry_slice.entry.name
             count += 1
     return count
 
@@ -156,7 +156,7 @@ def sync_case(rank: int, case: Case, run: str) -> None:
         total = torch.tensor(published)
         dist.all_reduce(total)
         assert total == sum(
-            len(schedule.places(b.index, r)[0]) for b in schedule.buckets for r in range(len(schedule.receivers))
+            len(schedule.slices(b.index, r)[0]) for b in schedule.buckets for r in range(len(schedule.receivers))
         )
 
 
@@ -239,15 +239,15 @@ def test_frozen_layers_come_from_the_checkpoint_as_they_are(tmp_path: Path) -> N
     for bucket in range(source.prepare(1)):
         infos = source.publish(bucket)
         data = torch.frombuffer(Segment.open(infos["0"]["segment"]).memory, dtype=torch.uint8)
-        for place in source.schedule.places(bucket, 0)[0]:
-            got, scales = entry_views(data, place, source.schedule.block)
-            if place.entry.frozen:
+        for entry_slice in source.schedule.slices(bucket, 0)[0]:
+            got, scales = entry_views(data, entry_slice, source.schedule.block)
+            if entry_slice.entry.frozen:
                 frozen += 1
-                stored = checkpoint.stored(place.entry.name)
+                stored = checkpoint.stored(entry_slice.entry.name)
                 assert torch.equal(got.view(torch.uint8), stored.view(torch.uint8))
-                assert scales is None or torch.equal(scales, checkpoint.scale(place.entry.name))
-            elif place.entry.name.endswith(("4.embed_tokens.weight", "shared_head.head.weight")):
-                part = "model.embed_tokens.weight" if "embed" in place.entry.name else "lm_head.weight"
+                assert scales is None or torch.equal(scales, checkpoint.scale(entry_slice.entry.name))
+            elif entry_slice.entry.name.endswith(("4.embed_tokens.weight", "shared_head.head.weight")):
+                part = "model.embed_tokens.weight" if "embed" in entry_slice.entry.name else "lm_head.weight"
                 assert torch.equal(got, weights[part].to(torch.bfloat16))
         source.release(bucket)
     source.finish()
@@ -325,10 +325,10 @@ def test_buffers_for_another_node_have_no_name_and_stay_from_sync_to_sync(tmp_pa
     source = one_rank(FP8, str(tmp_path), engine_node=1)
 
     def addresses() -> list[int]:
-        return [source._buffers.of(slot, 0).data.data_ptr() for slot in range(SLOTS)]
+        return [source._buffers.of(number, 0).data.data_ptr() for number in range(BUFFERS)]
 
     source.prepare(1)
-    first = [source._buffers.of(slot, 0) for slot in range(SLOTS)]
+    first = [source._buffers.of(number, 0) for number in range(BUFFERS)]
     before = addresses()
     assert not (segment.DIRECTORY / segment_name(str(tmp_path), 0, 0, 0)).exists()
     source.finish()

@@ -18,13 +18,13 @@ class SteadyEngine:
 
     tokens: int
     tokens_per_s: float
-    slots: int
+    max_num_seqs: int
     """Requests served at once; others wait."""
     generated: int = 0
     _aborted: set[asyncio.Event] = field(default_factory=set)
 
     async def __aenter__(self) -> SteadyEngine:
-        self._work = asyncio.Semaphore(self.slots)
+        self._work = asyncio.Semaphore(self.max_num_seqs)
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_get("/weight_info", self._weight_info)

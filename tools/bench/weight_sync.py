@@ -39,7 +39,7 @@ from vime.models.shards import holds, local_shape, tensor_split
 from vime.recipe.parallel import ParallelLayout
 from vime.run.plan import EnginePlan
 from vime.sync.channel import Channel, Listener
-from vime.sync.parts import SLOTS, FarGroup
+from vime.sync.parts import BUFFERS, FarGroup
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import Schedule, make_schedule
 from vime.sync.segment import Segment, segment_name
@@ -156,18 +156,18 @@ class Member:
         return self.schedule.places(bucket, 0)[1]
 
     def segments(self, *, write: bool) -> list[torch.Tensor]:
-        names = [segment_name(self.run, 0, 0, slot) for slot in range(min(SLOTS, len(self.buckets)))]
+        names = [segment_name(self.run, 0, 0, number) for number in range(min(BUFFERS, len(self.buckets)))]
         return [torch.frombuffer(Segment.open(name, write=write).memory, dtype=torch.uint8) for name in names]
 
     def pipeline(self, write: Callable[[int], object]) -> None:
         """As in a sync: a bucket is written while the one before it is read, and read once the one before it was."""
         if self.rank != READER:
             for bucket in self.buckets:
-                if bucket >= SLOTS:
+                if bucket >= BUFFERS:
                     take(self.everyone.read[self.rank])
                 write(bucket)
                 self.everyone.written[self.rank].release()
-            for _ in self.buckets[-SLOTS:]:
+            for _ in self.buckets[-BUFFERS:]:
                 take(self.everyone.read[self.rank])
             return
         views = self.segments(write=False) if self.channel is None else []
@@ -178,7 +178,7 @@ class Member:
             if self.channel is not None:
                 self.channel.move(into)
             else:
-                into.copy_(views[bucket % SLOTS][: len(into)])
+                into.copy_(views[bucket % BUFFERS][: len(into)])
             for read in self.everyone.read:
                 read.release()
 
@@ -197,13 +197,13 @@ def sync(member: Member) -> None:
 
     def write(bucket: int) -> None:
         assert source is not None
-        if bucket >= SLOTS:
-            source.release(bucket - SLOTS)
+        if bucket >= BUFFERS:
+            source.release(bucket - BUFFERS)
         source.publish(bucket)
 
     member.pipeline(write)
     if source is not None:
-        for bucket in member.buckets[-SLOTS:]:
+        for bucket in member.buckets[-BUFFERS:]:
             source.release(bucket)
         source.finish()
 
@@ -212,8 +212,8 @@ def copy_near(member: Member, ready: torch.Tensor) -> None:
     """The same bytes through the same memory: each rank copies its half of a bucket, which lies ready."""
     made = []
     if member.rank == 0:
-        sizes = [member.schedule.capacity(0, slot) for slot in range(min(SLOTS, len(member.buckets)))]
-        made = [Segment.create(segment_name(member.run, 0, 0, slot), size) for slot, size in enumerate(sizes)]
+        sizes = [member.schedule.capacity(0, number) for number in range(min(BUFFERS, len(member.buckets)))]
+        made = [Segment.create(segment_name(member.run, 0, 0, number), size) for number, size in enumerate(sizes)]
     member.everyone.barrier()
     views = member.segments(write=True) if member.rank != READER else []
     starts = [sum(map(member.size, range(bucket))) // 2 for bucket in member.buckets]
@@ -221,7 +221,7 @@ def copy_near(member: Member, ready: torch.Tensor) -> None:
     def write(bucket: int) -> None:
         half = member.size(bucket) // 2
         mine = slice(half * member.rank, half * member.rank + half)
-        views[bucket % SLOTS][mine].copy_(ready[starts[bucket] : starts[bucket] + half])
+        views[bucket % BUFFERS][mine].copy_(ready[starts[bucket] : starts[bucket] + half])
 
     member.pipeline(write)
     for segment in made:
@@ -315,7 +315,7 @@ def process(rank: int, setting: Setting, answers: Any, written: list[Semaphore],
     config = near.config
     tensors = weights(config, rank) if rank != READER else {}
     moved = sum(near.places(bucket.index, 0)[1] for bucket in near.buckets)
-    into = torch.zeros(max(near.capacity(0, slot) for slot in range(SLOTS)), dtype=torch.uint8)
+    into = torch.zeros(max(near.capacity(0, number) for number in range(BUFFERS)), dtype=torch.uint8)
     fp8.quantise(torch.zeros(128, 128, dtype=torch.bfloat16))
 
     def member(schedule: Schedule, run: str) -> Member:

@@ -36,7 +36,7 @@ def advantage_column(
     algorithm: AlgorithmOptions,
     longest: int = 0,
 ) -> torch.Tensor:
-    """The advantage of every response token, fp32 [slots], by the recipe's estimator.
+    """The advantage of every response token, fp32 [response tokens], by the recipe's estimator.
 
     With `kl_coef` the estimator also gets the KL between the columns `old` and `reference`. `longest` is
     `--rollout-max-response-len`, where `overlong_buffer_len` ends. Raises DataError for a reward that is missing or

@@ -1,8 +1,8 @@
 """Samples as the tensors of packed micro-batches, and per-token columns that survive any way of packing them.
 
-Every response token of a rollout has a slot, a number from 0 to `RolloutTokens.slots`: sample by sample, in order.
-Advantages, log-probs and weights are columns, fp32 [slots], the same on all ranks; a micro-batch only says
-which slot each of its positions predicts. So nothing depends on how samples are packed and dealt out.
+The response tokens of a rollout are numbered from 0 to `RolloutTokens.response_tokens`, sample by sample, in order.
+Advantages, log-probs and weights are columns, fp32 [response tokens], the same on all ranks; a micro-batch only says
+which response token each of its positions predicts. So nothing depends on how samples are packed and dealt out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class RolloutTokens:
     prompts: tuple[int, ...]
     """Number of tokens of each prompt."""
     starts: tuple[int, ...]
-    """Slot of each sample's first response token."""
-    slots: int
+    """Number of each sample's first response token."""
+    response_tokens: int
     """Response tokens of all samples."""
 
     @classmethod
@@ -49,7 +49,7 @@ class RolloutTokens:
         return cls(sequences, tuple(len(prompt) for prompt, _ in pairs), tuple(ends[:-1].tolist()), int(ends[-1]))
 
     def response(self, sample: int) -> slice:
-        """The slots of a sample."""
+        """The response tokens of a sample, in a column."""
         start = self.starts[sample]
         return slice(start, start + len(self.sequences[sample]) - self.prompts[sample])
 
@@ -95,8 +95,8 @@ class PackedBatch:
     """int64 [1, t]: position inside the sequence."""
     targets: torch.Tensor
     """int64 [t]: the next token; 0 where none is predicted."""
-    slots: torch.Tensor
-    """int64 [t]: slot of the target; -1 where it is no response token."""
+    response_index: torch.Tensor
+    """int64 [t]: number of the target among the rollout's response tokens; -1 where it is none."""
     samples: torch.Tensor
     """int64 [t]: number of the sample inside the micro-batch, from 0 to `count`."""
     count: int
@@ -110,8 +110,12 @@ class PackedBatch:
 
     def column(self, column: torch.Tensor) -> torch.Tensor:
         """A column at the targets of this micro-batch, fp32 [t]; 0 where there is none."""
-        picked = column.to(self.slots.device)[self.slots.clamp(min=0)] if column.numel() else self.targets.float()
-        return torch.where(self.slots >= 0, picked, torch.zeros_like(picked))
+        picked = (
+            column.to(self.response_index.device)[self.response_index.clamp(min=0)]
+            if column.numel()
+            else self.targets.float()
+        )
+        return torch.where(self.response_index >= 0, picked, torch.zeros_like(picked))
 
 
 def make_batch(
@@ -130,27 +134,27 @@ def make_batch(
     total += rest
     # [total] each, whole sequences behind each other, before the split over context-parallel ranks.
     tokens, targets = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    slots, samples = np.full(total, -1, np.int64), np.zeros(total, np.int64)
+    response_index, samples = np.full(total, -1, np.int64), np.zeros(total, np.int64)
     positions = np.concatenate([np.arange(length) for length in lengths])
     start = 0
     for number, sample in enumerate(members):
         sequence, prompt = data.sequences[sample], data.prompts[sample]
         end = start + len(sequence)
         tokens[start:end] = sequence
-        # The position of the token before it predicts a token: response token j sits at slot position prompt - 1 + j.
+        # The position of the token before it predicts a token: response token j is the target at prompt - 1 + j.
         targets[start : end - 1] = sequence[1:]
-        slots[start + prompt - 1 : end - 1] = data.starts[sample] + np.arange(len(sequence) - prompt)
+        response_index[start + prompt - 1 : end - 1] = data.starts[sample] + np.arange(len(sequence) - prompt)
         samples[start : start + lengths[number]] = number
         start += lengths[number]
     mine = local_tokens(lengths, cp_rank, cp_size)
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
-    columns = np.stack([tokens, positions, targets, slots, samples])[:, mine]  # [5, t], one copy to the device
+    columns = np.stack([tokens, positions, targets, response_index, samples])[:, mine]  # [5, t], one copy to the device
     on_device = torch.from_numpy(columns).to(device)
     return PackedBatch(
         tokens=on_device[0:1],
         positions=on_device[1:2],
         targets=on_device[2],
-        slots=on_device[3],
+        response_index=on_device[3],
         samples=on_device[4],
         count=max(len(members), 1),
         bounds=bounds,

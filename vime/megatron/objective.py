@@ -37,8 +37,8 @@ METRICS = (
 `draft_acceptance` the chance that a token of the first draft layer is accepted."""
 
 Columns = Mapping[str, Tensor]
-"""fp32 [slots] each: `weights`; for the policy loss `advantages`; where there are any `old` (the trainer's log-probs
-before the first step), `reference` and `rollout` (the engine's)."""
+"""fp32 [response tokens] each: `weights`; for the policy loss `advantages`; where there are any `old` (the trainer's
+log-probs before the first step), `reference` and `rollout` (the engine's)."""
 
 
 @dataclass(frozen=True)

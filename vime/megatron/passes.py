@@ -65,17 +65,17 @@ class ModelPasses:
         samples: Sequence[int] | None = None,
         around: Around | None = None,
     ) -> torch.Tensor:
-        """Log-probs of all response tokens, fp32 [slots] on the CPU, the same on every rank.
+        """Log-probs of all response tokens, fp32 [response tokens] on the CPU, the same on every rank.
 
         With `samples` only theirs, and 0 elsewhere. `around` returns a context for a micro-batch's forward pass.
         """
-        column = torch.zeros(data.slots, device=self._device)
+        column = torch.zeros(data.response_tokens, device=self._device)
         batches = self._batches(data, range(len(data.sequences)) if samples is None else samples, tokens_per_gpu)
 
         def measure(batch: PackedBatch, draft: list[torch.Tensor], output: torch.Tensor) -> Any:
             found = self.objective.log_probs(output[0], batch)
-            here = batch.slots >= 0
-            column[batch.slots[here]] = found[here]
+            here = batch.response_index >= 0
+            column[batch.response_index[here]] = found[here]
             return output.new_zeros(()), _no_tokens(), {}
 
         for chunk in self.chunks:

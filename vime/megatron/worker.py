@@ -232,7 +232,7 @@ class TrainWorker:
         if not self.recipe.algorithm.use_routing_replay:
             return parts.passes.log_probs(data, perf.forward_tokens_per_gpu)
         parts.routes.forget()
-        column = torch.zeros(data.slots)
+        column = torch.zeros(data.response_tokens)
         for number, step in enumerate(optimizer_steps(len(data.sequences), self.recipe.rollout.steps)):
             around = functools.partial(self._recording, number)
             column += parts.passes.log_probs(data, perf.max_tokens_per_gpu, step, around)
@@ -254,7 +254,7 @@ class TrainWorker:
         columns: dict[str, torch.Tensor],
     ) -> dict[str, float]:
         """Run one optimizer step on these samples."""
-        weights = torch.zeros(data.slots)
+        weights = torch.zeros(data.response_tokens)
         options = self.recipe.algorithm
         shares = losses.token_weights(
             [masks[i] for i in step], per_token=options.calculate_per_token_loss, length=options.constant_loss_length

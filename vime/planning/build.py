@@ -252,11 +252,11 @@ def _place(
     recipe: Recipe, cluster: Cluster, trainer: ParallelLayout, slots: layout.Slots
 ) -> tuple[tuple[TrainerRank, ...], tuple[EnginePlan, ...], Any]:
     ranks = layout.place_trainer(trainer, slots)
-    seats = layout.place_engines(recipe, slots)
+    placements = layout.place_engines(recipe, slots)
     shared = cluster.one_machine
-    numbers = ports.plan_ports(slots.gpus_per_node, ports.engines_of_a_host(seats, shared=shared))
+    numbers = ports.plan_ports(slots.gpus_per_node, ports.engines_of_a_host(placements, shared=shared))
     expert_parallel = bool(recipe.engine.vllm.get("enable_expert_parallel", False))
-    return ranks, ports.plan_engines(seats, numbers, expert_parallel=expert_parallel, shared=shared), numbers
+    return ranks, ports.plan_engines(placements, numbers, expert_parallel=expert_parallel, shared=shared), numbers
 
 
 def _check_conversion(recipe: Recipe, config: ModelConfig, nodes: int) -> None:

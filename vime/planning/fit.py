@@ -189,7 +189,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
         derive.check(recipe, config, trainer)
         check_layout(config, trainer)
         slots = layout.divide_slots(recipe, per_node)
-        ranks, seats = layout.place_trainer(trainer, slots), layout.place_engines(recipe, slots)
+        ranks, placements = layout.place_trainer(trainer, slots), layout.place_engines(recipe, slots)
     except BadInput:
         # This layout is invalid; another may be valid.
         return None
@@ -206,7 +206,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
     host = 0
     for node in range(nodes):
         mine = [rank for rank in ranks if rank.node == node]
-        serving = [seat for seat in seats if node in seat.nodes]
+        serving = [placement for placement in placements if node in placement.nodes]
         host = max(host, memory.node_memory(recipe, config, weights, mine, serving, node).total_bytes)
         if host > (cluster.memory_per_node_bytes or 0):
             return None

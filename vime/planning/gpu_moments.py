@@ -28,7 +28,7 @@ from vime.recipe.schema import Recipe
 from vime.run.plan import Item
 
 OPEN_BUCKETS = 2
-"""Weight sync buckets in the trainer's memory at once (`vime.sync.parts.SLOTS`), and as many in the engine's."""
+"""Weight sync buckets in the trainer's memory at once (`vime.sync.parts.BUFFERS`), and as many in the engine's."""
 
 
 def with_share(recipe: Recipe, config: ModelConfig, weights: Weights, gpu_bytes: int) -> Recipe:

@@ -125,10 +125,10 @@ def place_engines(recipe: Recipe, slots: Slots) -> tuple[EnginePlacement, ...]:
             f"{tensor_parallel}, more than fits a node of {per_node} GPUs: "
             f"use --vllm-data-parallel-size {max(1, size // per_node)}"
         )
-    seats = []
+    placements = []
     for first in range(0, len(slots.rollout), size):
         mine = slots.rollout[first : first + size]
         nodes = tuple(sorted({node for node, _ in mine}))
         gpus = tuple(tuple(gpu for node, gpu in mine if node == each) for each in nodes)
-        seats.append(EnginePlacement(nodes, gpus, tensor_parallel, data_parallel))
-    return tuple(seats)
+        placements.append(EnginePlacement(nodes, gpus, tensor_parallel, data_parallel))
+    return tuple(placements)

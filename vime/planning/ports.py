@@ -6,6 +6,8 @@ Linux systems and at 9000 on some that run containers. Blocks that contain a com
 
 from __future__ import annotations
 
+from collections import Counter
+
 from vime.errors import BadInput
 from vime.planning.layout import EnginePlacement
 from vime.run.plan import EnginePlan, Plan, Ports
@@ -55,20 +57,20 @@ def plan_ports(gpus_per_node: int, engines: int) -> Ports:
 
 
 def plan_engines(
-    seats: tuple[EnginePlacement, ...], ports: Ports, *, expert_parallel: bool, shared: bool
+    placements: tuple[EnginePlacement, ...], ports: Ports, *, expert_parallel: bool, shared: bool
 ) -> tuple[EnginePlan, ...]:
     """Engines with their ports: by place on the node, or by index in the run if logical nodes share a host."""
     engines: list[EnginePlan] = []
-    for index, seat in enumerate(seats):
-        place = index if shared else sum(set(seat.nodes) & set(other.nodes) != set() for other in engines)
-        port = ports.worker_last + 1 + place * (1 + AUX_PORTS)
+    for index, placement in enumerate(placements):
+        number = index if shared else sum(set(placement.nodes) & set(other.nodes) != set() for other in engines)
+        port = ports.worker_last + 1 + number * (1 + AUX_PORTS)
         engines.append(
             EnginePlan(
                 index=index,
-                nodes=seat.nodes,
-                gpus=seat.gpus,
-                tensor_parallel_size=seat.tensor_parallel_size,
-                data_parallel_size=seat.data_parallel_size,
+                nodes=placement.nodes,
+                gpus=placement.gpus,
+                tensor_parallel_size=placement.tensor_parallel_size,
+                data_parallel_size=placement.data_parallel_size,
                 expert_parallel=expert_parallel,
                 port=port,
                 aux_port=port + 1,
@@ -77,11 +79,11 @@ def plan_engines(
     return tuple(engines)
 
 
-def engines_of_a_host(seats: tuple[EnginePlacement, ...], *, shared: bool) -> int:
+def engines_of_a_host(placements: tuple[EnginePlacement, ...], *, shared: bool) -> int:
     """Largest number of engines whose ports one host must hold."""
     if shared:
-        return len(seats)
-    return max(sum(node in seat.nodes for seat in seats) for node in {node for seat in seats for node in seat.nodes})
+        return len(placements)
+    return max(Counter(node for placement in placements for node in set(placement.nodes)).values())
 
 
 def offsets(plan: Plan) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vime.fp8.format import scale_shape
 from vime.sync import cuda_memory
-from vime.sync.parts import SLOTS, EntrySlice
+from vime.sync.parts import BUFFERS, EntrySlice
 from vime.sync.schedule import Schedule
 from vime.sync.segment import Segment, segment_name
 from vime.sync.wire import Block, torch_type
@@ -52,7 +52,7 @@ class Buffers:
     def __init__(self, schedule: Schedule, rank: int, run: str, device: torch.device) -> None:
         self._schedule, self._rank, self._run, self._device = schedule, rank, run, device
         self._now: dict[tuple[int, int], Buffer] = {}
-        """(receiver, slot) to buffer."""
+        """(receiver, number of the buffer) to buffer."""
         self._kept: dict[tuple[int, int], Buffer] = {}
         self._makings, self._kept_since = 0, 0
         """Generation counter, and the generation of `_kept` (0: none)."""
@@ -76,13 +76,13 @@ class Buffers:
 
     def of(self, bucket: int, receiver: int) -> Buffer:
         """A receiver's buffer for a bucket."""
-        return self._now[receiver, bucket % SLOTS]
+        return self._now[receiver, bucket % BUFFERS]
 
     def views(self, bucket: int, receiver: int) -> dict[str, tuple[Tensor, Tensor | None]]:
         """HF name to (tensor, scales), views of the receiver's buffer."""
-        places, _ = self._schedule.places(bucket, receiver)
+        slices, _ = self._schedule.slices(bucket, receiver)
         data = self.of(bucket, receiver).data
-        return {place.entry.name: entry_views(data, place, self._schedule.block) for place in places}
+        return {entry_slice.entry.name: entry_views(data, entry_slice, self._schedule.block) for entry_slice in slices}
 
     def finish(self) -> None:
         """Free all buffers except those kept for the next sync."""
@@ -108,53 +108,53 @@ class Buffers:
 
     def _make(self, numbers: Collection[int]) -> None:
         """Create this rank's buffers of some receivers and map those created by other ranks of the node."""
-        slots = range(min(SLOTS, len(self._schedule.buckets)))
+        indices = range(min(BUFFERS, len(self._schedule.buckets)))
         for number in numbers:
-            for slot in slots:
-                if self._rank == self._maker(number, slot):
-                    self._now[number, slot] = self._new(number, slot)
+            for index in indices:
+                if self._rank == self._maker(number, index):
+                    self._now[number, index] = self._new(number, index)
         barrier()
         for number in numbers:
             if self._schedule.nodes[self._rank] != self._schedule.home(number):
                 continue
             if self._schedule.receivers[number].on_gpu:
                 continue
-            for slot in slots:
-                if (number, slot) not in self._now:
-                    segment = Segment.open(self._name(number, slot), write=True)
-                    self._now[number, slot] = Buffer(_bytes(segment), segment, owned=False)
+            for index in indices:
+                if (number, index) not in self._now:
+                    segment = Segment.open(self._name(number, index), write=True)
+                    self._now[number, index] = Buffer(_bytes(segment), segment, owned=False)
 
-    def _maker(self, number: int, slot: int) -> int:
-        """The rank that creates a buffer: the publisher on GPUs; otherwise the node's ranks take turns by slot, sharing
-        the kernel's work of clearing pages."""
+    def _maker(self, number: int, index: int) -> int:
+        """The rank that creates a buffer: the publisher on GPUs; otherwise the node's ranks take turns, sharing the
+        kernel's work of clearing pages."""
         if self._schedule.receivers[number].on_gpu:
             return self._schedule.receivers[number].publishers[0]
         home = self._schedule.home(number)
         ranks = [rank for rank, node in enumerate(self._schedule.nodes) if node == home]
-        return ranks[slot % len(ranks)]
+        return ranks[index % len(ranks)]
 
-    def _new(self, number: int, slot: int) -> Buffer:
-        size, receiver = self._schedule.capacity(number, slot), self._schedule.receivers[number]
+    def _new(self, number: int, index: int) -> Buffer:
+        size, receiver = self._schedule.capacity(number, index), self._schedule.receivers[number]
         if receiver.on_gpu:
             memory = torch.empty(size, dtype=torch.uint8, device=self._device)
             handle = cuda_memory.share(memory) if memory.is_cuda and receiver.local else None
             return Buffer(memory, None, owned=True, handle=handle)
-        segment = Segment.create(self._name(number, slot), size)
+        segment = Segment.create(self._name(number, index), size)
         return Buffer(_bytes(segment), segment, owned=True)
 
-    def _name(self, number: int, slot: int) -> str:
-        return segment_name(self._run, self._schedule.home(number), number, slot)
+    def _name(self, number: int, index: int) -> str:
+        return segment_name(self._run, self._schedule.home(number), number, index)
 
 
-def entry_views(data: Tensor, place: EntrySlice, block: Block) -> tuple[Tensor, Tensor | None]:
+def entry_views(data: Tensor, entry_slice: EntrySlice, block: Block) -> tuple[Tensor, Tensor | None]:
     """A tensor and its scales as views of a buffer (uint8)."""
-    entry = place.entry
-    raw = data[place.offset : place.offset + entry.bytes]
+    entry = entry_slice.entry
+    raw = data[entry_slice.offset : entry_slice.offset + entry.bytes]
     tensor = raw.view(torch_type(entry)).view(entry.shape)
-    if place.scale_offset is None:
+    if entry_slice.scale_offset is None:
         return tensor, None
     shape = scale_shape(entry.shape, block)
-    scales = data[place.scale_offset : place.scale_offset + 4 * math.prod(shape)]
+    scales = data[entry_slice.scale_offset : entry_slice.scale_offset + 4 * math.prod(shape)]
     return tensor, scales.view(torch.float32).view(shape)
 
 

@@ -10,8 +10,8 @@ from vime.fp8.format import scale_shape
 from vime.models.namemap import Param
 from vime.models.shards import Piece
 
-SLOTS = 2
-"""Buckets in flight at once for a receiver; bucket b uses slot b mod SLOTS."""
+BUFFERS = 2
+"""Buffers of a receiver, and so buckets in flight at once; bucket b uses buffer b mod BUFFERS."""
 
 
 ALIGNMENT = 64

@@ -28,12 +28,12 @@ def receivers_of(
     for engine in engines:
         size = engine.tensor_parallel_size * engine.data_parallel_size
         split = engine.expert_parallel and config.moe is not None and not experts_anywhere
-        for place, workers in _workers(engine, shared):
+        for device, workers in _workers(engine, shared):
             experts = experts_of(workers, size, config.moe.num_experts) if split and config.moe else None
-            wanted.setdefault(place, []).append((engine.index, experts))
+            wanted.setdefault(device, []).append((engine.index, experts))
     found = []
     for turn, ((node, gpu), parts) in enumerate(sorted(wanted.items(), key=lambda item: (item[0][0], item[0][1] or 0))):
-        near = tuple(rank for rank, place in enumerate(nodes) if place == node and (gpus is None or gpus[rank] == gpu))
+        near = tuple(rank for rank, its in enumerate(nodes) if its == node and (gpus is None or gpus[rank] == gpu))
         if gpu is not None and not near:
             raise BadInput(
                 f"GPU {gpu} of node {node} has a worker of engine {parts[0][0]} and no trainer rank, but the node has "
@@ -50,7 +50,7 @@ def receivers_of(
 
 
 def _workers(engine: EnginePlan, shared: Collection[int]) -> Iterator[tuple[tuple[int, int | None], range]]:
-    """(place, worker indices) of an engine; a place is (node, GPU slot) on `shared` nodes, else (node, None)."""
+    """(device, worker indices) of an engine; a device is (node, GPU slot) on `shared` nodes, else (node, None)."""
     first = 0
     for node, slots in zip(engine.nodes, engine.gpus, strict=True):
         if node in shared:

@@ -23,7 +23,7 @@ from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.run.plan import EnginePlan, Plan
 from vime.sync.order import _draft, _expert_turns, _fill, _layer_turns, _policy
 from vime.sync.parts import (
-    SLOTS,
+    BUFFERS,
     Bucket,
     Entry,
     EntrySlice,
@@ -57,7 +57,7 @@ class Schedule:
         """The node that holds a receiver's buffer: its own, or its publisher's if it is far."""
         return self.nodes[self.receivers[receiver].publishers[0]]
 
-    def places(self, bucket: int, receiver: int) -> tuple[tuple[EntrySlice, ...], int]:
+    def slices(self, bucket: int, receiver: int) -> tuple[tuple[EntrySlice, ...], int]:
         """Layout of a receiver's buffer for a bucket, and its size in bytes."""
         key = (bucket, receiver)
         if key not in self._places:
@@ -66,12 +66,12 @@ class Schedule:
 
     @functools.cached_property
     def _places(self) -> dict[tuple[int, int], tuple[tuple[EntrySlice, ...], int]]:
-        """Cache of `places`."""
+        """Cache of `slices`."""
         return {}
 
-    def capacity(self, receiver: int, slot: int) -> int:
-        """Bytes of the largest bucket at a receiver among those that use one of the SLOTS slots."""
-        return max((self.places(bucket.index, receiver)[1] for bucket in self.buckets[slot::SLOTS]), default=0)
+    def capacity(self, receiver: int, buffer: int) -> int:
+        """Bytes of the largest bucket at a receiver among those that use one of its buffers."""
+        return max((self.slices(bucket.index, receiver)[1] for bucket in self.buckets[buffer::BUFFERS]), default=0)
 
     def moves(self, bucket: int) -> Iterator[Move]:
         """Every move of a bucket, in the order used by both sender and receiver; frozen tensors have none."""
@@ -189,7 +189,7 @@ def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
 def _places(
     entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, int]
 ) -> tuple[tuple[EntrySlice, ...], int]:
-    places, offset = [], 0
+    slices, offset = [], 0
     for entry in entries:
         if not receiver.needs(entry):
             continue
@@ -198,8 +198,8 @@ def _places(
         if entry.quantised:
             scale = offset
             offset += padded(_scale_bytes(entry, block))
-        places.append(EntrySlice(entry, start, scale))
-    return tuple(places), offset
+        slices.append(EntrySlice(entry, start, scale))
+    return tuple(slices), offset
 
 
 def _merged(boxes: list[Piece]) -> Iterator[Piece]:

@@ -21,9 +21,9 @@ class SegmentError(VimeError):
     """Shared memory is missing, owned by another user, or open to others."""
 
 
-def segment_name(run: str, node: int, receiver: int, slot: int) -> str:
+def segment_name(run: str, node: int, receiver: int, buffer: int) -> str:
     """Name of a segment: equal on every rank of a run, different between runs."""
-    return f"vime-{hashlib.sha256(run.encode()).hexdigest()[:16]}-n{node}-r{receiver}-s{slot}"
+    return f"vime-{hashlib.sha256(run.encode()).hexdigest()[:16]}-n{node}-r{receiver}-s{buffer}"
 
 
 class Segment:

@@ -273,14 +273,14 @@ class Session:
         return infos
 
     async def _load(self, bucket: int, infos: Mapping[int, Mapping[str, Any]], check: bool) -> None:
-        by_place = {
+        by_device = {
             (receiver.node, receiver.gpu): {**infos[number], "digest": check}
             for number, receiver in enumerate(self.schedule.receivers)
         }
         await asyncio.gather(
             *(
                 self._engine(
-                    engine.index, bucket, "update_weights", client.update_weights(worker_infos(engine, by_place))
+                    engine.index, bucket, "update_weights", client.update_weights(worker_infos(engine, by_device))
                 )
                 for engine, client in zip(self.engines, self.clients, strict=True)
             )
@@ -329,10 +329,10 @@ class Session:
         )
 
 
-def worker_infos(engine: EnginePlan, by_place: Mapping[tuple[int, int | None], Mapping[str, Any]]) -> Info:
+def worker_infos(engine: EnginePlan, by_device: Mapping[tuple[int, int | None], Mapping[str, Any]]) -> Info:
     """Payload of an engine's update call: one description, or one for each worker in order if they differ."""
-    places = [(node, gpu) for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for gpu in gpus]
-    infos = [by_place[place if place in by_place else (place[0], None)] for place in places]
+    devices = [(node, gpu) for node, gpus in zip(engine.nodes, engine.gpus, strict=True) for gpu in gpus]
+    infos = [by_device[device if device in by_device else (device[0], None)] for device in devices]
     return infos[0] if all(info is infos[0] for info in infos) else infos
 
 

@@ -5,6 +5,8 @@ nodes need to their publishers, in one message per bucket and publisher. A publi
 Tensors are quantised before they are written or sent. A bucket for a node without trainer ranks is assembled on its
 publisher's node and sent on from there. On GPUs a bucket is in its publisher's GPU memory: a worker on the same GPU
 reads it there, an engine node without trainer ranks receives it over NCCL.
+
+One module since the steps of a bucket share its views, its moves and the tensors that wait for quantisation.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from vime.run.plan import Plan
 from vime.sync.buffers import Buffers, Views, barrier, entry_views
 from vime.sync.channel import CPU, Channel, Listener
 from vime.sync.digest import trainer_digests
-from vime.sync.parts import SLOTS, Entry, EntrySlice, FarGroup, Move
+from vime.sync.parts import BUFFERS, Entry, FarGroup, Move
 from vime.sync.schedule import Schedule, schedule_of
 from vime.sync.wire import message_bytes, message_parts, scale_box
 
@@ -158,7 +160,7 @@ class WeightSource:
         publish nothing. The bucket is complete when all ranks have returned. Raises WeightNotFinite, but only after
         the other ranks have received what they wait for.
         """
-        if self._pending and bucket - min(self._pending) >= SLOTS:
+        if self._pending and bucket - min(self._pending) >= BUFFERS:
             raise VimeError(f"bucket {bucket} is published before bucket {min(self._pending)} was released")
         self._pending.add(bucket)
         far = not all(receiver.local for receiver in self.schedule.receivers)
@@ -352,34 +354,34 @@ class WeightSource:
         for number, receiver in enumerate(self.schedule.receivers):
             if receiver.publisher(bucket) != self.rank:
                 continue
-            places, _ = self.schedule.places(bucket, number)
+            slices, _ = self.schedule.slices(bucket, number)
             data = self._buffers.of(bucket, number).data
-            for place in places:
-                if place.entry.frozen:
-                    self._copy_stored(place, entry_views(data, place, self.schedule.block))
+            for entry_slice in slices:
+                if entry_slice.entry.frozen:
+                    self._copy_stored(entry_slice.entry, entry_views(data, entry_slice, self.schedule.block))
 
-    def _copy_stored(self, place: EntrySlice, views: tuple[Tensor, Tensor | None]) -> None:
+    def _copy_stored(self, entry: Entry, views: tuple[Tensor, Tensor | None]) -> None:
         if self._checkpoint is None:
-            raise VimeError(f"{place.entry.name} is frozen, but there is no HF checkpoint to take it from")
+            raise VimeError(f"{entry.name} is frozen, but there is no HF checkpoint to take it from")
         target, scales = views
         if scales is None:
-            target.copy_(self._checkpoint.tensor(place.entry.name))
-        elif self._checkpoint.is_quantised(place.entry.name):
-            target.view(torch.uint8).copy_(self._checkpoint.stored(place.entry.name).view(torch.uint8))
-            scales.copy_(self._checkpoint.scale(place.entry.name))
+            target.copy_(self._checkpoint.tensor(entry.name))
+        elif self._checkpoint.is_quantised(entry.name):
+            target.view(torch.uint8).copy_(self._checkpoint.stored(entry.name).view(torch.uint8))
+            scales.copy_(self._checkpoint.scale(entry.name))
         else:
-            stored = self._checkpoint.tensor(place.entry.name).to(self._device)
-            self._quantise([Quantising(place.entry, stored, target, scales)])
+            stored = self._checkpoint.tensor(entry.name).to(self._device)
+            self._quantise([Quantising(entry, stored, target, scales)])
 
     def _send_far(self, bucket: int) -> None:
         """Start sending the bucket to far nodes. Engines receive it in their update call; `release` waits for that."""
         for (number, _), channel in self._channels.items():
             if self.schedule.receivers[number].publisher(bucket) == self.rank:
-                data = self._buffers.of(bucket, number).data[: self.schedule.places(bucket, number)[1]]
+                data = self._buffers.of(bucket, number).data[: self.schedule.slices(bucket, number)[1]]
                 self._sending.setdefault(bucket, []).append(self._sender.submit(channel.move, data))
 
     def _update_info(self, bucket: int, number: int) -> dict[str, Any]:
-        places, size = self.schedule.places(bucket, number)
+        slices, size = self.schedule.slices(bucket, number)
         buffer = self._buffers.of(bucket, number)
         local = buffer.segment is not None and self.schedule.receivers[number].local
         return {
@@ -389,8 +391,9 @@ class WeightSource:
             "size": size,
             "block": list(self.schedule.block),
             "tensors": [
-                [place.entry.name, place.entry.dtype, list(place.entry.shape), place.offset, place.scale_offset]
-                for place in places
+                [entry.name, entry.dtype, list(entry.shape), entry_slice.offset, entry_slice.scale_offset]
+                for entry_slice in slices
+                for entry in (entry_slice.entry,)
             ],
         }
 

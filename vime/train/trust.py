@@ -75,31 +75,31 @@ async def differences(
 
     Raises EngineDistrusted if an answer comes from another weight version, EngineError without an answer.
     """
-    seats = [(e, rank) for e, engine in enumerate(engines) for rank in range(engine.data_parallel_size)]
+    replicas = [(number, rank) for number, plan in enumerate(engines) for rank in range(plan.data_parallel_size)]
 
-    async def answers(place: int, rank: int) -> list[Generated]:
-        only = rank if engines[place].data_parallel_size > 1 else None
+    async def answers(engine: int, rank: int) -> list[Generated]:
+        only = rank if engines[engine].data_parallel_size > 1 else None
         asked = (
-            clients[place].generate(prompt, settings, deadline_s=deadline_s, data_parallel_rank=only)
+            clients[engine].generate(prompt, settings, deadline_s=deadline_s, data_parallel_rank=only)
             for prompt in prompts
         )
         return await asyncio.gather(*asked)
 
-    found = await asyncio.gather(*(answers(*seat) for seat in seats))
-    for (place, _), answered in zip(seats, found, strict=True):
+    found = await asyncio.gather(*(answers(*replica) for replica in replicas))
+    for (engine, _), answered in zip(replicas, found, strict=True):
         versions = {number for answer in answered for number in answer.weight_versions}
         if versions != {version}:
-            index = engines[place].index
+            index = engines[engine].index
             text = f"engine {index} answered with weights of version {sorted(versions)} after the sync of {version}"
             raise EngineDistrusted(text, index)
     wanted = await log_probs(
         [(prompt, answer.token_ids) for answered in found for prompt, answer in zip(prompts, answered, strict=True)]
     )
     worst = [0.0] * len(engines)
-    for number, ((place, _), answered) in enumerate(zip(seats, found, strict=True)):
+    for number, ((engine, _), answered) in enumerate(zip(replicas, found, strict=True)):
         trainers = wanted[number * len(prompts) : (number + 1) * len(prompts)]
         difference = mean_difference([answer.log_probs for answer in answered], trainers)
-        worst[place] = max(worst[place], difference)
+        worst[engine] = max(worst[engine], difference)
     return worst
 
 

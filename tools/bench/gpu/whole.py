@@ -191,11 +191,11 @@ def peer_training(run_dir: Path) -> dict[str, float]:
         bounds, longest = batch.bounds, batch.longest
         described = PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
         losses = model(batch.tokens, batch.positions, None, labels=batch.targets[None], packed_seq_params=described)
-        mask = (batch.slots >= 0).float()
+        mask = (batch.response_index >= 0).float()
 
         def measure(output: torch.Tensor) -> Any:
             return (
-                (output.view(-1).float() * mask).sum() / data.slots,
+                (output.view(-1).float() * mask).sum() / data.response_tokens,
                 torch.zeros((), dtype=torch.int, device=device),
                 {},
             )
