@@ -104,7 +104,7 @@ def _gigabytes(text: str) -> int:
     except ValueError:
         found = -1.0
     if not 0 < found < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GB above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB above 0")
     return int(found * 1e9)
 
 

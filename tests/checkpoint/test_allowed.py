@@ -173,7 +173,7 @@ def test_entries_that_are_no_tensors_are_refused(good: Path) -> None:
         metadata.state_dict_metadata["weight"] = "tensor"  # pyright: ignore[reportArgumentType]
 
     change(good, spoil)
-    with pytest.raises(BadInput, match="'weight' is no tensor"):
+    with pytest.raises(BadInput, match="'weight' is not a tensor"):
         read_metadata(good)
 
 

@@ -94,7 +94,7 @@ def wrong_shape(source: Path) -> str:
 def unknown_name(source: Path) -> str:
     name = first(source, quantised=False)
     change(source, name, lambda value: {name: value, "model.layers.0.extra.weight": torch.zeros(1)})
-    return f"{FILE}: model.layers.0.extra.weight is no tensor of a DeepseekV3ForCausalLM"
+    return f"{FILE}: model.layers.0.extra.weight is not a tensor of a DeepseekV3ForCausalLM"
 
 
 def missing_tensor(source: Path) -> str:

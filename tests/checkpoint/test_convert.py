@@ -168,7 +168,7 @@ def test_disk_keys_are_megatrons_with_transformer_engine():
     ("flags", "told"),
     [
         (["--num-layer", "4"], "--num-layers"),
-        (["--num-layers", "5"], "--num-layers is 5, but config.json means 4"),
+        (["--num-layers", "5"], "--num-layers is 5, but config.json implies 4"),
         (["--pipeline-model-parallel-size", "3"], "1 ranks cannot hold"),
         (["--rm-type", "math"], "--rm-type has no meaning"),
         (["--expert-model-parallel-size", "many"], "many"),

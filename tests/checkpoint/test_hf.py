@@ -127,7 +127,7 @@ def test_a_tensor_that_does_not_fit_is_named(folder, tensor, change, told):
 def test_an_unknown_tensor_is_named(tmp_path):
     stored = {**tiny_hf.random_tensors(tiny_hf.QWEN3), "model.extra.weight": torch.zeros(1)}
     checkpoint = HFCheckpoint(tiny_hf.write_folder(tmp_path / "model", tiny_hf.QWEN3, stored))
-    with pytest.raises(BadInput, match=r"model\.extra\.weight is no tensor of a Qwen3ForCausalLM"):
+    with pytest.raises(BadInput, match=r"model\.extra\.weight is not a tensor of a Qwen3ForCausalLM"):
         checkpoint.check(params_of(checkpoint.config))
 
 

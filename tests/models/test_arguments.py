@@ -69,8 +69,8 @@ def test_the_flags_of_deepseek_r1_fit_its_config():
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("rotary_base", 1000000, "--rotary-base is 1000000, but config.json means 10000"),
-        ("num_layers", 60, "--num-layers is 60, but config.json means 61"),
+        ("rotary_base", 1000000, "--rotary-base is 1000000, but config.json implies 10000"),
+        ("num_layers", 60, "--num-layers is 60, but config.json implies 61"),
         ("moe_layer_freq", "[0]*2+[1]*59", "--moe-layer-freq is"),
         ("num_query_groups", 8, "--num-query-groups"),
         ("squared_relu", True, "--squared-relu .*leave it out"),

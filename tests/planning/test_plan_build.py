@@ -191,7 +191,7 @@ def test_another_architecture_is_refused(base_dir: Path, change_config: Callable
 
 def test_a_model_flag_that_differs_from_the_checkpoint_is_refused_with_both_values(base_dir: Path):
     build(base_dir, "--rotary-base", "10000", "--num-layers", "3")
-    with pytest.raises(BadInput, match=r"--rotary-base is 1000000, but config.json means 10000"):
+    with pytest.raises(BadInput, match=r"--rotary-base is 1000000, but config.json implies 10000"):
         build(base_dir, "--rotary-base", "1000000")
 
 

@@ -305,5 +305,5 @@ async def test_a_curriculum_runs_in_a_worker_and_a_bad_one_is_named():
     async with Scorer("math", limit_s=5, workers=1, curriculum="reward_plugins:always_raises") as scorer:
         with pytest.raises(DataError, match=r"--curriculum: .*LookupError: never"):
             await scorer.chances(histories)
-    with pytest.raises(BadInput, match="--curriculum easy is no function"):
+    with pytest.raises(BadInput, match="--curriculum easy is not a function"):
         Scorer("math", limit_s=5, workers=1, curriculum="easy")

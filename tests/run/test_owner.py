@@ -79,7 +79,7 @@ def test_a_start_that_lost_the_folder_has_no_say(tmp_path: Path) -> None:
     require_owner(tmp_path, "12", 0)
     with owned(tmp_path, this_start("12", 1), never):
         require_owner(tmp_path, "12", 1)
-        with pytest.raises(Superseded, match="start 0 of job 12 has no say any more"):
+        with pytest.raises(Superseded, match="start 0 of job 12 was superseded"):
             require_owner(tmp_path, "12", 0)
     write_json(tmp_path / OWNER, ["torn"], mode=0o600)
     require_owner(tmp_path, "12", 0)

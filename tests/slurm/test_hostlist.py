@@ -28,7 +28,7 @@ def test_a_list_is_expanded_in_its_order(text: str, names: tuple[str, ...]) -> N
 
 @pytest.mark.parametrize("text", ["gpu[1-2", "gpu[a-b]", "gpu[]"])
 def test_what_is_no_list_is_refused(text: str) -> None:
-    with pytest.raises(SchedulerError, match="is no list of hosts"):
+    with pytest.raises(SchedulerError, match="is not a list of hosts"):
         expand_hosts(text)
 
 

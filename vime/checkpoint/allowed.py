@@ -83,7 +83,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise BadInput(f"{path} lists no tensors: convert again, or give another folder")
     for key, stored in content.state_dict_metadata.items():
         if not isinstance(stored, kinds):
-            raise BadInput(f"{path}: {str(key)[:200]!r} is no tensor: convert again, or give another folder")
+            raise BadInput(f"{path}: {str(key)[:200]!r} is not a tensor: convert again, or give another folder")
     for place in content.storage_data.values():
         name = getattr(place, "relative_path", None)
         if not isinstance(name, str) or os.sep in name or name in (".", ".."):
@@ -117,12 +117,12 @@ def check_common(path: Path) -> None:
             for entry in archive.infolist():
                 if entry.filename.endswith(".pkl"):
                     if entry.file_size > _MOST_COMMON_BYTES:
-                        raise BadInput(f"{path} unpacks to {entry.file_size} bytes: it is no file of a checkpoint")
+                        raise BadInput(f"{path} unpacks to {entry.file_size} bytes: it is not a file of a checkpoint")
                     _load(path, io.BytesIO(archive.read(entry)), COMMON_NAMES)
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}: give another folder") from error
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise BadInput(f"{path} is no file of a checkpoint ({error}): give another folder") from error
+        raise BadInput(f"{path} is not a file of a checkpoint ({error}): give another folder") from error
 
 
 def _load(path: Path, stream: Any, allowed: Set[tuple[str, str]]) -> Any:

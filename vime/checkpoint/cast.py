@@ -143,7 +143,9 @@ def verify_cast(
             for info in shard.places.values():
                 found = made.info(info.name)
                 if (found.file.name, found.dtype, found.shape) != (info.file.name, info.dtype, info.shape):
-                    raise BadInput(f"{found.file}: {info.name} has another file, type or shape than the cast gives it")
+                    raise BadInput(
+                        f"{found.file}: {info.name} differs in file, type or shape from what the cast writes"
+                    )
             progress.add(len(shard.header))
             list(pool.map(piece, (work for info in shard.places.values() for work in _pieces(caster, info))))
     progress.close()

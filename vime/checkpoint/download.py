@@ -82,7 +82,7 @@ def list_remote(source: Source) -> Listing:
         )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadInput(
-            f"there is no {where} at {source.revision}, or you may not see it: check the name, and HF_TOKEN"
+            f"there is no {where} at {source.revision}, or you have no access: check the name and HF_TOKEN"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise FetchFailed(_unreachable(where, error)) from error
@@ -226,8 +226,8 @@ def _bring(listing: Listing, file: RemoteFile, progress: Progress) -> None:
     if not has_digest(part, file):
         part.unlink()
         raise FetchFailed(
-            f"{file.path} of {source.repository} came with another hash than {file.digest[:12]}…: "
-            "what came was removed, fetch again"
+            f"{file.path} of {source.repository} arrived with a hash other than {file.digest[:12]}…: "
+            "the file was removed, fetch again"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     publish_file(part, target)

@@ -146,14 +146,14 @@ class HFCheckpoint:
             base = name.removesuffix(scale_name(""))
             if name in known or (base != name and base in known) or name.endswith(_IGNORED):
                 continue
-            raise BadInput(f"{info.file}: {name} is no tensor of a {self.config.architecture} with this config.json")
+            raise BadInput(f"{info.file}: {name} is not a tensor of a {self.config.architecture} with this config.json")
 
     def _check_part(self, part: HFTensor) -> None:
         for name in (part.name, *(alias for alias in part.aliases if alias in self.tensors)):
             info = self.info(name)
             if info.shape != part.shape:
                 raise BadInput(
-                    f"{info.file}: {name} has the shape {list(info.shape)}, but config.json means {list(part.shape)}"
+                    f"{info.file}: {name} has the shape {list(info.shape)}, but config.json implies {list(part.shape)}"
                 )
             if info.dtype == torch.float8_e4m3fn:
                 self.scale(name)

@@ -88,5 +88,5 @@ def _first_host(environ: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        raise BadInput(f"cannot tell the first node of {nodes} ({error}): set MASTER_ADDR") from error
+        raise BadInput(f"cannot find out the first node of {nodes} ({error}): set MASTER_ADDR") from error
     return done.stdout.split()[0]

@@ -73,7 +73,9 @@ def checkpoint_folder(path: str | Path) -> Path:
     except OSError as error:
         raise BadInput(f"{path} has neither .metadata nor {TRACKER}: give a torch_dist folder") from error
     if not (folder / ".metadata").exists():
-        raise BadInput(f"{path / TRACKER} names {name}, but {folder} is no complete torch_dist folder: convert again")
+        raise BadInput(
+            f"{path / TRACKER} names {name}, but {folder} is not a complete torch_dist folder: convert again"
+        )
     return folder
 
 
@@ -138,7 +140,9 @@ class TorchDistReader:
         wanted, found = place.stack + param.shape, tuple(stored.size)
         padded = param.tp_dim == 0 and len(found) == len(wanted) and found[1:] == wanted[1:] and found[0] >= wanted[0]
         if found != wanted and not padded:
-            raise BadInput(f"{self.path}: {place.key} has the shape {list(found)}, but the config means {list(wanted)}")
+            raise BadInput(
+                f"{self.path}: {place.key} has the shape {list(found)}, but the config implies {list(wanted)}"
+            )
         return stored
 
 

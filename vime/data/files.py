@@ -168,10 +168,10 @@ def _json_object(path: Path, where: str, text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise BadInput(f"{path} {where} is nested too deeply: mend or remove it") from error
+        raise BadInput(f"{path} {where} is nested too deeply: fix or remove it") from error
     except ValueError as error:
         hint = "; is it CSV?" if where == "line 1" and "," in text and text.lstrip()[0] not in '{["' else ""
-        raise BadInput(f"{path} {where} is not JSON ({error}{hint}): mend or remove it") from error
+        raise BadInput(f"{path} {where} is not JSON ({error}{hint}): fix or remove it") from error
     return _as_object(f"{path} {where}", value)
 
 
@@ -197,13 +197,13 @@ def _json_file(path: Path) -> Iterator[Row]:
         try:
             value, place = decoder.raw_decode(text, place)
         except RecursionError as error:
-            raise BadInput(f"{path} row {row} is nested too deeply: mend or remove it") from error
+            raise BadInput(f"{path} row {row} is nested too deeply: fix or remove it") from error
         except json.JSONDecodeError as error:
             raise BadInput(
-                f"{path} line {error.lineno} is not JSON ({error.msg}, row {row}): mend or remove it"
+                f"{path} line {error.lineno} is not JSON ({error.msg}, row {row}): fix or remove it"
             ) from error
         except ValueError as error:
-            raise BadInput(f"{path} row {row} is not JSON ({error}): mend or remove it") from error
+            raise BadInput(f"{path} row {row} is not JSON ({error}): fix or remove it") from error
         yield Row(f"{path} row {row}", _as_object(f"{path} row {row}", value))
         place = _after_space(text, place)
         if array:

@@ -50,7 +50,7 @@ def read_cells(row: Row, columns: Columns) -> Cells:
     if reward in BUILT_IN and _is_absent(label):
         why = "is null" if label is None and has(row.cells, columns.label) else "is empty" if label is not None else ""
         said = f"{columns.label!r} {why}" if why else f"has no {columns.label!r} (it has {_names(row.cells)})"
-        raise BadInput(f"{row.where}: {said}, and --rm-type {reward} needs a label: set --label-key, or mend the row")
+        raise BadInput(f"{row.where}: {said}, and --rm-type {reward} needs a label: set --label-key, or fix the row")
     check_text(row.where, columns.label, label)
     check_text(row.where, columns.metadata, metadata)
     return Cells(prompt, label, metadata)
@@ -143,7 +143,7 @@ def check_text(where: str, name: str, value: Any) -> None:
             if not each.isascii() and (place := _lone_surrogate(each)) is not None:
                 raise BadInput(
                     f"{where}: {name!r} has half of a surrogate pair (\\u{ord(each[place]):04x} at character "
-                    f"{place + 1}), which is no text: mend or remove the row"
+                    f"{place + 1}), which is not text: fix or remove the row"
                 )
         elif isinstance(each, Mapping):
             waiting += [*each.keys(), *each.values()]

@@ -53,7 +53,7 @@ def check_model_args(config: ModelConfig, given: Mapping[str, Any]) -> None:
                 raise BadInput(f"{flag} is given, but config.json describes a dense model: leave it out")
         if not _same(value, wanted):
             instead = "leave it out" if wanted in (None, False) else f"give {_show(wanted)} or leave it out"
-            raise BadInput(f"{flag} is {_show(value)}, but config.json means {_show(wanted)}: {instead}")
+            raise BadInput(f"{flag} is {_show(value)}, but config.json implies {_show(wanted)}: {instead}")
 
 
 def expected_args(config: ModelConfig) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
     if longest <= rollout.rollout_max_response_len:
         which = "--vllm-max-model-len" if "max_model_len" in recipe.engine.vllm else "the model's length"
         raise BadInput(
-            f"{which} {longest} leaves no room for a prompt beside "
+            f"{which} {longest} leaves no room for a prompt next to "
             f"--rollout-max-response-len {rollout.rollout_max_response_len}"
         )
 

@@ -28,7 +28,7 @@ def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
     for option, target in _targets(recipe):
         missing = check_target(option, target)
         if missing and required:
-            raise BadInput(f"{missing}: run from the folder that has it, set PYTHONPATH, or mend the name")
+            raise BadInput(f"{missing}: run from the folder that has it, set PYTHONPATH, or correct the name")
         if missing:
             notes.append(f"{missing}; a submission from here would be refused")
     return notes
@@ -103,10 +103,10 @@ def check_target(option: str, target: str) -> str | None:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        raise BadInput(f"{option} {target}: {file} cannot be read as Python ({error}): mend it") from error
+        raise BadInput(f"{option} {target}: {file} cannot be read as Python ({error}): correct it") from error
     defined = set(_defined(tree))
     if "*" not in defined and function not in defined:
-        raise BadInput(f"{option} {target}: {file} defines no {function}: mend the name")
+        raise BadInput(f"{option} {target}: {file} defines no {function}: correct the name")
     return None
 
 

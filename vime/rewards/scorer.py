@@ -66,7 +66,7 @@ class Scorer:
         if self._filter:
             targets.append(self._filter)
         if curriculum is not None and ":" not in curriculum:
-            raise BadInput(f"--curriculum {curriculum} is no function: give package.module:function")
+            raise BadInput(f"--curriculum {curriculum} is not a function: give package.module:function")
         self._curriculum = curriculum
         if curriculum:
             targets.append(curriculum)

@@ -41,7 +41,7 @@ def load(target: str) -> Callable[..., Any]:
     """
     module, separator, name = target.partition(":")
     if not separator or not module or not name:
-        raise BadInput(f"{target!r} is no function: write package.module:function")
+        raise BadInput(f"{target!r} is not a function: write package.module:function")
     try:
         value = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -129,7 +129,7 @@ def _rendered(row: Row, prompt: Any, how: Tokenisation) -> str:
     except Exception as error:
         raise BadInput(f"{row.where}: the chat template refuses it: {_line(error)}") from error
     if not text:
-        raise BadInput(f"{row.where}: the chat template makes nothing of it: look at the checkpoint's template")
+        raise BadInput(f"{row.where}: the chat template renders it as empty text: look at the checkpoint's template")
     return text
 
 

@@ -75,7 +75,7 @@ class EngineServer:
     def start(self) -> None:
         """Start the server, with its output in the engine's log file. Call `wait_ready` next."""
         if self._process is not None:
-            raise RuntimeError(f"{self.name} runs already")
+            raise RuntimeError(f"{self.name} is already running")
         private_folder(self.log.parent)
         # A private temporary folder, because vLLM keeps its processes' sockets and rendezvous files there.
         self._scratch = tempfile.mkdtemp(prefix="vime-")

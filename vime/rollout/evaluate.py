@@ -39,7 +39,7 @@ def set_metrics(prefix: str, groups: Sequence[Group]) -> dict[str, float]:
     rewards = [[s.reward for s in group.samples if s.reward is not None] for group in groups]
     flat = [reward for group in rewards for reward in group]
     if not flat:
-        raise DataError(f"{prefix}: no sample got a reward")
+        raise DataError(f"{prefix}: no sample received a reward")
     metrics = {prefix: statistics.fmean(flat)}
     if set(flat) <= {-1.0, 0.0, 1.0}:
         fewest = min(len(group) for group in rewards)

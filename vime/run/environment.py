@@ -55,5 +55,5 @@ def _value(name: str, value: str, environ: Mapping[str, str]) -> str:
         try:
             return content.decode().strip()
         except UnicodeDecodeError as error:
-            raise BadInput(f"env {name}: {path} is no text") from error
+            raise BadInput(f"env {name}: {path} is not text") from error
     return value

@@ -101,7 +101,7 @@ def require_owner(run_dir: str | os.PathLike[str], job: str | None, restart: int
     """Raise Superseded if another start owns the folder, for example after a network partition."""
     owner = read_owner(run_dir)
     if owner is not None and (owner.job, owner.restart) != (job, restart):
-        raise Superseded(f"start {restart} of job {job} has no say any more: {run_dir} belongs to {owner}")
+        raise Superseded(f"start {restart} of job {job} was superseded: {run_dir} belongs to {owner}")
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ class Local:
         """Nothing to cancel: there is no queue."""
 
     def hosts(self, job_id: str) -> tuple[str, ...]:
-        raise BadInput(f"job {job_id} is of no queue of this machine")
+        raise BadInput(f"job {job_id} is in no queue of this machine")
 
     def attach(
         self, job_id: str, host: str, command: Sequence[str], *, run_dir: str, terminal: bool

@@ -24,7 +24,7 @@ def _entries(nodelist: str) -> Iterator[str]:
         else:
             entry += character
     if depth:
-        raise SchedulerError(f"{nodelist!r} is no list of hosts: a bracket is not closed")
+        raise SchedulerError(f"{nodelist!r} is not a list of hosts: a bracket is not closed")
     if entry:
         yield entry
 
@@ -38,7 +38,7 @@ def _expand(entry: str) -> Iterator[str]:
     for part in inside.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
-            raise SchedulerError(f"{entry!r} is no list of hosts: {part!r} is neither a number nor a range")
+            raise SchedulerError(f"{entry!r} is not a list of hosts: {part!r} is neither a number nor a range")
         first, last = match[1], match[2] or match[1]
         for number in range(int(first), int(last) + 1):
             for tail in _expand(end):

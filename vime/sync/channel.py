@@ -93,7 +93,7 @@ class Channel:
                 breaking = threading.Thread(target=group.abort, name="weights-abort", daemon=True)
                 breaking.start()
                 breaking.join(ABORT_SECONDS)
-                raise RuntimeError(f"a message was not through within {self._timeout.total_seconds():.0f} s")
+                raise RuntimeError(f"a message was not delivered within {self._timeout.total_seconds():.0f} s")
             time.sleep(POLL_SECONDS)
         work.wait()
 
