@@ -15,11 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.support.tiny_hf import DEEPSEEK, random_tensors, stored_tensors, with_fp8, write_checkpoint, write_folder
+from tests.support.tiny_hf import (
+    DEEPSEEK,
+    QWEN3,
+    random_tensors,
+    stored_tensors,
+    with_fp8,
+    write_checkpoint,
+    write_folder,
+)
 from vime.checkpoint import cast as cast_module
 from vime.checkpoint.cast import cast_to_bf16, verify_cast
 from vime.errors import BadInput, DeadlineExceeded
-from vime.fp8.quantise import dequantise, scale_name
+from vime.fp8.quantise import dequantise, quantise, scale_name
 
 TOOL = Path(__file__).parents[2] / "tools" / "fp8_cast_bf16.py"
 ATTENTION = "model.layers.0.self_attn.o_proj.weight"
@@ -234,6 +242,50 @@ def test_a_bad_source_is_named_and_nothing_is_written(tmp_path: Path, spoil, say
         cast_to_bf16(source, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_scale_that_is_not_a_number_is_named(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", with_fp8(DEEPSEEK), files=1)
+    tensors = load_file(source / "model.safetensors")
+    tensors[scale_name(ATTENTION)][-1, -1] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(BadInput, match=f"{scale_name(ATTENTION)} holds NaN or infinity"):
+        cast_to_bf16(source, tmp_path / "out")
+
+
+OTHER_MODELS = {
+    "an unknown architecture": {"architectures": ["SomeForCausalLM"]},
+    "no architecture": {"model_type": "some"},
+    "an option that vime does not train": {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("config", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_model_that_vime_does_not_train_is_cast_too(tmp_path: Path, config: dict) -> None:
+    """Any names, ranks and types; what is not stored in fp8 stays as it is."""
+    block = (16, 24)
+    hf = {**QWEN3, **with_fp8({}, block), **config} if "attention_bias" in config else {**with_fp8({}, block), **config}
+    draw = torch.Generator().manual_seed(3)
+    tensors: dict[str, torch.Tensor] = {
+        "blocks.0.mixer.bias": torch.randn(7, generator=draw).to(torch.float16),
+        "blocks.0.conv": torch.randn(3, 2, 5, generator=draw).to(torch.bfloat16),
+        "blocks.0.steps": torch.tensor(3),
+    }
+    for name, shape in {"blocks.0.in.weight": (40, 50), "blocks.1.experts.7.up.weight": (16, 24)}.items():
+        q, scale = quantise(torch.randn(shape, generator=draw), block)
+        tensors |= {name: q, scale_name(name): scale}
+    source = write_folder(tmp_path / "in", hf, tensors, files=2)
+    assert cast_module.main(["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(tmp_path / "out")]) == 0
+    assert same(read(tmp_path / "out"), expected(tensors, block))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    verify_cast(source, tmp_path / "out")
+
+
+def test_fused_experts_in_fp8_are_named(tmp_path: Path) -> None:
+    fused = {"experts.up": torch.zeros(2, 16, 16).to(torch.float8_e4m3fn), "experts.up_scale_inv": torch.ones(2, 1, 1)}
+    source = write_folder(tmp_path / "in", with_fp8({"model_type": "some"}), fused, files=1)
+    with pytest.raises(BadInput, match=r"experts.up \[2, 16, 16\] is stored in fp8 but is no matrix"):
+        cast_to_bf16(source, tmp_path / "out")
 
 
 def test_a_source_in_bf16_and_a_target_in_use_are_refused(tmp_path: Path) -> None:

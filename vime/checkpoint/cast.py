@@ -29,7 +29,9 @@ from vime.checkpoint.ranks import rank_and_size
 from vime.checkpoint.safetensors_file import Spec, TensorInfo, layout, raw_bytes, same_bytes
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 from vime.fp8.quantise import SCALE_SUFFIX, dequantise, scale_name
+from vime.models.config import NotTrained
 from vime.models.families import params_of
+from vime.models.namemap import Param
 from vime.system.files import (
     READABLE,
     draft,
@@ -74,11 +76,12 @@ def cast_to_bf16(
     device: str | None = None,
     stall_s: float = STALL_SECONDS,
 ) -> int:
-    """Cast this rank's share of a block-fp8 checkpoint; rank 0 returns once the whole is published.
+    """Cast this rank's share of a block-fp8 checkpoint, of any model; rank 0 returns once the whole is published.
 
-    Unquantised tensors pass through unchanged. `device` is `cpu` or a GPU's name; by default a GPU if present. Returns
-    the bytes that this rank wrote. Raises BadInput for a source that is incomplete or not fp8, a target with other
-    content, or a disk that is too small; DeadlineExceeded if no rank finishes a shard for `stall_s` seconds.
+    Unquantised tensors pass through unchanged. Tensors of a model that vime trains are compared with its table.
+    `device` is `cpu` or a GPU's name; by default a GPU if present. Returns the bytes that this rank wrote. Raises
+    BadInput for a source that is incomplete or not fp8, a target with other content, or a disk that is too small;
+    DeadlineExceeded if no rank finishes a shard for `stall_s` seconds.
     """
     check_rank(rank, world_size)
     source, target = Path(source), Path(target)
@@ -172,8 +175,17 @@ def output_shards(checkpoint: HFCheckpoint) -> list[Shard]:
         if name.endswith(SCALE_SUFFIX):
             raise BadInput(f"{info.file}: {name} is a scale, but its weight is not stored in fp8: fetch it again")
         specs.append(Spec(name, torch.bfloat16 if name in fp8 else info.dtype, info.shape))
-    checkpoint.check(params_of(checkpoint.config))
+    if (params := _known_params(checkpoint)) is not None:
+        checkpoint.check(params)
     return [Shard(file, *layout(Path(file), specs)) for file, specs in sorted(files.items()) if specs]
+
+
+def _known_params(checkpoint: HFCheckpoint) -> tuple[Param, ...] | None:
+    """Parameters that the folder has to hold; None for a model that vime does not train, whose table nobody has."""
+    try:
+        return params_of(checkpoint.config)
+    except NotTrained:
+        return None
 
 
 def _is_done(target: Path, stamp: dict[str, Any], shards: Sequence[Shard]) -> bool:
@@ -295,7 +307,7 @@ def _cast_rows(caster: CpuCaster | GpuCaster, info: TensorInfo, first: int, last
     checkpoint = caster.checkpoint
     if checkpoint.is_quantised(info.name):
         block = checkpoint.block[0]
-        scales = checkpoint.scale(info.name)[first // block : -(-last // block)]
+        scales = checkpoint.finite(info.name, checkpoint.scale(info.name)[first // block : -(-last // block)])
         return caster.rows(checkpoint.info(info.name), first, last, scales)
     stored = checkpoint.stored(info.name)
     return stored[first:last] if info.shape else stored

@@ -14,9 +14,10 @@ import torch
 from vime.checkpoint.safetensors_file import Mapped, TensorInfo, read_header
 from vime.errors import BadInput
 from vime.fp8.quantise import dequantise, scale_name, scale_shape
-from vime.models.config import ModelConfig
+from vime.models.config import ModelConfig, check_sizes, read_config
 from vime.models.folder import check_names, fitted, other_kind
 from vime.models.namemap import HFTensor, Param
+from vime.models.reading import quantisation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,14 +48,17 @@ class HFCheckpoint:
         hf, notes = fitted(config.hf, self.tensors.keys())
         return ModelConfig.from_hf(hf) if notes else config
 
-    @property
+    @functools.cached_property
     def block(self) -> tuple[int, int]:
-        """Block size of fp8 tensors."""
-        if self.config.quantisation is None:
+        """Block size of fp8 tensors; also of a model that vime does not train."""
+        hf = read_config(self.path)
+        check_sizes(hf)
+        found = quantisation(hf)
+        if found is None:
             raise BadInput(
                 f"{self.path} holds fp8 tensors but its config.json has no quantization_config: fetch it again"
             )
-        return self.config.quantisation.block
+        return found.block
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -81,6 +85,10 @@ class HFCheckpoint:
             raise BadInput(
                 f"{info.file}: {name} is stored in fp8 but no file has {scale_name(name)}: fetch the checkpoint again"
             )
+        if len(info.shape) != 2:
+            raise BadInput(
+                f"{info.file}: {name} {list(info.shape)} is stored in fp8 but is no matrix: save one tensor per expert"
+            )
         scale, wanted = self.info(scale_name(name)), scale_shape(info.shape, self.block)
         if scale.shape != wanted or not scale.dtype.is_floating_point:
             raise BadInput(
@@ -88,6 +96,13 @@ class HFCheckpoint:
                 f"in blocks of {self.block[0]} x {self.block[1]} needs {list(wanted)}: fetch the checkpoint again"
             )
         return self._mapped.tensor(scale)
+
+    def finite(self, name: str, scales: torch.Tensor) -> torch.Tensor:
+        """Some scales of an fp8 tensor, unchanged. Raises BadInput if one is NaN or infinite."""
+        if not bool(torch.isfinite(scales.to(torch.float32)).all()):
+            info = self.info(scale_name(name))
+            raise BadInput(f"{info.file}: {info.name} holds NaN or infinity: fetch the checkpoint again")
+        return scales
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A whole tensor, dequantised. Without `dtype`: bf16 for fp8 tensors, else as stored (a view of the file)."""
@@ -119,7 +134,7 @@ class HFCheckpoint:
         first = tuple(a // b for a, b in zip(start, block, strict=True))
         last = tuple(-(-(a + n) // b) for a, n, b in zip(start, size, block, strict=True))
         rows, columns = (slice(f * b, e * b) for f, e, b in zip(first, last, block, strict=True))
-        scales = scale[first[0] : last[0], first[1] : last[1]]
+        scales = self.finite(name, scale[first[0] : last[0], first[1] : last[1]])
         values = dequantise(stored[rows, columns], scales, block, dtype=dtype)
         inner = tuple(slice(a - f * b, a - f * b + n) for a, n, f, b in zip(start, size, first, block, strict=True))
         return values[inner]

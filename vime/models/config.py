@@ -15,6 +15,10 @@ from vime.errors import BadInput
 from vime.models.namemap import Param
 
 
+class NotTrained(BadInput):
+    """A model of an architecture, or with an option, that vime does not train."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding. `factor` and the fields after it apply to `yarn` and `llama3` only."""
@@ -101,15 +105,17 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """Read the model of a `config.json`. Raises BadInput for an architecture or option that vime does not train."""
+        """Read the model of a `config.json`. Raises NotTrained for an architecture or option that vime does not train,
+        BadInput for one that describes no model.
+        """
         named = hf.get("architectures") or ["(none)"]
         architecture = str(named[0] if isinstance(named, list) else named)[:100]
         if architecture not in _FAMILIES:
-            raise BadInput(
+            raise NotTrained(
                 f"config.json names the architecture {architecture}, which vime does not know: "
                 f"use one of {', '.join(sorted(_FAMILIES))} (docs/families.md)"
             )
-        _check_sizes(hf)
+        check_sizes(hf)
         try:
             return _FAMILIES[architecture].read(hf)
         except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
@@ -120,22 +126,7 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """Read the model of `<path>/config.json`."""
-        file = Path(path) / "config.json"
-        try:
-            text = file.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise BadInput(f"cannot read {file} ({error.strerror}): give the folder of an HF checkpoint") from error
-        try:
-            hf = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadInput(
-                f"{file} is not JSON (line {error.lineno}: {error.msg}): fetch the checkpoint again"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{file} is not JSON ({type(error).__name__}): fetch the checkpoint again") from error
-        if not isinstance(hf, dict):
-            raise BadInput(f"{file} holds no JSON object: fetch the checkpoint again")
-        return cls.from_hf(hf)
+        return cls.from_hf(read_config(path))
 
     def is_moe_layer(self, layer: int) -> bool:
         """True if a decoder layer has routed experts; MTP layers, numbered after the last decoder layer, count too."""
@@ -149,6 +140,24 @@ class ModelConfig:
         The usual sizes divide real vocabularies, so there is nothing to pad and no column to mask in the logits.
         """
         return -(-self.vocab_size // tp) * tp
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """`<path>/config.json`, of any model. Raises BadInput."""
+    file = Path(path) / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BadInput(f"cannot read {file} ({error.strerror}): give the folder of an HF checkpoint") from error
+    try:
+        hf = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{file} is not JSON (line {error.lineno}: {error.msg}): fetch the checkpoint again") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file} is not JSON ({type(error).__name__}): fetch the checkpoint again") from error
+    if not isinstance(hf, dict):
+        raise BadInput(f"{file} holds no JSON object: fetch the checkpoint again")
+    return hf
 
 
 class Family(Protocol):
@@ -206,7 +215,7 @@ _SIZES = {
 """Upper limits, far above every real model, for `config.json` numbers that determine how much memory is allocated."""
 
 
-def _check_sizes(hf: Mapping[str, Any]) -> None:
+def check_sizes(hf: Mapping[str, Any]) -> None:
     """Raise BadInput for a size that no model has; families read the rest."""
     for name, most in _SIZES.items():
         value = hf.get(name)

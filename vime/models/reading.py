@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vime.errors import BadInput
-from vime.models.config import ModelConfig, Quantisation, Rope
+from vime.models.config import ModelConfig, NotTrained, Quantisation, Rope
 
 
 def need(hf: Mapping[str, Any], key: str) -> Any:
@@ -36,7 +36,7 @@ def common(hf: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
         "max_position_embeddings": hf.get("max_position_embeddings", 4096),
         "initializer_range": float(hf.get("initializer_range", 0.02)),
-        "quantisation": _quantisation(hf),
+        "quantisation": quantisation(hf),
         "hf": dict(hf),
     }
 
@@ -55,7 +55,7 @@ def rope(hf: Mapping[str, Any], allowed: Sequence[str]) -> Rope:
     kind = given.get("rope_type", given.get("type", "default"))
     theta = float(given.get("rope_theta", hf.get("rope_theta", 10000.0)))
     if kind not in allowed:
-        raise BadInput(
+        raise NotTrained(
             f"config.json scales rope by {kind!r}, which vime does not train: use one of {', '.join(allowed)}"
         )
     if kind == "default":
@@ -67,7 +67,7 @@ def rope(hf: Mapping[str, Any], allowed: Sequence[str]) -> Rope:
     values |= {name: float(given[name]) for name in _ROPE_VALUES[kind] if given.get(name) is not None}
     found = Rope(theta, kind, **values)
     if kind == "llama3" and (found.low_freq_factor, found.high_freq_factor, original) != (1.0, 4.0, 8192):
-        raise BadInput(
+        raise NotTrained(
             "config.json scales rope by llama3 with other constants than 1, 4 and 8192, which Megatron has fixed"
         )
     if kind == "yarn" and (given.get("mscale") is None) != (given.get("mscale_all_dim") is None):
@@ -85,12 +85,13 @@ def _refuse(hf: Mapping[str, Any]) -> None:
     """Raise BadInput for options that would silently change the model's function if ignored."""
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if hf.get(key):
-            raise BadInput(f"config.json sets {key}, which vime does not train: use a checkpoint without it")
+            raise NotTrained(f"config.json sets {key}, which vime does not train: use a checkpoint without it")
     if hf.get("hidden_act", "silu") != "silu":
-        raise BadInput(f"config.json sets hidden_act {hf['hidden_act']!r}: vime trains silu models only")
+        raise NotTrained(f"config.json sets hidden_act {hf['hidden_act']!r}: vime trains silu models only")
 
 
-def _quantisation(hf: Mapping[str, Any]) -> Quantisation | None:
+def quantisation(hf: Mapping[str, Any]) -> Quantisation | None:
+    """Storage that `quantization_config` describes; None without one. Raises BadInput for another than block fp8."""
     given = hf.get("quantization_config")
     if not given:
         return None

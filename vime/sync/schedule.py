@@ -60,12 +60,12 @@ class Schedule:
     def slices(self, bucket: int, receiver: int) -> tuple[tuple[EntrySlice, ...], int]:
         """Layout of a receiver's buffer for a bucket, and its size in bytes."""
         key = (bucket, receiver)
-        if key not in self._places:
-            self._places[key] = _places(self.buckets[bucket].entries, self.receivers[receiver], self.block)
-        return self._places[key]
+        if key not in self._slices:
+            self._slices[key] = _slices(self.buckets[bucket].entries, self.receivers[receiver], self.block)
+        return self._slices[key]
 
     @functools.cached_property
-    def _places(self) -> dict[tuple[int, int], tuple[tuple[EntrySlice, ...], int]]:
+    def _slices(self) -> dict[tuple[int, int], tuple[tuple[EntrySlice, ...], int]]:
         """Cache of `slices`."""
         return {}
 
@@ -186,7 +186,7 @@ def aligned(box: Piece, shape: Sequence[int], block: tuple[int, int]) -> bool:
     )
 
 
-def _places(
+def _slices(
     entries: tuple[Entry, ...], receiver: Receiver, block: tuple[int, int]
 ) -> tuple[tuple[EntrySlice, ...], int]:
     slices, offset = [], 0
