@@ -76,7 +76,12 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     place.add_argument("--run-dir", help="folder of the run; one that holds a run resumes it")
     place.add_argument("--runs-dir", help="parent of the run's folder; default: $BASE_DIR/runs")
     add("--shape", choices=("allocation", "chain"), default="allocation", help="one Slurm job, or one job per stage")
-    add("--spares", type=int, default=0, help="extra nodes that replace any rejected by preflight; default: 0")
+    add(
+        "--spares",
+        type=int,
+        default=0,
+        help="extra nodes that replace nodes rejected by preflight or lost later; default: 0",
+    )
     add("--time", help="time limit: minutes, H:M:S or D-H; default: the profile's")
     add("--partition", help="Slurm partition; default: the profile's, then Slurm's default")
     add("--no-snapshot", action="store_true", help="run the code as of job start instead of a copy taken now")

@@ -81,6 +81,20 @@ def test_a_node_is_lost(run: Scene) -> None:
     run.goes_on()
 
 
+def test_a_spare_takes_the_place_of_a_lost_node(run: Scene) -> None:
+    """In the same allocation: the job never waits in the queue again."""
+    run.start_training(nodes=run.nodes - 1, spares=1)
+    host = read_binding(run.run_dir).nodes[-1].host
+    lost = next(node for node in range(1, run.nodes) if node_name(node) == host)
+    run.fault("node-kill", lost, mend="node-start")
+    run.ends("NODE_FAILURE", stage="train", node=lost, within_s=60, requeued=True)
+    run.goes_on(left_out=lost)
+    starts = [event.data for event in run.events() if event.kind == "run-start"]
+    assert [(start["restart"], start.get("attempt", 0)) for start in starts] == [(0, 0), (0, 1)]
+    assert host not in [node.host for node in read_binding(run.run_dir).nodes]
+    run.mend()
+
+
 def test_the_batch_host_is_lost(run: Scene) -> None:
     """The controller dies with it: the next start tells of it."""
     run.start_training()

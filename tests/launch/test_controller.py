@@ -353,16 +353,18 @@ def test_the_lost_node_is_blamed_and_left_out_by_the_name_that_slurm_knows(run_d
 
 CRASHES = """
 import os, pathlib, signal
-folder = pathlib.Path({folder!r})
+tracker = pathlib.Path({folder!r}) / "latest_checkpointed_iteration.txt"
+if tracker.exists():
+    raise SystemExit
 if {saves!r}:
-    folder.mkdir(exist_ok=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    tracker.parent.mkdir()
+    tracker.write_text("3")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.parametrize("saves", [True, False])
-def test_a_crash_is_followed_by_another_start_only_after_a_checkpoint(
+def test_a_crash_is_followed_by_another_attempt_only_after_a_checkpoint(
     run_dir: Path, tmp_path: Path, saves: bool
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -370,8 +372,55 @@ def test_a_crash_is_followed_by_another_start_only_after_a_checkpoint(
     plan = make_plan(run_dir, [stub("train", CRASHES.format(folder=str(folder), saves=saves), outputs=outputs)])
     runner = Cluster(plan)
     runner.lost_nodes = dict
-    assert Controller(plan, runner, say=lambda line: None).run() is Cause.CRASH
-    assert last(run_dir).data["requeued"] is saves
+    assert Controller(plan, runner, say=lambda line: None).run() is (Cause.SUCCESS if saves else Cause.CRASH)
+    events = read_events(run_dir)
+    assert [event.data.get("attempt", 0) for event in events if event.kind == "run-start"] == [0, 1][: 1 + saves]
+    first = next(event for event in events if event.kind == "run-end")
+    assert (first.data["cause"], first.data["requeued"]) == ("CRASH", saves)
+
+
+FAILS_ONCE = """
+import pathlib, sys
+first = pathlib.Path({marker!r})
+if not first.exists():
+    first.touch()
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("spares", [1, 0])
+def test_a_spare_takes_the_place_of_a_lost_node(run_dir: Path, tmp_path: Path, spares: int) -> None:
+    train = stub("train", FAILS_ONCE.format(marker=str(tmp_path / "failed")), nodes=(1,), tells_end=False)
+    plan = make_plan(run_dir, [preflight(run_dir, 2), train], nodes=2, spares=spares)
+    runner = Cluster(plan)
+    runner.nodes = lambda: ("gpu006", "gpu007", "gpu008")[: 2 + spares]
+    runner.lost_nodes = lambda: {"gpu007": "is DOWN for Slurm"} if (tmp_path / "failed").exists() else {}
+    cause = Controller(plan, runner, say=lambda line: None).run()
+    events = read_events(run_dir)
+    end = next(event for event in events if event.kind == "run-end")
+    assert (end.data["cause"], end.node, end.data["requeued"]) == ("NODE_FAILURE", "gpu007", True)
+    starts = [event.data["nodes"] for event in events if (event.kind, event.stage) == ("stage-start", "train")]
+    if spares:
+        assert cause is Cause.SUCCESS
+        assert starts == [["gpu007"], ["gpu008"]]
+        assert "without gpu007" in next(event.text for event in events if event.kind == "recovery")
+        assert [node.slurm_index for node in read_binding(run_dir).nodes] == [0, 2]
+    else:
+        assert cause is Cause.NODE_FAILURE
+        assert "requeued by vime" in end.text
+        assert starts == [["gpu007"]]
+
+
+def test_a_recovery_that_fails_before_training_is_requeued(run_dir: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "failed"
+    bad = stub("ray-head", f"import pathlib; assert not pathlib.Path({str(marker)!r}).exists()")
+    train = stub("train", FAILS_ONCE.format(marker=str(marker)))
+    plan = make_plan(run_dir, [preflight(run_dir, 2), bad, train], nodes=2, spares=1)
+    runner = Cluster(plan)
+    runner.nodes = lambda: ("gpu006", "gpu007", "gpu008")
+    runner.lost_nodes = lambda: {"gpu007": "is DOWN for Slurm"} if marker.exists() else {}
+    assert Controller(plan, runner, say=lambda line: None).run() is Cause.CODE_ERROR
+    assert "requeued by vime" in last(run_dir).text
 
 
 def test_a_second_controller_of_a_run_folder_is_refused(run_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,9 @@ class Allocation:
         self._run = Path(plan.run_dir)
         self._examined = Examined({}, ())
         self._canary = ""
+        self._left_out: set[str] = set()
+        self._version = 0
+        """Version of the newest binding."""
         self.binding: Binding | None = None
 
     def places(self, stage: Stage) -> tuple[AllocatedNode, ...]:
@@ -43,11 +46,23 @@ class Allocation:
         names = self._runner.nodes()
         if self.binding is None:
             # Preflight inspects every node of the allocation, including spares.
-            return tuple(AllocatedNode(i, name) for i, name in enumerate(names))
+            return tuple(AllocatedNode(i, name) for i, name in enumerate(names) if name not in self._left_out)
         if stage.name == RING:
             return tuple(AllocatedNode(node.index, names[node.slurm_index]) for node in self.binding.nodes)
         bound = {node.index: names[node.slurm_index] for node in self.binding.nodes}
         return tuple(AllocatedNode(node, bound[node]) for node in stage.nodes)
+
+    def lacks_without(self, names: Collection[str]) -> str:
+        """What the run lacks on the allocation without these nodes as well; empty if enough nodes are left."""
+        left, need = set(self._runner.nodes()) - self._left_out - set(names), len(self._plan.nodes)
+        return "" if len(left) >= need else f"{len(left)} nodes are left of {need} (--spares)"
+
+    def leave_out(self, names: Collection[str]) -> int:
+        """Leave out nodes from now on, and forget the binding; return the number of nodes left."""
+        self._left_out |= set(names)
+        self.binding = None
+        self._runner.environment.pop(BINDING_VARIABLE, None)
+        return len(set(self._runner.nodes()) - self._left_out)
 
     def prepare(self, stage: Stage) -> None:
         """Called before a stage starts."""
@@ -69,7 +84,7 @@ class Allocation:
 
     def lost_nodes(self) -> dict[str, str]:
         """Lost nodes of the run by Slurm's name, each with the evidence."""
-        used = self.node_names() or self._runner.nodes()
+        used = set(self.node_names() or self._runner.nodes()) - self._left_out
         return {name: how for name, how in self._runner.lost_nodes().items() if name in used}
 
     def name_of(self, node: str) -> str:
@@ -83,15 +98,15 @@ class Allocation:
     def _examine(self, step: Step) -> None:
         """Make the binding from preflight's findings."""
         places, limits, switches = step.places, self._runner.memory_limits(), self._runner.switches()
-        hosts = {report.data["host"]: report.rank for report in step.of_kind("result")}
+        places_of = {report.data["host"]: places[report.rank].index for report in step.of_kind("result")}
         failures = history.node_failures(read_events(self._run), self.name_of)
         often = history.failed_too_often(failures)
         name_of_host = {report.data["host"]: step.name_of(report.rank) for report in step.of_kind("result")}
         known = Known(
             job_memory={place.index: limits[place.name] for place in places if place.name in limits},
-            moments={report.rank: (step.started_at, report.arrived) for report in step.of_kind("result")},
+            moments={places[r.rank].index: (step.started_at, r.arrived) for r in step.of_kind("result")},
             canary=self._canary,
-            unseen=[hosts[host] for host in hosts_unseen(self._run, set(hosts))],
+            unseen=[places_of[host] for host in hosts_unseen(self._run, set(places_of))],
             failures={host: failures[name] for host, name in name_of_host.items() if name in often},
         )
         leaves = {place.index: switches[place.name] for place in places if place.name in switches}
@@ -114,9 +129,8 @@ class Allocation:
         self._say(columns(tuple(rows[0]), [tuple(row.values()) for row in rows]))
         write_report(self._run, examined, rows)
         binding = bind(self._plan, self._runner, examined, end_time=self._runner.end_time(), everyone=everyone)
-        if self.binding is not None:
-            binding = binding.model_copy(update={"version": self.binding.version + 1})
-        self.binding = binding
+        self._version += 1
+        self.binding = binding = binding.model_copy(update={"version": self._version})
         write_binding(self._run, binding)
         # Also passed by variable: a node's file system may show the file late.
         self._runner.environment[BINDING_VARIABLE] = binding_text(self._run, binding)

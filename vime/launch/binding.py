@@ -42,7 +42,7 @@ class Examined:
 
 def examine(plan: Plan, step: Step, known: Known, switches: Mapping[int, str]) -> Examined:
     """Judge the nodes after preflight. Raises RunFailed if too few are fit."""
-    findings = {report.rank: report.data for report in step.of_kind("result")}
+    findings = {step.places[report.rank].index: report.data for report in step.of_kind("result")}
     for place in step.places:
         if place.index not in findings:
             raise _refuse(f"{place.name}: preflight ended without a result", place.name)

@@ -60,6 +60,8 @@ DRIVER_SILENCE_S = 600.0
 """Silence after which training's driver counts as hung. Long, since writing a rollout's samples blocks the driver."""
 MAY_BE_A_GPU = (Cause.CRASH, Cause.CODE_ERROR, Cause.DEADLINE)
 """Causes that may hide a broken GPU; the nodes are then inspected."""
+RECOVERABLE = (Cause.NODE_FAILURE, Cause.CRASH)
+"""Causes that the nodes left in the allocation can mend."""
 MOST_SAVE_S = 3600.0
 """Longest time for a requested save when the allocation continues, or has no end."""
 
@@ -89,7 +91,11 @@ class Controller:
         """True once Slurm is about to kill the job."""
         self._time = TimeLeft(plan, runner)
         self._first_checkpoint: int | None = None
-        """Newest checkpoint when this start began."""
+        """Newest checkpoint when this attempt began."""
+        self._attempts = 0
+        """Attempts inside this allocation."""
+        self._recovering = False
+        """True from a recovery inside the allocation until training runs again."""
         self._signals = Signals()
 
     def run(self) -> Cause:
@@ -106,9 +112,11 @@ class Controller:
                 self._show(f"{cause.name}: {error}")
                 return cause
             self._tell_of_lost_start()
-            failure = self._attempt()
             try:
-                require_owner(self._run, self._runner.job, self._runner.restart)
+                while (failure := self._attempt()) is not None:
+                    require_owner(self._run, self._runner.job, self._runner.restart)
+                    if not self._recovers(failure):
+                        break
             except Superseded as error:
                 # The other start's journal and queue entry are not this one's to write.
                 self._say(f"error: {error}")
@@ -134,11 +142,16 @@ class Controller:
     def _attempt(self) -> Failure | None:
         data = {"job": self._runner.job, "restart": self._runner.restart, "host": socket.gethostname()}
         data |= {"pid": os.getpid(), "pid_start": start_ticks(os.getpid())}
+        if self._attempts:
+            data["attempt"] = self._attempts
+        self._attempts += 1
         self._first_checkpoint = newest_checkpoint(self._plan)
         if self._link is not None:
             data |= {"link": self._link.name, "link_index": self._link.index}
         self._event("run-start", f"{self._plan.run_name}: start {self._runner.restart}", data=data)
         try:
+            if self._recovering:
+                prepare_folders(self._run)
             for stage in self._plan.stages:
                 self._stage(stage)
         except RunFailed as error:
@@ -164,23 +177,47 @@ class Controller:
                 self._event("run-end", "the run succeeded", data={"cause": Cause.SUCCESS.name})
             return Cause.SUCCESS
         cause = failure.cause
-        node = None if failure.node is None else self._allocation.name_of(failure.node)
         again = self._requeue(cause)
-        if again and cause is Cause.NODE_FAILURE and node is not None:
-            self._exclude(node)
+        if again and cause is Cause.NODE_FAILURE and failure.node is not None:
+            self._exclude(self._allocation.name_of(failure.node))
+        self._last_word(failure, f"requeued {again}" if again else "")
+        return cause
+
+    def _last_word(self, failure: Failure, follows: str) -> None:
+        """Write the end of an attempt; `follows` says which start comes next, empty if none does."""
         self._event(
             "run-end",
-            failure.text + (f"; requeued {again}" if again else ""),
+            failure.text + (f"; {follows}" if follows else ""),
             stage=failure.stage,
-            node=node,
+            node=None if failure.node is None else self._allocation.name_of(failure.node),
             rank=failure.rank,
-            data={"cause": cause.name, "log_tail": "\n".join(failure.tail), "requeued": bool(again)},
+            data={"cause": failure.cause.name, "log_tail": "\n".join(failure.tail), "requeued": bool(follows)},
         )
-        return cause
+
+    def _recovers(self, failure: Failure) -> bool:
+        """Prepare another attempt on the nodes that the job still has; False if that cannot help."""
+        if self._hurried or not self._runner.can_requeue or failure.cause not in RECOVERABLE:
+            return False
+        out = set(self._runner.lost_nodes())
+        if failure.cause is Cause.NODE_FAILURE:
+            if failure.node is None:
+                return False
+            out.add(self._allocation.name_of(failure.node))
+        if why := self._recurs(failure.cause) or self._allocation.lacks_without(out):
+            self._say(f"no recovery inside the allocation: {why}")
+            return False
+        left = self._allocation.leave_out(out)
+        self._last_word(failure, f"recovery on the {left} nodes left")
+        gone = f" without {', '.join(sorted(out))}" if out else ""
+        self._event("recovery", f"start again in this allocation{gone}", data={"left_out": sorted(out), "nodes": left})
+        self._recovering = True
+        return True
 
     def _requeue(self, cause: Cause) -> str:
         """Request another start where that can help; return who does it, empty if nobody."""
-        if not (cause.requeue_mends and self._runner.can_requeue):
+        # Whatever ends a recovery before training runs again may be the fault's aftermath on these nodes.
+        mends = cause.requeue_mends or (self._recovering and cause is not Cause.CANCELLED)
+        if not (mends and self._runner.can_requeue):
             return ""
         if self._hurried:
             # Slurm ends this start itself, and decides whether the job starts again.
@@ -197,12 +234,17 @@ class Controller:
         """Reason that forbids another start; empty if one may follow."""
         if self._runner.restart >= self._plan.max_timeouts:
             return f"{self._runner.restart} starts, at most {self._plan.max_timeouts}"
-        if cause.may_recur:
-            if newest_checkpoint(self._plan) == self._first_checkpoint:
-                return f"{_words(cause)} without a checkpoint since this start began"
-            if (count := history.crashes(read_events(self._run))) >= history.MOST_CRASHES:
-                return f"{count} starts in a row ended like this, at most {history.MOST_CRASHES}"
-        return ""
+        return "" if self._recovering else self._recurs(cause)
+
+    def _recurs(self, cause: Cause) -> str:
+        """Reason why the same failure is likely to come again; empty if there is none."""
+        if not cause.may_recur:
+            return ""
+        if newest_checkpoint(self._plan) == self._first_checkpoint:
+            return f"{_words(cause)} without a checkpoint since this start began"
+        count = history.crashes(read_events(self._run))
+        at_most = f"{count} starts in a row ended like this, at most {history.MOST_CRASHES}"
+        return at_most if count >= history.MOST_CRASHES else ""
 
     def _exclude(self, node: str) -> None:
         """Exclude nodes that failed twice from the waiting job. If Slurm is out of reach, the next start retries."""
@@ -309,6 +351,7 @@ class Controller:
         self._event("stage-start", why, stage=stage.name, data={"nodes": [place.name for place in places]})
         step = self._runner.start(stage, places)
         self._steps.append(step)
+        self._recovering = self._recovering and not stage.saves_on_request
         return step
 
     def _watch(self, step: Step) -> None:
@@ -464,10 +507,13 @@ class Controller:
         silent = {place for step in self._steps for place in step.silent_places}
         self._steps.clear()
         if silent and not self._hurried and self._runner.can_requeue:
-            self._sweep(tuple(sorted(silent, key=lambda place: place.index)))
+            lost = self._runner.lost_nodes()
+            self._sweep(tuple(sorted((at for at in silent if at.name not in lost), key=lambda place: place.index)))
 
     def _sweep(self, places: tuple[AllocatedNode, ...]) -> None:
         """Clear nodes whose supervisors were killed: the last task of a job to end on a node cleans up there."""
+        if not places:
+            return
         stage = sweep_stage(tuple(place.index for place in places))
         nodes = ", ".join(place.name for place in places)
         try:

@@ -25,10 +25,10 @@ def unfinished_start(events: list[Event]) -> Event | None:
 
 
 def crashes(events: list[Event]) -> int:
-    """Number of consecutive requeued starts that ended with CRASH, since a person started the run."""
+    """Number of starts in a row that ended with CRASH and led to another, since a person started the run."""
     count = 0
     for event in events:
-        if event.kind == "run-start" and not event.data.get("restart"):
+        if event.kind == "run-start" and not (event.data.get("restart") or event.data.get("attempt")):
             count = 0
         elif event.kind == "run-end":
             again = event.data.get("requeued") and event.data.get("cause") == Cause.CRASH.name

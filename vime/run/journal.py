@@ -28,6 +28,7 @@ Kind = Literal[
     "signal",
     "checkpoint-request",
     "checkpoint",
+    "recovery",
     "requeue",
     "job-end",
     "exclude",
@@ -122,7 +123,7 @@ def read_events(run_dir: str | os.PathLike[str], damage: Counter[str] | None = N
 
 
 def last_start(events: list[Event]) -> list[Event]:
-    """Events since the run's last start or requeue; in a chain, since each job's last one."""
+    """Events since the run's last start, requeue or recovery; in a chain, since each job's last one."""
     before: list[Event] = []
     starts: dict[int, list[Event]] = {}
     current = before

@@ -72,6 +72,8 @@ def sbatch_options(plan: Plan, link: Link | None = None, after: str | None = Non
         # B: signal the batch process, which is the controller, instead of the steps.
         "signal": f"B:USR2@{min(math.ceil(lead_s(plan)), MAX_SIGNAL_LEAD_S)}",
         "requeue": True,
+        # With spares the run recovers in its allocation, which Slurm would otherwise end when it loses a node.
+        **({"no-kill": True} if plan.spares else {}),
         # kill-on-invalid-dep: otherwise a job whose dependency has failed would wait for ever.
         **({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
         **cluster.extra_sbatch,
