@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.support.plans import plan_of
+from vime.run.folder import write_plan
 from vime.run.metrics import read_metrics
 from vime.samples import Group, Rollout, Sample, Status
 from vime.sync.ranks import address
@@ -23,7 +24,8 @@ class World:
         monkeypatch.setattr("ray.put", lambda value: value)
         base = ("--num-rollout", "3", "--eval-interval", "none", "--save-interval", "1")
         plan = plan_of("tiny-qwen3", *base, *flags).model_copy(update={"run_dir": str(tmp_path)})
-        (tmp_path / "control").mkdir()
+        (tmp_path / "control").mkdir(exist_ok=True)
+        write_plan(plan)
         self.journal, self.saved, self.turn, self.version = [], [], asyncio.Lock(), 0
         self.published, self.answer = [], tmp_path / "control" / "checkpoint-done"
         self.prompts = 0
@@ -67,6 +69,9 @@ class World:
 
     def state_dict(self):
         return {"prompts": self.prompts}
+
+    def load_state_dict(self, state):
+        self.prompts = state["prompts"]
 
     def take_spans(self):
         return []
@@ -192,3 +197,19 @@ async def test_a_rollout_ahead_that_fails_ends_the_run_after_what_was_trained_is
     with pytest.raises(ValueError, match="no engine left"):
         await it.loop.run(0)
     assert read_metrics(tmp_path)[0]["train/loss"] == 1.0
+
+
+@pytest.mark.parametrize("flags", [(), APART])
+async def test_a_rollout_that_was_finished_but_not_saved_is_not_generated_again(world, flags):
+    first = world(*flags, "--save-interval", "3")
+    first.trainable.clear()
+    dies = asyncio.create_task(first.loop.run(0))
+    await first.training.wait()
+    dies.cancel()
+    await asyncio.gather(dies, return_exceptions=True)
+    second = world(*flags, "--save-interval", "3")
+    await second.loop.run(0)
+    again = [step.split()[1] for step in second.journal if step.startswith("generate ")]
+    assert again == ["1", "2"]
+    assert [step for step in second.journal if step.startswith("train ")] == ["train 0", "train 1", "train 2"]
+    assert second.saved == [(2, 3)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from vime.observe.samples import write_samples
 from vime.observe.throughput import tokens_per_gpu
+from vime.rollout.kept import KeptRollouts
 from vime.rollout.sampler import Sampler
 from vime.run.control import answer_checkpoint, checkpoint_requested
 from vime.samples import Rollout
@@ -23,6 +24,8 @@ class Loop:
     def __init__(self, phases: Phases, trainer: TrainerCall, sampler: Sampler, supervisor: EngineSupervisor) -> None:
         self.phases, self.trainer, self.sampler, self.supervisor = phases, trainer, sampler, supervisor
         self.plan, self.recipe, self.deadlines = phases.plan, phases.plan.recipe, phases.deadlines
+        checkpoint = self.recipe.checkpoint
+        self._kept = KeptRollouts(self.plan.run_dir, checkpoint.save if checkpoint.save_interval else None)
         self._before_generation: dict[str, Any] = {}
         """The sampler's state when the newest rollout began, for a checkpoint of the rollout before it."""
 
@@ -51,7 +54,17 @@ class Loop:
     def _generation(self, rollout_id: int) -> asyncio.Task[Rollout]:
         """A rollout under way. A run that is resumed before its end generates the same prompts again."""
         self._before_generation = self.sampler.state_dict()
-        return self.phases.generation(self.sampler, rollout_id)
+        return asyncio.create_task(self._generate(rollout_id))
+
+    async def _generate(self, rollout_id: int) -> Rollout:
+        """The rollout, from the run folder if an earlier start finished it but did not save the weights after it."""
+        if (kept := await asyncio.to_thread(self._kept.read, rollout_id)) is not None:
+            self.sampler.load_state_dict(kept.sampler)
+            print(f"rollout {rollout_id} was finished by an earlier start and is not generated again", flush=True)
+            return kept.rollout
+        rollout = await self.phases.generation(self.sampler, rollout_id)
+        await asyncio.to_thread(self._kept.write, rollout, self.sampler.state_dict())
+        return rollout
 
     async def _learn(self, rollout: Rollout, ahead: asyncio.Task[Rollout] | None) -> bool:
         """Train on a rollout, save, give the engines the weights; whether the run shall stop here."""
