@@ -61,6 +61,6 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def reward_plugins_are_importable(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Worker processes of the rollout's and the rewards' tests find `reward_plugins`."""
-    if Path(request.fspath).parent.name in ("rewards", "rollout"):
+    """Worker processes of these tests find their plug-ins."""
+    if Path(request.fspath).parent.name in ("agents", "rewards", "rollout"):
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"))

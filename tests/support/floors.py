@@ -6,7 +6,7 @@ FLOORS = (
     ("cli", "models", "rewards"),
     ("data", "run"),
     ("planning", "rollout", "fp8"),
-    ("observe", "checkpoint", "node"),
+    ("observe", "checkpoint", "node", "agents"),
     ("launch", "sync"),
     ("megatron", "schedulers"),
     ("train",),

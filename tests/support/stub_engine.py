@@ -39,6 +39,11 @@ class StubEngine:
     """Given the number of the request and its body: None, an HTTP status, "reset", "hang", or a changed answer."""
     holds: Callable[[list[int]], bool] = lambda _token_ids: False
     """Prompts that are answered only after `release`, or with half of their tokens when they are aborted."""
+    parse: Callable[[list[int], dict[str, Any]], dict[str, Any]] = lambda ids, _: {
+        "role": "assistant",
+        "content": str(ids),
+    }
+    """The chat message that it makes of (token ids, the chat request)."""
     version: str = "0"
     max_num_seqs: int = 10_000
     """Requests that it works on at a time."""
@@ -57,6 +62,7 @@ class StubEngine:
         self._arrival = asyncio.Condition()
         app = web.Application(middlewares=[self._guard], client_max_size=2**26)
         app.router.add_post("/inference/v1/generate", self._generate)
+        app.router.add_post("/v1/chat/completions/derender", self._derender)
         app.router.add_get("/weight_info", self._weight_info)
         app.router.add_get("/metrics", self._metrics)
         for route in ("/abort_requests", "/pause", "/resume", "/reset_prefix_cache"):
@@ -132,6 +138,12 @@ class StubEngine:
             tokens, reason = tokens[:done], "abort"
         self.generated += len(tokens)
         return web.json_response({"choices": [choice(tokens, reason, self.version)]})
+
+    async def _derender(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        ids = body["generate_response"]["choices"][0]["token_ids"]
+        message = {"content": None, "tool_calls": [], **self.parse(ids, body["chat_request"])}
+        return web.json_response({"choices": [{"index": 0, "message": message}]})
 
     async def _hold(self, tokens: int) -> int:
         """All tokens once released, half of them when aborted."""

@@ -17,6 +17,9 @@ from vime.rewards.names import BUILT_IN, GROUP_PREFIX, REMOTE
 
 FILTERS = ("check_reward_nonzero_std",)
 """Built-in filters (`vime.rewards.filters`)."""
+TOOLS_ENVIRONMENT = "tools"
+TOOLS = ("calculator", "python")
+"""Built-in tools (`vime.agents.tools`)."""
 
 
 def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
@@ -42,6 +45,7 @@ def _targets(recipe: Recipe) -> Iterator[tuple[str, str]]:
         path = rollout.dynamic_sampling_filter_path
         if path is not None and path not in FILTERS:
             yield "--dynamic-sampling-filter-path", _named("--dynamic-sampling-filter-path", path, FILTERS, _FILTERS)
+        yield from _agent(recipe)
     named = {
         "--advantage-estimator": [algorithm.advantage_estimator],
         "--policy-loss-type": [algorithm.policy_loss_type or ""],
@@ -62,6 +66,36 @@ def _reward(recipe: Recipe) -> Iterator[tuple[str, str]]:
         _check_address(recipe.rollout.rm_url)
     elif name not in BUILT_IN:
         yield "--rm-type", _named("--rm-type", name.removeprefix(GROUP_PREFIX), known, _REWARDS)
+
+
+def _agent(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What holds conversations. Raises BadInput for options that contradict one another."""
+    agent, function = recipe.agent, "--custom-generate-function-path"
+    if agent.custom_generate_function_path and agent.environment:
+        raise BadInput(f"{function} and --environment both hold the conversations: give one of them")
+    if agent.custom_generate_function_path:
+        yield function, _named(function, agent.custom_generate_function_path, (), {})
+    if agent.environment and agent.environment != TOOLS_ENVIRONMENT:
+        yield "--environment", _named("--environment", agent.environment, (TOOLS_ENVIRONMENT,), {})
+    if agent.tools and agent.environment != TOOLS_ENVIRONMENT:
+        raise BadInput(f"--tools {' '.join(agent.tools)} needs --environment {TOOLS_ENVIRONMENT}")
+    if agent.environment == TOOLS_ENVIRONMENT:
+        _check_tools(recipe)
+    for tool in agent.tools:
+        if tool not in TOOLS:
+            yield "--tools", _named("--tools", tool, TOOLS, {})
+
+
+def _check_tools(recipe: Recipe) -> None:
+    if not recipe.agent.tools:
+        raise BadInput(f"--environment {TOOLS_ENVIRONMENT} needs --tools: give some of {', '.join(TOOLS)}")
+    if not recipe.rollout.apply_chat_template:
+        raise BadInput("--tools needs --apply-chat-template: the template tells the model of its tools")
+    if not (recipe.engine.vllm.get("tool_call_parser") and recipe.engine.vllm.get("enable_auto_tool_choice")):
+        raise BadInput(
+            "--tools needs --vllm-enable-auto-tool-choice and --vllm-tool-call-parser NAME, vLLM's parser of the "
+            "model's calls: hermes for Qwen3, deepseek_v3 for DeepSeek-R1"
+        )
 
 
 def _check_address(url: str | None) -> None:

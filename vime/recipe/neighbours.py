@@ -100,7 +100,6 @@ NO_PLACE: dict[str, str] = {
     "wandb_host": "set WANDB_BASE_URL in the environment",
     "hf_token": "a key on a command line is seen by everyone on the machine: set HF_TOKEN or run hf auth login",
     "rollout_function_path": "not built: vime has one way to generate; rewards and filters are plug-ins",
-    "custom_generate_function_path": "not built as a flag: see docs/rollout.md for what rollouts can run",
     "buffer_filter_path": "not built: partial samples continue in the order of their prompts",
     "custom_config_path": "a recipe is the YAML file: --recipe FILE, before --",
     "config": "a recipe is the YAML file: --recipe FILE, before --",

@@ -280,6 +280,44 @@ class RolloutOptions(Options):
         return self.samples // self.global_batch_size if self.global_batch_size else 1
 
 
+class AgentOptions(Options):
+    """Conversations of many turns, and the tools that they use."""
+
+    custom_generate_function_path: str | None = None
+    """`package.module:function` that holds each conversation: `async def generate(session, sample)`."""
+    environment: str | None = None
+    """What conversations are held with: `tools` (those of `--tools`), or a class as `package.module:Class`."""
+    tools: list[str] = Field(default_factory=list)
+    """Tools of `--environment tools`: `calculator`, `python`, or functions as `package.module:function`."""
+    agent_processes: int | None = Field(default=None, ge=0)
+    """Processes that run the function or the environment; 0: the driver's own event loop. Default: a quarter of the
+    node's cores, from 2 to 16. The built-in tools run beside them."""
+    max_turns: int = Field(default=16, ge=1)
+    """Turns that the model may take in a conversation."""
+    max_tokens_per_turn: int | None = Field(default=None, ge=1)
+    """Longest turn in tokens. `--rollout-max-response-len` limits the whole conversation behind its prompt."""
+    turn_timeout: float | None = Field(default=None, gt=0)
+    """Seconds for one turn of the model; a conversation that needs more ends there, as truncated."""
+    conversation_timeout: float | None = Field(default=None, gt=0)
+    """Seconds for a whole conversation, tools included; one that needs more ends there, as truncated."""
+    tool_timeout: float = Field(default=30.0, gt=0)
+    """Seconds for one call of a tool."""
+    tool_output_characters: int = Field(default=8000, ge=1)
+    """Characters of a tool's output that the model gets to see."""
+    tool_memory: int = Field(default=512 * 2**20, ge=2**24)
+    """Bytes of memory, and of files, that one call of `python` may take."""
+    on_tool_failure: Literal["observe", "fail"] = "observe"
+    """A tool that dies, hangs or raises: tell the model, or fail the sample, so that its group is not trained on."""
+    on_template_divergence: Literal["count", "refuse"] = "count"
+    """What happens where the chat template would write a conversation's history otherwise once it goes on (a thought
+    left out): count it as `rollout/template_divergence`, or end the run."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether conversations have more than one turn."""
+        return self.custom_generate_function_path is not None or self.environment is not None
+
+
 class EvalOptions(Options):
     """Evaluation on held-out sets."""
 
@@ -506,6 +544,7 @@ class Recipe(BaseModel):
     checkpoint: CheckpointOptions = CheckpointOptions()
     perf: PerfOptions = PerfOptions()
     rollout: RolloutOptions = RolloutOptions()
+    agent: AgentOptions = AgentOptions()
     eval: EvalOptions = EvalOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
     optimizer: OptimizerOptions = OptimizerOptions()

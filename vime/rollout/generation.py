@@ -10,7 +10,7 @@ from typing import Any
 from vime.rewards.scorer import Scorer
 from vime.rollout.client import SamplingSettings
 from vime.rollout.dispatch import Dispatcher, RoundFull, Seat
-from vime.rollout.session import Aborted, Agent, BudgetSpent, ConversationOver, Session, Settings, SingleTurn
+from vime.rollout.session import Aborted, Agent, BudgetSpent, ConversationOver, Counts, Session, Settings, SingleTurn
 from vime.samples import Group, Sample, Status
 
 
@@ -42,6 +42,11 @@ class Generator:
     @property
     def dispatcher(self) -> Dispatcher:
         return self.settings.dispatcher
+
+    def take_counts(self) -> tuple[Counts, int]:
+        """Counts of all conversations, and how many began again, since the last call."""
+        dropped, self.dropped = self.dropped, 0
+        return self.settings.counts.take(), dropped
 
     async def finish(self, group: Group, sampling: SamplingSettings, deadline_s: float) -> bool:
         """Generate the group's missing responses and score them; False if the round was stopped first."""

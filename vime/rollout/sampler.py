@@ -14,9 +14,11 @@ from typing import Any, Self
 from vime.data.rows import Columns
 from vime.errors import BadInput, DataError
 from vime.recipe.prompt_sources import evaluation_sources, training_sources
+from vime.recipe.schema import Recipe
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
 from vime.rewards.filters import check_filter_path
 from vime.rewards.scorer import Scorer, no_answer_warning
+from vime.rollout.agent_measures import conversation_metrics
 from vime.rollout.chat import ChatTemplate
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.counters import EngineCounters
@@ -26,7 +28,7 @@ from vime.rollout.evaluate import evaluate
 from vime.rollout.generation import Generator
 from vime.rollout.measures import by_set_metrics, finished_metrics, training_metrics
 from vime.rollout.mixture import PromptMixture
-from vime.rollout.session import Settings
+from vime.rollout.session import Agent, Budget, Settings, SingleTurn
 from vime.run.plan import Plan
 from vime.samples import UNVERSIONED, Group, Prompt, Rollout, Status, new_group
 
@@ -68,7 +70,8 @@ class Sampler:
     """Makes rollouts and evaluations of a plan with its engines. An async context manager; of one event loop.
 
     `recover(engine, error)` is called when an engine fails; it restarts it and gives it the current weights. Without
-    it the engine is used again once it answers with the weights of the rollout.
+    it the engine is used again once it answers with the weights of the rollout. `agent` holds the conversations;
+    without it each is one answer.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Sampler:
         recover: Recover | None = None,
         patience: Patience | None = None,
         tokenizer: Any = None,
+        agent: Agent | None = None,
     ) -> None:
         self._recipe = plan.recipe
         options = plan.recipe.rollout
@@ -94,10 +98,14 @@ class Sampler:
         sources = training_sources(options.prompt_data)
         if not sources:
             raise BadInput("--prompt-data is not set: give a file or folder of prompts")
+        variables = {
+            **options.apply_chat_template_kwargs,
+            **({"tools": list(agent.tools)} if agent and agent.tools else {}),
+        }
         training = Tokenisation(
             tokenizer,
             options.apply_chat_template,
-            options.apply_chat_template_kwargs,
+            variables,
             min(options.rollout_max_prompt_len or context - 1, context - 1),
         )
         longest = min(plan.recipe.eval.eval_max_prompt_len or context - 1, context - 1)
@@ -135,12 +143,15 @@ class Sampler:
             self._scorer,
             Settings(
                 self._dispatcher,
-                ChatTemplate(tokenizer, options.apply_chat_template_kwargs, options.rollout_stop_token_ids),
+                ChatTemplate(tokenizer, variables, options.rollout_stop_token_ids),
                 self._settings,
                 context,
                 options.rollout_timeout,
+                _budget(plan.recipe),
                 seed=options.rollout_seed if options.rollout_sample_seeds else None,
+                divergence=plan.recipe.agent.on_template_divergence,
             ),
+            agent or SingleTurn(),
             mask_old_tokens=options.mask_offpolicy_in_partial_rollout,
         )
         self._next_group = 0
@@ -168,6 +179,7 @@ class Sampler:
         options = self._recipe.rollout
         started, tokens = time.monotonic(), self._generator.tokens
         await self._dispatcher.begin()
+        self._generator.take_counts()  # what an evaluation counted
         round_ = _Round(options.rollout_batch_size)
         self._kept = [self._fresh_enough(group, rollout_id) for group in self._kept]
         if options.curriculum and (histories := self._mixture.histories()):
@@ -193,6 +205,7 @@ class Sampler:
             **self._mixture.take_metrics(),
             **self._dispatcher.take_metrics(),
             **await self._counters.take_rates(),
+            **self._conversations(round_.finished),
             "rollout/filter_drops": float(round_.dropped),
             "rollout/failed_groups": float(round_.failed),
             "rollout/unfinished_groups": float(len(self._kept)),
@@ -201,6 +214,17 @@ class Sampler:
         }
         self._warn_once(metrics)
         return Rollout(rollout_id, groups, metrics)
+
+    def _conversations(self, finished: Sequence[Group]) -> dict[str, float]:
+        """Metrics of conversations of more than one turn, since the last call."""
+        counts, dropped = self._generator.take_counts()
+        if not self._recipe.agent.holds:
+            return {}
+        return {
+            **conversation_metrics([sample for group in finished for sample in group.samples], counts),
+            **self._generator.agent.take_metrics(),
+            "rollout/conversations_dropped": float(dropped),
+        }
 
     def _warn_once(self, metrics: Mapping[str, float]) -> None:
         """Say after the first rollout that its reward found no answer at all."""
@@ -347,6 +371,14 @@ class Sampler:
         partial = self._recipe.rollout.partial_rollout
         self._kept = [group if partial else _without_answers(group) for group in unfinished]
         self._rows = {group.index: self._rows[group.index] for group in self._kept}
+
+
+def _budget(recipe: Recipe) -> Budget:
+    options = recipe.agent
+    if not options.holds:
+        return Budget()
+    seconds = options.turn_timeout, options.conversation_timeout
+    return Budget(options.max_turns, options.max_tokens_per_turn, *seconds)
 
 
 def _oldest(group: Group, default: int) -> int:

@@ -41,6 +41,11 @@ class BudgetSpent(ConversationOver):
 class Agent(Protocol):
     """Holds conversations, one a call."""
 
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of the tools that prompts tell of."""
+        ...
+
     async def __call__(self, session: Session) -> None:
         """Hold a conversation from its prompt to its end, or on from where it was aborted."""
         ...
@@ -49,15 +54,24 @@ class Agent(Protocol):
         """Whether an aborted conversation can go on; one that cannot begins again."""
         ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """Counts since the last call."""
+        ...
+
 
 class SingleTurn:
     """One answer and no more: what training does without an agent."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
 
     async def __call__(self, session: Session) -> None:
         await session.generate()
 
     def resumes(self, sample: Sample) -> bool:
         return True
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -241,6 +255,12 @@ class Session:
         self.branches.append(session)
         return session
 
+    def restart(self) -> None:
+        """Forget all turns, for a conversation whose process died by the fault of another one."""
+        self.sample.restart()
+        self.branches.clear()
+        self._pending.clear()
+
     def finish(self) -> None:
         """Set the status and the answer of a conversation that has ended by itself or by a budget."""
         sample = self.sample
@@ -252,6 +272,16 @@ class Session:
         sample.response = last.text if last else ""
         for branch in self.branches:
             branch.finish()
+
+    @property
+    def ends_at(self) -> float | None:
+        """When the conversation's time is over, by the event loop's clock; None without a limit."""
+        seconds = self.settings.budget.seconds
+        return None if seconds is None else self._began + seconds
+
+    def expire(self) -> None:
+        """End the conversation because its time is over. Raises BudgetSpent."""
+        raise self._end(BudgetSpent("time"))
 
     def _check(self) -> None:
         if self.over is not None:

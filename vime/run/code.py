@@ -88,6 +88,9 @@ def plugin_modules(recipe: Recipe) -> list[str]:
         recipe.algorithm.advantage_estimator,
         recipe.algorithm.policy_loss_type,
         *recipe.algorithm.mismatch_correction,
+        recipe.agent.custom_generate_function_path,
+        recipe.agent.environment,
+        *recipe.agent.tools,
     )
     targets = [text.removeprefix("group:") for text in named if text]
     return sorted({target.partition(":")[0].partition(".")[0] for target in targets if ":" in target} - {"vime"})

@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from vime.agents.choose import agent_of
 from vime.observe.samples import read_rollout, write_samples
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
+from vime.rollout.session import Agent
 from vime.run.messages import report
 from vime.run.plan import Binding, Plan
 from vime.run.usage import write_queues
@@ -116,6 +118,11 @@ class Driver:
         limit = self.recipe.engine.vllm_server_concurrency
         return [await stack.enter_async_context(EngineClient(url, self.api_key, concurrency=limit)) for url in urls]
 
+    async def _agent(self, stack: contextlib.AsyncExitStack) -> Agent | None:
+        """What holds the conversations, running; None for answers of one turn."""
+        agent = agent_of(self.recipe)
+        return None if agent is None else await stack.enter_async_context(agent)
+
     async def _connect(
         self,
         stack: contextlib.AsyncExitStack,
@@ -136,7 +143,7 @@ class Driver:
             with self.phases.timeline.phase("recover", supervisor.version):
                 await supervisor.recover(engine, error)
 
-        sampler = Sampler(self.plan, clients, recover=recover, patience=patience)
+        sampler = Sampler(self.plan, clients, recover=recover, patience=patience, agent=await self._agent(stack))
         await stack.enter_async_context(sampler)
         supervisor = EngineSupervisor(
             self.plan,
@@ -167,7 +174,7 @@ class Driver:
         engines = EngineGroup(self.plan, group)
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
             urls = await engines.start(deadline_s=self.deadlines.engine_start)
-            sampler = Sampler(self.plan, await self._clients(stack, urls))
+            sampler = Sampler(self.plan, await self._clients(stack, urls), agent=await self._agent(stack))
             await stack.enter_async_context(sampler)
             for rollout_id in range(self.recipe.rollout.num_rollout):
                 await self.phases.evaluate_if_due(sampler, rollout_id)
