@@ -141,12 +141,12 @@ NO_STEP = "srun: error: Unable to create step for job 12: Socket timed out on se
         (KILLED, {}, True),
         (NO_STEP, {}, True),
         (NO_STEP, {"service": True}, True),
-        (KILLED, {"service": True}, False),
+        (KILLED, {"service": True}, True),
         (KILLED, {"outputs": (Artefact(name="bf16", kind="hf", path="/b/bf16"),)}, False),
         ("srun: error: gpu007: task 1: Exited with exit code 1", {}, False),
     ],
 )
-def test_a_step_that_only_looks_repeats_after_a_kill_from_outside(
+def test_a_step_without_outputs_repeats_after_a_kill_from_outside(
     tmp_path: Path, said: str, stage: dict, repeats: bool
 ) -> None:
     step = ended_step(tmp_path, said)

@@ -24,17 +24,16 @@ from vime.launch.allocation import Allocation
 from vime.launch.checks import broken_gpus
 from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, may_repeat
 from vime.launch.lead import TimeLeft
+from vime.launch.restarts import HURRIED_PATIENCE_S, Restarts, words
 from vime.launch.signals import Signals
 from vime.launch.steps import AllocatedNode, Runner, Step
-from vime.launch.witness import running_stage, witnessed
+from vime.launch.witness import witnessed
 from vime.node.post_mortem import post_mortem_stage
 from vime.node.sweep import SWEEP_S, sweep_stage
-from vime.run import history
 from vime.run.chain import Link, find_link, part
-from vime.run.checkpoints import tracked, tracks_iteration
 from vime.run.control import checkpoint_answer, control_folder, request_checkpoint, withdraw_request
 from vime.run.folder import BINDING, log_folder, read_plan, task_log
-from vime.run.journal import Event, Journal, read_events
+from vime.run.journal import Event, Journal
 from vime.run.owner import Superseded, owned, require_owner, this_start
 from vime.run.plan import Plan, Stage
 from vime.run.tokens import make_tokens
@@ -53,15 +52,10 @@ ROOT_CAUSE_S = 2.0
 JOURNAL_PATIENCE_S = 30.0
 """Longest wait of the final event for a file system that refuses writes."""
 STEP_PATIENCE_S = 60.0
-REQUEUE_PATIENCE_S = 60.0
-"""Longest wait of a requeue for Slurm's controller."""
-HURRIED_PATIENCE_S = 3.0
 DRIVER_SILENCE_S = 600.0
 """Silence after which training's driver counts as hung. Long, since writing a rollout's samples blocks the driver."""
 MAY_BE_A_GPU = (Cause.CRASH, Cause.CODE_ERROR, Cause.DEADLINE)
 """Causes that may hide a broken GPU; the nodes are then inspected."""
-RECOVERABLE = (Cause.NODE_FAILURE, Cause.CRASH)
-"""Causes that the nodes left in the allocation can mend."""
 MOST_SAVE_S = 3600.0
 """Longest time for a requested save when the allocation continues, or has no end."""
 
@@ -87,16 +81,9 @@ class Controller:
         self._run = Path(plan.run_dir)
         self._steps: list[Step] = []
         self._allocation = Allocation(plan, runner, event=self._event, say=say)
-        self._hurried = False
-        """True once Slurm is about to kill the job."""
         self._time = TimeLeft(plan, runner)
-        self._first_checkpoint: int | None = None
-        """Newest checkpoint when this attempt began."""
-        self._attempts = 0
-        """Attempts inside this allocation."""
-        self._recovering = False
-        """True from a recovery inside the allocation until training runs again."""
         self._signals = Signals()
+        self._restarts = Restarts(plan, runner, self._allocation, self._signals, event=self._event, say=say)
 
     def run(self) -> Cause:
         """Run all stages and return the run's cause. Called in the main thread."""
@@ -111,11 +98,11 @@ class Controller:
                 cause = Cause.STORAGE if is_storage_error(error) else Cause.BAD_INPUT
                 self._show(f"{cause.name}: {error}")
                 return cause
-            self._tell_of_lost_start()
+            self._restarts.tell_of_lost_start()
             try:
                 while (failure := self._attempt()) is not None:
                     require_owner(self._run, self._runner.job, self._runner.restart)
-                    if not self._recovers(failure):
+                    if not self._restarts.recovers(failure):
                         break
             except Superseded as error:
                 # The other start's journal and queue entry are not this one's to write.
@@ -126,31 +113,15 @@ class Controller:
             self._journal.close()
         return cause
 
-    def _tell_of_lost_start(self) -> None:
-        """Record the end of an earlier start that died with its node, or was killed, before it could."""
-        events = read_events(self._run)
-        start = history.unfinished_start(events)
-        if start is None:
-            return
-        job, restart = str(start.data.get("job")), int(start.data.get("restart", 0))
-        cause = self._runner.why_lost(job, restart)
-        node = self._allocation.name_of(start.data["host"]) if cause is Cause.NODE_FAILURE else None
-        text = f"start {restart} of job {job} left no last word: {_words(cause)}" + (f" of {node}" if node else "")
-        data = {"cause": cause.name, "log_tail": "", "requeued": job == self._runner.job}
-        self._event("run-end", text, stage=running_stage(events), node=node, data=data)
-
     def _attempt(self) -> Failure | None:
         data = {"job": self._runner.job, "restart": self._runner.restart, "host": socket.gethostname()}
         data |= {"pid": os.getpid(), "pid_start": start_ticks(os.getpid())}
-        if self._attempts:
-            data["attempt"] = self._attempts
-        self._attempts += 1
-        self._first_checkpoint = newest_checkpoint(self._plan)
+        data |= self._restarts.begin()
         if self._link is not None:
             data |= {"link": self._link.name, "link_index": self._link.index}
         self._event("run-start", f"{self._plan.run_name}: start {self._runner.restart}", data=data)
         try:
-            if self._recovering:
+            if self._restarts.recovering:
                 prepare_folders(self._run)
             for stage in self._plan.stages:
                 self._stage(stage)
@@ -176,101 +147,13 @@ class Controller:
             else:
                 self._event("run-end", "the run succeeded", data={"cause": Cause.SUCCESS.name})
             return Cause.SUCCESS
-        cause = failure.cause
-        again = self._requeue(cause)
-        if again and cause is Cause.NODE_FAILURE and failure.node is not None:
-            self._exclude(self._allocation.name_of(failure.node))
-        self._last_word(failure, f"requeued {again}" if again else "")
-        return cause
-
-    def _last_word(self, failure: Failure, follows: str) -> None:
-        """Write the end of an attempt; `follows` says which start comes next, empty if none does."""
-        self._event(
-            "run-end",
-            failure.text + (f"; {follows}" if follows else ""),
-            stage=failure.stage,
-            node=None if failure.node is None else self._allocation.name_of(failure.node),
-            rank=failure.rank,
-            data={"cause": failure.cause.name, "log_tail": "\n".join(failure.tail), "requeued": bool(follows)},
-        )
-
-    def _recovers(self, failure: Failure) -> bool:
-        """Prepare another attempt on the nodes that the job still has; False if that cannot help."""
-        if self._hurried or not self._runner.can_requeue or failure.cause not in RECOVERABLE:
-            return False
-        out = set(self._runner.lost_nodes())
-        if failure.cause is Cause.NODE_FAILURE:
-            if failure.node is None:
-                return False
-            out.add(self._allocation.name_of(failure.node))
-        if why := self._recurs(failure.cause) or self._allocation.lacks_without(out):
-            self._say(f"no recovery inside the allocation: {why}")
-            return False
-        left = self._allocation.leave_out(out)
-        self._last_word(failure, f"recovery on the {left} nodes left")
-        gone = f" without {', '.join(sorted(out))}" if out else ""
-        self._event("recovery", f"start again in this allocation{gone}", data={"left_out": sorted(out), "nodes": left})
-        self._recovering = True
-        return True
-
-    def _requeue(self, cause: Cause) -> str:
-        """Request another start where that can help; return who does it, empty if nobody."""
-        # Whatever ends a recovery before training runs again may be the fault's aftermath on these nodes.
-        mends = cause.requeue_mends or (self._recovering and cause is not Cause.CANCELLED)
-        if not (mends and self._runner.can_requeue):
-            return ""
-        if self._hurried:
-            # Slurm ends this start itself, and decides whether the job starts again.
-            return "by Slurm" if cause in (Cause.PREEMPTED, Cause.NODE_FAILURE) else ""
-        if why := self._no_more_starts(cause):
-            self._say(f"not requeued: {why}")
-            return ""
-        if not self._insist("requeue", self._runner.requeue, REQUEUE_PATIENCE_S):
-            return ""
-        self._event("requeue", f"start {self._runner.restart + 1} follows: {_words(cause)}")
-        return "by vime"
-
-    def _no_more_starts(self, cause: Cause) -> str:
-        """Reason that forbids another start; empty if one may follow."""
-        if self._runner.restart >= self._plan.max_timeouts:
-            return f"{self._runner.restart} starts, at most {self._plan.max_timeouts}"
-        return "" if self._recovering else self._recurs(cause)
-
-    def _recurs(self, cause: Cause) -> str:
-        """Reason why the same failure is likely to come again; empty if there is none."""
-        if not cause.may_recur:
-            return ""
-        if newest_checkpoint(self._plan) == self._first_checkpoint:
-            return f"{_words(cause)} without a checkpoint since this start began"
-        count = history.crashes(read_events(self._run))
-        at_most = f"{count} starts in a row ended like this, at most {history.MOST_CRASHES}"
-        return at_most if count >= history.MOST_CRASHES else ""
-
-    def _exclude(self, node: str) -> None:
-        """Exclude nodes that failed twice from the waiting job. If Slurm is out of reach, the next start retries."""
-        counts = history.node_failures(read_events(self._run), self._allocation.name_of)
-        counts[node] += 1
-        often = history.failed_too_often(counts)
-        if often and self._insist("exclude", lambda: self._runner.exclude(often), HURRIED_PATIENCE_S):
-            self._event("exclude", f"the job leaves out {', '.join(often)}: failed twice", data={"nodes": often})
-
-    def _insist(self, what: str, act: Callable[[], None], seconds: float) -> bool:
-        """Retry a request to Slurm until it succeeds (True) or `seconds` have passed (False)."""
-        deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._hurried else seconds)
-        while True:
-            try:
-                act()
-                return True
-            except VimeError as error:
-                if time.monotonic() > deadline:
-                    self._say(f"error: no {what}: {error}")
-                    return False
-            self._signals.wait([], 1.0)
+        self._restarts.finish(failure)
+        return failure.cause
 
     def _deliver(self, cause: Cause, failure: Failure | None) -> None:
         """Deliver the run's end to the queue and to the journal, which may have to wait for its file system."""
         self._show(cause.name if failure is None else f"{cause.name}: {failure.text}"[:COMMENT_CHARACTERS])
-        deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._hurried else JOURNAL_PATIENCE_S)
+        deadline = time.monotonic() + (HURRIED_PATIENCE_S if self._restarts.hurried else JOURNAL_PATIENCE_S)
         while not self._journal.flush() and time.monotonic() < deadline:
             self._signals.wait([], 1.0)
         if self._journal.error is not None:
@@ -295,7 +178,7 @@ class Controller:
                 self._show(f"{stage.name} waits for another run")
                 told = True
             if (number := self._signals.take()) is not None:
-                self._hurried = number is not signal.SIGUSR2
+                self._restarts.hurried = number is not signal.SIGUSR2
                 cause = Cause.TIME_LIMIT if number is signal.SIGUSR2 else self._runner.why_ended()
                 cause = Cause.CANCELLED if number is signal.SIGINT else cause
                 raise RunFailed(Failure(cause, f"{stage.name} was ended by {number.name} as it waited", stage.name))
@@ -335,7 +218,7 @@ class Controller:
                 self._watch(step)
                 return step
             except RunFailed as error:
-                if self._hurried or not may_repeat(step) or time.monotonic() > deadline:
+                if self._restarts.hurried or not may_repeat(step) or time.monotonic() > deadline:
                     raise
                 why = f"again: {error.failure.text}"
             self._steps.remove(step)
@@ -351,7 +234,7 @@ class Controller:
         self._event("stage-start", why, stage=stage.name, data={"nodes": [place.name for place in places]})
         step = self._runner.start(stage, places)
         self._steps.append(step)
-        self._recovering = self._recovering and not stage.saves_on_request
+        self._restarts.started(stage)
         return step
 
     def _watch(self, step: Step) -> None:
@@ -454,10 +337,10 @@ class Controller:
         if number is signal.SIGUSR2:
             self._obey_warning(step)
             return
-        self._hurried = True
+        self._restarts.hurried = True
         cause = Cause.CANCELLED if number is signal.SIGINT else self._runner.why_ended()
         lost = next(iter(self._allocation.lost_nodes()), None) if cause is Cause.NODE_FAILURE else None
-        text = f"{step.stage.name} was ended by {number.name}: {_words(cause)}" + (f" of {lost}" if lost else "")
+        text = f"{step.stage.name} was ended by {number.name}: {words(cause)}" + (f" of {lost}" if lost else "")
         raise RunFailed(Failure(cause, text, step.stage.name, lost))
 
     def _obey_warning(self, step: Step) -> None:
@@ -470,7 +353,7 @@ class Controller:
     def _stop_in_time(self, step: Step, cause: Cause) -> NoReturn:
         """Save a checkpoint if the stage can, and raise RunFailed; the run then starts again."""
         saved = self._ask_for_checkpoint(step) if step.stage.saves_on_request else None
-        text = f"{step.stage.name} was stopped before the {_words(cause)}"
+        text = f"{step.stage.name} was stopped before the {words(cause)}"
         text += f" with checkpoint {saved}" if saved else ""
         raise RunFailed(Failure(cause, text, step.stage.name))
 
@@ -489,7 +372,7 @@ class Controller:
                 break
             number = self._signals.take()
             if number not in (None, signal.SIGUSR2):
-                self._hurried = True
+                self._restarts.hurried = True
                 break
             self._signals.wait(step.descriptors(), POLL_S)
         text = checkpoint_answer(self._run)
@@ -502,11 +385,11 @@ class Controller:
     def _stop_all(self) -> None:
         """Stop every step, the newest first."""
         for step in reversed(self._steps):
-            self._runner.stop(step, HURRIED_GRACE_S if self._hurried else STOP_GRACE_S)
+            self._runner.stop(step, HURRIED_GRACE_S if self._restarts.hurried else STOP_GRACE_S)
             self._event("stage-end", "stopped", stage=step.stage.name)
         silent = {place for step in self._steps for place in step.silent_places}
         self._steps.clear()
-        if silent and not self._hurried and self._runner.can_requeue:
+        if silent and not self._restarts.hurried and self._runner.can_requeue:
             lost = self._runner.lost_nodes()
             self._sweep(tuple(sorted((at for at in silent if at.name not in lost), key=lambda place: place.index)))
 
@@ -555,13 +438,6 @@ def prepare_folders(run: Path) -> None:
     make_tokens(run)
 
 
-def newest_checkpoint(plan: Plan) -> int | None:
-    """Rollout number of the run's newest checkpoint; None without one."""
-    folders = [output.path for stage in plan.stages for output in stage.outputs if output.kind == "run"]
-    found = [int(tracked(folder)) for folder in folders if folder and tracks_iteration(folder)]
-    return max(found, default=None)
-
-
 def line_of(event: Event) -> str:
     """One-line text of an event, for people."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))
@@ -582,7 +458,3 @@ def tell(line: str) -> None:
     """Print a line to the job's output. Errors are ignored: the disk may be full, and the journal is authoritative."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
-
-
-def _words(cause: Cause) -> str:
-    return cause.name.lower().replace("_", " ")

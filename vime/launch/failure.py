@@ -35,6 +35,8 @@ class Failure:
     rank: int | None = None
     tail: tuple[str, ...] = ()
     """Last lines of the failing task's log."""
+    from_outside: bool = False
+    """True if someone else killed the run's processes, which says nothing about the next attempt."""
 
 
 class RunFailed(VimeError):
@@ -124,7 +126,8 @@ def decide(facts: Facts) -> Failure:
         node = on[1] or on[2] if on else _first_killed(facts.said)
         return _failure(facts, Cause.OUT_OF_MEMORY, line.strip(), node, None, facts.said)
     if node := _killed_by_another(facts.said):
-        return _failure(facts, Cause.CRASH, "its task and supervisor were killed", node, None, facts.said)
+        told = "its task and supervisor were killed from outside"
+        return replace(_failure(facts, Cause.CRASH, told, node, None, facts.said), from_outside=True)
     if facts.unmet:
         first = facts.exits[0] if facts.exits else None
         tail = first.tail if first else facts.said
@@ -217,8 +220,7 @@ def may_repeat(step: Step) -> bool:
 
     A node that comes back from a fault ends what it still holds of the job, and takes new tasks of the same job along.
     """
-    looks_only = not (step.stage.service or step.stage.outputs)
-    return was_refused(step) or (looks_only and _killed_by_another(step.told()) is not None)
+    return was_refused(step) or (not step.stage.outputs and _killed_by_another(step.told()) is not None)
 
 
 def late(step: Step, seconds: float) -> Failure:
