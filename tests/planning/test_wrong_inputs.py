@@ -52,6 +52,8 @@ FLAGS = [
     ("--dynamic-sampling-filter-path vime.rewards.filters:missing", "defines no missing"),
     ("--rollout-temperature 0", "must be above 0"),
     ("--rollout-top-p 0", "greater than 0"),
+    ("--rollout-top-p 0.9 --rollout-temperature 0.7", "--rollout-top-p needs --rollout-temperature 1, here 0.7"),
+    ("--rollout-top-k 20 --rollout-temperature 1.2", "--rollout-top-k needs --rollout-temperature 1, here 1.2"),
     ("--rollout-top-k -2", "greater than or equal to -1"),
     ("--eval-top-p 2", "less than or equal to 1"),
     ("--eval-temperature -1", "greater than or equal to 0"),

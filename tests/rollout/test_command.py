@@ -25,6 +25,16 @@ R1_FOLLOWER = """-m vime.rollout.serve /shared/models/DeepSeek-R1
 --speculative-config {{"method":"mtp","num_speculative_tokens":4}}"""
 
 
+def test_log_probs_are_those_of_all_tokens():
+    def mode(*flags: str) -> str:
+        plan = plan_of("tiny-qwen3", *flags, nodes=1)
+        words = engine_command(plan, bound(1), plan.engines[0], 0, range(2)).argv
+        return words[words.index("--logprobs-mode") + 1]
+
+    assert mode("--rollout-temperature", "0.7") == "processed_logprobs"
+    assert mode("--rollout-top-p", "0.9") == mode("--rollout-top-k", "5") == "raw_logprobs"
+
+
 def test_the_r1_recipe_on_16_nodes_is_two_engines_of_one_leader_and_seven_headless_followers():
     plan, binding = plan_of("deepseek-r1", nodes=16, cluster="example"), bound(16, port_offset=100)
     assert [engine.nodes for engine in plan.engines] == [tuple(range(8)), tuple(range(8, 16))]

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -117,6 +118,24 @@ async def test_logprobs_agree_with_transformers_within_5_hundredths_of_a_nat(eng
         assert answer.weight_versions == [UNVERSIONED] * len(answer.token_ids)
         difference = [abs(a - b) for a, b in zip(wanted, answer.log_probs, strict=True)]
         assert fmean(difference) < 0.05, difference
+
+
+async def test_logprobs_are_over_all_tokens_whatever_part_is_drawn_from(base, tmp_path):
+    """Each token of top-k 2 has at least half of what remains; its log-prob over all tokens is far lower."""
+    plan, binding = plan_and_binding(base, tmp_path, "--rollout-top-k", "2", port_offset=200)
+    server = EngineServer(plan, binding, 0, 0, KEY)
+    server.start()
+    try:
+        server.wait_ready(READY_SECONDS)
+        async with EngineClient(server.command.url, KEY) as client:
+            settings = replace(plan.recipe.sampling, max_tokens=24)
+            answer = await client.generate(PROMPT, settings, deadline_s=60)
+    finally:
+        server.stop()
+    [wanted] = reference_log_probs(base / "tiny-deepseek-r1-bf16", [(PROMPT, answer.token_ids, 1.0)])
+    difference = [abs(a - b) for a, b in zip(wanted, answer.log_probs, strict=True)]
+    assert fmean(difference) < 0.05, difference
+    assert min(wanted) < -1.5
 
 
 async def test_every_route_wants_the_key(engine):

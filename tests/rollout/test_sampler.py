@@ -411,12 +411,12 @@ async def test_every_evaluation_set_has_a_value_of_its_own(sums, tmp_path):
 
 async def test_stop_words_and_settings_reach_the_engine(sums):
     plan = sums(
-        "--rollout-stop", "###", "--rollout-stop-token-ids", "7", "--rollout-temperature", "0.7", "--rollout-top-k", "5"
+        "--rollout-stop", "###", "--rollout-stop-token-ids", "7", "--rollout-top-p", "0.7", "--rollout-top-k", "5"
     )
     async with StubEngine() as engine, sampler_of(plan, engine) as sampler:
         await sampler.generate(0)
     sent = engine.requests[0]["sampling_params"]
-    assert (sent["stop"], sent["stop_token_ids"], sent["temperature"], sent["top_k"]) == (["###"], [7], 0.7, 5)
+    assert (sent["stop"], sent["stop_token_ids"], sent["top_p"], sent["top_k"]) == (["###"], [7], 0.7, 5)
     assert sent["detokenize"]
 
 

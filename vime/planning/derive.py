@@ -87,6 +87,12 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
             f"--rollout-temperature is {rollout.rollout_temperature:g}: must be above 0, greedy sampling gives nothing "
             "to learn from"
         )
+    if recipe.algorithm.loss_type == "policy_loss" and recipe.sampling.truncated and rollout.rollout_temperature != 1:
+        given = "--rollout-top-p" if rollout.rollout_top_p < 1 else "--rollout-top-k"
+        raise BadInput(
+            f"{given} needs --rollout-temperature 1, here {rollout.rollout_temperature:g}: at any other, engines "
+            "return log-probs over the tokens that remain, and the trainer's are over all"
+        )
     _check_losses(recipe)
     if perf.sequence_parallel and layout.tp == 1:
         raise BadInput("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")
@@ -183,12 +189,6 @@ def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[s
     optimizer, algorithm = recipe.optimizer, recipe.algorithm
     found = _engine_arguments(recipe, config)[1]
     found += ignored_args(recipe.model.model_args)
-    rollout = recipe.rollout
-    if algorithm.loss_type == "policy_loss" and (rollout.rollout_top_p < 1 or rollout.rollout_top_k > 0):
-        found.append(
-            "--rollout-top-p and --rollout-top-k draw from a part of the vocabulary, and the trainer's probabilities "
-            "are those of all of it: they differ from the engine's by 0.1 to 0.3 nat a token"
-        )
     if algorithm.use_kl_loss and algorithm.kl_loss_coef == 0:
         found.append(
             "--use-kl-loss with --kl-loss-coef 0 measures the KL only; it costs a copy of the reference model "

@@ -42,8 +42,8 @@ def _biased(recipe: Recipe) -> Iterator[str]:
     for name, value, whole in (("top-p", rollout.rollout_top_p, 1.0), ("top-k", rollout.rollout_top_k, -1)):
         if value != whole and not (name == "top-k" and value == 0):
             yield (
-                f"--rollout-{name} {value:g} biases training: engines draw from a part of the tokens, the trainer's "
-                f"probabilities are over all; give {whole:g}"
+                f"--rollout-{name} {value:g} biases training: tokens outside of it are never tried, while the policy's "
+                f"gradient is that of all tokens; give {whole:g}"
             )
     ahead = recipe.rollout.partial_rollout or not recipe.resources.colocate
     if rollout.max_staleness > 0 and ahead and not algorithm.corrections:

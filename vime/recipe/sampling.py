@@ -17,3 +17,8 @@ class SamplingSettings:
     """-1 takes all tokens."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def truncated(self) -> bool:
+        """True if top-p or top-k excludes tokens from the draw."""
+        return self.top_p < 1 or self.top_k > 0

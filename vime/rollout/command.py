@@ -117,7 +117,9 @@ def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
     backend = WEIGHT_BACKENDS["gpu" if plan.on_gpu else "cpu"]
     yield from ("--served-model-name", MODEL_NAME)
     yield from ("--weight-transfer-config", _compact({"backend": backend}))
-    yield from ("--logprobs-mode", "processed_logprobs")
+    # Training takes log-probs over all tokens: with top-p or top-k these are the raw ones, at temperature 1 (the plan's
+    # check), else the processed ones, which hold the temperature.
+    yield from ("--logprobs-mode", "raw_logprobs" if plan.recipe.sampling.truncated else "processed_logprobs")
     # Engines with the same seed would draw the same random numbers.
     yield from ("--seed", str(plan.recipe.rollout.rollout_seed + engine.index))
 

@@ -56,7 +56,7 @@ def trusted_difference(plan: Plan, version: int) -> float:
 
 
 def probe_settings(plan: Plan) -> SamplingSettings:
-    """Settings of a rollout without top-p and top-k, which the trainer's log-probs do not model."""
+    """Settings of a rollout without top-p and top-k, so that rare tokens are compared too."""
     options = plan.recipe.rollout
     return SamplingSettings(min(PROBE_TOKENS, options.rollout_max_response_len), options.rollout_temperature)
 
