@@ -107,3 +107,18 @@ class Forgetful(Guess):
 
     def state_dict(self):
         return None
+
+
+def double(number: int) -> int:
+    """Doubles a number.
+
+    Args:
+        number: The number.
+    """
+    if number == 13:
+        raise ValueError("unlucky")
+    return 2 * number
+
+
+def undocumented(number):
+    return number

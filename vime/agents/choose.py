@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
+from vime.agents import sandbox
 from vime.agents.local import LocalAgent
 from vime.agents.processes import ProcessAgent
+from vime.agents.tool_environment import tools_way
 from vime.agents.ways import environment_way, function_way
+from vime.planning.plugins import TOOLS_ENVIRONMENT
 from vime.recipe.schema import Recipe
 from vime.rollout.session import Agent
 
@@ -22,6 +25,9 @@ class AgentHost(Agent, Protocol):
 def agent_of(recipe: Recipe) -> AgentHost | None:
     """The agent of `--custom-generate-function-path` or `--environment`; None for answers of one turn."""
     options = recipe.agent
+    if options.environment == TOOLS_ENVIRONMENT:
+        check = sandbox.check if "python" in options.tools else None
+        return LocalAgent(tools_way(options), check=check)
     kind = "function" if options.custom_generate_function_path else "environment"
     target = options.custom_generate_function_path or options.environment
     if target is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -53,8 +53,12 @@ class LocalAgent:
 
     way: Way
     failures: Failures = field(default_factory=Failures)
+    check: Callable[[], Awaitable[None]] | None = None
+    """Raises BadInput where what the conversations need does not work here."""
 
     async def __aenter__(self) -> Self:
+        if self.check is not None:
+            await self.check()
         return self
 
     async def __aexit__(self, *_: object) -> None:
