@@ -60,9 +60,14 @@ class Training(Scene):
     def ends_so_far(self) -> int:
         return sum(event.kind == "run-end" for event in self.events())
 
-    def resumes(self) -> None:
-        """The requeued job runs again and trains from where it was."""
-        before = self.saved()
+    def waits(self) -> bool:
+        """Whether the job is in the queue again."""
+        state = slurm.job_state(self.job)
+        return state is not None and state.state == "PENDING"
+
+    def resumes(self, before: int | None = None) -> None:
+        """The run starts again and trains from its newest checkpoint, that of rollout `before`."""
+        before = self.saved() if before is None else before
         self.mend()
         begin = time.monotonic()
         wait_until(self._lives, START_S, lambda: slurm.call("squeue"))
