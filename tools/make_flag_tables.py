@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes vime/recipe/tables.py from the installed Megatron-core and vLLM, since login nodes have neither.
+"""Writes vime/recipe/tables.py from the installed Megatron-core, vLLM and transformers, since login nodes have none.
 
     python tools/make_flag_tables.py [--check]
 
@@ -326,6 +326,22 @@ def lists(name: str, entries: dict[str, list[str]], docstring: str) -> str:
     return f'{body}\n"""{docstring}"""\n'
 
 
+def names(name: str, entries: set[str], docstring: str) -> str:
+    words = textwrap.wrap(", ".join(f'"{entry}"' for entry in sorted(entries)) + ",", 115)
+    body = "\n".join([f"{name}: tuple[str, ...] = (", *(f"    {line}" for line in words), ")  # fmt: skip"])
+    return f'{body}\n"""{docstring}"""\n'
+
+
+def tokenizer_classes() -> set[str]:
+    """Classes that transformers finds by the name in `tokenizer_config.json`, without `Fast`, and its generic ones."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    found = {"PreTrainedTokenizer", "PythonBackend", "SentencePieceBackend", "TokenizersBackend"}
+    for entry in TOKENIZER_MAPPING_NAMES.values():
+        found.update(each.removesuffix("Fast") for each in (entry if isinstance(entry, tuple) else (entry,)) if each)
+    return found
+
+
 def build() -> str:
     from vime.recipe.flags import recipe_options
 
@@ -348,12 +364,14 @@ def build() -> str:
         [
             head,
             f'MEGATRON_VERSION = "{importlib.metadata.version("megatron-core")}"',
-            f'VLLM_VERSION = "{_vllm_version()}"\n',
+            f'VLLM_VERSION = "{_vllm_version()}"',
+            f'TRANSFORMERS_VERSION = "{importlib.metadata.version("transformers")}"\n',
             table("MEGATRON_MODEL_FLAGS", model, "Flags that describe the model: compared with the checkpoint."),
             table("MEGATRON_FLAGS", others, "Flags that vime does not use."),
             table("VLLM_ARGS", taken, "Arguments that `--vllm-…` may set, by vLLM's name: how the value is read."),
             table("VLLM_OWNED", VLLM_OWNED, "Arguments that the plan sets, and why a person cannot."),
             lists("VLLM_CHOICES", vllm_choices(), "Values of vLLM's enumerated arguments; `a.b` is the key b of a."),
+            names("TOKENIZER_CLASSES", tokenizer_classes(), "Tokenizer classes of transformers, without `Fast`."),
         ]
     )
 

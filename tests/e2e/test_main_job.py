@@ -146,7 +146,7 @@ def test_the_journal_ends_with_success_and_the_run_took_no_stage_twice(quickstar
     assert events[-1]["kind"] == "run-end"
     assert events[-1]["data"]["cause"] == "SUCCESS"
     started = [event["stage"] for event in events if event["kind"] == "stage-start"]
-    assert started == ["preflight", "cast", "convert", "ray-head", "train", "report"]
+    assert started == ["preflight", "rehearsal", "cast", "convert", "ray-head", "train", "report"]
 
 
 def test_nothing_is_left_running(quickstart):

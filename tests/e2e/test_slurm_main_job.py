@@ -71,8 +71,8 @@ def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: Dev
     # The first start made what the second one found and verified.
     assert started.count("convert") <= 1
     assert [stage for stage in started if stage not in ("cast", "convert")] == [
-        *("preflight", "ray-head", "ray-workers", "train"),
-        *("preflight", "ray-head", "ray-workers", "train", "report"),
+        *("preflight", "rehearsal", "ray-head", "ray-workers", "train"),
+        *("preflight", "rehearsal", "ray-head", "ray-workers", "train", "report"),
     ]
     log = (run / "logs" / "train" / "node00.log").read_text()
     assert f"first rollout {saved + 1}" in log

@@ -62,7 +62,6 @@ def test_the_tensors_decide_how_many_layers_predict_further_tokens(counted: int,
 
 
 def test_a_tokenizer_that_is_code_of_the_checkpoint_is_refused_or_trusted(tmp_path: Path) -> None:
-    check_tokenizer(tmp_path, trust_remote_code=False)
     options = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
     with pytest.raises(BadInput, match=r"needs code that comes with the checkpoint .*--trust-remote-code"):
@@ -70,3 +69,23 @@ def test_a_tokenizer_that_is_code_of_the_checkpoint_is_refused_or_trusted(tmp_pa
     check_tokenizer(tmp_path, trust_remote_code=True)
     (tmp_path / "tokenizer.json").write_text("{}")
     check_tokenizer(tmp_path, trust_remote_code=False)
+
+
+def test_a_tokenizer_of_an_unknown_class_is_refused_or_trusted(tmp_path: Path) -> None:
+    """transformers would put another tokenizer in its place, with other token ids."""
+    (tmp_path / "vocab.json").write_text("{}")
+    for name in ("Qwen2Tokenizer", "LlamaTokenizerFast"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        check_tokenizer(tmp_path, trust_remote_code=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TikTokenTokenizer"}))
+    with pytest.raises(BadInput, match="tokenizer_class is TikTokenTokenizer, which transformers 5"):
+        check_tokenizer(tmp_path, trust_remote_code=False)
+    check_tokenizer(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"auto_map": [], "tokenizer_class": 3}', "\xff"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(BadInput, match=r"has no tokenizer \(none of tokenizer\.json"):
+        check_tokenizer(tmp_path, trust_remote_code=False)
+    check_tokenizer(tmp_path, trust_remote_code=True)

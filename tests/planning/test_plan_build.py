@@ -28,10 +28,10 @@ def stage(plan: Plan, name: str):
 
 
 def test_stages_of_the_tiny_recipe_on_one_and_on_two_nodes(base_dir: Path):
-    names = ["preflight", "cast", "convert", "ray-head", "train", "report"]
+    names = ["preflight", "rehearsal", "cast", "convert", "ray-head", "train", "report"]
     assert [stage.name for stage in build(base_dir).stages] == names
     two = build(base_dir, nodes=2)
-    assert [stage.name for stage in two.stages] == [*names[:4], "ray-workers", *names[4:]]
+    assert [stage.name for stage in two.stages] == [*names[:5], "ray-workers", *names[5:]]
     assert stage(two, "preflight").nodes == (0, 1)
     assert stage(two, "ray-workers").nodes == (1,)
     assert [stage.name for stage in two.stages if stage.service] == ["ray-head", "ray-workers"]
@@ -68,7 +68,7 @@ def test_the_conversion_option_decides_which_stages_there_are(base_dir: Path):
 def test_load_of_an_hf_folder_is_a_start_without_a_conversion(base_dir: Path):
     start = base_dir / "tiny-deepseek-r1"
     plan = build(base_dir, "--load", str(start), "--save", str(base_dir / "saved"))
-    assert [stage.name for stage in plan.stages] == ["preflight", "ray-head", "train", "report"]
+    assert [stage.name for stage in plan.stages] == ["preflight", "rehearsal", "ray-head", "train", "report"]
     options = plan.recipe.checkpoint
     assert (options.start_from, options.conversion) == (str(start), "direct")
     # A run that is started again finds what it saved.
@@ -83,14 +83,15 @@ def test_load_of_an_hf_folder_is_a_start_without_a_conversion(base_dir: Path):
 def test_a_deep_verification_reads_what_was_made_before_it_is_used(base_dir: Path):
     plan = build(base_dir, verify_deep=True)
     names = [stage.name for stage in plan.stages]
-    assert names == ["preflight", "cast", "convert", "verify-cast", "verify-convert", "ray-head", "train", "report"]
+    assert names[:4] == ["preflight", "rehearsal", "cast", "convert"]
+    assert names[4:] == ["verify-cast", "verify-convert", "ray-head", "train", "report"]
     two = [stage.name for stage in build(base_dir, nodes=2, verify_deep=True).stages]
     assert [name for name in two if name.startswith("verify-")] == ["verify-cast", "verify-convert"]
     convert, verify = stage(plan, "convert"), stage(plan, "verify-convert")
     assert verify.command == (*convert.command, "--verify")
     assert (verify.nodes, verify.tasks_per_node, verify.outputs) == (convert.nodes, convert.tasks_per_node, ())
     direct = build(base_dir, "--conversion", "direct", verify_deep=True)
-    assert [stage.name for stage in direct.stages] == ["preflight", "ray-head", "train", "report"]
+    assert [stage.name for stage in direct.stages] == ["preflight", "rehearsal", "ray-head", "train", "report"]
 
 
 def test_the_conversion_of_r1_is_the_seed_documents():

@@ -186,3 +186,13 @@ def test_vllms_own_parser_takes_every_command_line():
             assert args is not None
             assert args.served_model_name == ["policy"]
             assert args.headless == (position > 0)
+
+
+def test_the_engines_run_the_checkpoints_own_code_only_if_it_is_trusted():
+    plan, binding = plan_of("deepseek-r1", nodes=16, cluster="example"), bound(16)
+    assert "--trust-remote-code" not in engine_command(plan, binding, plan.engines[0], 0, range(96)).argv
+    for flags in (["--trust-remote-code"], ["--trust-remote-code", "--vllm-trust-remote-code"]):
+        plan = plan_of("deepseek-r1", *flags, nodes=16, cluster="example")
+        for position in (0, 1):
+            argv = engine_command(plan, binding, plan.engines[0], position, range(96)).argv
+            assert argv.count("--trust-remote-code") == 1

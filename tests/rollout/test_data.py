@@ -130,6 +130,9 @@ def test_the_number_of_a_prompt_is_its_row_across_batches(tmp_path):
 def test_a_folder_without_a_tokenizer_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="is not a folder"):
         load_tokenizer(tmp_path / "none")
+    with pytest.raises(BadInput, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
 

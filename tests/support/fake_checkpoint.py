@@ -27,6 +27,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> Path:
     """An HF folder with two shards and an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
     shards = {"model-00001-of-00002.safetensors": {"a": 16, "b": 8}, "model-00002-of-00002.safetensors": {"c": 32}}
     for name, tensors in shards.items():
         write_shard(folder / name, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,16 @@ def write_qwen3(base: Path) -> None:
     smaller = {name: value * 0.3 if value.dim() == 2 else value for name, value in tensors.items()}
     make.save_tokenizer(tiny_hf.write_folder(base / "tiny-qwen3", config, smaller))
     make.make_data(base, 0)
+
+
+def write_deepseek(base: Path) -> None:
+    """`tiny-deepseek-r1` in block fp8 with its real tokenizer, and two prompts a set."""
+    folder = tiny_hf.write_checkpoint(base / "tiny-deepseek-r1", tiny_hf.with_fp8(tiny_hf.DEEPSEEK), files=2)
+    tool().save_tokenizer(folder)
+    (base / "tiny-math").mkdir()
+    rows = [{"prompt": f"{number}+1=", "label": str(number + 1)} for number in range(2)]
+    for name in ("train", "eval"):
+        (base / "tiny-math" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def start_run(base: Path, name: str, *flags: str, nodes: int = 1, log: Path) -> subprocess.Popen[bytes]:

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import BadInput
+from vime.recipe.tables import TOKENIZER_CLASSES, TRANSFORMERS_VERSION
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"
 """A tensor of every model that vime reads; names without it do not identify a model."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
+_OTHER_KINDS = (
+    "adapter_config.json", "*.safetensors", "*.bin", "*.gguf", "*.pth", ".metadata",
+    "latest_checkpointed_iteration.txt",
+)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
@@ -32,6 +37,14 @@ def other_kind(folder: Path) -> str:
     if (folder / ".metadata").is_file() or (folder / "latest_checkpointed_iteration.txt").is_file():
         return f"{folder} is a torch_dist checkpoint: give it as --ref-load or --load, and an HF folder here"
     return f"{folder} has neither {INDEX} nor {SINGLE}: give the folder of an HF checkpoint"
+
+
+def check_kind(folder: Path) -> None:
+    """Raise BadInput for a folder whose files are weights of another kind. One without weights may still be fetched."""
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return
+    if any(True for pattern in _OTHER_KINDS for _ in folder.glob(pattern)):
+        raise BadInput(other_kind(folder))
 
 
 def tensor_names(folder: Path) -> Collection[str]:
@@ -90,19 +103,26 @@ def fitted(hf: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any
 
 def code_of_its_own(folder: Path) -> Iterator[str]:
     """Reasons why the folder's tokenizer needs the Python code that comes with it."""
+    options = _tokenizer_options(folder)
+    auto_map = options.get("auto_map")
+    if isinstance(auto_map, Mapping) and "AutoTokenizer" in auto_map:
+        yield f"auto_map names {auto_map['AutoTokenizer']}"
+    name = options.get("tokenizer_class")
+    if isinstance(name, str) and name.removesuffix("Fast") not in TOKENIZER_CLASSES:
+        yield f"tokenizer_class is {name[:100]}, which transformers {TRANSFORMERS_VERSION} does not have"
+
+
+def _tokenizer_options(folder: Path) -> Mapping[str, Any]:
+    """`tokenizer_config.json`; empty where there is none that can be read."""
     try:
         options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return
-    if isinstance(options, dict) and "AutoTokenizer" in (options.get("auto_map") or {}):
-        yield f"auto_map names {options['auto_map']['AutoTokenizer']}"
-        present = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-        if not present:
-            yield f"there is none of {', '.join(_TOKENIZER_FILES)}"
+        return {}
+    return options if isinstance(options, Mapping) else {}
 
 
 def check_tokenizer(folder: Path, *, trust_remote_code: bool) -> None:
-    """Raise BadInput for a tokenizer that needs the checkpoint's own code, unless that code is trusted.
+    """Raise BadInput for a folder without a tokenizer, or whose tokenizer needs its own code, unless that is trusted.
 
     Without the code, transformers substitutes another tokenizer with different token ids. A `tokenizer.json` is
     self-contained, so a leftover `auto_map` next to it does no harm.
@@ -113,4 +133,9 @@ def check_tokenizer(folder: Path, *, trust_remote_code: bool) -> None:
         raise BadInput(
             f"the tokenizer of {folder} needs code that comes with the checkpoint ({'; '.join(reasons)}): read that "
             "code, then give --trust-remote-code, or add a tokenizer.json"
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise BadInput(
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): add the tokenizer's files of the "
+            "model, or give --trust-remote-code if its code brings another"
         )

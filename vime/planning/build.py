@@ -12,7 +12,8 @@ from vime.data.check import check_prompt_data
 from vime.errors import BadInput
 from vime.models.arguments import check_model_args
 from vime.models.config import ModelConfig
-from vime.models.folder import check_names, check_quantisation, check_tokenizer, fitted, tensor_names
+from vime.models.folder import check_kind, check_names, check_quantisation, check_tokenizer, fitted, tensor_names
+from vime.models.scales import check_scales
 from vime.models.shards import check_layout
 from vime.planning import derive, gpu_memory, gpu_moments, layout, memory, ports, stages
 from vime.planning.engines import check_engine
@@ -29,6 +30,9 @@ from vime.run.plan import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, Traine
 
 SAVE_BYTES_PER_S = 500 * 10**6
 """Bytes/s that a node saves to a shared file system; sets the lead of the signal before the time limit."""
+
+SCALES = 256
+"""Scales of a checkpoint whose values a plan reads; the rehearsal on a node reads all."""
 
 MIN_NETWORK_GBIT = 1.0
 """Rate in Gbit/s that any network between GPU nodes reaches over TCP; below it, something is broken."""
@@ -208,9 +212,11 @@ def _model(recipe: Recipe, *, required: bool) -> tuple[ModelConfig, list[str]]:
         ModelConfig.from_hf(hf)
         if required:
             check_shards(folder)
+        check_kind(Path(folder))
         names = tensor_names(Path(folder))
         check_names(Path(folder), names)
         check_quantisation(Path(folder), hf, names)
+        check_scales(Path(folder), quantised=bool(hf.get("quantization_config")), most=SCALES)
         check_tokenizer(Path(folder), trust_remote_code=recipe.checkpoint.trust_remote_code)
         hf, notes = fitted(hf, names)
         return ModelConfig.from_hf(hf), notes

@@ -37,6 +37,11 @@ def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
     return notes
 
 
+def plugin_targets(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """(option, `package.module:function`) of every plug-in, each once. Raises BadInput as `check_plugins` does."""
+    return tuple(dict.fromkeys(_targets(recipe)))
+
+
 def _targets(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(option, `module:function`) of every plug-in. Raises BadInput for a name that is neither that nor built in."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
@@ -50,6 +55,7 @@ def _targets(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "--advantage-estimator": [algorithm.advantage_estimator],
         "--policy-loss-type": [algorithm.policy_loss_type or ""],
         "--mismatch-correction": algorithm.mismatch_correction,
+        "--curriculum": [rollout.curriculum or ""],
     }
     for option, values in named.items():
         yield from ((option, value) for value in values if ":" in value)

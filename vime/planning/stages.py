@@ -14,6 +14,8 @@ from vime.run.plan import Artefact, Cluster, Stage
 DISK_BYTES_PER_S = 100 * 10**6
 """Lowest rate at which a node reads or writes; deadlines are for stages that hang, not for slow ones."""
 CAST_BYTES_A_NODE = 20 * 10**9
+REHEARSAL_S = 900.0
+"""Seconds for imports from a cold file system, and for a reward server that is away."""
 START_S = 300.0
 """Seconds for interpreters, libraries and processes to start on a busy machine."""
 
@@ -52,6 +54,7 @@ def make_stages(job: StageInputs) -> tuple[Stage, ...]:
     stages = [_preflight(job)]
     if job.nodes > 1 and job.cluster.min_network_gbit:
         stages.append(_ring(job))
+    stages.append(_rehearsal(job))
     if has_cast(job):
         stages.append(_cast(job))
     if has_conversion(job):
@@ -107,6 +110,17 @@ def _ring(job: StageInputs) -> Stage:
         env=job.recipe.misc.env,
         tells_end=True,
         deadline_s=START_S,
+    )
+
+
+def _rehearsal(job: StageInputs) -> Stage:
+    return Stage(
+        name="rehearsal",
+        nodes=(0,),
+        command=("-m", "vime.node.rehearsal", "--run", job.run_dir),
+        env=job.recipe.misc.env,
+        tells_end=True,
+        deadline_s=REHEARSAL_S + job.recipe.rollout.rm_timeout,
     )
 
 

@@ -2,6 +2,7 @@
 
 MEGATRON_VERSION = "0.16.1"
 VLLM_VERSION = "0.32.0"
+TRANSFORMERS_VERSION = "5.19.0"
 
 MEGATRON_MODEL_FLAGS: dict[str, str] = {
     "add_position_embedding": "bool",
@@ -912,3 +913,26 @@ VLLM_CHOICES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Values of vLLM's enumerated arguments; `a.b` is the key b of a."""
+
+TOKENIZER_CLASSES: tuple[str, ...] = (
+    "AlbertTokenizer", "BartTokenizer", "BarthezTokenizer", "BartphoTokenizer", "BertGenerationTokenizer",
+    "BertJapaneseTokenizer", "BertTokenizer", "BertweetTokenizer", "BigBirdTokenizer", "BioGptTokenizer",
+    "BlenderbotSmallTokenizer", "BlenderbotTokenizer", "ByT5Tokenizer", "CLIPTokenizer", "CTRLTokenizer",
+    "CamembertTokenizer", "CanineTokenizer", "ClvpTokenizer", "CodeLlamaTokenizer", "CohereTokenizer",
+    "CpmAntTokenizer", "CpmTokenizer", "DPRQuestionEncoderTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer",
+    "DiaTokenizer", "EsmTokenizer", "EsmcTokenizer", "FNetTokenizer", "FSMTTokenizer", "FlaubertTokenizer",
+    "FunnelTokenizer", "GPT2Tokenizer", "GPTNeoXJapaneseTokenizer", "GPTNeoXTokenizer", "GPTSw3Tokenizer",
+    "GemmaTokenizer", "HerbertTokenizer", "LEDTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer",
+    "LayoutLMv3Tokenizer", "LayoutXLMTokenizer", "LlamaTokenizer", "LukeTokenizer", "LxmertTokenizer",
+    "M2M100Tokenizer", "MBart50Tokenizer", "MBartTokenizer", "MLukeTokenizer", "MPNetTokenizer", "MarianTokenizer",
+    "MarkupLMTokenizer", "MgpstrTokenizer", "MistralCommonBackend", "MobileBertTokenizer", "MvpTokenizer",
+    "MyT5Tokenizer", "NllbTokenizer", "NougatTokenizer", "OpenAIGPTTokenizer", "PLBartTokenizer", "ParakeetTokenizer",
+    "PegasusTokenizer", "PerceiverTokenizer", "PhobertTokenizer", "PreTrainedTokenizer", "ProphetNetTokenizer",
+    "PythonBackend", "Qwen2Tokenizer", "Qwen3_5Tokenizer", "RagTokenizer", "ReformerTokenizer", "RemBertTokenizer",
+    "RoCBertTokenizer", "RoFormerTokenizer", "RobertaTokenizer", "SeamlessM4TTokenizer", "SentencePieceBackend",
+    "Siglip2Tokenizer", "SiglipTokenizer", "Speech2TextTokenizer", "SpeechT5Tokenizer", "SplinterTokenizer",
+    "T5Tokenizer", "TapasTokenizer", "Tipsv2Tokenizer", "TokenizersBackend", "UdopTokenizer", "VideoPrismTokenizer",
+    "VitsTokenizer", "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "WhisperTokenizer", "XGLMTokenizer",
+    "XLMRobertaTokenizer", "XLMTokenizer", "XLNetTokenizer",
+)  # fmt: skip
+"""Tokenizer classes of transformers, without `Fast`."""

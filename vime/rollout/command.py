@@ -80,6 +80,7 @@ def engine_command(
         *(_server_arguments(leader, engine.port + binding.port_offset) if serves else ()),
         *_weights_and_samples(plan, engine),
         *_device_arguments(plan),
+        *_remote_code(plan),
         *_flags({name: value for name, value in plan.recipe.engine.vllm.items() if name not in _FROM_PLAN}),
     ]
     url = f"http://{_bracketed(leader.address)}:{engine.port + binding.port_offset}"
@@ -133,6 +134,12 @@ def _device_arguments(plan: Plan) -> Iterator[str]:
         yield "--enforce-eager"
     # On CPUs vLLM's fused rotary embedding gives wrong log-probs for multi-head latent attention.
     yield "-cc.custom_ops+=-rotary_embedding"
+
+
+def _remote_code(plan: Plan) -> Iterator[str]:
+    """The recipe's own switch covers the engines; `--vllm-trust-remote-code` covers them alone."""
+    if plan.recipe.checkpoint.trust_remote_code and "trust_remote_code" not in plan.recipe.engine.vllm:
+        yield "--trust-remote-code"
 
 
 def _flags(values: Mapping[str, Any]) -> Iterator[str]:

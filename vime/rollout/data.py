@@ -81,6 +81,17 @@ def load_prompts(path: str | Path, how: Tokenisation, *, columns: Columns | None
     return PromptSet(str(path), tuple(prompts), rows - len(prompts), name)
 
 
+def first_prompt(path: str | Path, how: Tokenisation, columns: Columns) -> Prompt:
+    """The first prompt of a file or folder, tokenised. Raises BadInput if it is bad, far too long, or missing."""
+    for row in read_rows(path):
+        cells = read_cells(row, columns)
+        (ids,) = _token_ids([(row, cells)], how)
+        if ids is None:
+            raise BadInput(f"{row.where}: the prompt has more than {MOST_CHARACTERS} characters: shorten it")
+        return Prompt(0, cells.prompt, ids, cells.label, cells.metadata)
+    raise BadInput(f"prompt set {path} cannot be used: it has no rows")
+
+
 def _batches(rows: Iterable[tuple[Row, Cells]]) -> Iterator[list[tuple[Row, Cells]]]:
     """Rows in lists that bound the memory of their tokenisation."""
     batch: list[tuple[Row, Cells]] = []

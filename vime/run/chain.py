@@ -10,6 +10,8 @@ from vime.run.plan import Memory, NodePlan, Plan, Stage
 
 LOOKS = ("preflight", "ring")
 """Stages that test a job's nodes; `ring` tests the network, if the nodes work together."""
+REHEARSAL = "rehearsal"
+"""Stage that tries what later stages need; part of the first job, before the first byte is converted."""
 _MARGIN_S = 300.0
 """Margin of a job's time limit over its stages' deadlines, so that those expire first and name the stage that hangs."""
 
@@ -22,7 +24,8 @@ class Link:
     """Name of the stage that the job runs: `cast`, `convert`, `train` or `report`."""
     index: int
     stages: tuple[Stage, ...]
-    """Stages of the job: preflight on its nodes, the services that the stage needs, and the stage."""
+    """Stages of the job: preflight on its nodes, the rehearsal in the first job, services that the stage needs, and the
+    stage."""
     after: str | None
     """Name of the link that must succeed before this one."""
     before: str | None
@@ -33,7 +36,7 @@ def links(plan: Plan) -> tuple[Link, ...]:
     """Jobs of a chain in order: one per stage that ends, with the services that precede it."""
     groups: list[list[Stage]] = [[]]
     for stage in plan.stages:
-        if stage.name in LOOKS:
+        if stage.name in (*LOOKS, REHEARSAL):
             continue
         groups[-1].append(stage)
         if not stage.service:
@@ -43,7 +46,7 @@ def links(plan: Plan) -> tuple[Link, ...]:
         Link(
             name=name,
             index=index,
-            stages=(*_preflight(plan, group), *group),
+            stages=(*_preflight(plan, group), *(() if index else _rehearsal(plan)), *group),
             after=names[index - 1] if index else None,
             before=names[index + 1] if index + 1 < len(names) else None,
         )
@@ -100,3 +103,7 @@ def _preflight(plan: Plan, group: list[Stage]) -> tuple[Stage, ...]:
     wanted = LOOKS if any(stage.service for stage in group) else LOOKS[:1]
     found = (stage for stage in plan.stages if stage.name in wanted)
     return tuple(stage.model_copy(update={"nodes": stage.nodes[:count]}) for stage in found)
+
+
+def _rehearsal(plan: Plan) -> tuple[Stage, ...]:
+    return tuple(stage for stage in plan.stages if stage.name == REHEARSAL)

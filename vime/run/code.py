@@ -85,6 +85,7 @@ def plugin_modules(recipe: Recipe) -> list[str]:
     named = (
         recipe.rollout.rm_type,
         recipe.rollout.dynamic_sampling_filter_path,
+        recipe.rollout.curriculum,
         recipe.algorithm.advantage_estimator,
         recipe.algorithm.policy_loss_type,
         *recipe.algorithm.mismatch_correction,

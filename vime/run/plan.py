@@ -107,7 +107,8 @@ class Stage(Frozen):
     """One step of the run, dependent on those before it. A service stays up while later stages run."""
 
     name: str
-    """`preflight`, `cast`, `convert`, `verify-cast`, `verify-convert`, `ray-head`, `ray-workers`, `train`, `report`."""
+    """`preflight`, `ring`, `rehearsal`, `cast`, `convert`, `verify-cast`, `verify-convert`, `ray-head`, `ray-workers`,
+    `train`, `report`."""
     nodes: tuple[int, ...]
     """Logical nodes."""
     tasks_per_node: int = 1
