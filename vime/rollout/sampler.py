@@ -1,4 +1,7 @@
-"""Rollouts: prompts are generated and scored until as many groups as training wants have passed the filter."""
+"""Rollouts: prompts are generated and scored until as many groups as training wants have passed the filter.
+
+One module since rollouts, evaluations and saved state share one mixture, dispatcher and scorer.
+"""
 
 from __future__ import annotations
 

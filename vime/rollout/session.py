@@ -1,4 +1,7 @@
-"""One conversation on one seat: turns that the model samples, and what it is given between them."""
+"""One conversation on one seat: turns that the model samples, and what it is given between them.
+
+One module since a session's turns, tools and branches change the same sample.
+"""
 
 from __future__ import annotations
 
