@@ -19,6 +19,7 @@ from tests.support.slurm_scene import Scene, node_name
 from tests.support.small_base import ROOT, write_qwen3
 from vime.errors import VimeError
 from vime.run.checkpoints import tracked, tracks_iteration
+from vime.run.folder import read_binding
 from vime.run.jobs import read_jobs
 from vime.run.journal import Event, last_start
 from vime.slurm import queue as slurm
@@ -38,9 +39,9 @@ START_S = float(os.environ.get("VIME_TEST_START_S", "600"))
 class Training(Scene):
     """One run of real training."""
 
-    def __init__(self, cluster: DevCluster, base: Path) -> None:
+    def __init__(self, cluster: DevCluster, base: Path, spares: int = 0) -> None:
         super().__init__(cluster, base / "runs" / "faults")
-        self._base = base
+        self._base, self._spares = base, spares
         write_qwen3(base)
 
     # -- what runs --
@@ -69,12 +70,16 @@ class Training(Scene):
         """The run starts again and trains from its newest checkpoint, that of rollout `before`."""
         before = self.saved() if before is None else before
         self.mend()
+        self.trains_from(before + 1)
+
+    def trains_from(self, rollout_id: int) -> None:
+        """The next attempt lives and trains, first on this rollout."""
         begin = time.monotonic()
         wait_until(self._lives, START_S, lambda: slurm.call("squeue"))
         self._trains()
         log = (self.run_dir / "logs" / "train" / "node00.log").read_text(errors="replace")
         first = int(log.rpartition("first rollout ")[2].split()[0])
-        assert first == before + 1, (first, before)
+        assert first == rollout_id, (first, rollout_id)
         print(f"trains again from rollout {first} after {time.monotonic() - begin:.0f} s")
 
     def _lives(self) -> bool:
@@ -89,7 +94,7 @@ class Training(Scene):
             wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), 120)
         env = {**os.environ, "BASE_DIR": str(self._base), "XDG_STATE_HOME": str(self._base / "state")}
         argv = [sys.executable, "-m", "vime.submit", "--recipe", "tiny-qwen3", "--nodes", str(NODES)]
-        argv += ["--time", "7-0", "--run-name", self.run_dir.name, "--", *FLAGS]
+        argv += ["--spares", str(self._spares), "--time", "7-0", "--run-name", self.run_dir.name, "--", *FLAGS]
         done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         self.job = read_jobs(self.run_dir)[-1].job_id
@@ -105,6 +110,11 @@ class Training(Scene):
             return self._lives() and self.saved() >= seen + 2
 
         wait_until(on, START_S, lambda: f"start {starts}, checkpoint {self.saved()}: {self.events()[-1:]}")
+
+    def node_of(self, index: int) -> int:
+        """Number of the cluster's node that is bound to a node of the plan."""
+        host = read_binding(self.run_dir).nodes[index].host
+        return next(node for node in range(self.nodes) if node_name(node) == host)
 
     # -- how it ends --
 
