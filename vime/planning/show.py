@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from vime.planning.saving import AUTO, failure_seconds, planned_interval_seconds
+from vime.planning.traffic import checkpoint_seconds
 from vime.run.plan import EnginePlan, NodePlan, Plan, Stage, TrainerRank
 from vime.system.redact import redact
 
@@ -82,9 +84,20 @@ def _head(plan: Plan) -> str:
             f"{rollout.num_rollout} of {rollout.rollout_batch_size} x {rollout.n_samples_per_prompt} samples, "
             f"{rollout.num_steps_per_rollout} steps of {rollout.global_batch_size}",
         ),
-        ("checkpoints", f"{recipe.checkpoint.save}, every {recipe.checkpoint.save_interval or '-'} rollouts"),
+        ("checkpoints", f"{recipe.checkpoint.save}, {_saves(plan)}"),
     ]
     return "\n".join(["Plan", *(f"  {name:<12}{value}" for name, value in lines)])
+
+
+def _saves(plan: Plan) -> str:
+    interval = plan.recipe.checkpoint.save_interval
+    if interval != AUTO:
+        return f"every {interval or '-'} rollouts"
+    each, between = checkpoint_seconds(plan), failure_seconds(plan)
+    return (
+        f"every {planned_interval_seconds(plan) / 3600:.1f} h at first: sqrt(2 x {each:.0f} s a save x "
+        f"{between / 3600:.0f} h between failures)"
+    )
 
 
 def _cluster(plan: Plan) -> str:

@@ -103,12 +103,19 @@ def checkpoint_bytes(plan: Plan) -> int:
     return memory.checkpoint_bytes(plan.recipe, memory.Weights.of(plan.recipe, plan.model, plan.layout))
 
 
+def checkpoint_seconds(plan: Plan) -> float:
+    """Estimated seconds to write one checkpoint of the run."""
+    return checkpoint_bytes(plan) / (len(plan.nodes) * DISK)
+
+
 def _checkpoint(plan: Plan) -> Flow:
     size, options = checkpoint_bytes(plan), plan.recipe.checkpoint
     when = f"every {options.save_interval} rollouts" if options.save_interval else "at the end"
+    if options.save_interval == "auto":
+        when = "at times"
     kept = f"the newest {options.save_keep} are kept, one more while it is written"
     why = f"weights, master weights and optimizer states; {kept}"
-    return Flow("checkpoint", when, size, size / (len(plan.nodes) * DISK), why)
+    return Flow("checkpoint", when, size, checkpoint_seconds(plan), why)
 
 
 def free_space(plan: Plan) -> tuple[Space, ...]:

@@ -120,8 +120,9 @@ class CheckpointOptions(Options):
     """HF folder (fp8 or bf16) to start from without a conversion; the same as `--load` of such a folder."""
     save: str | None = None
     """Folder for checkpoints. Default: `checkpoints` in the run folder."""
-    save_interval: int | None = Field(default=None, ge=1)
-    """Rollouts between checkpoints. The last rollout is always saved."""
+    save_interval: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Rollouts between checkpoints. `auto`: from the time of a save and the cluster's rate of failures. The last
+    rollout is always saved."""
     save_keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep."""
     save_hf: str | None = None

@@ -251,5 +251,7 @@ def _read_metrics(found: RunState, plan: Plan, damage: Counter[str]) -> None:
     interval = plan.recipe.checkpoint.save_interval
     final = found.num_rollout - 1
     if last < final:
-        after = (last + 1) // interval * interval + interval - 1 if interval else final
-        found.next_checkpoint = min(after, final)
+        if isinstance(interval, int):
+            found.next_checkpoint = min((last + 1) // interval * interval + interval - 1, final)
+        elif interval is None:
+            found.next_checkpoint = final

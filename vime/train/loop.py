@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from vime.observe.samples import write_samples
@@ -12,7 +13,8 @@ from vime.rollout.sampler import Sampler
 from vime.run.control import answer_checkpoint, checkpoint_requested
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
-from vime.train.phases import Phases, saves_after
+from vime.train.phases import Phases
+from vime.train.saves import SaveSchedule
 from vime.train.supervisor import EngineSupervisor
 
 SAVE_POLL_SECONDS = 10.0
@@ -26,6 +28,7 @@ class Loop:
         self.plan, self.recipe, self.deadlines = phases.plan, phases.plan.recipe, phases.deadlines
         checkpoint = self.recipe.checkpoint
         self._kept = KeptRollouts(self.plan.run_dir, checkpoint.save if checkpoint.save_interval else None)
+        self._saves = SaveSchedule(self.plan)
         self._before_generation: dict[str, Any] = {}
         """The sampler's state when the newest rollout began, for a checkpoint of the rollout before it."""
 
@@ -98,14 +101,16 @@ class Loop:
         return False
 
     def _must_save(self, rollout_id: int) -> bool:
-        return saves_after(self.recipe, rollout_id) or checkpoint_requested(self.plan.run_dir)
+        return self._saves.due(rollout_id) or checkpoint_requested(self.plan.run_dir)
 
     async def _save(self, rollout_id: int, ahead: asyncio.Task[Rollout] | None) -> str:
         state = self.sampler.state_dict() if ahead is None else self._before_generation
+        started = time.monotonic()
         async with self.supervisor.turn:
             with self.phases.timeline.phase("save", rollout_id):
                 extra = {"sampler": state}
                 paths = await self.trainer(self.deadlines.save, WorkerMethods.save, rollout_id, extra)
+        self._saves.saved(time.monotonic() - started)
         print(f"rollout {rollout_id}: checkpoint {paths[0]}", flush=True)
         return paths[0]
 

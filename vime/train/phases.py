@@ -92,7 +92,7 @@ def saves_after(recipe: Recipe, rollout_id: int) -> bool:
     """True every `--save-interval` rollouts, and after the last one."""
     last = rollout_id == recipe.rollout.num_rollout - 1
     interval = recipe.checkpoint.save_interval
-    return last or (interval is not None and (rollout_id + 1) % interval == 0)
+    return last or (isinstance(interval, int) and (rollout_id + 1) % interval == 0)
 
 
 def evaluates_before(recipe: Recipe, rollout_id: int) -> bool:
