@@ -122,3 +122,19 @@ def double(number: int) -> int:
 
 def undocumented(number):
     return number
+
+
+async def by_client(session, sample):
+    from openai import AsyncOpenAI
+
+    from vime.agents.endpoint import endpoint
+
+    messages = [{"role": "user", "content": sample.prompt}]
+    async with endpoint(session) as model, AsyncOpenAI(base_url=f"{model.url}/v1", api_key=model.key) as client:
+        for question in ("sure?", None):
+            answer = await client.chat.completions.create(model="policy", messages=messages)
+            if question:
+                messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+                messages.append({"role": "user", "content": question})
+        await client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "aside"}])
+    sample.reward = 0.25
