@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -159,6 +160,10 @@ class Group:
 
     index: int
     samples: list[Sample]
+
+    def conversations(self) -> list[list[Sample]]:
+        """The samples of each conversation, its branches behind its main line."""
+        return [list(branches) for _, branches in itertools.groupby(self.samples, key=lambda sample: sample.index)]
 
     def with_branches(self) -> Group:
         """The group as training gets it: every branch of a conversation is a sample, with the conversation's reward."""

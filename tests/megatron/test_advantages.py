@@ -32,6 +32,18 @@ def test_untrained_tokens_do_not_count_when_a_rollout_is_whitened() -> None:
     assert column[:2].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], rel=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_the_branches_of_a_conversation_are_normalised_as_one(estimator: str) -> None:
+    """A conversation of three branches weighs as one with all of their tokens."""
+    options = AlgorithmOptions(advantage_estimator=estimator)
+    whole, data = rollout_of([[1.0, 0.0, 0.25]], [6, 4, 2])
+    expected = advantage_column(whole, data, {}, options)
+    parts, split = rollout_of([[1.0, 1.0, 1.0, 0.0, 0.25]], [1, 2, 3, 4, 2])
+    for place, (index, branch) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]):
+        parts.samples[place].index, parts.samples[place].branch = index, branch
+    assert advantage_column(parts, split, {}, options).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "low_var_kl"])
 def test_the_kl_of_a_samples_trained_tokens_lessens_its_reward(kind: str) -> None:
     rollout, data = rollout_of([[1.0, 0.0]], [3])

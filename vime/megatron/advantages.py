@@ -45,7 +45,7 @@ def advantage_column(
     chosen = estimator(algorithm.advantage_estimator)
     function = function_of(chosen.function, "--advantage-estimator")
     found = function(_scored(rollout, data, columns, algorithm, longest), algorithm)
-    lengths = [len(sample.response_ids) for sample in rollout.samples]
+    lengths = [sum(len(branch.response_ids) for branch in branches) for branches in _conversations(rollout)]
     if [tuple(values.shape) for values in found] != [(length,) for length in lengths]:
         shapes = [tuple(values.shape) for values in found][:3]
         raise DataError(
@@ -62,21 +62,31 @@ def _scored(
     algorithm: AlgorithmOptions,
     longest: int,
 ) -> ScoredSamples:
-    def shaped(sample: Sample) -> float:
-        reward, buffer = _reward(sample), algorithm.overlong_buffer_len
+    def shaped(branches: list[Sample]) -> float:
+        reward, buffer = _reward(branches[0]), algorithm.overlong_buffer_len
         if buffer is None:
             return reward
-        return reward - algorithm.overlong_penalty_factor * overlong_penalty(len(sample.response_ids), longest, buffer)
+        length = max(len(branch.response_ids) for branch in branches)
+        return reward - algorithm.overlong_penalty_factor * overlong_penalty(length, longest, buffer)
 
     rewards = tuple(
-        torch.tensor([shaped(sample) for sample in group.samples], dtype=torch.float64) for group in rollout.groups
+        torch.tensor([shaped(branches) for branches in group.conversations()], dtype=torch.float64)
+        for group in rollout.groups
     )
-    masks = tuple(loss_mask(sample) for sample in rollout.samples)
+    conversations = _conversations(rollout)
+    masks = tuple(torch.cat([loss_mask(branch) for branch in branches]) for branches in conversations)
     if not algorithm.kl_coef:
         return ScoredSamples(rewards, masks)
     estimate = losses.kl_divergence(columns["old"].double(), columns["reference"].double(), algorithm.kl_reward_type)
-    kl = [torch.where(mask > 0, mine, 0.0) for mine, mask in zip(data.split(estimate), masks, strict=True)]
+    parts = iter(data.split(estimate))
+    joined = [torch.cat([next(parts) for _ in branches]) for branches in conversations]
+    kl = [torch.where(mask > 0, mine, 0.0) for mine, mask in zip(joined, masks, strict=True)]
     return ScoredSamples(rewards, masks, tuple(kl))
+
+
+def _conversations(rollout: Rollout) -> list[list[Sample]]:
+    """The branches of every conversation, in the order of the samples."""
+    return [branches for group in rollout.groups for branches in group.conversations()]
 
 
 def _reward(sample: Sample) -> float:

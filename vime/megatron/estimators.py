@@ -23,7 +23,7 @@ _VARIANCE_EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """All samples of a rollout, group by group."""
+    """All conversations of a rollout, group by group. The branches of one are one sample, behind one another."""
 
     rewards: tuple[Tensor, ...]
     """fp64 [samples of the group], for each group."""
