@@ -67,3 +67,39 @@ def test_a_browser_finds_what_a_sample_holds(words, found, tmp_path):
     dom = open_page((run / "report.html").as_uri() + f"#search={words}", tmp_path, "--dump-dom")
     assert f'data-found="{found + (words == "document.title")}"' in dom
     assert "<title>owned" not in dom
+
+
+TURNS = [
+    {"role": "model", "text": "<script>call()</script>", "tokens": 3},
+    {"role": "tool", "text": "</pre><b>42</b>", "tokens": 5},
+    {"role": "model", "text": "42", "tokens": 2},
+]
+
+
+def test_a_conversation_is_searched_turn_by_turn():
+    page = browser({3: [sample(1.0, turns=TURNS)]})
+    (texts,) = re.findall(r'<script type="text/plain" id="[\w-]+">([^<>]*)</script>', page)
+    whole = json.loads(gzip.decompress(base64.b64decode(texts)))
+    assert whole[0][2] == [["model", "<script>call()</script>"], ["tool", "</pre><b>42</b>"], ["model", "42"]]
+    assert "<b>42" not in page
+
+
+@pytest.mark.e2e
+def test_a_browser_shows_a_conversation_turn_by_turn_and_as_text(tmp_path):
+    run = synthetic_run(tmp_path, 3)
+    turns = [
+        {"role": "model", "text": "<script>document.title='owned'</script>call", "start": 0, "end": 3},
+        {"role": "tool", "text": "</pre><b id=out>42</b>", "start": 3, "end": 8},
+        {"role": "model", "text": "42", "start": 8, "end": 10},
+    ]
+    path = run / "rollouts" / "000002.jsonl"
+    path.write_text(json.dumps(sample(1.0, response="42", turns=turns)) + "\n")
+    write_report(run)
+    text = (run / "report.html").read_text()
+    assert '<li class="said"><span class="tag">model, 3 tokens</span>' in text
+    assert '<li class="told"><span class="tag">tool, 5 tokens</span>' in text
+    assert "&lt;/pre&gt;&lt;b id=out&gt;42" in text
+    dom = open_page((run / "report.html").as_uri() + "#search=call", tmp_path, "--dump-dom")
+    assert "<title>owned" not in dom
+    assert "<b id" not in dom
+    assert 'data-found="1"' in dom

@@ -60,7 +60,7 @@ def browser(samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
                     "start": visible(row.get("response"))[:_START],
                 }
             )
-        whole = json.dumps([[redact(visible(row.get(name))) for name in ("prompt", "response")] for row in scored])
+        whole = json.dumps([_texts(row) for row in scored])
         packed = base64.b64encode(gzip.compress(whole.encode(), 5, mtime=0)).decode()
         texts.append(f'<script type="text/plain" id="texts-{rollout_id}">{packed}</script>')
     if not index:
@@ -83,10 +83,18 @@ def browser(samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
         f'{"".join(heads)}<th scope="col">status</th><th scope="col">response</th>'
         '</tr></thead><tbody></tbody></table></div><article class="view sample" hidden><h4>Sample</h4>'
         '<p class="label">Label: <code></code></p>'
-        '<div class="dim">Response</div><pre tabindex="0" aria-label="Response"></pre>'
+        '<div class="dim">Response</div><ol class="turns"></ol><pre tabindex="0" aria-label="Response"></pre>'
         '<div class="dim">Prompt</div><pre tabindex="0" aria-label="Prompt"></pre></article></div>'
         f"{_data('samples-index', index)}{''.join(texts)}<script>{SCRIPT}</script>"
     )
+
+
+def _texts(row: Mapping[str, Any]) -> list[Any]:
+    """Prompt and response; of a conversation also (role, text) of every turn."""
+    texts: list[Any] = [redact(visible(row.get(name))) for name in ("prompt", "response")]
+    if turns := row.get("turns"):
+        texts.append([[visible(turn["role"]), redact(visible(turn["text"]))] for turn in turns])
+    return texts
 
 
 def _data(name: str, value: Any) -> str:

@@ -13,13 +13,14 @@ from vime.observe import lengths, phases, spent, verdict
 from vime.observe.browse import browser
 from vime.observe.charts import Series, line_chart
 from vime.observe.document import document, time_text
-from vime.observe.markup import cards, details, escape, facts, pre, shortened, table
+from vime.observe.markup import SHOWN_CHARACTERS, cards, details, escape, facts, pre, shortened, table
 from vime.observe.outcome import Outcome, outcome
 from vime.observe.summary import RunSummary
 from vime.planning.show import size
 from vime.planning.svg import placement_svg
 from vime.run.metrics import series
 from vime.run.resume import resume_command
+from vime.samples import MODEL
 from vime.system.json_lines import damage_note
 
 SHOWN_SAMPLES = 8
@@ -248,10 +249,26 @@ def _sample(name: str, sample: dict[str, Any]) -> str:
     return (
         f'<article class="sample {escape(name)}"><h4>{escape(name.capitalize())}: reward {sample["reward"]:.3g}'
         f'<span class="tag">{escape(more)}</span></h4><p class="label">Label: <code>{escape(label)}</code></p>'
-        f'<div class="dim">Response</div>{pre(shortened(sample.get("response")), f"{name} response")}'
+        f"{_response(name, sample)}"
         f'<div class="dim">Prompt</div>{pre(shortened(sample.get("prompt"), 2000), f"prompt of the {name} response")}'
         "</article>"
     )
+
+
+def _response(name: str, sample: dict[str, Any]) -> str:
+    """The answer; of a conversation, turn by turn, what the model said and what it was told."""
+    turns = sample.get("turns") or []
+    if not turns:
+        return f'<div class="dim">Response</div>{pre(shortened(sample.get("response")), f"{name} response")}'
+    most = max(400, SHOWN_CHARACTERS // len(turns))
+    shown = "".join(_turn(turn, most, f"turn {number} of the {name}") for number, turn in enumerate(turns, 1))
+    return f'<div class="dim">Conversation</div><ol class="turns">{shown}</ol>'
+
+
+def _turn(turn: dict[str, Any], most: int, label: str) -> str:
+    who = "said" if turn["role"] == MODEL else "told"
+    tag = f'<span class="tag">{escape(turn["role"])}, {escape(turn["tokens"])} tokens</span>'
+    return f'<li class="{who}">{tag}{pre(shortened(turn["text"], most), label)}</li>'
 
 
 def _checkpoints(run: RunSummary) -> str:

@@ -19,14 +19,28 @@
     return texts.get(rollout);
   };
 
+  const told = ([role, text]) => {
+    const item = document.createElement("li"), tag = document.createElement("span"), block = document.createElement("pre");
+    item.className = role === "model" ? "said" : "told";
+    tag.className = "tag";
+    tag.textContent = role;
+    block.textContent = text;
+    block.tabIndex = 0;
+    block.setAttribute("aria-label", `Turn of ${role}`);
+    item.append(tag, block);
+    return item;
+  };
+
   const show = async (row) => {
-    const [prompt, response] = (await unpack(row.rollout))[row.place];
+    const [prompt, response, turns = []] = (await unpack(row.rollout))[row.place];
     view.hidden = false;
     view.querySelector("h4").textContent =
       `Rollout ${row.rollout}, sample ${row.index}: reward ${row.reward}, ${row.tokens} tokens, ${row.status}`;
     view.querySelector("code").textContent = row.label;
-    const [answer, question] = view.querySelectorAll("pre");
+    const [answer, question] = view.querySelectorAll(":scope > pre");
     answer.textContent = response;
+    answer.hidden = turns.length > 0;
+    view.querySelector(".turns").replaceChildren(...turns.map(told));
     question.textContent = prompt;
     view.scrollIntoView({ block: "nearest" });
   };
@@ -62,7 +76,7 @@
       if (wanted) {
         const whole = (await unpack(row.rollout))[row.place];
         if (mine !== turn) return;
-        if (!whole.some((text) => text.toLowerCase().includes(wanted))) continue;
+        if (!whole.flat(2).some((text) => text.toLowerCase().includes(wanted))) continue;
       }
       found.push(row);
     }

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,12 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
     """What a person reads of a row. Raises KeyError, TypeError or ValueError for one that is no sample."""
     reward = None if row["reward"] is None else float(row["reward"])
     shown = {name: row.get(name) for name in _READ}
-    return {**shown, "prompt": prompt_text(row["prompt"]), "reward": reward}
+    turns = [_readable_turn(turn) for turn in row.get("turns") or ()]
+    return {**shown, "prompt": prompt_text(row["prompt"]), "reward": reward, "turns": turns}
+
+
+def _readable_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": str(turn["role"]), "text": str(turn["text"]), "tokens": int(turn["end"]) - int(turn["start"])}
 
 
 def _ends(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -118,6 +124,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _shown(sample: Sample) -> dict[str, Any]:
+    most = WRITTEN_CHARACTERS // max(1, len(sample.turns))
+    turns = sample.turns if len(sample.turns) > 1 else []
     return {
         "index": sample.index,
         "group": sample.group_index,
@@ -127,6 +135,9 @@ def _shown(sample: Sample) -> dict[str, Any]:
         "reward": sample.reward,
         "tokens": len(sample.response_ids),
         "status": str(sample.status),
+        "turns": [{**asdict(turn), "text": shortened(turn.text, most)} for turn in turns],
+        "tools": [asdict(use) for use in sample.tools],
+        "branch": sample.branch,
     }
 
 
