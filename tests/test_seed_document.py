@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 CAST = """
 cd vime/
 python tools/fp8_cast_bf16.py --input-fp8-hf-path $BASE_DIR/DeepSeek-R1 --output-bf16-hf-path $BASE_DIR/DeepSeek-R1-bf16/
-"""
+"""  # noqa: E501
 CONVERT = r"""
 cd vime/
 source scripts/models/deepseek-v3.sh
@@ -188,9 +188,8 @@ def test_the_conversion_command_on_a_node(shell, tmp_path: Path) -> None:
     path, *words = (tmp_path / "record").read_text().rstrip("\0").split("\0")
     assert path == "PYTHONPATH=/root/Megatron-LM/"
     tool = words.index("tools/convert_hf_to_torch_dist.py")
-    assert words[:tool] == [
-        "--nproc-per-node", "8", "--master-addr", "10.0.0.1", "--master-port", "12345", "--nnodes=4", "--node-rank", "2",
-    ]  # fmt: skip
+    meeting = "--nproc-per-node 8 --master-addr 10.0.0.1 --master-port 12345 --nnodes=4 --node-rank 2"
+    assert words[:tool] == meeting.split()
     checkpoint, save, layout = read_arguments(words[tool + 1 :], world_size=32)
     assert (layout.world_size, layout.pp, layout.ep, layout.tp) == (32, 8, 4, 1)
     assert [len(layers) for layers in layout.stage_layers(checkpoint.config.num_layers)] == [7, *[8] * 6, 6]
