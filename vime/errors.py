@@ -23,11 +23,13 @@ class Cause(enum.IntEnum):
     STORAGE = 19
     CRASH = 20
     """A process of the run crashed or was killed, or a connection between ranks broke, on nodes without a fault."""
+    SPIKE = 21
+    """Training left its course in one rollout, which is undone."""
 
     @property
     def requeue_mends(self) -> bool:
         """Whether starting the same job again can help."""
-        return self in (Cause.NODE_FAILURE, Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.CRASH)
+        return self in (Cause.NODE_FAILURE, Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.CRASH, Cause.SPIKE)
 
     @property
     def may_recur(self) -> bool:

@@ -181,6 +181,8 @@ class Rollout:
     groups: list[Group]
     metrics: dict[str, float] = field(default_factory=dict)
     """Named as they are logged, `rollout/…` and `perf/…`."""
+    rows: list[tuple[str, int]] = field(default_factory=list)
+    """Prompts of the groups: name of the prompt set, and row in it from 0."""
 
     @property
     def samples(self) -> list[Sample]:

@@ -114,6 +114,21 @@ def test_gradients_that_are_not_finite_skip_the_step_are_named_and_end_the_run(
     assert said[0].startswith("warning: optimizer step 2 skipped: gradient norm is")
 
 
+def test_a_gradient_norm_that_spikes_skips_the_step_until_the_limit(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guarded = {**QUIET, "spike_guard": "skip", "spike_limit": 2}
+    with worker_of(checkpoint, tmp_path, algorithm=UNBOUNDED, optimizer=guarded) as worker:
+        for _ in range(4):
+            assert worker.train(ordinary())["train/skipped_steps"] == 0
+        before = scores_of(worker, ordinary())
+        assert worker.train(with_rewards_times(1e4, 1))["train/skipped_steps"] == 2
+        assert scores_of(worker, ordinary()) == before
+        # Two in a row were skipped: the next step is taken.
+        assert worker.train(with_rewards_times(1e4, 1))["train/skipped_steps"] == 1
+    assert "spreads from the median" in capsys.readouterr().out
+
+
 def test_a_step_between_starts_the_count_of_skipped_steps_anew(checkpoint: str, tmp_path: Path) -> None:
     poisoned = with_rewards_times(1e40, 1)
     with worker_of(checkpoint, tmp_path, algorithm=UNBOUNDED) as worker:

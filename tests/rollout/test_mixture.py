@@ -115,3 +115,14 @@ def test_a_cursor_of_other_sets_is_refused_and_other_weights_hold_from_here_on()
     other = mixture({"a": 5, "b": 5}, {"a": 3.0, "b": 1.0})
     other.load_state_dict(mixed.state_dict())
     assert [name for name, _ in taken(other, 8)].count("a") == 6
+
+
+@given(SIZES, st.integers(1, 40))
+def test_rows_that_are_left_out_never_come(sizes, count):
+    out = {(name, 0) for name, rows in sizes.items() if rows > 1}
+    assert not out & set(taken(mixture(sizes, left_out=out), count))
+
+
+def test_a_set_of_which_all_is_left_out_ends_in_an_error():
+    with pytest.raises(DataError, match="leaves out every prompt of the set a"):
+        mixture({"a": 2}, left_out={("a", 0), ("a", 1)}).take(1)

@@ -8,11 +8,13 @@ import pytest
 
 from tests.support.plans import plan_of
 from vime.run.folder import write_plan
+from vime.run.left_out import left_out
 from vime.run.metrics import read_metrics
 from vime.samples import Group, Rollout, Sample, Status
 from vime.sync.ranks import address
 from vime.train.loop import Loop
 from vime.train.phases import Phases
+from vime.train.spike_guard import Spike
 
 APART = ("--no-colocate", "--rollout-num-gpus", "1")
 
@@ -65,7 +67,7 @@ class World:
         await asyncio.sleep(0.01)
         self.journal.append(f"generated {rollout_id}")
         sample = Sample(0, 0, "?", [1], response_ids=[2], reward=1.0, status=Status.COMPLETED)
-        return Rollout(rollout_id, [Group(0, [sample])])
+        return Rollout(rollout_id, [Group(0, [sample])], rows=[("math", rollout_id)])
 
     def state_dict(self):
         return {"prompts": self.prompts}
@@ -213,3 +215,24 @@ async def test_a_rollout_that_was_finished_but_not_saved_is_not_generated_again(
     assert again == ["1", "2"]
     assert [step for step in second.journal if step.startswith("train ")] == ["train 0", "train 1", "train 2"]
     assert second.saved == [(2, 3)]
+
+
+async def test_a_rollout_that_spikes_is_not_saved_and_not_trained_on_again(world, tmp_path):
+    flags = ("--num-rollout", "12", "--spike-guard", "rollback")
+    first = world(*flags)
+    good = first.call
+
+    async def call(deadline_s, function, *args):
+        found = await good(deadline_s, function, *args)
+        if address(function)[1] != "train":
+            return found
+        return [{"train/grad_norm": 500.0 if args[0].rollout_id == 10 else 1.0}]
+
+    first.loop.trainer = call
+    with pytest.raises(Spike, match="rollout 10 spiked"):
+        await first.loop.run(0)
+    assert first.saved[-1][0] == 9
+    assert left_out(tmp_path) == {("math", 10)}
+    second = world(*flags)
+    await second.loop.run(10)
+    assert next(step for step in second.journal if step.startswith("generate ")) == "generate 10 with 0"

@@ -21,7 +21,7 @@ REQUEUE_PATIENCE_S = 60.0
 """Longest wait of a requeue for Slurm's controller."""
 HURRIED_PATIENCE_S = 3.0
 """The same, in seconds, when Slurm is about to kill the job."""
-RECOVERABLE = (Cause.NODE_FAILURE, Cause.CRASH)
+RECOVERABLE = (Cause.NODE_FAILURE, Cause.CRASH, Cause.SPIKE)
 """Causes that the nodes left in the allocation can mend."""
 MOST_FRUITLESS = 2
 """Attempts of one start that may be killed from outside without a new checkpoint."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from vime.errors import BadInput, VimeError
 from vime.megatron import backend
+from vime.observe.spikes import GRAD_NORM, Window
 from vime.recipe.schema import OptimizerOptions, Recipe
 
 MAX_SKIPPED_STEPS = 3
@@ -56,7 +57,7 @@ class StepResult:
     """Result of one optimizer step."""
 
     grad_norm: float
-    """Global norm before clipping; not finite if the step was skipped."""
+    """Global norm before clipping; not finite or a spike if the step was skipped."""
     learning_rate: float
     skipped: bool
 
@@ -101,6 +102,7 @@ class Optimizer:
         self._global_name = global_name
         self.steps = 0
         self._skipped = 0
+        self._norms, self._spikes_in_a_row = Window(GRAD_NORM), 0
 
     def _draft_overrides(self) -> dict[Any, dict[str, float]]:
         """Learning rate of the draft layers; also excludes their gradients from the norm that clips the policy's."""
@@ -134,10 +136,28 @@ class Optimizer:
         if not math.isfinite(norm):
             self._refuse(norm)
             return StepResult(norm, rate, True)
+        if self._spikes(norm):
+            return StepResult(norm, rate, True)
         _, norm_again, _ = self.megatron.step()
         self._skipped = 0
         self.steps += 1
         return StepResult(float(norm if norm_again is None else norm_again), rate, False)
+
+    def _spikes(self, norm: float) -> bool:
+        """Whether this step is skipped because its norm spikes; `--spike-limit` in a row at most."""
+        if self._options.spike_guard != "skip":
+            return False
+        if (
+            self._norms.spreads(norm) <= self._options.spike_factor
+            or self._spikes_in_a_row >= self._options.spike_limit
+        ):
+            self._norms.values.append(norm)
+            self._spikes_in_a_row = 0
+            return False
+        self._spikes_in_a_row += 1
+        if dist.get_rank() == 0:
+            print(f"warning: optimizer step {self.steps} skipped: {self._norms.text(norm)}", flush=True)
+        return True
 
     def _norm(self) -> float:
         self.megatron.prepare_grads()

@@ -20,6 +20,7 @@ ADVICE = {
     Cause.PREFLIGHT: "A node failed preflight: the line names it, the finding and the need (--spares).",
     Cause.DEADLINE: "Something did not answer in time; the line says what was missing.",
     Cause.STORAGE: "A disk or the shared file system is full, read-only or gone: make room, then resume.",
+    Cause.SPIKE: "It resumes without that rollout's prompts; left-out.json names them.",
     Cause.CRASH: "It resumes by itself while it saves checkpoints; look at the named rank's log if this happens often.",
     Cause.DATA_ERROR: "Data or rewards cannot provide what training needs; the line says why.",
 }

@@ -452,6 +452,13 @@ class OptimizerOptions(Options):
     """Term added to the denominator of Adam's step."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 never clips."""
+    spike_guard: Literal["none", "skip", "rollback"] = "none"
+    """`skip` drops optimizer steps whose gradient norm spikes. `rollback` undoes a rollout whose loss, gradient norm,
+    log-prob difference or reward spikes: the run resumes from its newest checkpoint without those prompts."""
+    spike_factor: float = Field(default=10.0, gt=1)
+    """Spreads from the median of the last rollouts above which a value is a spike (docs/training.md)."""
+    spike_limit: int = Field(default=3, ge=1)
+    """Steps in a row that are skipped, and set-backs of a run, at most."""
     optimizer_cpu_offload: bool = False
     """Keep optimizer states in host memory and step there."""
     overlap_cpu_optimizer_d2h_h2d: bool = False

@@ -92,6 +92,10 @@ class KeptRollouts:
             path.unlink()
         return _unpacked(rollout_id, rest, columns)
 
+    def drop(self, rollout_id: int) -> None:
+        """Drop a rollout that must not be trained on again."""
+        self._path(rollout_id).unlink(missing_ok=True)
+
     def _saved(self) -> int:
         """Newest rollout that a checkpoint holds; -1 without one."""
         assert self._checkpoints is not None
@@ -123,7 +127,7 @@ def _packed(rollout: Rollout, sampler: Mapping[str, Any], mark: str) -> dict[str
         for name, column in columns.items():
             column.append(np.asarray(row.pop(name), dtype=_PER_TOKEN[name]))
         rows.append({**row, "size": len(sample.response_ids)})
-    rest = {"mark": mark, "metrics": rollout.metrics, "sampler": sampler, "samples": rows}
+    rest = {"mark": mark, "metrics": rollout.metrics, "rows": rollout.rows, "sampler": sampler, "samples": rows}
     arrays = {name: np.concatenate(column) if column else np.empty(0) for name, column in columns.items()}
     return {**arrays, _REST: np.frombuffer(json.dumps(rest).encode(), dtype="uint8")}
 
@@ -136,4 +140,5 @@ def _unpacked(rollout_id: int, rest: Mapping[str, Any], columns: Mapping[str, np
         sample = Sample.from_values(row | {name: column[start:end].tolist() for name, column in columns.items()})
         groups.setdefault(sample.group_index, Group(sample.group_index, [])).samples.append(sample)
         start = end
-    return Kept(Rollout(rollout_id, list(groups.values()), rest["metrics"]), rest["sampler"])
+    rows = [(name, number) for name, number in rest["rows"]]
+    return Kept(Rollout(rollout_id, list(groups.values()), rest["metrics"], rows), rest["sampler"])

@@ -6,7 +6,7 @@ All choices follow from the seed and from what the state holds, so that a resume
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ class PromptMixture:
     """Endless prompts of several sets.
 
     The next prompt comes from the set that is furthest behind its share, so after n prompts every set has given its
-    share of n, to within one. `skip_settled` is the number of turns that a prompt misses after a visit whose rewards
-    were all equal.
+    share of n, to within one. Rows of `left_out` are never taken. `skip_settled` is the number of turns that a prompt
+    misses after a visit whose rewards were all equal.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class PromptMixture:
         *,
         skip_settled: int = 0,
         remembers: bool = False,
+        left_out: Collection[tuple[str, int]] = (),
     ) -> None:
         self._streams = dict(streams)
         total = sum(weights[name] for name in streams)
@@ -57,6 +58,7 @@ class PromptMixture:
         self._skip_settled, self._remembers = skip_settled, remembers or skip_settled > 0
         self._history: dict[tuple[str, int], PromptHistory] = {}
         self._chances: dict[tuple[str, int], float] = {}
+        self._never = frozenset(left_out)
         self._skipped = self._left_out = 0
 
     def __len__(self) -> int:
@@ -86,10 +88,14 @@ class PromptMixture:
             if self._is_taken(name, prompt, stream):
                 return name, prompt
             if stream.epoch - first > MOST_EPOCHS + self._skip_settled:
-                raise DataError(f"--curriculum leaves out every prompt of the set {name}: give some a chance above 0")
+                raise DataError(
+                    f"--curriculum or left-out.json leaves out every prompt of the set {name}: give some a chance"
+                )
 
     def _is_taken(self, name: str, prompt: Prompt, stream: PromptStream) -> bool:
         key = (name, prompt.number)
+        if key in self._never:
+            return False
         history = self._history.get(key)
         if history and history.skips:
             history.skips -= 1

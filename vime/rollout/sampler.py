@@ -32,6 +32,7 @@ from vime.rollout.generation import Generator
 from vime.rollout.measures import by_set_metrics, finished_metrics, training_metrics
 from vime.rollout.mixture import PromptMixture
 from vime.rollout.session import Agent, Budget, Settings, SingleTurn
+from vime.run.left_out import left_out
 from vime.run.plan import Plan
 from vime.samples import UNVERSIONED, Group, Prompt, Rollout, Status, new_group
 
@@ -125,6 +126,7 @@ class Sampler:
             {source.name: source.weight for source in sources},
             skip_settled=options.skip_settled,
             remembers=options.curriculum is not None,
+            left_out=left_out(plan.run_dir),
         )
         self._eval_sets = [
             load_prompts(source.path, replace(training, max_tokens=longest), columns=columns, name=source.name)
@@ -190,6 +192,7 @@ class Sampler:
         try:
             async with self._dispatcher.time_limit(options.rollout_timeout):
                 await self._fill(round_)
+            rows = sorted({self._rows[group.index] for group in round_.passed})
         except TimeoutError:
             limit = f"--rollout-timeout {options.rollout_timeout:g} s"
             raise DataError(f"rollout {rollout_id} is not full after {limit}: {round_.counts()}") from None
@@ -216,7 +219,7 @@ class Sampler:
             "perf/rollout_tokens_per_s": tokens / seconds,
         }
         self._warn_once(metrics)
-        return Rollout(rollout_id, groups, metrics)
+        return Rollout(rollout_id, groups, metrics, rows)
 
     def _conversations(self, finished: Sequence[Group]) -> dict[str, float]:
         """Metrics of conversations of more than one turn, since the last call."""

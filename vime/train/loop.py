@@ -15,6 +15,7 @@ from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
 from vime.train.phases import Phases
 from vime.train.saves import SaveSchedule
+from vime.train.spike_guard import Spike, SpikeGuard
 from vime.train.supervisor import EngineSupervisor
 
 SAVE_POLL_SECONDS = 10.0
@@ -29,11 +30,13 @@ class Loop:
         checkpoint = self.recipe.checkpoint
         self._kept = KeptRollouts(self.plan.run_dir, checkpoint.save if checkpoint.save_interval else None)
         self._saves = SaveSchedule(self.plan)
+        self._guard = SpikeGuard(self.plan, 0)
         self._before_generation: dict[str, Any] = {}
         """The sampler's state when the newest rollout began, for a checkpoint of the rollout before it."""
 
     async def run(self, first: int) -> None:
         """Every rollout from its generation to its report. Engines with GPUs of their own are one rollout ahead."""
+        self._guard = SpikeGuard(self.plan, first)
         ahead: asyncio.Task[Rollout] | None = None
         last = self.recipe.rollout.num_rollout - 1
         try:
@@ -80,8 +83,13 @@ class Loop:
         async with self.supervisor.turn:
             trained = await self.phases.train(self.trainer, rollout)
             self.supervisor.version = rollout_id + 1
-        # Before the checkpoint: a run that goes on from there does not train this rollout again.
         measured = {**rollout.metrics, **trained}
+        try:
+            self._guard.judge(rollout_id, measured, rollout.rows)
+        except Spike:
+            await asyncio.to_thread(self._kept.drop, rollout_id)
+            raise
+        # Before the checkpoint: a run that goes on from there does not train this rollout again.
         self.phases.metrics.write(rollout_id, measured)
         saved = await self._save(rollout_id, ahead) if self._must_save(rollout_id) else None
         if ahead is not None:
