@@ -46,8 +46,8 @@ for line in sys.stdin:
 
 RECEIVER = """
 import hashlib, sys, torch
-from vime.sync.channel import Channel
-channel = Channel("127.0.0.1", int(sys.argv[1]), 1, 2, 60, torch.device("cuda", 1))
+from vime.sync.channel import Channel, Door
+channel = Channel(Door("127.0.0.1", int(sys.argv[1]), sys.argv[2]), 1, 2, 60, torch.device("cuda", 1))
 for line in sys.stdin:
     data = torch.empty(int(line), dtype=torch.uint8, device="cuda:1")
     channel.move(data)
@@ -136,9 +136,13 @@ def receiver_on_the_other_gpu(
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     held = {name: tensor.cuda() for name, tensor in shards(HF, trained(HF, 1), ParallelLayout(), 0).items()}
     source = source_of(str(tmp_path), held, engine_node=1)
-    (port,) = source.listen(far_groups(source.schedule, engine_plan(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])).values()
+    far = far_groups(source.schedule, engine_plan(0, {1: (0,)}), ["127.0.0.1", "127.0.0.2"])
+    (port,) = source.listen(far).values()
     with subprocess.Popen(
-        [sys.executable, "-c", RECEIVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RECEIVER, str(port), far[0].key],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as receiver:
         source.connect(timeout_s)
         try:

@@ -38,7 +38,7 @@ from vime.models.namemap import Param
 from vime.models.shards import holds, local_shape, tensor_split
 from vime.recipe.parallel import ParallelLayout
 from vime.run.plan import EnginePlan
-from vime.sync.channel import Channel, Listener
+from vime.sync.channel import Channel, Door, Listener
 from vime.sync.parts import BUFFERS, FarGroup
 from vime.sync.receivers import receivers_of
 from vime.sync.schedule import Schedule, make_schedule
@@ -50,6 +50,7 @@ READER = RANKS
 """The process that stands for the engine: it copies every bucket out."""
 LAYOUT = ParallelLayout(RANKS, ep=RANKS)
 LOOPBACK = "127.0.0.1"
+KEY = "of this bench alone"
 TIMEOUT_S = 120.0
 
 
@@ -272,7 +273,7 @@ def connect(member: Member, sender: Callable[[], tuple[int, Callable[[], Channel
         member.channel = accept()
     elif member.rank == READER:
         member.everyone.receive(port, 0)
-        member.channel = Channel(LOOPBACK, int(port), 1, 2, TIMEOUT_S)
+        member.channel = Channel(Door(LOOPBACK, int(port), KEY), 1, 2, TIMEOUT_S)
 
 
 def measure_copy(member: Member, repeats: int, moved: int) -> float:
@@ -289,11 +290,11 @@ def measure_far(member: Member, repeats: int) -> dict[str, float]:
     def of_source() -> tuple[int, Callable[[], None]]:
         assert source is not None
         connect = source.connect
-        ports = source.listen([FarGroup(0, 0, LOOPBACK, 0, 1)])
+        ports = source.listen([FarGroup(0, 0, LOOPBACK, 0, 1, KEY)])
         return ports["0/0"], lambda: connect(TIMEOUT_S)
 
     def of_copy() -> tuple[int, Callable[[], Channel]]:
-        listener = Listener(LOOPBACK)
+        listener = Listener(LOOPBACK, KEY)
         return listener.port, lambda: listener.accept(1, TIMEOUT_S)
 
     connect(member, of_source)

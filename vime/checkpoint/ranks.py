@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from vime.errors import BadInput
+from vime.run.tokens import group_key
 from vime.system.rendezvous import group_store
 
 # Above the ports of services, below the ephemeral range.
@@ -26,6 +27,8 @@ class Ranks:
     world_size: int = 1
     address: str | None = None
     port: int = 0
+    key: bytes | None = None
+    """Key of the group in a stage of a run; None when started by hand."""
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
@@ -36,7 +39,9 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     address = environ.get("MASTER_ADDR") or _first_host(environ)
     # Every process of a step computes the same port; two jobs on a node rarely share one.
     own = _FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % _PORTS
-    return Ranks(rank, world, address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else own)
+    return Ranks(
+        rank, world, address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else own, group_key(environ)
+    )
 
 
 def rank_and_size(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -60,7 +65,7 @@ def process_group(ranks: Ranks, timeout: datetime.timedelta) -> Iterator[None]:
     else:
         dist.init_process_group(
             "gloo",
-            store=group_store(ranks.address, ranks.port, ranks.rank, ranks.world_size, timeout),
+            store=group_store(ranks.address, ranks.port, ranks.rank, ranks.world_size, timeout, ranks.key),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timeout,

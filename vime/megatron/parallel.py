@@ -15,6 +15,10 @@ from vime.models.shards import check_layout
 from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.system.rendezvous import group_store
 
+COLLECTIVE_S = 1500.0
+"""Limit of one collective operation in gloo and NCCL: above the time in which the driver finds a hang, below the
+deadlines of its phases."""
+
 
 def refuse_wrong(config: ModelConfig, layout: ParallelLayout) -> None:
     """Raises BadInput for a layout that does not fit the model or that is known to train it wrongly."""
@@ -45,11 +49,12 @@ def init_parallel(
     master_address: str | None = None,
     master_port: int | None = None,
     seed: int = 1234,
-    timeout_s: float = 1800.0,
+    timeout_s: float = COLLECTIVE_S,
+    key: bytes | None = None,
 ) -> Coordinates:
     """Join the process group and build Megatron's groups; returns where this rank stands.
 
-    Rank and address come from RANK, MASTER_ADDR and MASTER_PORT when they are not given.
+    Rank and address come from RANK, MASTER_ADDR and MASTER_PORT when they are not given. `key` is the group's.
     """
     device = backend.setup()
     from megatron.core import parallel_state
@@ -62,7 +67,7 @@ def init_parallel(
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group(
             device.distributed,
-            store=group_store(address, port, rank, layout.world_size, timeout),
+            store=group_store(address, port, rank, layout.world_size, timeout, key),
             rank=rank,
             world_size=layout.world_size,
             timeout=timeout,

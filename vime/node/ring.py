@@ -14,6 +14,7 @@ import time
 
 from vime.errors import Cause
 from vime.run.messages import report
+from vime.run.tokens import group_key
 
 RING = "ring"
 """Name of the stage."""
@@ -32,8 +33,9 @@ def measure(rank: int, world: int) -> float:
 
     from vime.system.rendezvous import group_store
 
+    key = group_key(os.environ)
     timeout = datetime.timedelta(seconds=JOIN_S)
-    store = group_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world, timeout)
+    store = group_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world, timeout, key)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     first = torch.tensor(_round(rank, world, PROBE_BYTES))
     dist.all_reduce(first, dist.ReduceOp.MIN)

@@ -27,6 +27,7 @@ from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
 from vime.run.node_local import base_folder
 from vime.run.plan import Binding, Plan, Stage
+from vime.run.tokens import GROUP_KEY, GROUP_KEY_FILE, token_path
 from vime.run.variables import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
 from vime.system.private import private_folder
 from vime.system.visible import appears
@@ -105,6 +106,7 @@ def task_env(
         LOCAL_WORLD_SIZE=str(task.local_world_size),
         NODE_RANK=str(task.node_rank),
         VIME_RUN=plan.run_dir,
+        **{GROUP_KEY_FILE: str(token_path(plan.run_dir, GROUP_KEY))},
         VIME_NODE=str(task.node),
         **{name: environ[name] for name in (PLACES, JOB, CANARY, BINDING_VARIABLE) if name in environ},
         TMPDIR=str(base_folder() / job),

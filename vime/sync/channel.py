@@ -1,8 +1,8 @@
 """Bucket transport between nodes: a process group of a publisher and one node's engine workers, gloo for host memory
 and NCCL for GPU memory.
 
-The store and gloo's connections are bound to the nodes' own addresses; NCCL takes its interface from
-NCCL_SOCKET_IFNAME.
+The store asks for the group's key, and gloo's connections are bound to the nodes' own addresses; NCCL takes its
+interface from NCCL_SOCKET_IFNAME.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import weakref
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,26 +19,39 @@ import torch
 import torch.distributed as dist
 
 from vime.errors import DeadlineExceeded, VimeError
+from vime.system.guarded_store import GuardedStore
+from vime.system.store_server import StoreServer, listen
 
 CPU = torch.device("cpu")
 POLL_SECONDS = 0.0002
 ABORT_SECONDS = 10.0
 
 
-class Listener:
-    """The publisher's end before the workers join: a bound port."""
+@dataclass(frozen=True)
+class Door:
+    """Where a group meets, and the key that it asks for."""
 
-    def __init__(self, address: str) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.address = address
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.bind((address, 0))
-        self._socket.listen()
-        self.port: int = self._socket.getsockname()[1]
+    address: str
+    port: int
+    key: str
+
+
+class Listener:
+    """The publisher's end before the workers join: a bound port that asks for the group's key."""
+
+    def __init__(self, address: str, key: str) -> None:
+        self._socket = listen(address, 0)
+        self.door = Door(address, self._socket.getsockname()[1], key)
+
+    @property
+    def port(self) -> int:
+        return self.door.port
 
     def accept(self, workers: int, timeout_s: float, device: torch.device = CPU) -> Channel:
         """Wait until all workers have joined; the group for tensors on `device`. Raises DeadlineExceeded."""
-        return Channel(self.address, self.port, 0, workers + 1, timeout_s, device, listener=self._socket.detach())
+        return Channel(
+            self.door, 0, workers + 1, timeout_s, device, server=StoreServer(self._socket, _octets(self.door))
+        )
 
 
 class Channel:
@@ -44,26 +59,28 @@ class Channel:
 
     def __init__(
         self,
-        address: str,
-        port: int,
+        door: Door,
         rank: int,
         size: int,
         timeout_s: float,
         device: torch.device = CPU,
         *,
-        listener: int | None = None,
+        server: StoreServer | None = None,
     ) -> None:
         self._device, self._timeout = device, timedelta(seconds=timeout_s)
+        address, port = door.address, door.port
         try:
-            self._store = dist.TCPStore(
-                address, port, size, rank == 0, timeout=self._timeout, wait_for_workers=False, master_listen_fd=listener
-            )
+            # Kept: torch's group holds the part of it that is C++ alone.
+            self._store = GuardedStore(address, port, _octets(door), self._timeout, server=server)
+            weakref.finalize(self, self._store.close)
             store = dist.PrefixStore("weights", self._store)
             if device.type == "cuda":
                 self._group = self._nccl(store, rank, size)
             else:
                 self._group = self._gloo(store, rank, size, address if rank == 0 else _own_address(address, port))
         except RuntimeError as error:
+            if server is not None:
+                server.close()
             raise DeadlineExceeded(
                 f"the {size} members of the weight group at {address}:{port} did not all join within {timeout_s:.0f} s"
             ) from error
@@ -109,6 +126,10 @@ class Channel:
                 self._group.broadcast(data, 0).wait(self._timeout)
         except RuntimeError as error:
             raise VimeError(f"the weight group broke: {str(error).splitlines()[0]}") from error
+
+
+def _octets(door: Door) -> bytes:
+    return door.key.encode()
 
 
 def _own_address(address: str, port: int) -> str:

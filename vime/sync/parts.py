@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vime.fp8.format import scale_shape
@@ -129,6 +130,8 @@ class FarGroup:
     first_worker: int
     """Index of the first of these workers in the engine."""
     workers: int
+    key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    """Key of the group, new for each."""
 
 
 def _scale_bytes(entry: Entry, block: tuple[int, int]) -> int:

@@ -178,6 +178,7 @@ class Session:
             joining = [
                 {
                     "address": group.address,
+                    "key": group.key,
                     "port": ports[f"{group.receiver}/{engine}"],
                     "first_worker": group.first_worker,
                     "workers": group.workers,

@@ -134,7 +134,7 @@ class WeightSource:
             if self.rank in self.schedule.receivers[group.receiver].publishers:
                 key = (group.receiver, group.engine)
                 self._channels.pop(key, None)
-                self._listeners[key] = (Listener(group.address), group.workers)
+                self._listeners[key] = (Listener(group.address, group.key), group.workers)
         return {f"{receiver}/{engine}": listener.port for (receiver, engine), (listener, _) in self._listeners.items()}
 
     def connect(self, timeout_s: float) -> None:

@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vime.errors import VimeError
 from vime.fp8 import quantise as fp8
-from vime.sync.channel import Channel
+from vime.sync.channel import Channel, Door
 from vime.sync.cuda_memory import map_shared
 from vime.sync.fingerprint import fingerprint
 from vime.sync.segment import Segment
@@ -82,9 +82,9 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
         for group in init_info.groups:
             rank = 1 + worker - group["first_worker"]
             if 1 <= rank <= group["workers"]:
-                size = 1 + group["workers"]
+                door = Door(group["address"], group["port"], group["key"])
                 device = torch.device(self.device)
-                self._channel = Channel(group["address"], group["port"], rank, size, init_info.timeout_s, device)
+                self._channel = Channel(door, rank, 1 + group["workers"], init_info.timeout_s, device)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
