@@ -17,6 +17,7 @@ from vime.megatron.objective import METRICS, Columns, Objective
 from vime.megatron.packing import fixed_micro_batches, micro_batches
 from vime.recipe.parallel import Coordinates, ParallelLayout
 from vime.recipe.schema import PerfOptions
+from vime.system.progress import Progress
 
 Around = Callable[[int], contextlib.AbstractContextManager[None]]
 """Maps a micro-batch index to a context for its forward pass."""
@@ -52,7 +53,9 @@ class ModelPasses:
         objective: Objective,
         packer: Packer,
         coords: Coordinates,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress or Progress()
         self.chunks, self.objective = list(chunks), objective
         self._packer, self._layout, self._coords = packer, packer.layout, coords
         self._device = backend.setup().device
@@ -139,6 +142,7 @@ class ModelPasses:
 
         def forward(iterator: Iterator[tuple[int, PackedBatch]], model: Any) -> tuple[torch.Tensor, Any]:
             number, batch = next(iterator)
+            self._progress.mark()
             with around(number) if around else contextlib.nullcontext():
                 output = model(batch.tokens, batch.positions, None, packed_seq_params=_packed(batch))
             return output, functools.partial(measure, batch, _unwrapped(model).take_draft())

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vime.megatron import backend
+from vime.system.progress import Progress
 
 WAIT = "wait"
 
@@ -18,14 +19,16 @@ WAIT = "wait"
 class SpanRecorder:
     """Records named spans of one rank, in Unix seconds, until they are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = progress or Progress()
         self._spans: list[tuple[str, float, float]] = []
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
         """The time of the block; it is recorded when the block ends well."""
         start = time.time()
-        yield
+        with self.progress.during(name):
+            yield
         self._spans.append((name, start, time.time()))
 
     def after_all_ranks(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ from vime.run.plan import Plan
 from vime.samples import Rollout
 from vime.sync.ranks import StartState
 from vime.sync.source import WeightSource, model_source
+from vime.system.progress import Progress
 
 
 @dataclass
@@ -57,17 +58,23 @@ class _Parts:
 
 
 class TrainWorker:
-    """One Megatron rank of a plan, on logical node `node`."""
+    """One Megatron rank of a plan, on logical node `node`.
 
-    def __init__(self, plan: Plan, rank: int, node: int = 0) -> None:
+    `key` guards the ranks' meeting point; `progress` tells another thread what this rank does.
+    """
+
+    def __init__(
+        self, plan: Plan, rank: int, node: int = 0, *, key: bytes | None = None, progress: Progress | None = None
+    ) -> None:
         self.plan, self.rank, self.node, self.recipe = plan, rank, node, plan.recipe
         self.config = plan.model
         self.layout = plan.layout
         self.coords = plan.layout.coordinates(rank)
         self._parts: _Parts | None = None
+        self._key = key
         self._trained_since_save = True
         self._last_saved: Path | None = None
-        self._clock = SpanRecorder()
+        self._clock = SpanRecorder(progress)
 
     # --- start
 
@@ -75,7 +82,14 @@ class TrainWorker:
         """Join the other ranks, build model and optimizer, load weights and, on resume, the run's state."""
         recipe, options = self.recipe, BuildOptions.from_recipe(self.recipe)
         seed = recipe.misc.seed
-        init_parallel(self.layout, rank=self.rank, master_address=master_address, master_port=master_port, seed=seed)
+        init_parallel(
+            self.layout,
+            rank=self.rank,
+            master_address=master_address,
+            master_port=master_port,
+            seed=seed,
+            key=self._key,
+        )
         self._parts = self._build(options)
         if self.rank == 0:
             cpu = backend.setup().cpu
@@ -117,7 +131,7 @@ class TrainWorker:
         tensor: Any = ps.get_tensor_model_parallel_group()
         context: Any = ps.get_context_parallel_group()
         objective = Objective(self.recipe.algorithm, self.recipe.rollout.rollout_temperature, tensor, context)
-        return ModelPasses(chunks, objective, Packer(self.recipe.perf, self.layout), self.coords)
+        return ModelPasses(chunks, objective, Packer(self.recipe.perf, self.layout), self.coords, self._clock.progress)
 
     @property
     def _ready(self) -> _Parts:

@@ -15,9 +15,11 @@ from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
 from vime.run.owner import require_owner
 from vime.run.plan import Binding, Plan
-from vime.run.tokens import API_KEY, read_token
+from vime.run.tokens import API_KEY, GROUP_KEY, read_token
 from vime.sync.ranks import ResidenceMethods, SourceMethods, WorkerMethods, address
+from vime.system.progress import Progress
 from vime.train.placement import Slot, pinned, verify_gpu, verify_here
+from vime.train.pulse import Heart
 
 _PUBLISHING = {("worker", name) for name in ("save", "poll_save", "finish_save")}
 P = ParamSpec("P")
@@ -53,7 +55,9 @@ class RankActor:
             verify_gpu(torch.cuda.device_count(), place.gpu, f"trainer rank {rank}")
         from vime.megatron.worker import TrainWorker
 
-        self._worker = TrainWorker(plan, rank, place.node)
+        self._rank, self._progress = rank, Progress()
+        key = read_token(run_dir, GROUP_KEY).encode()
+        self._worker = TrainWorker(plan, rank, place.node, key=key, progress=self._progress)
 
     def __repr__(self) -> str:
         """What Ray writes before each line of this actor in the driver's log; vime.logs finds ranks by it."""
@@ -66,7 +70,12 @@ class RankActor:
         owner: WorkerMethods | ResidenceMethods | SourceMethods = self._worker
         if part != "worker":
             owner = self._worker.residence if part == "residence" else self._worker.weights
-        return getattr(owner, method)(*args, **kwargs)
+        with self._progress.during(method):
+            return getattr(owner, method)(*args, **kwargs)
+
+    def beat(self, place: tuple[str, int]) -> None:
+        """Give signs of life to the driver, at this address and port, from now on."""
+        Heart(self._rank, self._progress, place, read_token(self._run_dir, GROUP_KEY).encode())
 
 
 class EngineActor:
@@ -106,6 +115,10 @@ class TrainerGroup:
             )
             for place in plan.trainer_ranks
         ]
+
+    async def beat(self, deadline_s: float, place: tuple[str, int]) -> None:
+        """Have every rank give signs of life at this address and port; its process is set up then."""
+        await _all("trainer start", [h.beat.remote(place) for h in self.handles], deadline_s)
 
     async def call(
         self, deadline_s: float, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs

@@ -14,6 +14,7 @@ from vime.node.ray_node import live_addresses
 from vime.node.ray_process import gcs_address
 from vime.run.last_words import cause_of_text, telling_line
 from vime.run.plan import Binding, BoundNode, Plan
+from vime.train.pulse import RankStuck
 
 POLL_S = 3.0
 ASKED_S = 15.0
@@ -75,13 +76,17 @@ class Account:
 def explain(error: BaseException, facts: RayFacts) -> Account:
     """Account of an error, given Ray's facts. Pure.
 
-    A lost node takes precedence, then a dead actor, unless the error has a cause that no death explains.
+    A lost node takes precedence, then a rank that hangs, then a dead actor, unless the error has a cause that no
+    death explains.
     """
     found = leaves(error)
     lost = {leaf.node: str(leaf) for leaf in found if isinstance(leaf, NodeLost)}
     lost |= {node: how for node, how in facts.lost.items() if node not in lost}
     if lost:
         return Account(Cause.NODE_FAILURE, "; ".join(lost[node] for node in sorted(lost)), tuple(sorted(lost)))
+    for leaf in found:
+        if isinstance(leaf, RankStuck):
+            return Account(leaf.cause, str(leaf), () if leaf.node is None else (leaf.node,), leaf.rank)
     leaf = min(found, key=_weight)
     cause, text = cause_of(leaf), line_of(leaf)
     if facts.dead and _is_consequence(leaf):
@@ -171,6 +176,8 @@ def _weight(error: BaseException) -> int:
 
 def _is_consequence(error: BaseException) -> bool:
     """True if the death of an actor may have led to this error."""
+    if isinstance(error, RankStuck):
+        return False
     if cause_of(error) in (Cause.CRASH, Cause.NODE_FAILURE, Cause.DEADLINE):
         return True
     return isinstance(error, VimeError) and _CONSEQUENCE.search(str(error)) is not None

@@ -18,6 +18,10 @@ class PhaseDeadlines:
     train: float = 7200.0
     save: float = 1800.0
     sync: float = 1800.0
+    silent: float = 120.0
+    """Of a rank that gives no sign of life."""
+    stuck: float = 600.0
+    """Without progress on any rank."""
 
     @classmethod
     def of(cls, plan: Plan) -> PhaseDeadlines:

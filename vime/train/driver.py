@@ -15,6 +15,7 @@ from vime.rollout.sampler import Sampler
 from vime.rollout.session import Agent
 from vime.run.messages import report
 from vime.run.plan import Binding, Plan
+from vime.run.tokens import GROUP_KEY, read_token
 from vime.run.usage import write_queues
 from vime.sync.ranks import StartState, TrainerCall, WorkerMethods
 from vime.sync.session import WeightSync
@@ -25,6 +26,7 @@ from vime.train.handover import SLEEP_LEVEL, Handover
 from vime.train.loop import Loop
 from vime.train.phases import Phases, saves_after
 from vime.train.placement import reserve
+from vime.train.pulse import Pulse
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
 
@@ -48,17 +50,21 @@ class Driver:
         self.plan, self.recipe, self.binding = plan, plan.recipe, binding
         self.api_key = api_key
         self.phases = Phases.of(plan, deadlines)
-        self.deadlines = self.phases.deadlines
+        self.deadlines = limits = self.phases.deadlines
+        key = read_token(plan.run_dir, GROUP_KEY).encode()
+        self.pulse = Pulse(plan, binding, key, silent_s=limits.silent, stuck_s=limits.stuck)
 
     async def run(self) -> None:
         """Train, or run the mode of a debug flag."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                watches = [tasks.create_task(watch_nodes(self.plan, self.binding)), tasks.create_task(_beat())]
+                watched = (watch_nodes(self.plan, self.binding), self.pulse.watch(), _beat())
+                watches = [tasks.create_task(watch) for watch in watched]
                 await self._run(await reserve(self.plan, deadline_s=self.deadlines.placement))
                 for watch in watches:
                     watch.cancel()
         finally:
+            self.pulse.close()
             self.phases.close()
 
     async def _run(self, group: Any) -> None:
@@ -111,6 +117,7 @@ class Driver:
         return start, await self._clients(stack, urls)
 
     async def _trainer_up(self, trainer: TrainerGroup) -> StartState:
+        await trainer.beat(self.deadlines.setup, self.pulse.place)
         place = master(self.plan, self.binding)
         return (await trainer.call(self.deadlines.setup, WorkerMethods.setup, *place))[0]
 
