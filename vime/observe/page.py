@@ -15,6 +15,7 @@ from vime.observe.charts import Series, line_chart
 from vime.observe.document import document, time_text
 from vime.observe.markup import SHOWN_CHARACTERS, cards, details, escape, facts, pre, shortened, table
 from vime.observe.outcome import Outcome, outcome
+from vime.observe.stragglers import ROLLOUTS, straggler
 from vime.observe.summary import RunSummary
 from vime.planning.show import size
 from vime.planning.svg import placement_svg
@@ -94,7 +95,7 @@ def _outcome(run: RunSummary, result: Outcome, totals: Mapping[str, float]) -> s
     answers = (
         verdict.learning(run.steps),
         verdict.speed(run.steps, totals),
-        verdict.health(run.steps, len(run.starts), cause),
+        verdict.health(run.steps, len(run.starts), cause, _slow_node(run)),
     )
     told = [f"<p><strong>{escape(result.text)}</strong></p>"]
     if result.where:
@@ -109,6 +110,18 @@ def _outcome(run: RunSummary, result: Outcome, totals: Mapping[str, float]) -> s
     return (
         f"{first}{verdict.panel(answers)}{time_lost}{ended if not first else ''}{_numbers(run)}"
         f'<div class="panel">{_facts(run)}</div>'
+    )
+
+
+def _slow_node(run: RunSummary) -> str:
+    ranks = run.plan.trainer_ranks
+    found = straggler(run.spans, [rank.node for rank in ranks], [rank.pp for rank in ranks])
+    if found is None:
+        return ""
+    host = f" ({run.binding.nodes[found.node].host})" if run.binding else ""
+    return (
+        f"node {found.node}{host} is slow: {found.ratio:.2f} times the median of its pipeline stage in each of "
+        f"the last {ROLLOUTS} rollouts, most of it in {found.phase}"
     )
 
 

@@ -108,8 +108,11 @@ def speed(steps: Mapping[int, Mapping[str, float]], totals: Mapping[str, float])
     return Verdict(question, "good", f"Yes: {text}.", tuple(evidence))
 
 
-def health(steps: Mapping[int, Mapping[str, float]], starts: int, failed: str = "") -> Verdict:
-    """Whether weights agree, engines stay up and answers are whole. `failed`: the cause of a failed end, or empty."""
+def health(steps: Mapping[int, Mapping[str, float]], starts: int, failed: str = "", slow: str = "") -> Verdict:
+    """Whether weights agree, engines stay up and answers are whole.
+
+    `failed`: the cause of a failed end, `slow`: a node that holds up the others; or empty.
+    """
     question = "Is it healthy?"
     if not steps:
         return Verdict(
@@ -139,6 +142,8 @@ def health(steps: Mapping[int, Mapping[str, float]], starts: int, failed: str = 
         evidence.append(("truncated responses", f"{100 * share:.0f} %"))
         if share > 0.3:
             problems.append(f"{100 * share:.0f} % of the responses were cut at the limit")
+    if slow:
+        problems.append(slow)
     evidence.append(("starts", str(max(1, starts))))
     if failed:
         return Verdict(question, "bad", "; ".join([f"No: it ended with {failed}", *problems]) + ".", tuple(evidence))
