@@ -1,5 +1,4 @@
-"""Log-probs of transformers' own models, in a separate process: Megatron's shim for machines without a GPU, once
-installed, changes transformers' handling of buffers that no checkpoint holds.
+"""Log-probs of transformers' own models, in a process without Megatron, so that the two share nothing.
 
 As a module: the function that a test calls. As a script (`python reference_log_probs.py FOLDER`): that process.
 """

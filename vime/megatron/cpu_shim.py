@@ -1,7 +1,8 @@
 """CPU shim for Megatron-core: each piece handles one place that assumes CUDA.
 
 Installed once by `backend.setup()`, only without CUDA. It replaces attributes of `torch.cuda`, wraps torch's factory
-functions so that `device="cuda"` means the CPU, and patches three Megatron modules.
+functions so that `device="cuda"` means the CPU, and patches three Megatron modules. What it replaces in torch acts on
+calls from Megatron and this package alone: any other library of the process meets torch as it is.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _device
 
 _CPU = torch.device("cpu")
+_OURS = ("megatron.", "vime.megatron.")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "as_tensor")
 _LIKE_FACTORIES = ("zeros_like", "ones_like", "empty_like", "full_like")
 
 
 def install() -> None:
     """Install every piece. Must run before Megatron's modules are imported (they bind some names at import)."""
-    _device()
+    # `with torch.device(…)` knows the factories by identity, from its first use on: these must not be our wrappers.
+    _device._device_constructors()
+    _devices()
     _random_state()
     _streams()
     _factories()
@@ -31,12 +37,32 @@ def install() -> None:
     _megatron()
 
 
-def _device() -> None:
+def _for_megatron() -> bool:
+    """True if the call of the function that asks came from Megatron or this package, perhaps through torch."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "torch":
+        frame = frame.f_back
+    name = "" if frame is None else frame.f_globals.get("__name__", "")
+    return name.startswith(_OURS)
+
+
+def _replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Let calls from Megatron go to `ours`, and all others to what is there."""
+    plain = getattr(owner, name)
+
+    @functools.wraps(plain)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (ours if _for_megatron() else plain)(*args, **kwargs)
+
+    setattr(owner, name, chosen)
+
+
+def _devices() -> None:
     # Megatron uses the result as a device, for buffers of collectives and optimizer shards.
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    torch.cuda.set_device = lambda device: None
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.empty_cache = lambda: None
+    _replace(torch.cuda, "current_device", lambda: _CPU)
+    _replace(torch.cuda, "set_device", lambda device: None)
+    _replace(torch.cuda, "synchronize", lambda device=None: None)
+    _replace(torch.cuda, "empty_cache", lambda: None)
 
 
 def _random_state() -> None:
@@ -48,11 +74,10 @@ def _random_state() -> None:
     def set_state(state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.get_rng_state = get_state
-    torch.cuda.set_rng_state = set_state
-    torch.cuda.random.get_rng_state = get_state
-    torch.cuda.random.set_rng_state = set_state
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment]
+    for module in (torch.cuda, torch.cuda.random):
+        _replace(module, "get_rng_state", get_state)
+        _replace(module, "set_rng_state", set_state)
+    _replace(torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed) and None)
     # Megatron warns at every fork that the CPU generator has moved, which here it must.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
@@ -86,11 +111,12 @@ class _Stream:
 
 
 def _streams() -> None:
+    # Classes, also in annotations; torch's own cannot be made without CUDA.
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    _replace(torch.cuda, "current_stream", lambda device=None: _Stream())
+    _replace(torch.cuda, "default_stream", lambda device=None: _Stream())
+    _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
 def _is_cuda(device: Any) -> bool:
@@ -102,10 +128,12 @@ def _is_cuda(device: Any) -> bool:
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
+        cuda, pinned = _is_cuda(kwargs.get("device")), kwargs.get("pin_memory")
+        if (cuda or pinned) and _for_megatron():
+            if cuda:
+                kwargs["device"] = _CPU
+            if pinned:
+                kwargs["pin_memory"] = False
         return function(*args, **kwargs)
 
     return wrapped
@@ -122,21 +150,23 @@ def _tensor_methods() -> None:
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # The optimizers accept only CUDA type names.
         answer = plain_type(self, *args, **kwargs)
-        if not args and not kwargs and isinstance(answer, str):
+        if not args and not kwargs and isinstance(answer, str) and _for_megatron():
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        if args and _is_cuda(args[0]):
-            args = (_CPU, *args[1:])
+        named, given = _is_cuda(kwargs.get("device")), bool(args) and _is_cuda(args[0])
+        if (named or given) and _for_megatron():
+            if named:
+                kwargs["device"] = _CPU
+            if given:
+                args = (_CPU, *args[1:])
         return plain_to(self, *args, **kwargs)
 
     torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
     torch.Tensor.to = to  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
 
 
 def _no_compilation() -> None:
