@@ -92,7 +92,8 @@ def test_a_good_folder_is_read(good: Path) -> None:
 
 def test_nothing_is_allowed_beyond_records_types_and_layouts() -> None:
     """Names on the list build plain records; each new one needs a look at what calling it can do."""
-    assert frozenset() == COMMON_NAMES
+    # Unpickling a namespace sets its attributes and calls nothing.
+    assert frozenset({("argparse", "Namespace")}) == COMMON_NAMES
     others = {
         (module, name) for module, name in METADATA_NAMES if not isinstance(getattr(torch, name, None), torch.dtype)
     }

@@ -1,7 +1,8 @@
-"""A real run of which a trainer rank is stopped: found, named with its phase, and every rank's stacks in the log."""
+"""A real run, without engines, of which a rank is stopped: found, named with its phase, all stacks in the log."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ import pytest
 
 from tests.support.slurm_cluster import wait_until
 from tests.support.small_base import start_run, write_qwen3
+from tests.support.small_rollouts import rollout_of
 from vime.errors import Cause
+from vime.observe.samples import write_samples
 from vime.run.journal import read_events
 from vime.run.metrics import read_metrics
 from vime.train.deadlines import PhaseDeadlines
@@ -20,11 +23,11 @@ from vime.train.pulse import BEAT_S, STACKS_S
 
 pytestmark = pytest.mark.e2e
 
+ROLLOUTS = 400
 FLAGS = (
-    *("--num-rollout", "3000", "--rollout-batch-size", "8", "--over-sampling-batch-size", "8"),
+    *("--num-rollout", str(ROLLOUTS), "--rollout-batch-size", "8", "--over-sampling-batch-size", "8"),
     *("--n-samples-per-prompt", "4", "--num-steps-per-rollout", "1", "--dynamic-sampling-filter-path", "none"),
-    *("--eval-interval", "none", "--conversion", "direct", "--no-colocate", "--rollout-num-gpus", "1"),
-    *("--check-weight-sync", "0"),
+    *("--eval-interval", "none", "--conversion", "direct", "--actor-num-gpus-per-node", "2"),
 )
 FOUND_S = PhaseDeadlines().silent + STACKS_S + 3 * BEAT_S
 ENDED_S = 120.0
@@ -38,8 +41,12 @@ def pid_of_rank(log: str, rank: int) -> int:
 
 def test_a_stopped_rank_ends_the_run_with_its_rank_and_phase(tmp_path: Path) -> None:
     write_qwen3(tmp_path)
+    rollout, _ = rollout_of([[1.0, 0.0, 0.0, 1.0]] * 8, [40, 60])
+    for number in range(ROLLOUTS):
+        write_samples(tmp_path, dataclasses.replace(rollout, rollout_id=number), everything=True)
+    flags = (*FLAGS, "--load-debug-rollout-data", str(tmp_path / "rollouts"))
     log, run_dir = tmp_path / "submit.log", tmp_path / "runs" / "hang"
-    process = start_run(tmp_path, "hang", *FLAGS, nodes=3, log=log)
+    process = start_run(tmp_path, "hang", *flags, log=log)
     try:
 
         def trained() -> bool:

@@ -172,7 +172,7 @@ def run_case(case: Case, rank: int, port: int, folder: Path) -> Result:
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         # Megatron sets them for the only model of a process.
         os.environ.pop(name, None)
-    worker = TrainWorker(plan_of(case, folder), rank)
+    worker = TrainWorker(plan_of(case, folder), rank, key=b"of this test")
     result = Result()
     try:
         start = worker.setup("127.0.0.1", port)

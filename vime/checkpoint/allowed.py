@@ -7,6 +7,7 @@ are not caught: keep folders that you load from out of others' reach meanwhile.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -46,8 +47,10 @@ METADATA_NAMES = frozenset(
 """(module, name) pairs allowed in `.metadata`, as torch and Megatron write it."""
 EXTRA_STATE = "._extra_state/shard_"
 """Part of the names of objects that hold the state of Transformer Engine modules."""
-COMMON_NAMES: frozenset[tuple[str, str]] = frozenset()
-"""(module, name) pairs allowed in `common.pt`: none, since it holds plain dicts, lists, numbers and strings."""
+COMMON_NAMES = frozenset({("argparse", "Namespace")})
+"""(module, name) pairs allowed in `common.pt`: plain dicts, lists, numbers, strings, and arguments in a namespace."""
+RANDOM_STATE = "rng_state/shard_"
+"""Begin of the names of objects that hold the state of random generators."""
 _MOST_COMMON_BYTES = 256 * 2**20
 _ERRORS = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)
 """Errors raised by damaged pickles, besides MemoryError and RecursionError for absurd lengths and depths."""
@@ -94,11 +97,12 @@ def read_metadata(folder: Path) -> Metadata:
 def check_training_checkpoint(folder: Path) -> None:
     """Raise BadInput unless Megatron can open the folder without calling anything chosen by its writer.
 
-    Megatron unpickles stored objects on request; a training checkpoint has tensors, and module states (`EXTRA_STATE`),
-    which vime writes for others and never requests.
+    Megatron unpickles stored objects on request; a training checkpoint has tensors, module states (`EXTRA_STATE`) and
+    states of generators (`RANDOM_STATE`), which vime writes for others and never requests.
     """
     for key, stored in read_metadata(folder).state_dict_metadata.items():
-        if isinstance(stored, BytesStorageMetadata) and EXTRA_STATE not in key:
+        known = EXTRA_STATE in key or key.startswith(RANDOM_STATE)
+        if isinstance(stored, BytesStorageMetadata) and not known:
             raise BadInput(f"{folder}: {key[:200]!r} is an object, where a training checkpoint has tensors alone")
     check_common(folder / "common.pt")
     path = folder / "metadata.json"
@@ -108,6 +112,13 @@ def check_training_checkpoint(folder: Path) -> None:
         raise BadInput(f"cannot read {path} ({type(error).__name__}): give another --load") from error
     if backend != "torch_dist":
         raise BadInput(f"{path} says {str(backend)[:100]!r}: only torch_dist is read")
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """Content of `common.pt`. Raises BadInput for one that holds more than plain values."""
+    check_common(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
 
 
 def check_common(path: Path) -> None:

@@ -30,6 +30,7 @@ from vime.checkpoint.safetensors_file import same_bytes
 from vime.checkpoint.torch_dist import TorchDistReader, object_name
 from vime.errors import BadInput, VimeError
 from vime.models.arguments import check_model_args
+from vime.models.checkpoint_args import checkpoint_args
 from vime.models.config import ModelConfig
 from vime.models.disk import DiskPlace, disk_place, extra_states
 from vime.models.families import params_of, stage_of
@@ -106,7 +107,13 @@ def convert(
             if not any(w.offset)
             for state in extra_states(w.param, checkpoint.config)
         },
-        {"checkpoint_version": 3.0, "iteration": 0, "vime": {"hf_config": dict(config.hf)}},
+        {
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "num_floating_point_operations_so_far": 0,
+            "args": checkpoint_args(config, ParallelLayout(), mtp=config.mtp_layers > 0, with_optimizer=False),
+            "vime": {"hf_config": dict(config.hf)},
+        },
         made_from=checkpoint.fingerprint(),
         cut=dataclasses.asdict(layout),
         threads=threads or threads_of_a_rank(),

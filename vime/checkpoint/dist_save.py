@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from vime.checkpoint.allowed import check_common
+from vime.checkpoint.allowed import read_common
 from vime.checkpoint.dist_writer import FILE_BYTES, PartWriter
 from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput, VimeError
@@ -177,8 +177,7 @@ def prepare(save_dir: Path, made_from: Mapping[str, Any], cut: Mapping[str, Any]
 def _is_made_from(release: Path, made_from: Mapping[str, Any]) -> bool:
     """True if a complete folder was made from this source."""
     try:
-        check_common(release / "common.pt")
-        return torch.load(release / "common.pt", weights_only=True).get(MADE_FROM) == made_from
+        return read_common(release / "common.pt").get(MADE_FROM) == made_from
     except (BadInput, OSError, RuntimeError, pickle.UnpicklingError):
         return False
 

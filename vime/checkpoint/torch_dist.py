@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from vime.checkpoint.allowed import check_common, read_metadata
+from vime.checkpoint.allowed import read_common, read_metadata
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.disk import canonical_key, disk_place
@@ -129,8 +129,7 @@ class TorchDistReader:
 
     def common(self) -> dict[str, Any]:
         """Content of `common.pt`."""
-        check_common(self.path / "common.pt")
-        return torch.load(self.path / "common.pt", weights_only=True)
+        return read_common(self.path / "common.pt")
 
     def _stored(self, param: Param) -> TensorStorageMetadata:
         place = disk_place(param, self.config)

@@ -13,8 +13,10 @@ from vime.checkpoint.allowed import check_training_checkpoint
 from vime.checkpoint.torch_dist import TorchDistReader, object_name, use_disk_keys
 from vime.errors import BadInput
 from vime.megatron import checkpoint_folders as folders
+from vime.megatron import megatron_lm
 from vime.megatron.checkpoint_folders import State
 from vime.megatron.optimizer import Optimizer
+from vime.models.checkpoint_args import checkpoint_args
 from vime.models.config import ModelConfig
 from vime.models.disk import extra_states
 from vime.models.local import fill, local_tensors
@@ -39,10 +41,11 @@ class Checkpointer:
         *,
         keep: int = 2,
         background: bool = False,
+        samples_per_step: int = 1,
     ) -> None:
         self._chunks, self._optimizer = chunks, optimizer
         self._config, self._layout, self._coords = config, layout, coords
-        self._keep, self._background = keep, background
+        self._keep, self._background, self._batch = keep, background, samples_per_step
         self._queue: Any = None
 
     def save(self, root: str | Path, state: State) -> Path:
@@ -55,18 +58,21 @@ class Checkpointer:
         self.finish()
         root = Path(root)
         partial = _from_first(lambda: str(folders.fresh_partial(root, state.rollout_id)))
-        content: dict[str, Any] = {"model": self._model_state(), "iteration": state.rollout_id}
-        content["checkpoint_version"] = 3.0
-        if state.with_optimizer and self._optimizer is not None:
-            content["optimizer"] = self._optimizer.sharded_state(content["model"])
-        content["extra_states"] = self._extra_states()
+        content = self._content(state)
         layout = {name: getattr(self._layout, name) for name in ("world_size", "tp", "pp", "cp", "ep", "etp")}
 
         def publish() -> None:
             if dist.get_rank() == 0:
                 folders.publish(root, state, keep=self._keep, layout=layout)
 
-        request = dist_checkpointing.save(content, partial, _parallel_writer(), async_sharded_save=self._background)
+        request = dist_checkpointing.save(
+            content,
+            partial,
+            _parallel_writer(),
+            async_sharded_save=self._background,
+            preprocess_common_before_consistancy_check=_same_everywhere,
+            content_metadata=dict(megatron_lm.CONTENT),
+        )
         if request is None:
             dist.barrier()
             publish()
@@ -76,6 +82,32 @@ class Checkpointer:
             self._calls().schedule_async_request(request)
         return_free_memory()
         return folders.folder_of(root, state.rollout_id)
+
+    def _content(self, state: State) -> dict[str, Any]:
+        """Model and optimizer, and what Megatron-LM's own loader looks for beside them. Collective."""
+        model = self._model_state()
+        with_optimizer = state.with_optimizer and self._optimizer is not None
+        content: dict[str, Any] = {
+            "model": model,
+            "iteration": state.rollout_id,
+            "checkpoint_version": 3.0,
+            "num_floating_point_operations_so_far": 0,
+            "args": checkpoint_args(
+                self._config,
+                self._layout,
+                mtp=any(name.startswith("mtp.") for name in model),
+                bf16=self._chunks[0].config.bf16,
+                global_batch_size=self._batch,
+                with_optimizer=with_optimizer,
+            ),
+            "extra_states": self._extra_states(),
+        }
+        if with_optimizer:
+            assert self._optimizer is not None
+            content["optimizer"] = self._optimizer.state_to_save(model)
+            content["opt_param_scheduler"] = self._optimizer.scheduler_state(self._batch)
+            content["rng_state"] = megatron_lm.random_state(self._layout, self._coords)
+        return content
 
     def poll(self) -> bool:
         """Publish a background checkpoint that is complete; whether none is under way any more."""
@@ -179,6 +211,11 @@ def _parallel_writer() -> Any:
 
     group: Any = ps.get_data_parallel_group(with_context_parallel=True)
     return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
+
+
+def _same_everywhere(common: dict[str, Any]) -> dict[str, Any]:
+    """The part of the plain values that is the same on every rank; which optimizers one has depends on its place."""
+    return {name: value for name, value in common.items() if name != "optimizer"}
 
 
 def _checked(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from vime.errors import BadInput, VimeError
 from vime.megatron import backend
+from vime.megatron.megatron_lm import optimizer_common, scheduler_state
 from vime.observe.spikes import GRAD_NORM, Window
 from vime.recipe.schema import OptimizerOptions, Recipe
 
@@ -191,11 +192,25 @@ class Optimizer:
                         return found
         return found
 
+    def state_to_save(self, model_state: dict[str, Any]) -> dict[str | int, Any]:
+        """`sharded_state` in the places and with the other values that Megatron-LM's loader expects. Collective."""
+        found = self.sharded_state(model_state)
+        states: list[dict[str, Any]] = []
+        for number, optimizer in enumerate(self.megatron.chained_optimizers):
+            # With gathering on one rank's host only that rank has the tensors.
+            tensors = {"param_state": found[str(number)]} if str(number) in found else {}
+            states.append({**optimizer_common(optimizer, self.steps), **tensors})
+        return {**states[0]} if len(states) == 1 else dict(enumerate(states))
+
+    def scheduler_state(self, batch: int) -> dict[str, Any]:
+        """State of Megatron's scheduler; `batch` is the number of samples of a step."""
+        return scheduler_state(self._options, self.steps, self._total_steps, batch)
+
     def sharded_state(self, model_state: dict[str, Any], *, to_load: bool = False) -> dict[str, Any]:
         """Master weights and moments as whole parameters keyed like the model's, so that any layout can load them.
 
-        The optimizers' other values follow from the recipe and the number of steps; they are left out, because a rank's
-        optimizers (dense, expert) depend on its place. Collective.
+        The optimizers' other values follow from the recipe and the number of steps; nothing of ours reads them,
+        because a rank's optimizers (dense, expert) depend on its place. Collective.
         """
         # Gathering on one rank's host keeps a GPU from holding the states of its whole data-parallel group.
         metadata = {"distrib_optim_fully_reshardable_mem_efficient": not self._cpu}

@@ -121,6 +121,7 @@ class TrainWorker:
             self.coords,
             keep=recipe.checkpoint.save_keep,
             background=recipe.checkpoint.async_save,
+            samples_per_step=max(1, recipe.rollout.samples // recipe.rollout.steps),
         )
         residence = Residence(adam.chunks, adam.megatron, self.node)
         return _Parts(chunks, adam, residence, checkpointer, self._make_passes(adam.chunks), Routes(adam.chunks))
