@@ -10,7 +10,7 @@
 | `bash gpus` | on the development cluster, which refuses only because it has no GPUs |
 | `bash install` | into a separate folder |
 | `bash network` | only its program's `--help`: it would download |
-| `bash suite` | not here: other tests run quickstart.sh, and these tests run inside test.sh |
+| `bash suite` | not here: other tests run quickstart.sh and release.py, and these tests run inside test.sh |
 """
 
 from __future__ import annotations
