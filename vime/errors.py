@@ -53,7 +53,7 @@ class VimeError(Exception):
 
 
 class BadInput(VimeError):
-    """What a person gave cannot be used. The text is one line: the thing, its value, what to do."""
+    """Unusable input. The text is one line: the thing, its value, what to do."""
 
     cause = Cause.BAD_INPUT
 

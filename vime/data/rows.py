@@ -33,7 +33,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Cells:
-    """What is used of a row."""
+    """Cells of a row that are used."""
 
     prompt: Any
     """Chat messages or text."""

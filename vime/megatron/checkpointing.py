@@ -172,7 +172,7 @@ class Checkpointer:
         """The model's sharded state under Transformer Engine's keys, whichever layer spec runs."""
         from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-        # The embedding's copy beside MTP layers on a later stage needs the group to know which rank writes it.
+        # The embedding's copy next to MTP layers on a later stage needs the group to know which rank writes it.
         state = self._chunks[0].sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
         use_disk_keys(state, self._config)
         return {name: entry for name, entry in state.items() if not _EXTRA_STATE.search(name)}
@@ -225,7 +225,7 @@ def _checked(folder: Path) -> Path:
 
 
 def _from_first(call: Callable[[], str]) -> str:
-    """What rank 0 finds, on all ranks; its BadInput is raised on all of them."""
+    """Rank 0's finding, on all ranks; its BadInput is raised on all of them."""
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

@@ -2,7 +2,7 @@
 
 Megatron 0.16 copies each fp32 weight on the host into the bf16 one on the GPU with a conversion into fresh pageable
 memory and a transfer that nothing overlaps. Here the conversion goes into one of two pinned buffers, by all threads,
-and the transfer runs beside the next parameter's Adam.
+and the transfer runs during the next parameter's Adam step.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def fitted(hf: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any
     if present == counted:
         return dict(hf), []
     told = f"config.json counts {counted} layers for multi-token prediction, the checkpoint has {present}"
-    note = f"{told}: these are taken" if present > counted else f"{told}: the run goes on without the others"
+    note = f"{told}: these are taken" if present > counted else f"{told}: the run continues without the others"
     return {**hf, "num_nextn_predict_layers": present}, [note]
 
 

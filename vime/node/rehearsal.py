@@ -48,7 +48,7 @@ class Library:
     module: str
     option: str
     otherwise: str
-    """What to give where the library cannot be had."""
+    """Flags to give where the library cannot be had."""
 
 
 def libraries(recipe: Recipe) -> Iterator[Library]:
@@ -139,7 +139,7 @@ async def check_server(recipe: Recipe, prompt: Prompt) -> float:
 
 
 def rehearse(plan: Plan) -> Iterator[str]:
-    """What was tried, as text. Raises BadInput for the first that failed."""
+    """Everything that was tried, as text. Raises BadInput for the first that failed."""
     recipe = plan.recipe
     for module in check_libraries(plan):
         yield f"{module} imported"

@@ -290,16 +290,14 @@ def _checkpoints(run: RunSummary) -> str:
         for c in run.checkpoints
     ]
     listed = table(rows, numbers=("after rollout", "size"), caption="Checkpoints on disk when this was written")
-    where = (
-        "goes on after the newest checkpoint" if rows else "starts again from the beginning: no checkpoint was written"
-    )
+    where = "continues after the newest checkpoint" if rows else "starts from the beginning: no checkpoint was written"
     whole = len(run.rewards) >= run.plan.recipe.rollout.num_rollout
     more = (
         " All its rollouts are done: give a larger <code>--num-rollout</code> after <code>--</code>." if whole else ""
     )
     return (
         f'{listed}<div class="panel"><p>This command {where}.{more}</p>'
-        f"{pre(shlex.join(resume_command(run.plan)), 'Command that goes on with the run')}</div>"
+        f"{pre(shlex.join(resume_command(run.plan)), 'Command that resumes the run')}</div>"
     )
 
 

@@ -95,7 +95,7 @@ def read_samples(path: str | Path, most: int | None = None, damage: Counter[str]
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
-    """What a person reads of a row. Raises KeyError, TypeError or ValueError for one that is no sample."""
+    """Values of a row that people read. Raises KeyError, TypeError or ValueError for one that is no sample."""
     reward = None if row["reward"] is None else float(row["reward"])
     shown = {name: row.get(name) for name in _READ}
     turns = [_readable_turn(turn) for turn in row.get("turns") or ()]

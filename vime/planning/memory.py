@@ -22,7 +22,7 @@ GB = 10**9
 GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB
 """Host memory of a process with a CUDA context, NCCL and its libraries."""
 GPU_ENGINE_ASLEEP = 1 * GB
-"""What vLLM keeps on the host of a process that sleeps at level 2: the model's buffers and the CUDA graphs' memory."""
+"""Host memory of vLLM in a process that sleeps at level 2: the model's buffers and the CUDA graphs' memory."""
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that configure torch's allocators; the first is the newer name."""

@@ -29,7 +29,7 @@ def placement_svg(plan: Plan, *, standalone: bool = True) -> str:
     width, height = LEFT + columns * (CELL + GAP), TOP + len(plan.nodes) * (ROW + GAP) + 4
     about = (
         f"Placement on {len(plan.nodes)} nodes: {len(plan.trainer_ranks)} trainer ranks in "
-        f"{plan.layout.pp} pipeline stages, {len(plan.engines)} engines. The table beside it says the same."
+        f"{plan.layout.pp} pipeline stages, {len(plan.engines)} engines. The table next to it says the same."
     )
     heads = (
         f'<text class="small" x="{LEFT + gpu * (CELL + GAP) + CELL / 2}" y="16" text-anchor="middle">GPU {gpu}</text>'

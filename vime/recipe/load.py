@@ -166,7 +166,7 @@ def _map_paths(recipe: Recipe, convert: Callable[[str, str], str]) -> Recipe:
 
 
 def bf16_folder(recipe: Recipe) -> str:
-    """Where the cast stage writes the bf16 copy of `--hf-checkpoint`: the folder beside it, named `…-bf16`."""
+    """Where the cast stage writes the bf16 copy of `--hf-checkpoint`: the folder next to it, named `…-bf16`."""
     if recipe.checkpoint.hf_checkpoint is None:
         raise BadInput("--hf-checkpoint is not set: give the folder of the HF checkpoint")
     return recipe.checkpoint.hf_checkpoint.rstrip("/") + "-bf16"

@@ -1,7 +1,7 @@
 """A launch script of another trainer, read without running it: the recipe that it amounts to.
 
-Understood are assignments of plain text, arrays of words (`X_ARGS=( … )`), `source` of files beside the script, and the
-command line of `train.py`. Whatever needs a shell (`$(…)`, loops) is named with its line.
+It understands assignments of plain text, arrays of words (`X_ARGS=( … )`), `source` of files next to the script, and
+the command line of `train.py`. Whatever needs a shell (`$(…)`, loops) is named with its line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OF_RAY = frozenset({"address", "runtime_env_json", "working_dir", "no_wait"})
 
 @dataclass
 class Script:
-    """What was found in a script."""
+    """Findings in a script."""
 
     taken: list[tuple[str, list[str]]] = field(default_factory=list)
     """Flags with their words, as vime spells them."""
@@ -83,7 +83,7 @@ def _read(path: Path, state: _State, found: Script) -> None:
 
 
 def _follow(path: Path, name: str, where: str, state: _State, found: Script) -> None:
-    """Reads a file that the script sources, where it lies beside or below the script."""
+    """Reads a file that the script sources, where it lies next to or below the script."""
     base = name.split("}/", 1)[-1] if name.startswith("${") else re.sub(r"^\$\w+/", "", name)
     target = (path.parent / base).resolve()
     if target.is_file() and "$" not in base:

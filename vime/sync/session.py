@@ -213,7 +213,7 @@ class Session:
                 i for i, e in enumerate(self.engines) if (e.tensor_parallel_size, e.data_parallel_size) == sizes
             )
             second = {name: value for name, value in last.items() if RECEIVED not in name}
-            self._same(f"of engine {engine} differ after all weights were sent anew", first, second, engine)
+            self._same(f"of engine {engine} differ after all weights were sent again", first, second, engine)
             self._same(f"of engine {engine} differ in engine {twin}", first, before[twin], engine)
             for worker, received in received_by_worker(last).items():
                 sent = {name: trainer.get(name, "") for name in received}

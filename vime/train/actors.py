@@ -143,7 +143,7 @@ class EngineGroup:
         return await self._start(range(len(self._actors)), deadline_s)
 
     async def restart(self, engines: Sequence[int], *, deadline_s: float) -> None:
-        """End these engines, whatever state they are in, and start them anew; on return each has answered a request."""
+        """End these engines, whatever state they are in, and restart them; on return each has answered a request."""
         for engine in engines:
             self._actors[engine] = await self._alive(engine)
         await _all("engine stop", [actor.stop.remote() for engine in engines for actor in self._actors[engine]], 120)

@@ -86,7 +86,7 @@ class Handover:
         return bool(self._asleep)
 
     async def engines_sleep(self) -> None:
-        """Free the engines' GPU memory; the next sync brings their weights anew."""
+        """Free the engines' GPU memory; the next sync brings their weights again."""
         if self.takes_turns and not self._asleep:
             everyone = range(len(self._engines))
             await self._step("engines_sleep", lambda: self._each(everyone, lambda engine: engine.sleep(SLEEP_LEVEL)))

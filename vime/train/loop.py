@@ -89,7 +89,7 @@ class Loop:
         except Spike:
             await asyncio.to_thread(self._kept.drop, rollout_id)
             raise
-        # Before the checkpoint: a run that goes on from there does not train this rollout again.
+        # Before the checkpoint: a run that resumes there does not train this rollout again.
         self.phases.metrics.write(rollout_id, measured)
         saved = await self._save(rollout_id, ahead) if self._must_save(rollout_id) else None
         if ahead is not None:
