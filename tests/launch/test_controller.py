@@ -155,6 +155,17 @@ def test_a_failure_under_a_dying_service_is_blamed_on_the_service(run_dir: Path)
     assert (last(run_dir).stage, ": lost" in last(run_dir).text) == ("ray-head", True)
 
 
+def test_a_service_is_blamed_that_tells_of_its_failure_and_takes_long_to_end(run_dir: Path) -> None:
+    up = "from vime.run.messages import report; import sys, time; report('ready'); time.sleep(1.0); "
+    up += "report('failure', cause='CRASH', text='gcs_server ended', nodes=[0], rank=0); time.sleep(30)"
+    train = stub("train", "import time; time.sleep(1.5); raise SystemExit(1)")
+    plan = make_plan(run_dir, [preflight(run_dir, 1), service("ray-head", up), train])
+    assert run(plan) is Cause.CRASH
+    end = last(run_dir)
+    assert (end.stage, end.rank) == ("ray-head", 0)
+    assert "gcs_server ended" in end.text
+
+
 # -- gates --
 
 

@@ -277,7 +277,8 @@ class Controller:
         for service in self._steps:
             if service is not besides:
                 service.pump()
-                ended = service.poll() is not None
+                # A service tells of its failure before it cleans up, which may outlast the stage that fails with it.
+                ended = service.poll() is not None or bool(service.of_kind("failure"))
                 service.pump()
                 # srun ends a step once a task fails, but after a task that exits with 0 it waits for the others.
                 if ended or service.ended_quietly:
@@ -305,7 +306,7 @@ class Controller:
         return failure
 
     def _judged_alone(self, service: Step) -> Failure:
-        return decide(facts_of(service, service.poll() or 0))
+        return decide(facts_of(service, service.poll() or 0, self._allocation.node_names()))
 
     def _faulty_nodes(self) -> dict[str, str]:
         """Faults by node name, for nodes with broken GPUs. A node that does not report in time is left out."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from vime.errors import Cause, DeadlineExceeded, VimeError
+from vime.errors import Cause, Crash, DeadlineExceeded, VimeError
 from vime.node.network import listening_ports
 from vime.node.ray_process import RayProcesses, gcs_address, ray_parameters
 from vime.node.usage import UsageWriter
@@ -142,7 +142,11 @@ def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadlin
     if waits_for:
         readiness.start()
     UsageWriter(plan.run_dir, node).start()
-    code = RayProcesses(parameters, deadline_s).run()
+
+    def tell(crash: Crash) -> None:
+        report("failure", cause=crash.cause.name, text=str(crash), nodes=[node], rank=int(os.environ["RANK"]))
+
+    code = RayProcesses(parameters, deadline_s, tell).run()
     return code if readiness.failed is None else int(readiness.failed)
 
 

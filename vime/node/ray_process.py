@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,11 @@ def ray_parameters(plan: Plan, binding: Binding, node: int, *, temp_dir: str, cp
 class RayProcesses:
     """Ray on this node, from start to end. Main thread only: Ray's processes end with the thread that started them."""
 
-    def __init__(self, parameters: dict[str, Any], deadline_s: float) -> None:
-        self._parameters, self._deadline = parameters, time.monotonic() + deadline_s
+    def __init__(
+        self, parameters: dict[str, Any], deadline_s: float, on_end: Callable[[Crash], None] = lambda crash: None
+    ) -> None:
+        """`on_end` is called when a process of Ray has ended, before the others are ended too, which takes seconds."""
+        self._parameters, self._deadline, self._on_end = parameters, time.monotonic() + deadline_s, on_end
         self._node: Any = None
 
     def run(self) -> int:
@@ -97,7 +101,9 @@ class RayProcesses:
             print("Ray is up on this node", flush=True)
             while not (dead := self._node.dead_processes()):
                 time.sleep(POLL_S)
-            raise Crash(f"{self._last_words(dead)} ended, and Ray with it")
+            crash = Crash(f"{self._last_words(dead)} ended, and Ray with it")
+            self._on_end(crash)
+            raise crash
         except VimeError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return int(error.cause)

@@ -25,7 +25,8 @@ class Report:
     """One message of one task.
 
     `start`: the task runs (host, pid, step). `waiting`: a service is not ready (missing). `ready`: a service serves.
-    `result`: what the command found (preflight). `failure`: why the driver of training ends (cause, text, nodes, rank).
+    `result`: what the command found (preflight). `failure`: why a service or the driver of training ends (cause, text,
+    nodes, rank).
     `alive`: the driver of training answers, every few seconds. `exit`: the command ended (code, signal, stopped, tail).
     """
 
