@@ -8,7 +8,7 @@ import pytest
 
 from vime.slurm import queue
 from vime.slurm.client import SlurmError
-from vime.slurm.queue import is_lost, parse_job, parse_node_memory, parse_time, parse_topology
+from vime.slurm.queue import is_lost, loss_text, parse_job, parse_node_memory, parse_time, parse_topology
 
 JOB = """\
 JobId=12 JobName=a run
@@ -131,3 +131,16 @@ def test_foreign_lines_around_rows_are_skipped(answers: None) -> None:
     assert queue.query_job("8") is None
     assert queue.step_ids("7", "vime-train") == ["7.0", "7.2"]
     assert queue.node_states("n[1-2]") == {"n1": "allocated", "n2": "down*"}
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ("down", "is down for Slurm"),
+        ("down*", "is down for Slurm"),
+        ("allocated*", "does not answer Slurm (allocated*)"),
+        ("failing", "is failing for Slurm"),
+    ],
+)
+def test_a_lost_node_is_told_of_as_slurm_sees_it(state: str, text: str) -> None:
+    assert loss_text(state) == text

@@ -154,7 +154,7 @@ class SlurmRunner:
     def lost_nodes(self) -> dict[str, str]:
         nodes = os.environ["SLURM_JOB_NODELIST"]
         states = slurm.node_states(nodes, seconds=2.0)
-        lost = {name: f"is {state.rstrip('*')} for Slurm" for name, state in states.items() if slurm.is_lost(state)}
+        lost = {name: slurm.loss_text(state) for name, state in states.items() if slurm.is_lost(state)}
         return lost | {name: how for name, how in unreachable(nodes).items() if name not in lost}
 
     def requeue(self) -> None:

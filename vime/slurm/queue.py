@@ -220,6 +220,13 @@ def is_lost(state: str) -> bool:
     return state.endswith("*") or state.startswith(("down", "fail", "error", "unknown"))
 
 
+def loss_text(state: str) -> str:
+    """Evidence of a lost node, from its state: `is down for Slurm`, or `does not answer Slurm (allocated*)`."""
+    if is_lost(state.rstrip("*")):
+        return f"is {state.rstrip('*')} for Slurm"
+    return f"does not answer Slurm ({state})"
+
+
 def exclude(job_id: str, hosts: Iterable[str], *, seconds: float = CALL_SECONDS) -> None:
     """Keep a pending job off these nodes, and those that it was kept off before."""
     state = job_state(job_id, seconds=seconds)
