@@ -21,6 +21,7 @@ VERBS = {
     "cancel": "end a run",
     "runs": "list your runs",
     "report": "write the HTML report of a run",
+    "eval": "evaluate a checkpoint of a run, or an HF folder",
     "sweep": "submit variants of a run from a file",
 }
 

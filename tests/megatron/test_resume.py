@@ -136,8 +136,6 @@ def faults(folder: Path, results: dict[str, Result]) -> tuple[Result, dict[str, 
         shutil.copytree(folder / "straight", copy)
         harm(copy / "iter_0000001")
         cases.append(case(harm.__name__, checkpoint, copy, {}, [1]))
-    exported = {"checkpoint_options": {"save_hf": str(folder / "exported-{rollout_id}"), "async_save": True}}
-    cases.append(case("exporting", checkpoint, folder / "exporting", {}, [0], **exported))
     return last, run_cases(cases, 1, folder / "faults_run")
 
 
@@ -161,17 +159,6 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_with_a_warning(
     (warning,) = [line for line in found.printed.splitlines() if f"{harm}/iter_0000001 cannot be used" in line]
     assert said in warning
     assert without_times(found.metrics[0]) == without_times(results["straight"].metrics[1])
-
-
-def test_save_hf_writes_an_hf_folder_beside_the_checkpoint(
-    folder: Path, faults: tuple[Result, dict[str, Result]]
-) -> None:
-    assert faults[1]["exporting"].error == ""
-    export(folder / "straight" / "iter_0000000", folder / "hf", folder / "exported_by_hand")
-    ours, expected = HFCheckpoint(folder / "exported-0"), HFCheckpoint(folder / "exported_by_hand")
-    for param in params_of(ModelConfig.from_hf(MODELS["deepseek"])):
-        for part in param.parts:
-            assert (ours.tensor(part.name) == expected.tensor(part.name)).all(), part.name
 
 
 def cut(checkpoint: Path) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from tests.support.launch_stub import make_plan, preflight, service, stub
+from tests.support.plans import plan_of as run_of
 from vime.errors import BadInput, Cause
+from vime.planning.evaluation import Subject, evaluation_plan, job_cluster
 from vime.run.chain import Link, links
 from vime.run.jobs import Job, read_jobs
-from vime.run.plan import Plan
+from vime.run.plan import Cluster, Evaluation, Plan
 from vime.schedulers.batch_script import (
     module_lines,
     sbatch_options,
@@ -87,6 +89,20 @@ def test_the_batch_scripts_of_a_chain(tmp_path: Path) -> None:
     ids = (None, "7", "8")
     for link, after in zip(links(plan), ids, strict=True):
         check_golden(f"chain-{link.index + 1}-{link.name}.sbatch", sbatch_text(plan, link, after))
+
+
+def test_the_batch_script_of_an_evaluation_has_a_shape_of_its_own() -> None:
+    run = run_of("deepseek-r1", "--eval-prompt-data", "aime", "/data/aime.jsonl", nodes=16)
+    shape = {"nodes": 2, "partition": "small", "qos": "short"}
+    profile = Cluster(
+        name="site", kind="slurm", partition="big", python=PYTHON, account="project", gpus_per_node=8, eval_job=shape
+    )
+    weights = "/shared/run/evaluations/0000012/weights"
+    evaluation = Evaluation(weights=weights, run_dir=run.run_dir, rollout_id=12)
+    folder = "/shared/run/evaluations/0000012"
+    subject = Subject(evaluation, "first-eval-12", folder, run.model_config_hf)
+    plan = evaluation_plan(run.recipe, job_cluster(profile).model_copy(update={"gpus_per_node": 8}), None, subject)
+    check_golden("evaluation.sbatch", sbatch_text(plan))
 
 
 def test_the_scripts_that_slurm_is_asked_about_name_no_job_that_is_to_be(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@
 | `bash slurm` | on the development cluster |
 | `bash gpus` | on the development cluster, which refuses only because it has no GPUs |
 | `bash install` | into a separate folder |
-| `bash network` | only its program's `--help`: it would download |
+| `bash network` | only its program's `--help`: it would download, or needs a trained checkpoint |
 | `bash suite` | not here: other tests run quickstart.sh and release.py, and these tests run inside test.sh |
 """
 

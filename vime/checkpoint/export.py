@@ -146,3 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(BadInput.cause)
     print(f"{given.save} is complete")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,6 +22,7 @@ from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
 from vime.launch.checks import broken_gpus
+from vime.launch.evaluations import Evaluations
 from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, may_repeat
 from vime.launch.lead import TimeLeft
 from vime.launch.restarts import HURRIED_PATIENCE_S, Restarts, words
@@ -84,6 +85,7 @@ class Controller:
         self._time = TimeLeft(plan, runner)
         self._signals = Signals()
         self._restarts = Restarts(plan, runner, self._allocation, self._signals, event=self._event, say=say)
+        self._evaluations = Evaluations(plan, event=self._event)
 
     def run(self) -> Cause:
         """Run all stages and return the run's cause. Called in the main thread."""
@@ -108,6 +110,7 @@ class Controller:
                 # The other start's journal and queue entry are not this one's to write.
                 self._say(f"error: {error}")
                 return Cause.CANCELLED
+            self._evaluations.stop()
             cause = self._finish(failure)
             self._deliver(cause, failure)
             self._journal.close()
@@ -178,10 +181,7 @@ class Controller:
                 self._show(f"{stage.name} waits for another run")
                 told = True
             if (number := self._signals.take()) is not None:
-                self._restarts.hurried = number is not signal.SIGUSR2
-                cause = Cause.TIME_LIMIT if number is signal.SIGUSR2 else self._runner.why_ended()
-                cause = Cause.CANCELLED if number is signal.SIGINT else cause
-                raise RunFailed(Failure(cause, f"{stage.name} was ended by {number.name} as it waited", stage.name))
+                raise self._interrupted(stage, number, "it waited")
             if time.monotonic() > deadline:
                 text = f"{stage.name} waited {stage.deadline_s:.0f} s for another run to make {stage.outputs[0].path}"
                 raise RunFailed(Failure(Cause.DEADLINE, text, stage.name))
@@ -208,6 +208,23 @@ class Controller:
         self._steps.remove(step)
         step.close()
         self._event("stage-end", f"done after {seconds:.1f} s", stage=stage.name, data={"seconds": seconds})
+        self._settle_evaluations(step)
+
+    def _settle_evaluations(self, step: Step) -> None:
+        """Submit what training asked for last; on one machine, wait for the evaluations themselves."""
+        self._evaluations.look(step)
+        while not self._evaluations.settled:
+            if (number := self._signals.take()) is not None:
+                raise self._interrupted(step.stage, number, "its evaluations were submitted")
+            self._signals.wait([], POLL_S)
+            self._evaluations.look(step)
+
+    def _interrupted(self, stage: Stage, number: signal.Signals, doing: str) -> RunFailed:
+        """What ends the run on a signal while no process of the stage runs."""
+        self._restarts.hurried = number is not signal.SIGUSR2
+        cause = Cause.TIME_LIMIT if number is signal.SIGUSR2 else self._runner.why_ended()
+        cause = Cause.CANCELLED if number is signal.SIGINT else cause
+        return RunFailed(Failure(cause, f"{stage.name} was ended by {number.name} as {doing}", stage.name))
 
     def _run_step(self, stage: Stage, why: str) -> Step:
         """Return the step once it has ended well, or serves. Retried for STEP_PATIENCE_S if it may be."""
@@ -245,6 +262,7 @@ class Controller:
             for report in step.pump():
                 if report.kind == "ready" and stage.service and report.rank == 0:
                     return
+            self._evaluations.look(step)
             code = step.poll()
             if (service := self._ended_service(besides=step)) is not None:
                 raise RunFailed(self._judge(step, service=self._judged_alone(service)))

@@ -35,15 +35,16 @@ def write_code(plan: Plan) -> None:
         snapshot.write(found, plan.code)
 
 
-def start(plan: Plan) -> None:
-    """Write code and plan and register the run, so that vime.status and its siblings find it."""
+def start(plan: Plan, *, listed: bool = True) -> None:
+    """Write code and plan and register the run, so that vime.status and its siblings find it; unless not `listed`."""
     # Report a reference to a missing secret before anything is queued.
     resolve({**plan.cluster.env, **plan.recipe.misc.env}, os.environ)
     claim_folder(plan)
     write_code(plan)
     write_plan(plan)
     try:
-        record_run(plan.run_dir)
+        if listed:
+            record_run(plan.run_dir)
     except BadInput as error:
         # The home folder is read-only or full: commands then need the run's folder.
         print(f"note: the run is not in the list of runs, so give its folder to vime.status: {error}")

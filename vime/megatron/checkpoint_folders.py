@@ -16,7 +16,7 @@ from typing import Any
 
 from vime.checkpoint.torch_dist import write_tracker
 from vime.errors import BadInput
-from vime.run.checkpoints import TRACKER, folder_of, iterations, partial_of, tracked
+from vime.run.checkpoints import TRACKER, folder_of, held, iterations, partial_of, tracked
 from vime.system.files import READABLE, publish_folder, write_json
 from vime.system.fingerprint import fingerprints
 
@@ -122,6 +122,8 @@ def publish(root: Path, state: State, *, keep: int, layout: dict[str, int]) -> P
     shutil.rmtree(root / f".{target.name}.replaced", ignore_errors=True)
     # Newer ones come from a run that was set back to an older checkpoint; they stay until their number is reused.
     older = [number for number in iterations(root) if number <= state.rollout_id]
+    in_use = held(root)
     for number in older[max(1, keep) :]:
-        shutil.rmtree(folder_of(root, number))
+        if number not in in_use:
+            shutil.rmtree(folder_of(root, number))
     return target

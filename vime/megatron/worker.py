@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.load import load_hf_into
 from vime.errors import BadInput, DataError
@@ -72,8 +70,6 @@ class TrainWorker:
         self.coords = plan.layout.coordinates(rank)
         self._parts: _Parts | None = None
         self._key = key
-        self._trained_since_save = True
-        self._last_saved: Path | None = None
         self._clock = SpanRecorder(progress)
 
     # --- start
@@ -153,7 +149,6 @@ class TrainWorker:
                 return start
         assert load is not None
         state, folder = self._ready.checkpointer.load(load)
-        self._last_saved, self._trained_since_save = folder, False
         return StartState(state.rollout_id + 1, str(folder), state.extra)
 
     def _load_start(self) -> StartState:
@@ -197,7 +192,6 @@ class TrainWorker:
         with self._clock.span("train"):
             results = [self._step(data, number, step, masks, columns) for number, step in enumerate(steps)]
         self._ready.routes.forget()
-        self._trained_since_save = True
         metrics = _means(results)
         times, lengths = self._clock.seconds(), [len(sequence) for sequence in data.sequences]
         metrics["perf/train_tokens_per_s"] = sum(lengths) / max(times["train"], 1e-9)
@@ -336,9 +330,6 @@ class TrainWorker:
         if root is None:
             raise BadInput("--save is not set: give a folder for checkpoints")
         folder = self._ready.checkpointer.save(root, State(rollout_id, self._ready.optimizer.steps, extra))
-        self._last_saved, self._trained_since_save = folder, False
-        if self.recipe.checkpoint.save_hf:
-            self.export_hf(self.recipe.checkpoint.save_hf.replace("{rollout_id}", str(rollout_id)))
         return str(folder)
 
     def poll_save(self) -> bool:
@@ -348,22 +339,6 @@ class TrainWorker:
     def finish_save(self) -> None:
         """Wait until a background checkpoint is published."""
         self._ready.checkpointer.finish()
-
-    def export_hf(self, path: str) -> None:
-        """Write the current weights as an HF folder. Uses a checkpoint, which must be up to date."""
-        if self._last_saved is None or self._trained_since_save:
-            raise RuntimeError("export_hf writes the last checkpoint, but the weights have changed since: save first")
-        self._ready.checkpointer.finish()
-        error: list[Any] = [None]
-        if self.rank == 0:
-            assert self.recipe.checkpoint.hf_checkpoint is not None
-            try:
-                export(self._last_saved, self.recipe.checkpoint.hf_checkpoint, path)
-            except BadInput as problem:
-                error = [problem]
-        dist.broadcast_object_list(error, src=0)
-        if error[0] is not None:
-            raise error[0]
 
     def close(self) -> None:
         """Finish background work and leave the process groups."""

@@ -199,7 +199,8 @@ def _evaluation(run: RunSummary) -> str:
         lines = [Series("mean", series(run.steps, name))]
         lines += [Series(n.rsplit("/", 1)[1], series(run.steps, n)) for n in more if not n.endswith("pass@1")][:3]
         charts.append(line_chart(name.removeprefix("eval/") + _left_out(run, name), lines))
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    missing = "".join(f"<p>{escape(why)}</p>" for why in run.left_out)
+    return (f'<div class="charts">{"".join(charts)}</div>' if charts else "") + missing
 
 
 def _left_out(run: RunSummary, name: str) -> str:

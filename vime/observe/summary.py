@@ -15,7 +15,9 @@ from vime.observe.lengths import Lengths, read_lengths
 from vime.observe.samples import read_samples
 from vime.observe.timeline import Span, read_timeline
 from vime.run.checkpoints import iteration_of, tracked, tracks_iteration
+from vime.run.evaluations import left_out
 from vime.run.folder import read_binding, read_plan
+from vime.run.journal import read_events
 from vime.run.metrics import read_metrics, series
 from vime.run.plan import Binding, Plan
 
@@ -51,6 +53,8 @@ class RunSummary:
     preflight: list[dict[str, Any]] = field(default_factory=list)
     binding: Binding | None = None
     lengths: Lengths | None = None
+    left_out: tuple[str, ...] = ()
+    """Evaluations beside the run without a result, each with its reason."""
     damage: Counter[str] = field(default_factory=Counter)
     """Lines that could not be read, by file."""
 
@@ -118,6 +122,7 @@ def read_run(run_dir: str | Path, events: list[dict[str, Any]]) -> RunSummary:
         preflight=_preflight(events),
         binding=_binding(folder),
         lengths=lengths,
+        left_out=tuple(left_out(folder, read_events(folder)).values()),
     )
 
 

@@ -20,6 +20,7 @@ from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
 from vime.planning.inputs import check_shards, read_json
 from vime.planning.plugins import check_plugins
+from vime.planning.subject import preview as evaluation_preview
 from vime.planning.teaching import teaching_notes
 from vime.recipe import files
 from vime.recipe.load import absolute_path, change, uses_base_dir, with_absolute_paths
@@ -113,7 +114,7 @@ def make_plan(
         checkpoints_bytes=(recipe.checkpoint.save_keep + 1) * memory.checkpoint_bytes(recipe, weights),
         verify_deep=verify_deep,
     )
-    return Plan(
+    plan = Plan(
         run_name=run_name,
         run_dir=folder,
         base_dir=base,
@@ -131,6 +132,20 @@ def make_plan(
         signal_lead_s=_signal_lead(recipe, weights, slots.nodes, cluster),
         notes=tuple(found),
     )
+    return plan if not recipe.eval.eval_job else _with_evaluations(plan)
+
+
+def _with_evaluations(plan: Plan) -> Plan:
+    """The plan with a note about the jobs of `--eval-job`. Raises BadInput for jobs that cannot be planned."""
+    if plan.cluster.one_machine and plan.on_gpu:
+        raise BadInput("--eval-job with --cluster local: this machine's GPUs are the run's own, leave it out")
+    job = evaluation_preview(plan)
+    gpus = f" of {job.nodes[0].gpus} GPUs" if job.on_gpu else ""
+    where = f", partition {job.cluster.partition}" if job.cluster.partition else ""
+    note = (
+        f"each evaluation is a job of {len(job.nodes)} nodes{gpus}{where}, at most {job.cluster.time_limit_minutes} min"
+    )
+    return plan.model_copy(update={"notes": (*plan.notes, note)})
 
 
 def fewest_nodes(recipe: Recipe, cluster: Cluster, base_dir: str | os.PathLike[str] | None, *, required: bool) -> Fit:

@@ -104,6 +104,7 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
         raise BadInput("--debug-rollout-only and --load-debug-rollout-data leave nothing to do: give one of them")
     if evaluation.eval_interval and not evaluation.eval_prompt_data:
         raise BadInput("--eval-interval needs --eval-prompt-data NAME PATH")
+    _check_exports(recipe)
     if (rollout.over_sampling_batch_size or rollout.rollout_batch_size) < rollout.rollout_batch_size:
         raise BadInput(
             f"--over-sampling-batch-size {rollout.over_sampling_batch_size} is less than "
@@ -121,6 +122,17 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
         raise BadInput(
             f"{which} {longest} leaves no room for a prompt next to "
             f"--rollout-max-response-len {rollout.rollout_max_response_len}"
+        )
+
+
+def _check_exports(recipe: Recipe) -> None:
+    saved, interval = recipe.checkpoint.save_hf, recipe.checkpoint.save_interval
+    if recipe.eval.eval_job and not recipe.eval.eval_prompt_data:
+        raise BadInput("--eval-job needs --eval-prompt-data NAME PATH")
+    often = interval == "auto" or (isinstance(interval, int) and interval < recipe.rollout.num_rollout)
+    if saved and "{rollout_id}" not in saved and often:
+        raise BadInput(
+            f"--save-hf is {saved}, and --save-interval {interval} saves more than once: give {{rollout_id}} in it"
         )
 
 
@@ -196,6 +208,8 @@ def notes(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> list[s
         )
     if optimizer.overlap_cpu_optimizer_d2h_h2d and not optimizer.optimizer_cpu_offload:
         found.append("--overlap-cpu-optimizer-d2h-h2d has no effect without --optimizer-cpu-offload")
+    if recipe.eval.eval_job and recipe.eval.eval_interval:
+        found.append("--eval-job evaluates checkpoints in jobs of their own; the loop's --eval-interval does not run")
     if recipe.perf.use_dynamic_batch_size and "micro_batch_size" in recipe.perf.model_fields_set:
         found.append("--micro-batch-size has no effect with --use-dynamic-batch-size")
     if config.mtp_layers and not recipe.model.mtp_num_layers:

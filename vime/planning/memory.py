@@ -24,6 +24,8 @@ GPU_PROCESS, GPU_ENGINE_PROCESS = 5 * GB, 5 * GB
 GPU_ENGINE_ASLEEP = 1 * GB
 """Host memory of vLLM in a process that sleeps at level 2: the model's buffers and the CUDA graphs' memory."""
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
+EXPORT_PROCESS, EXPORT_COPIES = 900 * 10**6, 8
+"""Host memory of the process that exports checkpoints: its libraries, and bytes per parameter of the largest tensor."""
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that configure torch's allocators; the first is the newer name."""
 RAY_NODE = 400 * 10**6
@@ -128,6 +130,10 @@ def node_memory(
         items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, slots)]
     else:
         items = [*_cpu_trainer(recipe, on_node), *_cpu_engines(recipe, weights, share, slots)]
+    if node == 0 and ranks and (recipe.checkpoint.save_hf or recipe.eval.eval_job):
+        largest = max(one.elements for one in stage_tensors(config, ParallelLayout(), mtp=True)[0])
+        why = f"a process that writes HF folders, with copies of one tensor of {_billions(largest)} parameters"
+        items.append(_item("hf_export", EXPORT_PROCESS + EXPORT_COPIES * largest, why))
     store = object_store_bytes(recipe)
     items.append(_item("ray", RAY_NODE + store, f"raylet and agents, and an object store of {store / GB:.1f} GB"))
     present = tuple(item for item in items if item.bytes)

@@ -70,6 +70,16 @@ def _head(plan: Plan) -> str:
         f"{name}{value}" for name, value in (("TP", layout.tp), ("CP", layout.cp), ("DP", layout.dp), ("PP", layout.pp))
     )
     rollout = recipe.rollout
+    ranks = f"{layout.world_size} ranks, {sizes}, experts EP{layout.ep} x ETP{layout.etp} x EDP{layout.edp}"
+    training = [
+        (
+            "rollouts",
+            f"{rollout.num_rollout} of {rollout.rollout_batch_size} x {rollout.n_samples_per_prompt} samples, "
+            f"{rollout.num_steps_per_rollout} steps of {rollout.global_batch_size}",
+        ),
+        ("checkpoints", f"{recipe.checkpoint.save}, {_saves(plan)}"),
+    ]
+    evaluating = [("evaluation", " ".join(recipe.eval.eval_prompt_data))]
     lines = [
         ("run", plan.run_name),
         ("folder", plan.run_dir),
@@ -77,14 +87,9 @@ def _head(plan: Plan) -> str:
         ("model", f"{plan.model_config_hf['architectures'][0]}, {recipe.checkpoint.hf_checkpoint}"),
         ("cluster", _cluster(plan)),
         ("nodes", f"{len(plan.nodes)} of {plan.nodes[0].gpus} GPUs" + (f", {plan.spares} spare" * bool(plan.spares))),
-        ("trainer", f"{layout.world_size} ranks, {sizes}, experts EP{layout.ep} x ETP{layout.etp} x EDP{layout.edp}"),
+        *([] if plan.evaluation else [("trainer", ranks)]),
         ("engines", _engines(plan)),
-        (
-            "rollouts",
-            f"{rollout.num_rollout} of {rollout.rollout_batch_size} x {rollout.n_samples_per_prompt} samples, "
-            f"{rollout.num_steps_per_rollout} steps of {rollout.global_batch_size}",
-        ),
-        ("checkpoints", f"{recipe.checkpoint.save}, {_saves(plan)}"),
+        *(evaluating if plan.evaluation else training),
     ]
     return "\n".join(["Plan", *(f"  {name:<12}{value}" for name, value in lines)])
 

@@ -18,6 +18,8 @@ REHEARSAL_S = 900.0
 """Seconds for imports from a cold file system, and for a reward server that is away."""
 START_S = 300.0
 """Seconds for interpreters, libraries and processes to start on a busy machine."""
+ENGINES_S = 1800.0
+"""Seconds for engines to start, besides the time that reading the weights takes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class StageInputs:
     fp8_bytes: int
     checkpoints_bytes: int
     """Bytes of the newest checkpoints that are kept, and of one more being written."""
+    export_like: str | None = None
+    """HF folder of the original model, for an evaluation that exports a checkpoint first."""
     verify_deep: bool = False
     """Compare the full output of cast and conversion, from this or an earlier run, with their inputs."""
 
@@ -65,6 +69,22 @@ def make_stages(job: StageInputs) -> tuple[Stage, ...]:
     if job.nodes > 1:
         stages.append(_ray(job, "ray-workers", tuple(range(1, job.nodes))))
     stages.extend((_train(job), _report(job)))
+    return tuple(stages)
+
+
+def make_evaluation_stages(job: StageInputs, export_from: Artefact | None) -> tuple[Stage, ...]:
+    """Stages of an evaluation: with `export_from`, a torch_dist checkpoint is first written as the HF folder."""
+    stages = [_preflight(job)]
+    if job.nodes > 1 and job.cluster.min_network_gbit:
+        stages.append(_ring(job))
+    if export_from is not None:
+        stages.append(_export(job, export_from))
+    if has_cast(job):
+        stages.append(_cast(job))
+    stages.append(_ray(job, "ray-head", (0,)))
+    if job.nodes > 1:
+        stages.append(_ray(job, "ray-workers", tuple(range(1, job.nodes))))
+    stages.append(_evaluate(job))
     return tuple(stages)
 
 
@@ -224,6 +244,36 @@ def _train(job: StageInputs) -> Stage:
         outputs=(Artefact(name="checkpoints", path=options.save or "", kind="run", bytes=job.checkpoints_bytes),),
         # No own deadline: ends with the allocation, and its phases have deadlines.
         deadline_s=job.cluster.time_limit_minutes * 60.0,
+    )
+
+
+def _export(job: StageInputs, source: Artefact) -> Stage:
+    original, output = job.recipe.checkpoint.hf_checkpoint or "", _checkpoint(job)
+    assert job.export_like is not None
+    command = ["-m", "vime.checkpoint.export", "--load", source.path, "--hf-checkpoint", job.export_like]
+    command += ["--save", original, *(["--quantise"] if job.config.quantisation else [])]
+    return Stage(
+        name="export",
+        nodes=(0,),
+        command=tuple(command),
+        env=job.recipe.misc.env,
+        inputs=(source,),
+        outputs=(output,),
+        deadline_s=_disk_deadline(1, source, output),
+    )
+
+
+def _evaluate(job: StageInputs) -> Stage:
+    weights = _checkpoint(job)
+    return Stage(
+        name="evaluate",
+        nodes=(0,),
+        cpus_per_task=1,
+        command=("-m", "vime.train", "--run", job.run_dir),
+        env=job.recipe.misc.env,
+        tells_end=True,
+        inputs=(weights,),
+        deadline_s=ENGINES_S + _disk_deadline(job.nodes, weights) + job.recipe.rollout.rollout_timeout,
     )
 
 

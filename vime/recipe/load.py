@@ -66,6 +66,19 @@ def load_flags(name: str, flags: Sequence[str]) -> Loaded:
         raise BadInput(first_problem(error)) from error
 
 
+def with_flags(recipe: Recipe, flags: Sequence[str]) -> Recipe:
+    """The recipe with these flags on top. Raises BadInput as `load_with_notes`."""
+    values: dict[str, Any] = {}
+    for group in Recipe.model_fields.keys() - {"name"}:
+        options = getattr(recipe, group)
+        values[group] = {name: getattr(options, name) for name in options.model_fields_set}
+    collect(parse_flags(flags), values)
+    try:
+        return Recipe(name=recipe.name, **values)
+    except ValidationError as error:
+        raise BadInput(first_problem(error)) from error
+
+
 def as_yaml(recipe: Recipe) -> str:
     """The recipe's file: one `option: value` for every option that was given."""
     lines: dict[str, Any] = {}

@@ -126,7 +126,8 @@ class CheckpointOptions(Options):
     save_keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep."""
     save_hf: str | None = None
-    """HF folder written with every checkpoint; `{rollout_id}` in the path becomes the rollout's number."""
+    """HF folder written from every checkpoint, beside training; `{rollout_id}` in the path becomes the rollout's
+    number."""
     async_save: bool = False
     """Write checkpoints in the background while training continues."""
     conversion: Literal["one-pass", "two-stage", "direct"] = "one-pass"
@@ -324,6 +325,11 @@ class EvalOptions(Options):
 
     eval_interval: int | None = Field(default=None, ge=1)
     """Rollouts between evaluations; the first one is before training."""
+    eval_job: bool = False
+    """Evaluate checkpoints in jobs of their own, beside training (docs/evaluation.md); the shape of a job is `eval-job`
+    of the cluster profile."""
+    eval_job_interval: int = Field(default=1, ge=1)
+    """Checkpoints between two evaluations of `--eval-job`."""
     eval_prompt_data: list[str] = Field(default_factory=list)
     """Evaluation sets, a name and a path each: `aime /data/aime-2024.jsonl`."""
     n_samples_per_eval_prompt: int = Field(default=1, ge=1)

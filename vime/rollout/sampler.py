@@ -11,27 +11,31 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vime.data.rows import Columns
 from vime.errors import BadInput, DataError
-from vime.recipe.prompt_sources import evaluation_sources, training_sources
-from vime.recipe.schema import Recipe
+from vime.recipe.prompt_sources import training_sources
 from vime.rewards.filters import BUILT_IN as BUILT_IN_FILTERS
 from vime.rewards.filters import check_filter_path
-from vime.rewards.scorer import Scorer, no_answer_warning
+from vime.rewards.scorer import no_answer_warning
 from vime.rollout.agent_measures import conversation_metrics
-from vime.rollout.chat import ChatTemplate
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.counters import EngineCounters
-from vime.rollout.data import PromptStream, Tokenisation, load_prompts, load_tokenizer
+from vime.rollout.data import PromptStream, Tokenisation, load_prompts
 from vime.rollout.dispatch import Dispatcher, Patience, Recover
-from vime.rollout.evaluate import evaluate
-from vime.rollout.generation import Generator
+from vime.rollout.evaluator import (
+    evaluate_sets,
+    evaluation_sets,
+    make_generator,
+    scorer_of,
+    template_variables,
+    tokenizer_of,
+)
 from vime.rollout.measures import by_set_metrics, finished_metrics, training_metrics
 from vime.rollout.mixture import PromptMixture
-from vime.rollout.session import Agent, Budget, Settings, SingleTurn
+from vime.rollout.session import Agent
 from vime.run.left_out import left_out
 from vime.run.plan import Plan
 from vime.samples import UNVERSIONED, Group, Prompt, Rollout, Status, new_group
@@ -94,25 +98,18 @@ class Sampler:
         if options.rollout_temperature <= 0:
             raise BadInput(f"--rollout-temperature {options.rollout_temperature}: give a value above 0 to learn from")
         self._settings = plan.recipe.sampling
-        checkpoint = plan.recipe.checkpoint
-        tokenizer = tokenizer or load_tokenizer(
-            checkpoint.hf_checkpoint or "", trust_remote_code=checkpoint.trust_remote_code
-        )
+        tokenizer = tokenizer or tokenizer_of(plan)
         context = plan.context_length
         sources = training_sources(options.prompt_data)
         if not sources:
             raise BadInput("--prompt-data is not set: give a file or folder of prompts")
-        variables = {
-            **options.apply_chat_template_kwargs,
-            **({"tools": list(agent.tools)} if agent and agent.tools else {}),
-        }
+        variables = template_variables(plan, agent)
         training = Tokenisation(
             tokenizer,
             options.apply_chat_template,
             variables,
             min(options.rollout_max_prompt_len or context - 1, context - 1),
         )
-        longest = min(plan.recipe.eval.eval_max_prompt_len or context - 1, context - 1)
         columns = Columns.of(plan.recipe)
         self._mixture = PromptMixture(
             {
@@ -128,37 +125,13 @@ class Sampler:
             remembers=options.curriculum is not None,
             left_out=left_out(plan.run_dir),
         )
-        self._eval_sets = [
-            load_prompts(source.path, replace(training, max_tokens=longest), columns=columns, name=source.name)
-            for source in evaluation_sources(plan.recipe.eval.eval_prompt_data)
-        ]
+        self._eval_sets = evaluation_sets(plan, tokenizer, variables)
         self._dispatcher = Dispatcher(
             clients, [engine.data_parallel_size for engine in plan.engines], recover=recover, patience=patience
         )
         self._counters = EngineCounters(clients)
-        self._scorer = Scorer(
-            options.rm_type,
-            limit_s=options.rm_timeout,
-            rm_url=options.rm_url,
-            filter_path=options.dynamic_sampling_filter_path,
-            curriculum=options.curriculum,
-            patience_s=options.rm_patience,
-        )
-        self._generator = Generator(
-            self._scorer,
-            Settings(
-                self._dispatcher,
-                ChatTemplate(tokenizer, variables, options.rollout_stop_token_ids),
-                self._settings,
-                context,
-                options.rollout_timeout,
-                _budget(plan.recipe),
-                seed=options.rollout_seed if options.rollout_sample_seeds else None,
-                divergence=plan.recipe.agent.on_template_divergence,
-            ),
-            agent or SingleTurn(),
-            mask_old_tokens=options.mask_offpolicy_in_partial_rollout,
-        )
+        self._scorer = scorer_of(plan)
+        self._generator = make_generator(plan, self._dispatcher, self._scorer, tokenizer, variables, agent)
         self._next_group = 0
         self._kept: list[Group] = []
         self._rows: dict[int, tuple[str, int]] = {}
@@ -240,20 +213,7 @@ class Sampler:
 
     async def evaluate(self, rollout_id: int) -> dict[str, float]:
         """`eval/<name>` of every evaluation set, with the engines' current weights."""
-        options = self._recipe.eval
-        limit = self._recipe.rollout.rollout_timeout
-        await self._dispatcher.begin()
-        try:
-            async with self._dispatcher.time_limit(limit):
-                return await evaluate(
-                    self._generator,
-                    self._eval_sets,
-                    self._recipe.eval_sampling,
-                    options.n_samples_per_eval_prompt,
-                    limit,
-                )
-        except TimeoutError:
-            raise DataError(f"evaluation {rollout_id} did not end within --rollout-timeout {limit:g} s") from None
+        return await evaluate_sets(self._recipe, self._generator, self._eval_sets, rollout_id)
 
     def take_spans(self) -> list[tuple[str, float, float]]:
         """(name, start, end) in Unix seconds of work that ran during the generation since the last call."""
@@ -377,14 +337,6 @@ class Sampler:
         partial = self._recipe.rollout.partial_rollout
         self._kept = [group if partial else _without_answers(group) for group in unfinished]
         self._rows = {group.index: self._rows[group.index] for group in self._kept}
-
-
-def _budget(recipe: Recipe) -> Budget:
-    options = recipe.agent
-    if not options.holds:
-        return Budget()
-    seconds = options.turn_timeout, options.conversation_timeout
-    return Budget(options.max_turns, options.max_tokens_per_turn, *seconds)
 
 
 def _oldest(group: Group, default: int) -> int:

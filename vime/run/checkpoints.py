@@ -4,6 +4,7 @@
 <save>/.iter_0000012.partial/               one that is being written, or whose writer was killed
 <save>/release/                             weights without a rollout number, made by the conversion
 <save>/latest_checkpointed_iteration.txt    the tracker: names the newest complete one, written last
+<save>/in_use_0000012                       the driver still reads it: it is not removed yet
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from pathlib import Path
 
 from vime.errors import BadInput
+from vime.system.files import PRIVATE, write_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -19,6 +21,7 @@ _ITERATION = re.compile(r"iter_([0-9]{1,18})")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _MOST_BYTES = 4096
 _PARTIAL = re.compile(r"\.iter_\d+\.partial")
+_IN_USE = "in_use_"
 
 
 def folder_of(root: str | Path, rollout_id: int) -> Path:
@@ -46,6 +49,22 @@ def iterations(root: Path) -> list[int]:
     """Numbers of the published checkpoints, newest first."""
     names = (path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
     return sorted((number for name in names if (number := iteration_of(name)) is not None), reverse=True)
+
+
+def hold(root: str | Path, rollout_id: int) -> None:
+    """Keep a checkpoint, published or not yet, from being removed as an old one until `let_go`."""
+    write_file(Path(root) / f"{_IN_USE}{rollout_id:07d}", "", mode=PRIVATE)
+
+
+def let_go(root: str | Path, rollout_id: int) -> None:
+    """The checkpoint may be removed with the next save."""
+    (Path(root) / f"{_IN_USE}{rollout_id:07d}").unlink(missing_ok=True)
+
+
+def held(root: str | Path) -> set[int]:
+    """Numbers of checkpoints that are in use."""
+    names = (path.name.removeprefix(_IN_USE) for path in Path(root).glob(f"{_IN_USE}*"))
+    return {int(name) for name in names if _NUMBER.fullmatch(name)}
 
 
 def has_tracker(root: str | Path | None) -> bool:

@@ -28,6 +28,7 @@ Kind = Literal[
     "signal",
     "checkpoint-request",
     "checkpoint",
+    "evaluation",
     "recovery",
     "requeue",
     "job-end",

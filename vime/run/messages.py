@@ -17,7 +17,7 @@ MARK = "~vime"
 REPORT_FD = "VIME_REPORT_FD"
 """Environment variable: descriptor on which a stage's command reports to its task."""
 
-Kind = Literal["start", "ready", "waiting", "result", "failure", "alive", "exit"]
+Kind = Literal["start", "ready", "waiting", "result", "failure", "alive", "evaluate", "exit"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Report:
 
     `start`: the task runs (host, pid, step). `waiting`: a service is not ready (missing). `ready`: a service serves.
     `result`: what the command found (preflight). `failure`: why a service or the driver of training ends (cause, text,
-    nodes, rank).
-    `alive`: the driver of training answers, every few seconds. `exit`: the command ended (code, signal, stopped, tail).
+    nodes, rank). `alive`: the driver of training answers, every few seconds. `evaluate`: an HF folder waits for a job
+    that evaluates it (rollout_id, weights), or there is none (rollout_id, left_out). `exit`: the command ended (code,
+    signal, stopped, tail).
     """
 
     rank: int

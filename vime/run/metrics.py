@@ -15,6 +15,7 @@ from typing import Any
 
 from vime.errors import BadInput
 from vime.recipe.schema import Recipe
+from vime.run.evaluations import read_results
 from vime.system.json_lines import LineFile, Lines
 from vime.system.private import private_folder
 from vime.system.redact import redacted
@@ -121,25 +122,32 @@ def _wandb_run(run_dir: str | Path, settings: Mapping[str, Any]) -> Any:
 def read_metrics(run_dir: str | Path, damage: Counter[str] | None = None) -> dict[int, dict[str, float]]:
     """All steps of the run's live branch, in order, later lines of a step merged over earlier ones.
 
-    A start at a step drops this step and later ones: the run was set back to a checkpoint before them. Invalid lines
-    are skipped, and counted in `damage` under the file's name.
+    A start at a step drops this step and later ones: the run was set back to a checkpoint before them. Results of
+    evaluations beside the run are merged unless their weights are of such a branch. Invalid lines are skipped, and
+    counted in `damage` under the file's name.
     """
     steps: dict[int, dict[str, float]] = {}
+    starts: list[tuple[int, float]] = []
     lines = Lines(Path(run_dir) / METRICS_FILE)
     for step, values in lines.read(_step):
-        if values is None:
+        if not isinstance(values, dict):
+            starts.append((step, values))
             steps = {number: known for number, known in steps.items() if number < step}
         else:
             steps.setdefault(step, {}).update(values)
+    for result in read_results(run_dir):
+        number = result.rollout_id
+        if not any(first <= number and result.weights_time < when for first, when in starts):
+            steps.setdefault(number, {}).update(result.values)
     if damage is not None:
         damage[METRICS_FILE] += lines.skipped
     return dict(sorted(steps.items()))
 
 
-def _step(line: dict[str, Any]) -> tuple[int, dict[str, float] | None]:
-    """Step and values of a line; None for the values of a start. Raises ValueError, KeyError or TypeError."""
+def _step(line: dict[str, Any]) -> tuple[int, dict[str, float] | float]:
+    """Step and values of a line; of a start, its Unix time. Raises ValueError, KeyError or TypeError."""
     if START in line:
-        return int(line[START]), None
+        return int(line[START]), float(line.get("time", 0.0))
     step = int(line.pop("step"))
     return step, {name: float(value) for name, value in line.items() if value is not None}
 

@@ -108,7 +108,7 @@ class Stage(Frozen):
 
     name: str
     """`preflight`, `ring`, `rehearsal`, `cast`, `convert`, `verify-cast`, `verify-convert`, `ray-head`, `ray-workers`,
-    `train`, `report`."""
+    `train`, `report`; `export` and `evaluate` of an evaluation."""
     nodes: tuple[int, ...]
     """Logical nodes."""
     tasks_per_node: int = 1
@@ -171,6 +171,29 @@ class Container(Frozen):
         return (value,) if isinstance(value, str) else value
 
 
+class EvalJob(Frozen):
+    """Shape of the jobs of `--eval-job`; what is not set is as in the rest of the profile."""
+
+    nodes: int | None = Field(default=None, ge=1)
+    """Nodes of a job; None: as few as one engine takes."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpu_type: str | None = None
+    cpus_per_node: int | None = None
+    exclusive: bool | None = None
+    mem: str | None = None
+    time_limit_minutes: int | None = Field(default=None, ge=1)
+    """None: what starting, loading and one `--rollout-timeout` take."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What replaces settings of the profile, by name."""
+        return {name: value for name, value in self if value is not None and name != "nodes"}
+
+
 class Cluster(Frozen):
     """The cluster profile as resolved for this run."""
 
@@ -208,6 +231,7 @@ class Cluster(Frozen):
     gpu_hours_per_failure: float = Field(default=50_000, gt=0)
     """GPU hours between two failures, for `--save-interval auto`. Default: 419 in 54 days of 16,384 GPUs (Llama 3)."""
     extra_sbatch: dict[str, Any] = Field(default_factory=dict)
+    eval_job: EvalJob = EvalJob()
     job_comment: Literal["append", "keep"] = "append"
     """`append`: the job's comment shows the run's activity after the site's part; a JSON comment is kept unchanged."""
     python: str | None = None
@@ -217,6 +241,11 @@ class Cluster(Frozen):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("eval_job", mode="before")
+    @classmethod
+    def _dashes(cls, value: Any) -> Any:
+        return {str(key).replace("-", "_"): each for key, each in value.items()} if isinstance(value, dict) else value
 
     @property
     def one_machine(self) -> bool:
@@ -259,6 +288,21 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "version": VERSION, "recipe": recipe, "stages": stages}
 
 
+class Evaluation(Frozen):
+    """Weights that a run evaluates instead of training."""
+
+    weights: str
+    """HF folder that the engines load."""
+    run_dir: str | None = None
+    """Run that gets the results; None for a plain HF folder."""
+    rollout_id: int = 0
+    """Step of the results: the last rollout that the weights were trained on."""
+    weights_time: float = 0.0
+    """Unix time at which the weights were saved: a run that was set back since does not take their results."""
+    temporary: bool = False
+    """The folder was made for this evaluation, and is removed after it."""
+
+
 class Plan(Frozen):
     """Complete plan of one run. `binding.json` adds the facts known only in the allocation."""
 
@@ -281,6 +325,8 @@ class Plan(Frozen):
     engines: tuple[EnginePlan, ...]
     ports: Ports
     stages: tuple[Stage, ...]
+    evaluation: Evaluation | None = None
+    """None for a run that trains."""
     code: str | None = None
     """Folder with the copy of the code that the run's processes import; None: the installed code."""
     max_timeouts: int = 1000

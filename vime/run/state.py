@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import SchedulerError
+from vime.run.evaluations import left_out
 from vime.run.folder import BINDING, read_binding, read_plan
 from vime.run.jobs import Job, read_jobs
 from vime.run.journal import Event, last_start, read_events
@@ -97,7 +98,8 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     """Read the state of a run; from its folder alone if the scheduler is silent. Raises BadInput without a plan."""
     plan = read_plan(run_dir)
     jobs = read_jobs(run_dir)
-    events = of_jobs(last_start(read_events(run_dir, damage := Counter())), jobs)
+    whole = read_events(run_dir, damage := Counter())
+    events = of_jobs(last_start(whole), jobs)
     now = current_job(jobs, events)
     found = RunState(run=plan.run_name, run_dir=plan.run_dir, state="planned", job=now.job_id if now else None)
     found.num_rollout = plan.recipe.rollout.num_rollout
@@ -112,8 +114,10 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
         found.note = str(error)
     _judge(found, events, job)
     _read_metrics(found, plan, damage)
-    if lost := damage_note(damage):
-        found.note = f"{found.note}; {lost}" if found.note else lost
+    missing = ", ".join(map(str, left_out(run_dir, whole)))
+    notes = [found.note, damage_note(damage)]
+    notes.append(f"evaluations left out: rollout {missing} (vime.report says why)" if missing else "")
+    found.note = "; ".join(note for note in notes if note)
     return found
 
 

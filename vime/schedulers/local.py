@@ -75,7 +75,7 @@ class Local:
 
 def run(plan: Plan) -> int:
     """Run to the end; return the exit code. Prints every event, and training's own summary lines."""
-    progress = _Progress(plan.run_dir)
+    progress = _Progress(plan.run_dir, "evaluate" if plan.evaluation else "train")
     with witnessed(plan.run_dir):
         cause = Controller(plan, LocalRunner(plan), say=tell, watching=progress.tell).run()
     progress.tell()
@@ -85,18 +85,18 @@ def run(plan: Plan) -> int:
 
 
 class _Progress:
-    """Prints new lines of training's first task; lines from before this start are left out."""
+    """Prints new lines of the driver; lines from before this start are left out."""
 
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: str, stage: str) -> None:
+        self._run_dir, self._stage = run_dir, stage
         self._follower: Follower | None = None
-        old = find_logs(run_dir, stage="train", node=0)
+        old = find_logs(run_dir, stage=stage, node=0)
         if old:
             self._follower = Follower(old[0], offset=old[0].path.stat().st_size)
 
     def tell(self) -> None:
         if self._follower is None:
-            if not (logs := find_logs(self._run_dir, stage="train", node=0)):
+            if not (logs := find_logs(self._run_dir, stage=self._stage, node=0)):
                 return
             self._follower = Follower(logs[0])
         for line in self._follower.poll():

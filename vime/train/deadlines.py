@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vime.planning.stages import DISK_BYTES_PER_S
+from vime.planning.stages import DISK_BYTES_PER_S, ENGINES_S
 from vime.run.plan import Plan
 
 
@@ -14,7 +14,7 @@ class PhaseDeadlines:
 
     placement: float = 120.0
     setup: float = 1800.0
-    engine_start: float = 1800.0
+    engine_start: float = ENGINES_S
     train: float = 7200.0
     save: float = 1800.0
     sync: float = 1800.0
@@ -26,7 +26,7 @@ class PhaseDeadlines:
     @classmethod
     def of(cls, plan: Plan) -> PhaseDeadlines:
         """Phases that read or write a whole checkpoint also have the time that its bytes take on a slow file system."""
-        train = next(stage for stage in plan.stages if stage.name == "train")
+        train = next(stage for stage in plan.stages if stage.name in ("train", "evaluate"))
         size = {artefact.kind: artefact.bytes or 0 for artefact in (*train.inputs, *train.outputs)}
         trained = max(size.get("torch_dist", 0), size.get("hf", 0))
         served = min((len(engine.nodes) for engine in plan.engines), default=1)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from vime.agents.choose import agent_of
 from vime.observe.samples import read_rollout, write_samples
 from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.dispatch import Patience
+from vime.rollout.evaluator import Evaluator
 from vime.rollout.sampler import Sampler
 from vime.rollout.session import Agent
+from vime.run.evaluations import Result, write_result
 from vime.run.messages import report
-from vime.run.plan import Binding, Plan
+from vime.run.plan import Binding, Evaluation, Plan
 from vime.run.tokens import GROUP_KEY, read_token
 from vime.run.usage import write_queues
 from vime.sync.ranks import StartState, TrainerCall, WorkerMethods
@@ -22,11 +26,13 @@ from vime.sync.session import WeightSync
 from vime.train.actors import EngineGroup, TrainerGroup, master
 from vime.train.causes import watch_nodes
 from vime.train.deadlines import PhaseDeadlines
+from vime.train.exports import Exports
 from vime.train.handover import SLEEP_LEVEL, Handover
 from vime.train.loop import Loop
 from vime.train.phases import Phases, saves_after
 from vime.train.placement import reserve
 from vime.train.pulse import Pulse
+from vime.train.results import deliver, write
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
 
@@ -68,7 +74,9 @@ class Driver:
             self.phases.close()
 
     async def _run(self, group: Any) -> None:
-        if folder := self.recipe.misc.load_debug_rollout_data:
+        if self.plan.evaluation is not None:
+            await self._evaluate_only(group, self.plan.evaluation)
+        elif folder := self.recipe.misc.load_debug_rollout_data:
             await self._train_only(group, folder)
         elif self.recipe.misc.debug_rollout_only:
             await self._rollout_only(group)
@@ -89,9 +97,13 @@ class Driver:
             synced = await loop.sync()
             self.phases.metrics.start(first)
             self.phases.metrics.write(first, {f"start/{name}": value for name, value in synced.items()})
+            if first > 0:
+                loop.exports.resume(first - 1)
             async with asyncio.TaskGroup() as tasks:
                 background = [tasks.create_task(loop.supervisor.watch(loop.sampler.engine_failed))]
                 background.append(tasks.create_task(self._note_queues(loop.sampler)))
+                background.append(tasks.create_task(loop.exports.run()))
+                background.append(tasks.create_task(loop.results.run()))
                 if self.recipe.checkpoint.async_save:
                     background.append(tasks.create_task(loop.publish_saves()))
                 await loop.run(first)
@@ -164,17 +176,43 @@ class Driver:
         )
         return Loop(self.phases, call, sampler, supervisor)
 
+    async def _evaluate_only(self, group: Any, evaluation: Evaluation) -> None:
+        """Evaluate the weights that the engines loaded, and give the values to the run that they belong to."""
+        engines, number = EngineGroup(self.plan, group), evaluation.rollout_id
+        async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
+            with self.phases.timeline.phase("start", -1):
+                urls = await engines.start(deadline_s=self.deadlines.engine_start)
+            evaluator = Evaluator(self.plan, await self._clients(stack, urls), agent=await self._agent(stack))
+            await stack.enter_async_context(evaluator)
+            with self.phases.timeline.phase("eval", number):
+                values = await evaluator.evaluate(number)
+        result = Result(number, values, evaluation.weights_time)
+        write(self.phases.metrics, result)
+        folder = Path(self.plan.run_dir)
+        write_result(folder, result)
+        if evaluation.run_dir is not None:
+            await asyncio.to_thread(deliver, folder, evaluation.run_dir, result)
+        if evaluation.temporary:
+            await asyncio.to_thread(shutil.rmtree, evaluation.weights, ignore_errors=True)
+
     async def _train_only(self, group: Any, folder: str) -> None:
         """Train on rollouts that another run wrote."""
         trainer = TrainerGroup(self.plan, group)
         start = await self._trainer_up(trainer)
         self.phases.metrics.start(start.next_rollout_id)
-        for rollout_id in range(start.next_rollout_id, self.recipe.rollout.num_rollout):
-            trained = await self.phases.train(trainer.call, read_rollout(folder, rollout_id))
-            if saves_after(self.recipe, rollout_id):
-                await trainer.call(self.deadlines.save, WorkerMethods.save, rollout_id, start.extra)
-            self.phases.report(rollout_id, {**trained, **self.phases.timeline.take_metrics()})
-        await trainer.call(self.deadlines.save, WorkerMethods.finish_save)
+        exports = Exports(self.plan, deadline_s=self.deadlines.save)
+        exporting = asyncio.create_task(exports.run())
+        try:
+            for rollout_id in range(start.next_rollout_id, self.recipe.rollout.num_rollout):
+                trained = await self.phases.train(trainer.call, read_rollout(folder, rollout_id))
+                if saves_after(self.recipe, rollout_id):
+                    await trainer.call(self.deadlines.save, WorkerMethods.save, rollout_id, start.extra)
+                    exports.saved(rollout_id)
+                self.phases.report(rollout_id, {**trained, **self.phases.timeline.take_metrics()})
+            await trainer.call(self.deadlines.save, WorkerMethods.finish_save)
+            await exports.finish()
+        finally:
+            exporting.cancel()
 
     async def _rollout_only(self, group: Any) -> None:
         """Generate with the weights that the engines loaded, and write the rollouts."""

@@ -13,7 +13,9 @@ from vime.rollout.sampler import Sampler
 from vime.run.control import answer_checkpoint, checkpoint_requested
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
+from vime.train.exports import Exports
 from vime.train.phases import Phases
+from vime.train.results import Results
 from vime.train.saves import SaveSchedule
 from vime.train.spike_guard import Spike, SpikeGuard
 from vime.train.supervisor import EngineSupervisor
@@ -31,6 +33,8 @@ class Loop:
         self._kept = KeptRollouts(self.plan.run_dir, checkpoint.save if checkpoint.save_interval else None)
         self._saves = SaveSchedule(self.plan)
         self._guard = SpikeGuard(self.plan, 0)
+        self.exports = Exports(self.plan, deadline_s=self.deadlines.save)
+        self.results = Results(self.plan.run_dir, phases.metrics)
         self._before_generation: dict[str, Any] = {}
         """The sampler's state when the newest rollout began, for a checkpoint of the rollout before it."""
 
@@ -48,6 +52,8 @@ class Loop:
                     return
             await self._finish_save()
             await self.phases.evaluate_if_due(self.sampler, last + 1)
+            await self.exports.finish()
+            await self.results.take()
         finally:
             if ahead is not None:
                 ahead.cancel()
@@ -120,6 +126,7 @@ class Loop:
                 paths = await self.trainer(self.deadlines.save, WorkerMethods.save, rollout_id, extra)
         self._saves.saved(time.monotonic() - started)
         print(f"rollout {rollout_id}: checkpoint {paths[0]}", flush=True)
+        self.exports.saved(rollout_id)
         return paths[0]
 
     async def _finish_save(self) -> None:

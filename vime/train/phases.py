@@ -96,8 +96,11 @@ def saves_after(recipe: Recipe, rollout_id: int) -> bool:
 
 
 def evaluates_before(recipe: Recipe, rollout_id: int) -> bool:
-    """True before the first rollout and every `--eval-interval` rollouts; `num_rollout` means the end of the run."""
+    """True before the first rollout and every `--eval-interval` rollouts; `num_rollout` means the end of the run.
+
+    Never with `--eval-job`, which evaluates checkpoints instead.
+    """
     interval = recipe.eval.eval_interval
-    if interval is None or not recipe.eval.eval_prompt_data:
+    if interval is None or not recipe.eval.eval_prompt_data or recipe.eval.eval_job:
         return False
     return rollout_id % interval == 0 or rollout_id == recipe.rollout.num_rollout
