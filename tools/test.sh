@@ -30,17 +30,21 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-# The report is opened in a real browser. Fast tests do without.
-if [ ${#select[@]} -eq 0 ] && ! command -v chromium >/dev/null; then
+# The report is opened in a real browser, and programs of agents run in a real sandbox. Fast tests do without.
+for pair in "chromium chromium the report" "bwrap bubblewrap the agents' sandbox"; do
+    read -r program package what <<<"$pair"
+    if [ ${#select[@]} -gt 0 ] || command -v "$program" >/dev/null; then
+        continue
+    fi
     if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-        echo "installing Debian's chromium for the tests of the report"
-        apt-get install -y -qq --no-install-recommends chromium >/dev/null ||
-            { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+        echo "installing Debian's $package for the tests of $what"
+        apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+            { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$package" >/dev/null; }
     else
-        echo "error: chromium is missing for the tests of the report: install it, or run tools/test.sh --fast" >&2
+        echo "error: $package is missing for the tests of $what: install it, or run tools/test.sh --fast" >&2
         exit 2
     fi
-fi
+done
 
 vime_env "$root"
 cd "$root"

@@ -190,7 +190,7 @@ async def test_an_aborted_conversation_goes_on_where_it_was_or_begins_again_and_
     ("flags", "words"),
     [
         (function("not_async"), "write async def generate"),
-        (function("missing"), "defines no missing: mend the name"),
+        (function("missing"), "defines no missing: correct the name"),
         (environment("asks_twice"), "no class of vime.agents.environment.Environment"),
     ],
 )

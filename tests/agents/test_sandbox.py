@@ -13,12 +13,16 @@ from vime.agents import sandbox
 from vime.agents.sandbox import MOST_PROCESSES, Limits, run_python
 from vime.errors import BadInput
 
+pytestmark = pytest.mark.e2e
+
 SMALL = Limits(seconds=20.0, memory=64 * 2**20, output=16 * 1024)
 
 
 @pytest.fixture(autouse=True)
 def _bubblewrap():
-    assert shutil.which("bwrap"), "these tests need bubblewrap: apt-get install bubblewrap"
+    assert shutil.which("bwrap"), (
+        "these tests need bubblewrap, which tools/test.sh installs: apt-get install bubblewrap"
+    )
 
 
 def alive(word):

@@ -129,6 +129,7 @@ def tools(*names):
     )
 
 
+@pytest.mark.e2e
 async def test_the_model_calls_tools_until_it_answers(chats, sampler_of):
     code = json.dumps({"code": "print(sum(range(10)))"})
     script = calls_then_answers(("calculator", '{"expression": "6*7"}'), ("python", code))
@@ -145,6 +146,7 @@ async def test_the_model_calls_tools_until_it_answers(chats, sampler_of):
     assert rollout.metrics["rollout/tool_errors"] == 0.0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("call", "words", "metric"),
     [
