@@ -4,7 +4,7 @@
 
 61 layers; TP8 x CP4 x PP4 (last stage 13) with EP32 x ETP1 on 128 ranks, then a resume at TP8 x CP2 x PP4 on 64. All
 processes are forked from one that has loaded torch and Megatron, so 128 of them take about 20 GB; on 16 cores or more
-it takes minutes. `--ranks 4` and `--ranks 1` are the same at small layouts. Compared with one process: losses and
+it takes minutes. `--ranks 16`, `4` and `1` are the same at small layouts. Compared with one process: losses and
 gradient norms of two rollouts of two steps, every parameter after the first rollout (the optimizer's epsilon is far
 above the gradients, so a step is the gradient times a constant), and the second rollout after a save and a resume.
 Prints a line for each; exits 1 where one differs or a process fails.
@@ -56,6 +56,7 @@ HF: dict[str, Any] = {
 ENDS = {"pp": 4, "last_stage_layers": 13, "sequence_parallel": True}
 LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
     128: ({"tp": 8, "cp": 4, "ep": 32, "etp": 1, **ENDS}, {"tp": 8, "cp": 2, "ep": 16, "etp": 1, **ENDS}),
+    16: ({"tp": 2, "cp": 2, "ep": 4, "etp": 1, **ENDS}, {"tp": 2, "ep": 2, "etp": 1, **ENDS}),
     4: ({"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}, {"tp": 2, "ep": 2, "sequence_parallel": True}),
     1: ({}, {}),
 }
