@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vime.system.bounded_log import BoundedLog
 from vime.system.limits import raise_soft_limits
 from vime.system.processes import adopt_orphans, descendants, kill_tree, signal_on_parent_end
 
@@ -163,25 +164,21 @@ class _Log:
     """A log that loses lines while the file system is full or read-only, but never stops the command."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, -1
+        self._file = BoundedLog(path)
         self._lost = 0
 
     def write(self, line: bytes) -> None:
         try:
-            if self._descriptor < 0:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-                self._descriptor = os.open(self._path, flags, 0o600)
             if self._lost:
-                os.write(self._descriptor, _stamped(b"(%d lines could not be written here)" % self._lost))
+                self._file.write(_stamped(b"(%d lines could not be written here)" % self._lost))
                 self._lost = 0
-            os.write(self._descriptor, _stamped(line))
+            self._file.write(_stamped(line))
         except OSError:
             # The exit report's tail still has the last of them.
             self._lost += 1
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        self._file.close()
 
 
 def _stamped(line: bytes) -> bytes:

@@ -27,6 +27,7 @@ from vime.run.environment import resolve
 from vime.run.last_words import telling_line
 from vime.run.plan import Binding, Plan
 from vime.system import shared_memory
+from vime.system.bounded_log import cut_back
 from vime.system.private import private_folder
 from vime.system.processes import PARENT_VARIABLE, group_runs
 
@@ -125,9 +126,10 @@ class EngineServer:
             time.sleep(POLL_SECONDS)
 
     def poll(self) -> int | None:
-        """Exit code of the server process; None while it runs."""
+        """Exit code of the server process; None while it runs. Keeps the server's log bounded."""
         if self._process is None:
             raise RuntimeError(f"{self.name} was not started")
+        cut_back(self.log)
         return self._process.poll()
 
     def stop(self, grace_s: float = GRACE_SECONDS) -> None:

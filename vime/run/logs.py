@@ -131,6 +131,8 @@ class Follower:
         """New complete lines since the last call."""
         try:
             with open(self.file.path, "rb") as log:
+                if log.seek(0, os.SEEK_END) < self.offset:
+                    self.offset, self._rest = 0, b""  # it began anew (vime.system.bounded_log)
                 log.seek(self.offset)
                 data = log.read()
         except FileNotFoundError:
