@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from vime.megatron import backend
+from vime.system.clock import Stopwatch
 from vime.system.progress import Progress
 
 WAIT = "wait"
@@ -26,10 +26,10 @@ class SpanRecorder:
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
         """The time of the block; it is recorded when the block ends well."""
-        start = time.time()
+        watch = Stopwatch()
         with self.progress.during(name):
             yield
-        self._spans.append((name, start, time.time()))
+        self._spans.append((name, watch.start, watch.end))
 
     def after_all_ranks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, called when every rank has come as far: what a rank waits before it is a span of its own.

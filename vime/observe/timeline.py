@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vime.system.clock import Stopwatch
 from vime.system.json_lines import LineFile, Lines
 
 TIMELINE_FILE = "timeline.jsonl"
@@ -44,11 +44,11 @@ class Timeline:
     @contextmanager
     def phase(self, name: str, rollout_id: int) -> Iterator[None]:
         """Record a span around the block, also if the block fails."""
-        start = time.time()
+        watch = Stopwatch()
         try:
             yield
         finally:
-            self.add(Span(name, rollout_id, self._track, start, time.time()))
+            self.add(Span(name, rollout_id, self._track, watch.start, watch.end))
 
     def add(self, span: Span) -> None:
         self._recent.append(span)

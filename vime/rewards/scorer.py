@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -18,6 +17,7 @@ from vime.rewards.names import BAD_LABEL, BUILT_IN, GROUP_PREFIX
 from vime.rewards.pool import CallFailed, CallTimeout, ProcessPool
 from vime.rewards.remote import RemoteReward
 from vime.samples import Group, Sample, Status
+from vime.system.clock import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Scorer:
         self.scored = self.failed = self.timed_out = self.raised = self.unanswered = 0
         self.first_failure = ""
         self._window: tuple[float, float] | None = None
-        self._under_way, self._busy_s, self._busy_from = 0, 0.0, 0.0
+        self._under_way, self._busy_s, self._busy = 0, 0.0, Stopwatch()
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
@@ -183,18 +183,18 @@ class Scorer:
     @contextlib.contextmanager
     def _measured(self) -> Iterator[None]:
         """Counts the time in which at least one reward is under way."""
-        now = time.time()
         if not self._under_way:
-            self._busy_from = now
+            self._busy = Stopwatch()
         self._under_way += 1
-        start = self._window[0] if self._window else now
+        watch = Stopwatch()
+        start = self._window[0] if self._window else watch.start
         try:
             yield
         finally:
             self._under_way -= 1
-            self._window = (start if self._window is None else self._window[0], time.time())
+            self._window = (start if self._window is None else self._window[0], watch.end)
             if not self._under_way:
-                self._busy_s += time.time() - self._busy_from
+                self._busy_s += self._busy.seconds
 
     async def _reward(self, sample: Sample, name: str) -> Any:
         if name == "remote":

@@ -160,5 +160,10 @@ def _stamped(lines: list[Line]) -> list[Line]:
 
 
 def merge(lines: Iterable[Line]) -> list[Line]:
-    """Sort by time; lines of one log keep their order."""
-    return sorted(lines, key=lambda line: line.stamp)
+    """Sort by time; lines of one log keep their order, also where its clock was set back."""
+    newest: dict[Path, str] = {}
+    dated = []
+    for line in lines:
+        newest[line.file.path] = max(newest.get(line.file.path, ""), line.stamp)
+        dated.append((newest[line.file.path], line))
+    return [line for _, line in sorted(dated, key=lambda item: item[0])]
