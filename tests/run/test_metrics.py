@@ -2,22 +2,17 @@
 
 import errno
 import json
-import os
-import struct
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from vime.errors import BadInput
 from vime.observe.throughput import tokens_per_gpu
 from vime.observe.timeline import Span, Timeline, chrome_trace, read_timeline, waits
 from vime.planning.build import make_plan
 from vime.planning.cluster import load_cluster
 from vime.recipe.load import load_recipe
 from vime.run.metrics import MetricsWriter, read_metrics, series
+from vime.run.trackers import TensorBoard
 from vime.samples import Group, Rollout, Sample
 from vime.system.json_lines import LineFile
 
@@ -83,12 +78,13 @@ def test_a_full_disk_loses_values_and_does_not_end_the_run(tmp_path, monkeypatch
 
 
 def test_a_board_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    writer = MetricsWriter(tmp_path)
+    board = TensorBoard(tmp_path)
+    writer = MetricsWriter(tmp_path, [board])
 
     def fails(*_):
         raise RuntimeError("its thread died")
 
-    monkeypatch.setattr(writer._board, "add_scalar", fails)
+    monkeypatch.setattr(board._board, "add_scalar", fails)
     writer.write(0, {"a": 1.0})
     writer.write(1, {"a": 1.0})
     writer.close()
@@ -122,7 +118,7 @@ def test_values_that_are_not_finite_are_null_and_valid_json(tmp_path):
 def test_metrics_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, [TensorBoard(tmp_path)])
     writer.write(3, {"train/loss": 0.5})
     writer.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -167,62 +163,3 @@ def test_throughput_counts_shared_gpus_once(base_dir):
     group = Group(0, [Sample(0, 0, "", [1] * 10, response_ids=[2] * 30)])
     assert tokens_per_gpu(plan, Rollout(0, [group], {}), 4.0) == {"perf/tokens_per_gpu_per_s": 40 / 4 / 2}
     assert tokens_per_gpu(plan, Rollout(0, [group], {}), 0.0) == {}
-
-
-WANDB_WRITER = """
-import sys
-from vime.recipe.load import load_recipe
-from vime.run.metrics import MetricsWriter, wandb_settings
-flags = "--use-wandb --wandb-project p --wandb-entity team --wandb-group g --wandb-name n --wandb-tags a b"
-more = "--wandb-mode offline --env HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz --lr 0.5"
-recipe = load_recipe("tiny-qwen3", [*flags.split(), *more.split()])
-for step in (3, 4):
-    writer = MetricsWriter(sys.argv[1], wandb=wandb_settings(recipe, "r:1"))
-    writer.write(step, {"train/loss": 1 / step, "train/kl_loss": float("nan")})
-    writer.close()
-"""
-
-
-def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
-    """Its library is real, but not its service: the library keeps what it would send. A run goes on on its page."""
-    env = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (list(wandb_records(path)) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")))
-    for records, step in ((first, 3), (second, 4)):
-        (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
-        assert (run.project, run.entity, run.run_group, run.display_name) == ("p", "team", "g", "n")
-        assert (run.run_id, list(run.tags)) == ("r-1", ["a", "b"])
-        config = {item.key: json.loads(item.value_json) for item in run.config.update}
-        assert config["optimizer"]["lr"] == 0.5
-        assert "hf_abc" not in json.dumps(config)
-        (history,) = (record.history for record in records if record.WhichOneof("record_type") == "history")
-        values = {item.nested_key[0]: json.loads(item.value_json) for item in history.item}
-        assert values["_step"] == step
-        assert {name: value for name, value in values.items() if not name.startswith("_")} == {"train/loss": 1 / step}
-
-
-def wandb_records(path: Path):
-    """The records of a run's file: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
-
-    data, at, record, block = path.read_bytes(), 7, b"", 2**15
-    while at + 7 <= len(data):
-        if block - at % block < 7:
-            at += block - at % block
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, at)
-        record += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
-def test_without_its_library_the_flag_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(BadInput, match="--use-wandb: wandb is not installed"):
-        MetricsWriter(tmp_path, wandb={"project": "p"})
-    assert list(tmp_path.iterdir()) == []

@@ -536,6 +536,12 @@ class MiscOptions(Options):
     """Tags of the run."""
     wandb_mode: Literal["online", "offline"] | None = None
     """`offline` writes to the run folder, for a later `wandb sync`. Default: $WANDB_MODE, then online."""
+    use_mlflow: bool = False
+    """Send metrics to MLflow."""
+    mlflow_tracking_uri: str | None = None
+    """Server or store of MLflow, without a password. Default: a file store in the run folder."""
+    mlflow_experiment: str = "vime"
+    """Experiment that gets the run."""
     save_debug_rollout_data: bool = False
     """Write the samples of every rollout to the run folder."""
     load_debug_rollout_data: str | None = None

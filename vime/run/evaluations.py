@@ -21,6 +21,8 @@ from vime.errors import Cause
 from vime.run.journal import Event, last_start, read_events
 from vime.system.files import PRIVATE, read_json, write_file, write_json
 
+EVALUATION = "eval/"
+"""Beginning of the names of an evaluation's metrics."""
 EVALUATIONS, RESULT, _TAKEN = "evaluations", "result.json", "taken"
 _NUMBER = re.compile(r"[0-9]{7,18}")
 

@@ -1,24 +1,21 @@
-"""Metrics of a run: one JSON line per step in `metrics.jsonl`, TensorBoard always, W&B by flag.
+"""Metrics of a run: one JSON line per step in `metrics.jsonl`, and the same values to its trackers.
 
 Names follow the usual scheme: `rollout/…`, `train/…`, `perf/…`, `eval/…`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vime.errors import BadInput
-from vime.recipe.schema import Recipe
 from vime.run.evaluations import read_results
+from vime.run.trackers import Tracker
 from vime.system.json_lines import LineFile, Lines
-from vime.system.private import private_folder
-from vime.system.redact import redacted
 
 METRICS_FILE = "metrics.jsonl"
 START = "start"
@@ -26,97 +23,46 @@ START = "start"
 
 
 class MetricsWriter:
-    """Writes scalars of one rollout at a time to every sink.
+    """Writes scalars of one rollout at a time to the run's file and to every tracker.
 
     A resumed run appends; readers keep the last line of a step. Metrics never end a run: a failing sink (full disk)
     loses values and is reported once.
     """
 
-    def __init__(self, run_dir: str | Path, *, wandb: Mapping[str, Any] | None = None) -> None:
-        """`wandb`: arguments of `wandb.init` from `wandb_settings`; None disables W&B."""
-        from tensorboard.summary import Writer
-
-        # First, so that a missing library leaves no file open.
-        self._wandb: Any = None if wandb is None else _wandb_run(run_dir, wandb)
-        run_dir = Path(run_dir)
-        self._file = LineFile(run_dir / METRICS_FILE)
-        board = private_folder(run_dir / "tensorboard")
-        self._board = Writer(str(board))
+    def __init__(self, run_dir: str | Path, trackers: Sequence[Tracker] = ()) -> None:
+        """`trackers`: those of `vime.run.trackers.trackers_of`, which are closed with this."""
+        self._trackers = trackers
+        self._file = LineFile(Path(run_dir) / METRICS_FILE)
         self._failed: set[str] = set()
-        # Errors that TensorBoard's thread passes on.
-        self._errors = (OSError, RuntimeError, ValueError, *(() if self._wandb is None else (_wandb_error(),)))
 
     def start(self, step: int) -> None:
         """Mark a start of training at this step: earlier lines of this and later steps belong to a dead branch."""
-        self._to(METRICS_FILE, lambda: self._file.add({START: step, "time": round(time.time(), 3)}))
+        self._to_file(lambda: self._file.add({START: step, "time": round(time.time(), 3)}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step` (the rollout number). Non-finite values are written as null."""
         clean = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, "time": round(time.time(), 3), **clean}
         finite = {name: value for name, value in clean.items() if value is not None}
-        self._to(METRICS_FILE, lambda: self._file.add(line))
-        self._to("TensorBoard", lambda: self._to_board(step, finite))
-        if self._wandb is not None:
-            self._to("Weights & Biases", lambda: self._wandb.log(finite, step=step))
+        self._to_file(lambda: self._file.add(line))
+        for tracker in self._trackers:
+            self._to(tracker.name, tracker.errors, functools.partial(tracker.write, step, finite))
 
     def close(self) -> None:
-        self._to(METRICS_FILE, self._file.close)
-        self._to("TensorBoard", self._board.close)
-        if self._wandb is not None:
-            self._to("Weights & Biases", self._wandb.finish)
+        self._to_file(self._file.close)
+        for tracker in self._trackers:
+            self._to(tracker.name, tracker.errors, tracker.close)
 
-    def _to_board(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+    def _to_file(self, send: Callable[[], object]) -> None:
+        self._to(METRICS_FILE, (OSError,), send)
 
-    def _to(self, sink: str, send: Callable[[], object]) -> None:
+    def _to(self, sink: str, errors: tuple[type[Exception], ...], send: Callable[[], object]) -> None:
         try:
             send()
-        except self._errors as error:
+        except errors as error:
             if sink not in self._failed:
                 print(f"warning: {sink} takes no metrics, values are lost: {error}", flush=True)
             self._failed.add(sink)
-
-
-def _wandb_error() -> type[Exception]:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    return wandb.Error
-
-
-def wandb_settings(recipe: Recipe, run_name: str) -> dict[str, Any] | None:
-    """Arguments of `wandb.init` for a run; None without `--use-wandb`. A resumed run continues its own page.
-
-    Secrets in the recipe are not logged.
-    """
-    options = recipe.misc
-    if not options.use_wandb:
-        return None
-    return {
-        "project": options.wandb_project or "vime",
-        "entity": options.wandb_entity,
-        "group": options.wandb_group,
-        "name": options.wandb_name or run_name,
-        "tags": options.wandb_tags or None,
-        "mode": options.wandb_mode,
-        "id": re.sub(r"[/\\#?%:]", "-", run_name),
-        "resume": "allow",
-        "config": redacted(recipe.model_dump(mode="json")),
-    }
-
-
-def _wandb_run(run_dir: str | Path, settings: Mapping[str, Any]) -> Any:
-    """Open the run's page in Weights & Biases."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise BadInput(
-            "--use-wandb: wandb is not installed where the run's driver runs: pip install wandb, or leave the flag out "
-            "(docs/report.md)"
-        ) from error
-    return wandb.init(dir=str(run_dir), **settings)
 
 
 def read_metrics(run_dir: str | Path, damage: Counter[str] | None = None) -> dict[int, dict[str, float]]:

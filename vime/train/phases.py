@@ -9,8 +9,9 @@ from typing import Any
 from vime.observe.timeline import Span, Timeline
 from vime.recipe.schema import Recipe
 from vime.rollout.sampler import Sampler
-from vime.run.metrics import MetricsWriter, wandb_settings
+from vime.run.metrics import MetricsWriter
 from vime.run.plan import Plan
+from vime.run.trackers import trackers_of
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
 from vime.train.deadlines import PhaseDeadlines
@@ -30,7 +31,7 @@ class Phases:
     @classmethod
     def of(cls, plan: Plan, deadlines: PhaseDeadlines | None = None) -> Phases:
         """Open the writers in the plan's run folder."""
-        metrics = MetricsWriter(plan.run_dir, wandb=wandb_settings(plan.recipe, plan.run_name))
+        metrics = MetricsWriter(plan.run_dir, trackers_of(plan.recipe, plan.run_name, plan.run_dir))
         return cls(plan, deadlines or PhaseDeadlines.of(plan), Timeline(plan.run_dir), metrics)
 
     def close(self) -> None:

@@ -19,8 +19,9 @@ from vime.run.evaluations import (
 from vime.run.folder import read_plan
 from vime.run.journal import last_start, read_events
 from vime.run.logs import TRAIN
-from vime.run.metrics import MetricsWriter, wandb_settings
+from vime.run.metrics import MetricsWriter
 from vime.run.owner import read_owner
+from vime.run.trackers import trackers_of
 
 POLL_SECONDS = 10.0
 DELIVERY_SECONDS = 60.0
@@ -91,7 +92,7 @@ def deliver(folder: Path, run_dir: str, result: Result) -> None:
     while not is_taken(folder):
         if not _driver_lives(run_dir):
             plan = read_plan(run_dir)
-            metrics = MetricsWriter(run_dir, wandb=wandb_settings(plan.recipe, plan.run_name))
+            metrics = MetricsWriter(run_dir, trackers_of(plan.recipe, plan.run_name, run_dir))
             metrics.write(result.rollout_id, result.values)
             metrics.close()
             mark_taken(folder)
