@@ -184,7 +184,6 @@ async def test_a_failing_tool_may_fail_its_sample_instead(chats, sampler_of):
     ("flags", "words"),
     [
         (("--environment", "tools"), "--environment tools needs --tools: give some of calculator, python"),
-        (("--tools", "python"), "--tools python needs --environment tools"),
         (("--environment", "tools", "--tools", "calculator"), "needs --vllm-enable-auto-tool-choice and"),
         (("--environment", "tools", "--tools", "abacus", *PARSER), "--tools abacus is unknown: give one of calculator"),
         (
@@ -203,3 +202,7 @@ async def test_a_failing_tool_may_fail_its_sample_instead(chats, sampler_of):
 def test_contradictions_and_wrong_names_are_refused_in_the_dry_run(chats, flags, words):
     with pytest.raises(BadInput, match=words):
         chats(*flags)
+
+
+def test_tools_without_their_environment_have_no_effect_and_it_is_said(chats):
+    assert "--tools: no effect without --environment tools" in chats("--tools", "python").notes

@@ -83,10 +83,9 @@ def _agent(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield function, _named(function, agent.custom_generate_function_path, (), {})
     if agent.environment and agent.environment != TOOLS_ENVIRONMENT:
         yield "--environment", _named("--environment", agent.environment, (TOOLS_ENVIRONMENT,), {})
-    if agent.tools and agent.environment != TOOLS_ENVIRONMENT:
-        raise BadInput(f"--tools {' '.join(agent.tools)} needs --environment {TOOLS_ENVIRONMENT}")
-    if agent.environment == TOOLS_ENVIRONMENT:
-        _check_tools(recipe)
+    if agent.environment != TOOLS_ENVIRONMENT:
+        return
+    _check_tools(recipe)
     for tool in agent.tools:
         if tool not in TOOLS:
             yield "--tools", _named("--tools", tool, TOOLS, {})

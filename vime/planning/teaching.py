@@ -79,6 +79,7 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
                       ("recompute_method", "recompute_num_layers")),
         "warmup": (recipe.optimizer.lr_decay_style != "constant", "another --lr-decay-style than constant",
                    recipe.optimizer, ("lr_decay_iters",)),
+        "tools": (recipe.agent.environment == "tools", "--environment tools", recipe.agent, ("tools",)),
         "kl": (recipe.algorithm.use_kl_loss, "--use-kl-loss", recipe.algorithm, ("kl_loss_coef",)),
     }  # fmt: skip
     for on, needed, options, names in groups.values():
