@@ -131,7 +131,10 @@ class ChatTemplate:
         thought = f"{'' if thinks else _THINK}\n{_THOUGHT}\n{_THINK_END}\n\n" if shape.thought else ""
         calls, _ = self._before[shape]
         opened = opened.rstrip("\n") if thinks and thought else opened
-        whole = self._render([*self._stand_in(shape), *given], True)
+        _, answer = self._stand_in(shape)
+        if thinks and not shape.thought:
+            answer["content"] = f"{_THINK}\n{_ANSWER}"  # a thought that the template opened and the model did not end
+        whole = self._render([*question, answer, *given], True)
         if not whole.startswith(opened):
             return True
         # A space before the answer is the model's to sample.
