@@ -32,7 +32,7 @@ def joined(chat, steps, space=""):
     return ids, messages
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize(("name", "space"), [("marked", ""), ("forgets thoughts", ""), ("alternates", " ")])
 def test_suffixes_behind_one_another_are_what_the_template_writes_of_the_whole(name, space, data):
@@ -43,7 +43,7 @@ def test_suffixes_behind_one_another_are_what_the_template_writes_of_the_whole(n
     assert chat.tokenizer.decode(ids) == whole(chat, messages)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(answers=st.lists(TEXT, min_size=1, max_size=3))
 def test_tools_that_answer_one_after_another_share_one_step(answers):
     chat = template(MARKED)

@@ -65,7 +65,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(STEPS)
 def test_every_request_begins_with_all_that_was_there_and_only_sampled_tokens_are_trained_on(steps):
     async def hold():
