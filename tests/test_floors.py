@@ -15,8 +15,8 @@ from tests.support.floors import FLOOR_OF, FLOORS
 ROOT = Path(vime.__file__).parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = {
-    "aiohttp", "huggingface_hub", "math_verify", "megatron", "mlflow", "msgspec", "numba", "numpy", "pyarrow", "ray", "rich",
-    "safetensors", "submitit", "tensorboard", "torch", "transformers", "triton", "vllm",
+    "aiohttp", "huggingface_hub", "math_verify", "megatron", "mlflow", "msgspec", "numba", "numpy", "pyarrow", "ray",
+    "rich", "safetensors", "submitit", "tensorboard", "torch", "transformers", "triton", "vllm",
 }  # fmt: skip
 """Packages that take long to load or that a login node lacks: an import inside a function may delay them."""
 HIDDEN = {

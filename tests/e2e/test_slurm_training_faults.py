@@ -38,14 +38,21 @@ def run(cluster: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     training.nothing_is_left()
 
 
-def test_an_engine_is_killed_and_comes_back(run: Training) -> None:
-    before = run.under_way()
-    node = run.node_of(ENGINE_NODE)
-    run.signal(node, "KILL", "vime.rollout.serve")
+def engine_restarts(run: Training) -> float:
+    return sum(values.get("sync/engine_restarts", 0.0) for values in read_metrics(run.run_dir).values())
+
+
+def loses(run: Training, *words: str) -> None:
+    """The engine loses its process of these words and comes back, and the run does not end."""
+    before, restarts = run.under_way(), engine_restarts(run)
+    run.signal(run.node_of(ENGINE_NODE), "KILL", *words)
     run.under_way()
     assert run.ends_so_far() == before
-    restarts = [values.get("sync/engine_restarts", 0.0) for values in read_metrics(run.run_dir).values()]
-    assert sum(restarts) >= 1
+    assert engine_restarts(run) > restarts
+
+
+def test_an_engine_is_killed_and_comes_back(run: Training) -> None:
+    loses(run, "vime.rollout.serve")
 
 
 def test_a_rank_is_killed(run: Training) -> None:
@@ -75,6 +82,12 @@ def test_the_time_limit_comes(run: Training) -> None:
     run.ended("TIME_LIMIT", before=before, within_s=240, text="with checkpoint")
     slurm.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=7-0")
     run.resumes()
+
+
+@pytest.mark.full
+def test_a_worker_of_an_engine_is_killed_and_the_engine_comes_back(run: Training) -> None:
+    """The process that holds the model: the one with the GPU, where there are GPUs."""
+    loses(run, "VLLM::Worker")
 
 
 @pytest.mark.full
