@@ -24,6 +24,7 @@ from vime.megatron.model import BuildOptions, build_model
 from vime.megatron.objective import METRICS, Objective
 from vime.megatron.parallel import destroy_parallel, init_parallel
 from vime.megatron.passes import ModelPasses, Packer
+from vime.megatron.profiling import Profiler
 from vime.megatron.reference import HostWeights
 from vime.megatron.residence import Residence
 from vime.megatron.routes import Routes
@@ -71,6 +72,7 @@ class TrainWorker:
         self._parts: _Parts | None = None
         self._key = key
         self._clock = SpanRecorder(progress)
+        self._profiler = Profiler(plan, rank)
 
     # --- start
 
@@ -177,6 +179,10 @@ class TrainWorker:
 
     def train(self, rollout: Rollout) -> dict[str, float]:
         """Run all optimizer steps of a rollout. Returns metrics, the same on every rank."""
+        with self._profiler.during(rollout.rollout_id):
+            return self._train(rollout)
+
+    def _train(self, rollout: Rollout) -> dict[str, float]:
         self._ready.checkpointer.poll()
         samples = rollout.samples
         if not samples:

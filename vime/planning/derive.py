@@ -13,6 +13,7 @@ from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 from vime.run.plan import context_length
+from vime.run.profiles import check_profile
 from vime.run.trackers import check_tracking
 
 
@@ -107,6 +108,7 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
         raise BadInput("--eval-interval needs --eval-prompt-data NAME PATH")
     _check_exports(recipe)
     check_tracking(recipe)
+    check_profile(recipe, layout.world_size)
     if (rollout.over_sampling_batch_size or rollout.rollout_batch_size) < rollout.rollout_batch_size:
         raise BadInput(
             f"--over-sampling-batch-size {rollout.over_sampling_batch_size} is less than "

@@ -26,6 +26,11 @@ GPU_ENGINE_ASLEEP = 1 * GB
 CPU_TRAINER_PROCESS, CPU_ENGINE_PROCESS = 900 * 10**6, 1_500 * 10**6
 EXPORT_PROCESS, EXPORT_COPIES = 900 * 10**6, 8
 """Host memory of the process that exports checkpoints: its libraries, and bytes per parameter of the largest tensor."""
+PROFILE_EVENTS, PROFILE_EVENT_BYTES = 1500, 2000
+"""Events of torch's profiler for a layer and a micro-batch, forward and backward, and host memory of one, with the
+trace that is written from it."""
+PROFILE_PROCESS = 10**9
+"""Buffers of the profiler."""
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that configure torch's allocators; the first is the newer name."""
 RAY_NODE = 400 * 10**6
@@ -130,6 +135,9 @@ def node_memory(
         items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, slots)]
     else:
         items = [*_cpu_trainer(recipe, on_node), *_cpu_engines(recipe, weights, share, slots)]
+    profiled = sum(rank.rank in recipe.profile.profile_ranks for rank in ranks)
+    if profiled and recipe.profile.profiler == "torch":
+        items.append(_profiler(recipe, config, weights.layout, profiled))
     if node == 0 and ranks and (recipe.checkpoint.save_hf or recipe.eval.eval_job):
         largest = max(one.elements for one in stage_tensors(config, ParallelLayout(), mtp=True)[0])
         why = f"a process that writes HF folders, with copies of one tensor of {_billions(largest)} parameters"
@@ -161,6 +169,18 @@ def _item(name: str, size: float, why: str) -> Item:
 
 def _states(kind: OptimizerKind) -> str:
     return f"{len(kind.states)} state{'s' * (len(kind.states) != 1)}"
+
+
+def _profiler(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, ranks: int) -> Item:
+    """Events of the profiler, for answers of full length: those of a rollout stay in memory until it ends."""
+    tokens = recipe.rollout.samples * recipe.rollout.rollout_max_response_len
+    a_batch = (recipe.perf.max_tokens_per_gpu or recipe.rollout.rollout_max_response_len) * layout.cp * layout.dp
+    passes = 2 + recipe.needs_reference
+    batches = math.ceil(tokens / a_batch) * passes
+    events = batches * math.ceil(config.num_layers / layout.pp) * PROFILE_EVENTS
+    what = f"{PROFILE_EVENTS} events for each layer of {batches} micro-batches"
+    why = f"torch's profiler on {ranks} ranks: {what}, {PROFILE_EVENT_BYTES} bytes each"
+    return _item("profiler", ranks * (PROFILE_PROCESS + events * PROFILE_EVENT_BYTES), why)
 
 
 def _billions(elements: int) -> str:

@@ -552,6 +552,25 @@ class MiscOptions(Options):
     """Environment of every stage: `NAME=VALUE`."""
 
 
+class ProfileOptions(Options):
+    """Profiles of the trainer (docs/profiling.md)."""
+
+    profile_ranks: list[int] = Field(default_factory=list)
+    """Trainer ranks to profile: `0,8`. Each takes gigabytes of host memory, which are in the plan."""
+    profile_rollouts: list[int] = Field(default_factory=list)
+    """Rollouts whose training is profiled on these ranks."""
+    profiler: Literal["torch", "nsys"] = "torch"
+    """torch's profiler, or Nsight Systems, which must be installed on the nodes."""
+    record_memory_history: bool = False
+    """Record where GPU memory is allocated, for the snapshot that is written at an out-of-memory error."""
+
+    @field_validator("profile_ranks", "profile_rollouts", mode="before")
+    @classmethod
+    def _commas(cls, value: Any) -> Any:
+        words = value if isinstance(value, list) else [value]
+        return [part for word in words for part in (word.split(",") if isinstance(word, str) else [word])]
+
+
 class Recipe(BaseModel):
     """All that a person decides about a run, except the cluster that it runs on."""
 
@@ -569,6 +588,7 @@ class Recipe(BaseModel):
     algorithm: AlgorithmOptions = AlgorithmOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     engine: EngineOptions = EngineOptions()
+    profile: ProfileOptions = ProfileOptions()
     misc: MiscOptions = MiscOptions()
 
     @property

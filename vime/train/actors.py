@@ -15,6 +15,7 @@ from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
 from vime.run.owner import require_owner
 from vime.run.plan import Binding, Plan
+from vime.run.profiles import nsys_environment
 from vime.run.tokens import API_KEY, GROUP_KEY, read_token
 from vime.sync.ranks import ResidenceMethods, SourceMethods, WorkerMethods, address
 from vime.system.progress import Progress
@@ -70,7 +71,9 @@ class RankActor:
         owner: WorkerMethods | ResidenceMethods | SourceMethods = self._worker
         if part != "worker":
             owner = self._worker.residence if part == "residence" else self._worker.weights
-        with self._progress.during(method):
+        from vime.megatron.profiling import memory_snapshot
+
+        with self._progress.during(method), memory_snapshot(self._run_dir, self._rank):
             return getattr(owner, method)(*args, **kwargs)
 
     def beat(self, place: tuple[str, int]) -> None:
@@ -110,9 +113,11 @@ class TrainerGroup:
 
         actor = ray.remote(RankActor)
         self.handles = [
-            actor.options(name=f"rank-{place.rank}", **pinned(group, plan, Slot(place.node, place.gpu))).remote(
-                plan.run_dir, place.rank
-            )
+            actor.options(
+                name=f"rank-{place.rank}",
+                **pinned(group, plan, Slot(place.node, place.gpu)),
+                **nsys_environment(plan.recipe, plan.run_dir, place.rank),
+            ).remote(plan.run_dir, place.rank)
             for place in plan.trainer_ranks
         ]
 

@@ -1,0 +1,50 @@
+"""Which ranks and rollouts are profiled, and where profiles are."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from vime.errors import BadInput
+from vime.recipe.schema import ProfileOptions, Recipe
+
+PROFILES = "profiles"
+
+
+def profile_folder(run_dir: str | os.PathLike[str]) -> Path:
+    """`<run>/profiles`."""
+    return Path(run_dir) / PROFILES
+
+
+def profiles(options: ProfileOptions, rank: int, rollout_id: int) -> bool:
+    """True if the training of this rollout is profiled on this rank."""
+    return rank in options.profile_ranks and rollout_id in options.profile_rollouts
+
+
+def check_profile(recipe: Recipe, world_size: int) -> None:
+    """Raise BadInput for ranks or rollouts that do not exist."""
+    options = recipe.profile
+    if bool(options.profile_ranks) != bool(options.profile_rollouts):
+        given, other = ("ranks", "rollouts") if options.profile_ranks else ("rollouts", "ranks")
+        raise BadInput(f"--profile-{given} needs --profile-{other}: give both")
+    for name, numbers, end in (
+        ("ranks", options.profile_ranks, world_size),
+        ("rollouts", options.profile_rollouts, recipe.rollout.num_rollout),
+    ):
+        if wrong := [number for number in numbers if not 0 <= number < end]:
+            raise BadInput(f"--profile-{name} is {wrong[0]}: the run has {end}, give numbers from 0 to {end - 1}")
+    if options.profiler == "nsys" and recipe.resources.device != "gpu":
+        raise BadInput("--profiler nsys sees GPUs only, and the run is on processors: give torch")
+
+
+def nsys_environment(recipe: Recipe, run_dir: str, rank: int) -> dict[str, Any]:
+    """Ray's runtime environment of a rank that runs under Nsight Systems; empty for any other."""
+    options = recipe.profile
+    if options.profiler != "nsys" or rank not in options.profile_ranks:
+        return {}
+    report = shlex.quote(str(profile_folder(run_dir) / f"rank-{rank:03d}.%p"))
+    # Only what the worker marks is recorded: the training of the chosen rollouts.
+    marked = {"capture-range": "cudaProfilerApi", "capture-range-end": f"repeat:{len(options.profile_rollouts)}"}
+    return {"runtime_env": {"nsight": {"t": "cuda,nvtx,cublas,osrt", "o": report, "force-overwrite": "true", **marked}}}
