@@ -1,6 +1,9 @@
 """Prompt sets: bad lines are named, long prompts counted, and a resumed run sees the very next ones."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -135,6 +138,45 @@ def test_a_folder_without_a_tokenizer_is_bad_input(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizer
+
+class OwnTokenizer(PreTrainedTokenizer):
+    vocab_size = 100
+
+    def get_vocab(self):
+        return {"x" * number: number for number in range(1, 100)}
+
+    def _tokenize(self, text):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return len(token)
+"""
+LOAD_OWN = """
+import sys
+from vime.rollout.data import load_tokenizer
+print(load_tokenizer(sys.argv[1], trust_remote_code=True)("one three", add_special_tokens=False)["input_ids"])
+"""
+
+
+@pytest.mark.e2e
+def test_a_checkpoints_own_tokenizer_gives_its_own_ids_once_it_is_trusted(tmp_path):
+    """Words are numbered by their length. In a process of its own, since transformers copies the code to its cache."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "tokenization_own.py").write_text(OWN_TOKENIZER)
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    named = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(BadInput, match="--trust-remote-code"):
+        load_tokenizer(folder)
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", LOAD_OWN, str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "[3, 5]", done.stderr
 
 
 def stream(rows, shuffle=True, seed=1):

@@ -42,11 +42,13 @@ def test_a_stage_is_a_job_with_its_services_and_a_preflight_of_its_own(tmp_path:
 def test_the_first_job_of_a_chain_rehearses_before_it_casts(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     head, *rest = plan.stages
-    rehearsed = plan.model_copy(update={"stages": (head, stub("rehearsal", ""), *rest)})
+    rehearsal = stub("rehearsal", "", gpus_per_node=8)
+    rehearsed = plan.model_copy(update={"stages": (head, rehearsal, *rest)})
     assert [[stage.name for stage in link.stages] for link in links(rehearsed)][:2] == [
         ["preflight", "rehearsal", "cast"],
         ["preflight", "convert"],
     ]
+    assert part(rehearsed, links(rehearsed)[0]).cluster.gpus_per_node == 0
 
 
 def test_the_stages_of_a_chain_are_the_plans_own(tmp_path: Path) -> None:

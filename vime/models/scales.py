@@ -6,7 +6,6 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,11 @@ def check_scales(folder: Path, *, quantised: bool, most: int | None = None) -> N
         if name.endswith(SUFFIX):
             _check_weight(name, stored, tensors.get(name.removesuffix(SUFFIX)), whole)
     scales = [(name, stored) for name, stored in tensors.items() if name.endswith(SUFFIX)][:most]
+    if not scales:
+        return
+    # Imported here: most dry runs have no checkpoint to read.
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(_READERS) as pool:
         for (name, stored), finite in zip(scales, pool.map(lambda scale: _is_finite(scale[1]), scales), strict=True):
             if not finite:

@@ -137,6 +137,7 @@ def _rehearsal(job: StageInputs) -> Stage:
     return Stage(
         name="rehearsal",
         nodes=(0,),
+        gpus_per_node=_gpus(job),
         command=("-m", "vime.node.rehearsal", "--run", job.run_dir),
         env=job.recipe.misc.env,
         tells_end=True,

@@ -61,8 +61,8 @@ def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -
         return AutoTokenizer.from_pretrained(
             str(checkpoint), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        # The library does not check the types in the files that it reads.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        # The library does not check the types in the files that it reads, and trusted code may miss what it imports.
         raise BadInput(f"no tokenizer can be read from {checkpoint}: {_line(error)}") from error
 
 

@@ -46,7 +46,7 @@ def links(plan: Plan) -> tuple[Link, ...]:
         Link(
             name=name,
             index=index,
-            stages=(*_preflight(plan, group), *(() if index else _rehearsal(plan)), *group),
+            stages=(*_preflight(plan, group), *(() if index else _rehearsal(plan, group)), *group),
             after=names[index - 1] if index else None,
             before=names[index + 1] if index + 1 < len(names) else None,
         )
@@ -105,5 +105,8 @@ def _preflight(plan: Plan, group: list[Stage]) -> tuple[Stage, ...]:
     return tuple(stage.model_copy(update={"nodes": stage.nodes[:count]}) for stage in found)
 
 
-def _rehearsal(plan: Plan) -> tuple[Stage, ...]:
-    return tuple(stage for stage in plan.stages if stage.name == REHEARSAL)
+def _rehearsal(plan: Plan, group: list[Stage]) -> tuple[Stage, ...]:
+    """The rehearsal with the GPUs that the job has anyway: a job that converts asks for none."""
+    gpus = max(stage.gpus_per_node for stage in group)
+    found = (stage for stage in plan.stages if stage.name == REHEARSAL)
+    return tuple(stage.model_copy(update={"gpus_per_node": gpus}) for stage in found)
