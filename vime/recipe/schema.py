@@ -553,7 +553,7 @@ class MiscOptions(Options):
 
 
 class ProfileOptions(Options):
-    """Profiles of the trainer (docs/profiling.md)."""
+    """Profiles of the trainer, and live numbers (docs/profiling.md)."""
 
     profile_ranks: list[int] = Field(default_factory=list)
     """Trainer ranks to profile: `0,8`. Each takes gigabytes of host memory, which are in the plan."""
@@ -561,6 +561,8 @@ class ProfileOptions(Options):
     """Rollouts whose training is profiled on these ranks."""
     profiler: Literal["torch", "nsys"] = "torch"
     """torch's profiler, or Nsight Systems, which must be installed on the nodes."""
+    prometheus: bool = False
+    """Show live numbers of trainer, nodes and engines to a Prometheus on the driver's node."""
     record_memory_history: bool = False
     """Record where GPU memory is allocated, for the snapshot that is written at an out-of-memory error."""
 

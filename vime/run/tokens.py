@@ -12,8 +12,8 @@ from vime.errors import BadInput
 from vime.system.files import PRIVATE, write_file
 from vime.system.private import private_folder
 
-RAY_TOKEN, API_KEY, GROUP_KEY = "ray_token", "api_key", "group_key"
-TOKENS = (RAY_TOKEN, API_KEY, GROUP_KEY)
+RAY_TOKEN, API_KEY, GROUP_KEY, METRICS_KEY = "ray_token", "api_key", "group_key", "metrics_key"
+TOKENS = (RAY_TOKEN, API_KEY, GROUP_KEY, METRICS_KEY)
 GROUP_KEY_FILE = "VIME_GROUP_KEY_FILE"
 """Variable with the path of the group key, for the tasks of a run."""
 

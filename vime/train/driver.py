@@ -27,6 +27,7 @@ from vime.train.actors import EngineGroup, TrainerGroup, master
 from vime.train.causes import watch_nodes
 from vime.train.deadlines import PhaseDeadlines
 from vime.train.exports import Exports
+from vime.train.exposition import Exposition
 from vime.train.handover import SLEEP_LEVEL, Handover
 from vime.train.loop import Loop
 from vime.train.phases import Phases, saves_after
@@ -55,7 +56,8 @@ class Driver:
     def __init__(self, plan: Plan, binding: Binding, api_key: str, deadlines: PhaseDeadlines | None = None) -> None:
         self.plan, self.recipe, self.binding = plan, plan.recipe, binding
         self.api_key = api_key
-        self.phases = Phases.of(plan, deadlines)
+        self.exposition = Exposition(plan) if plan.recipe.profile.prometheus else None
+        self.phases = Phases.of(plan, deadlines, live=self.exposition)
         self.deadlines = limits = self.phases.deadlines
         key = read_token(plan.run_dir, GROUP_KEY).encode()
         self.pulse = Pulse(plan, binding, key, silent_s=limits.silent, stuck_s=limits.stuck)
@@ -63,7 +65,7 @@ class Driver:
     async def run(self) -> None:
         """Train, or run the mode of a debug flag."""
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with self.exposition or contextlib.nullcontext(), asyncio.TaskGroup() as tasks:
                 watched = (watch_nodes(self.plan, self.binding), self.pulse.watch(), _beat())
                 watches = [tasks.create_task(watch) for watch in watched]
                 await self._run(await reserve(self.plan, deadline_s=self.deadlines.placement))
@@ -135,7 +137,10 @@ class Driver:
 
     async def _clients(self, stack: contextlib.AsyncExitStack, urls: list[str]) -> list[EngineClient]:
         limit = self.recipe.engine.vllm_server_concurrency
-        return [await stack.enter_async_context(EngineClient(url, self.api_key, concurrency=limit)) for url in urls]
+        found = [await stack.enter_async_context(EngineClient(url, self.api_key, concurrency=limit)) for url in urls]
+        if self.exposition is not None:
+            self.exposition.follow(found)
+        return found
 
     async def _agent(self, stack: contextlib.AsyncExitStack) -> Agent | None:
         """What holds the conversations, running; None for answers of one turn."""

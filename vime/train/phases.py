@@ -11,7 +11,7 @@ from vime.recipe.schema import Recipe
 from vime.rollout.sampler import Sampler
 from vime.run.metrics import MetricsWriter
 from vime.run.plan import Plan
-from vime.run.trackers import trackers_of
+from vime.run.trackers import Tracker, trackers_of
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
 from vime.train.deadlines import PhaseDeadlines
@@ -29,9 +29,10 @@ class Phases:
     metrics: MetricsWriter
 
     @classmethod
-    def of(cls, plan: Plan, deadlines: PhaseDeadlines | None = None) -> Phases:
-        """Open the writers in the plan's run folder."""
-        metrics = MetricsWriter(plan.run_dir, trackers_of(plan.recipe, plan.run_name, plan.run_dir))
+    def of(cls, plan: Plan, deadlines: PhaseDeadlines | None = None, live: Tracker | None = None) -> Phases:
+        """Open the writers in the plan's run folder. `live`: a tracker that shows the values while the run goes."""
+        trackers = trackers_of(plan.recipe, plan.run_name, plan.run_dir)
+        metrics = MetricsWriter(plan.run_dir, [*trackers, *([] if live is None else [live])])
         return cls(plan, deadlines or PhaseDeadlines.of(plan), Timeline(plan.run_dir), metrics)
 
     def close(self) -> None:
