@@ -169,7 +169,8 @@ class Group:
         """The group as training gets it: every branch of a conversation is a sample, with the conversation's reward."""
         samples: list[Sample] = []
         for sample in self.samples:
-            samples += [sample, *(replace(branch, reward=sample.reward) for branch in sample.branches)]
+            branches = [replace(branch, reward=sample.reward) for branch in sample.branches]
+            samples += [replace(sample, branches=[]) if branches else sample, *branches]
         return Group(self.index, samples)
 
 

@@ -264,3 +264,11 @@ async def test_the_use_of_a_tool_is_measured_and_its_failure_named():
         ("run", "ValueError"),
     ]
     assert session.sample.tools[0].seconds >= 0.01
+
+
+async def test_the_parser_gets_a_turn_without_its_end():
+    dispatcher, session = conversation(turn("ab"), ([END], "stop"))
+    dispatcher.parsed = lambda token_ids: {"role": "assistant", "content": TOKENIZER.decode(token_ids)}
+    assert (await session.message(await session.generate()))["content"] == "ab"
+    session.give(user("on"))
+    assert await session.message(await session.generate()) == {"role": "assistant", "content": ""}

@@ -247,4 +247,5 @@ def no_answer_warning(rm_type: str) -> str:
 
 def _text_of(sample: Sample) -> Sample:
     """The sample without its token lists, which the built-in functions do not look at."""
-    return replace(sample, prompt_ids=[], response_ids=[], log_probs=[], weight_versions=[], loss_mask=[])
+    empty = {name: [] for name in ("prompt_ids", "response_ids", "log_probs", "weight_versions", "loss_mask", "turns")}
+    return replace(sample, **empty, branches=[])

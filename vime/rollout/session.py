@@ -224,10 +224,13 @@ class Session:
     async def message(self, reply: Reply, tools: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """A turn as a chat message, with `tool_calls` and `reasoning` as the engine's own parsers find them."""
         self._check()
-        if not reply.token_ids:
+        token_ids = reply.token_ids
+        if token_ids and token_ids[-1] in self.settings.template.stops:
+            token_ids = token_ids[:-1]  # the parsers keep special tokens, and the end is no part of the message
+        if not token_ids:
             return {"role": "assistant", "content": ""}
         try:
-            return await self.settings.dispatcher.parse(self._seat, reply.token_ids, tools)
+            return await self.settings.dispatcher.parse(self._seat, token_ids, tools)
         except RoundFull:
             raise self._end(Aborted("the round is full")) from None
         except VimeError as error:
