@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vime.agents.choose import agent_of
 from vime.observe.samples import read_rollout, write_samples
@@ -37,6 +38,8 @@ from vime.train.results import deliver, write
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.trust import PROBES
 
+T = TypeVar("T")
+
 BEAT_SECONDS = 10.0
 """Interval between two `alive` reports to the controller."""
 QUEUES_SECONDS = 10.0
@@ -61,6 +64,8 @@ class Driver:
         self.deadlines = limits = self.phases.deadlines
         key = read_token(plan.run_dir, GROUP_KEY).encode()
         self.pulse = Pulse(plan, binding, key, silent_s=limits.silent, stuck_s=limits.stuck)
+        self._start_times: dict[str, float] = {}
+        """Seconds until the engines, and the trainer, were up."""
 
     async def run(self) -> None:
         """Train, or run the mode of a debug flag."""
@@ -97,8 +102,11 @@ class Driver:
                 loop.sampler.load_state_dict(start.extra["sampler"])
             loop.supervisor.version = first
             synced = await loop.sync()
+            # Taken here, so that the first rollout's times hold nothing of the start.
+            times = self.phases.timeline.take_metrics()
             self.phases.metrics.start(first)
-            self.phases.metrics.write(first, {f"start/{name}": value for name, value in synced.items()})
+            started = {**synced, **times, **self._start_times}
+            self.phases.metrics.write(first, {f"start/{name}": value for name, value in started.items()})
             if first > 0:
                 loop.exports.resume(first - 1)
             async with asyncio.TaskGroup() as tasks:
@@ -124,11 +132,20 @@ class Driver:
         """Start engines and trainer; one after the other if they share GPUs, since each expects them empty."""
         engines_up = engines.start(deadline_s=self.deadlines.engine_start)
         if self.recipe.resources.colocate:
-            clients = await self._clients(stack, await engines_up)
+            clients = await self._clients(stack, await self._timed("engines_time", engines_up))
             await asyncio.gather(*(client.sleep(SLEEP_LEVEL) for client in clients))
-            return await self._trainer_up(trainer), clients
-        start, urls = await asyncio.gather(self._trainer_up(trainer), engines_up)
+            return await self._timed("trainer_time", self._trainer_up(trainer)), clients
+        start, urls = await asyncio.gather(
+            self._timed("trainer_time", self._trainer_up(trainer)), self._timed("engines_time", engines_up)
+        )
         return start, await self._clients(stack, urls)
+
+    async def _timed(self, name: str, work: Awaitable[T]) -> T:
+        began = time.monotonic()
+        try:
+            return await work
+        finally:
+            self._start_times[name] = time.monotonic() - began
 
     async def _trainer_up(self, trainer: TrainerGroup) -> StartState:
         await trainer.beat(self.deadlines.setup, self.pulse.place)
