@@ -28,8 +28,10 @@ def check_plugins(recipe: Recipe, *, required: bool) -> list[str]:
     A module that is not found here is an error if the job runs in this environment (`required`), otherwise a note.
     """
     notes = []
+    # The job's processes get the recipe's environment, so its PYTHONPATH counts as the caller's does.
+    folders = [folder for folder in recipe.misc.env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     for option, target in _targets(recipe):
-        missing = check_target(option, target)
+        missing = check_target(option, target, folders)
         if missing and required:
             raise BadInput(f"{missing}: run from the folder that has it, set PYTHONPATH, or correct the name")
         if missing:
@@ -131,10 +133,11 @@ def _named(option: str, value: str, known: Sequence[str], elsewhere: dict[str, s
     raise BadInput(f"{option} {value} is unknown: {hint}")
 
 
-def check_target(option: str, target: str) -> str | None:
-    """A sentence if the module is not found here, else None. Raises BadInput if it lacks the function."""
+def check_target(option: str, target: str, folders: Sequence[str] = ()) -> str | None:
+    """A sentence if the module is found neither here nor in `folders`, else None. Raises BadInput if it lacks the
+    function."""
     module, _, function = target.partition(":")
-    file = _source(module)
+    file = _source(module, folders)
     if file is None:
         return f"{option} {target}: there is no module {module} here"
     if file.suffix != ".py":
@@ -149,9 +152,9 @@ def check_target(option: str, target: str) -> str | None:
     return None
 
 
-def _source(module: str) -> Path | None:
+def _source(module: str, folders: Sequence[str]) -> Path | None:
     """File of a module, found part by part without importing a package."""
-    path: Sequence[str] | None = [os.getcwd(), *sys.path]
+    path: Sequence[str] | None = [os.getcwd(), *folders, *sys.path]
     spec = None
     parts = module.split(".")
     for number in range(len(parts)):
