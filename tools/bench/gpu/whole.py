@@ -1,17 +1,21 @@
 """A whole run on one GPU against its parts alone: generation against bare vLLM, training against bare Megatron-core.
 
-    python tools/bench/gpu/whole.py --folder DIR [--rollouts 4] [--layers 28] [-- recipe flags]
+    python tools/bench/gpu/whole.py --folder DIR [--rollouts 3] [--layers 28] [-- recipe flags]
+    python tools/bench/gpu/whole.py --folder DIR --run RUN [--only training] [--profile FILE] [-- recipe flags]
 
-Makes a dense model of 1.7 B parameters (Qwen3's shape, random weights) in DIR, runs vime on it with trainer and engine
-on the same GPU, and then measures the peers in processes of their own, on what the run left behind:
+Makes a dense model of 1.7 B parameters (Qwen3's shape, random weights) in DIR and runs vime on it with trainer and
+engine on the same GPU, until the last sync; its checkpoint is not waited for. Then measures the peers in processes of
+their own, on what the run left behind:
 
 - generation: vLLM's offline engine with the run's engine options, on the prompts of the last rollout, each answer as
   long as it was there
-- training: Megatron-core's forward-backward-step with its own cross entropy, on the same packed micro-batches and
-  with the same optimizer
-- weight sync: a copy of the same bytes in the GPU's memory
+- serving: the same requests, all at once, to the run's engine command
+- training: Megatron-core's forward-backward-step with its own cross entropy on the same packed micro-batches, and
+  vime's step, both with the same model and optimizer in one process
+- copies: the sync's bytes inside the GPU's memory, and pinned memory over PCIe, both ways
 
-Prints its ratios last and exits 1 where one falls short.
+The second form goes on with a run that is there; flags after `--` change its recipe (recompute, attention). Prints each
+figure when it is known, ratios last, and exits 1 where one falls short.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import make_tiny_checkpoint as tiny  # noqa: E402
 
-from vime.megatron.packing import micro_batches  # noqa: E402
 from vime.models.config import ModelConfig  # noqa: E402
 from vime.models.families import params_of  # noqa: E402
-from vime.models.flops import utilisation  # noqa: E402
-from vime.observe.samples import read_rollout  # noqa: E402
 from vime.run.folder import read_plan  # noqa: E402
 from vime.run.metrics import read_metrics, series  # noqa: E402
 
@@ -90,7 +90,9 @@ env:
   CUDA_DEVICE_MAX_CONNECTIONS: "1"
   PYTHONPATH: {mods}
 """
-WANTED = {"generation": 0.95, "training": 0.95, "sync": 0.25, "whole": 0.90}
+PEERS = ("generation", "training", "copies", "serving")
+WANTED = {"generation": 0.95, "training": 0.95, "sync": 0.25, "whole": 0.90, "hand-over": 0.80}
+START_SECONDS, ROLLOUT_SECONDS = 400.0, 120.0
 
 
 def make_dense(folder: Path, layers: int) -> None:
@@ -124,182 +126,110 @@ def make_dense(folder: Path, layers: int) -> None:
 
 
 def run(folder: Path, rollouts: int, flags: list[str]) -> Path:
-    """The run's folder, once the run has ended."""
+    """The run's folder, once this many rollouts are synced. Raises SystemExit where the run ends before."""
     name = f"whole-{time.strftime('%H%M%S')}"
     argv = [sys.executable, "-m", "vime.submit", "--cluster", "local", "--recipe", str(folder / "dense.yaml")]
-    argv += ["--nodes", "1", "--run-name", name, "--base-dir", str(folder), "--", "--num-rollout", str(rollouts)]
-    subprocess.run([*argv, *flags], check=True, cwd=ROOT, timeout=1800)
-    return folder / "runs" / name
+    # One rollout more, which is never trained: the last one's checkpoint would take longer than the run.
+    argv += ["--nodes", "1", "--run-name", name, "--base-dir", str(folder), "--", "--num-rollout", str(rollouts + 1)]
+    run_dir = folder / "runs" / name
+    started = subprocess.Popen([*argv, *flags], cwd=ROOT)
+    end = time.monotonic() + START_SECONDS + rollouts * ROLLOUT_SECONDS
+    while "perf/sync_time" not in read_metrics(run_dir).get(rollouts - 1, {}):
+        if started.poll() is not None:
+            raise SystemExit(f"error: the run ended with {started.returncode} before rollout {rollouts - 1} was synced")
+        if time.monotonic() > end:
+            raise SystemExit(f"error: rollout {rollouts - 1} was not synced in time")
+        time.sleep(0.5)
+    subprocess.run([sys.executable, "-m", "vime.cancel", str(run_dir)], cwd=ROOT, check=True, timeout=120)
+    started.wait(60)
+    return run_dir
 
 
 def settled(run_dir: Path, name: str) -> float:
-    """Median of a metric over the rollouts after the first, which warms everything up."""
+    """Median of a metric over the rollouts after the first, which warms everything up; nan where there is none."""
     values = [value for step, value in series(read_metrics(run_dir), name) if step > 0]
-    if not values:
-        raise SystemExit(f"error: the run has no {name} after its first rollout")
-    return statistics.median(values)
+    return statistics.median(values) if values else float("nan")
 
 
-def peer_generation(run_dir: Path) -> dict[str, float]:
-    """Tokens a second of vLLM's offline engine on the last rollout's prompts and lengths, after one pass to warm up."""
-    from vllm import LLM, SamplingParams
-
-    plan = read_plan(run_dir)
-    rollout = read_rollout(run_dir / "rollouts", plan.recipe.rollout.num_rollout - 1)
-    options = {name: value for name, value in plan.recipe.engine.vllm.items() if value is not None}
-    engine = LLM(str(plan.recipe.checkpoint.hf_checkpoint), logprobs_mode="processed_logprobs", **options)
-    prompts: Any = [{"prompt_token_ids": list(sample.prompt_ids)} for sample in rollout.samples]
-    lengths = [len(sample.response_ids) for sample in rollout.samples]
-    asked = [
-        SamplingParams(max_tokens=n, ignore_eos=True, temperature=1.0, logprobs=0, detokenize=False) for n in lengths
-    ]
-    speeds = []
-    for _ in range(3):
-        engine.reset_prefix_cache()
-        started = time.perf_counter()
-        answers: Any = engine.generate(prompts, asked, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        assert [len(answer.outputs[0].token_ids) for answer in answers] == lengths
-        speeds.append(sum(lengths) / seconds)
-    return {"tokens_per_s": statistics.median(speeds[1:]), "seconds": sum(lengths) / statistics.median(speeds[1:])}
-
-
-def peer_training(run_dir: Path) -> dict[str, float]:
-    """Tokens a second of Megatron-core's own step over the last rollout, packed as the run packed it."""
-    from vime.megatron.microbatch import Padding, RolloutTokens, make_batch
-    from vime.megatron.model import BuildOptions, build_model
-    from vime.megatron.optimizer import Optimizer
-    from vime.megatron.parallel import init_parallel
-
-    plan = read_plan(run_dir)
-    recipe, config = plan.recipe, ModelConfig.from_hf(plan.model_config_hf)
-    rollout = read_rollout(run_dir / "rollouts", recipe.rollout.num_rollout - 1)
-    init_parallel(plan.layout, rank=0, master_address="127.0.0.1", master_port=29611)
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    chunks = build_model(config, plan.layout, bf16=recipe.model.bf16, options=BuildOptions.from_recipe(recipe))
-    optimizer = Optimizer(chunks, recipe, total_steps=100)
-    data = RolloutTokens.of([(sample.prompt_ids, sample.response_ids) for sample in rollout.samples])
-    lengths = [len(sequence) for sequence in data.sequences]
-    packed = micro_batches(lengths, recipe.perf.max_tokens_per_gpu or 0, 1)[0]
-    device = torch.device("cuda", 0)
-    batches = [make_batch(data, members, Padding(), cp_rank=0, cp_size=1, device=device) for members in packed]
-
-    def forward(iterator: Iterator[Any], model: Any) -> Any:
-        batch = next(iterator)
-        bounds, longest = batch.bounds, batch.longest
-        described = PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
-        losses = model(batch.tokens, batch.positions, None, labels=batch.targets[None], packed_seq_params=described)
-        mask = (batch.response_index >= 0).float()
-
-        def measure(output: torch.Tensor) -> Any:
-            return (
-                (output.view(-1).float() * mask).sum() / data.response_tokens,
-                torch.zeros((), dtype=torch.int, device=device),
-                {},
-            )
-
-        return losses, measure
-
-    def step() -> None:
-        optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=optimizer.chunks,
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.size(1),
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        optimizer.step()
-
-    seconds = timed(step)
-    found = {"tokens_per_s": sum(lengths) / seconds, "seconds": seconds}
-    mfu = utilisation(config, lengths, seconds=seconds, gpus=1, device=torch.cuda.get_device_name())
-    return found | ({} if mfu is None else {"mfu": mfu})
-
-
-def peer_copy(run_dir: Path) -> dict[str, float]:
-    """Seconds of a copy of the sync's bytes inside the GPU's memory."""
-    size = int(settled(run_dir, "sync/bytes"))
-    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return {"seconds": timed(lambda: target.copy_(source))}
-
-
-PEERS: dict[str, Callable[[Path], dict[str, float]]] = {
-    "generation": peer_generation,
-    "training": peer_training,
-    "copy": peer_copy,
-}
-
-
-def timed(call: Callable[[], object], runs: int = 3) -> float:
-    """Median seconds after one call more."""
-    times = []
-    for _ in range(runs + 1):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def ask(peer: str, run_dir: Path) -> dict[str, float]:
+def ask(peer: str, folder: Path, run_dir: Path, flags: list[str], profile: Path | None) -> dict[str, Any]:
     """A peer's figures, from a process of its own: the GPU is empty when it starts."""
-    argv = [sys.executable, __file__, "--folder", str(run_dir), "--peer", peer]
-    answer = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=900, check=True)
-    return json.loads(answer.stdout.splitlines()[-1])
+    peers = Path(__file__).with_name("whole_peers.py")
+    argv = [sys.executable, str(peers), peer, "--folder", str(folder), "--run", str(run_dir)]
+    argv += ["--profile", str(profile)] if profile else []
+    answer = subprocess.run([*argv, "--", *flags], stdout=subprocess.PIPE, text=True, timeout=400, check=True)
+    found = json.loads(answer.stdout.splitlines()[-1])
+    print(f"{peer}: {json.dumps(found)}", flush=True)
+    return found
 
 
-def compare(run_dir: Path) -> int:
-    """Print the table; 1 where a ratio falls short."""
-    generation, training, copy = (ask(peer, run_dir) for peer in PEERS)
-    seconds = {name: settled(run_dir, f"perf/{name}_time") for name in ("generate", "train", "sync")}
-    speed = settled(run_dir, "perf/train_tokens_per_s")
-    rollout_tokens = settled(run_dir, "perf/rollout_tokens_per_s")
-    own = settled(run_dir, "sync/time")
-    rows = [
-        ("generation", rollout_tokens / generation["tokens_per_s"], f"{rollout_tokens:,.0f} tokens/s of "
-         f"{generation['tokens_per_s']:,.0f}"),
-        ("training", speed / training["tokens_per_s"], f"{speed:,.0f} tokens/s of {training['tokens_per_s']:,.0f}, MFU "
-         f"{settled(run_dir, 'perf/mfu'):.3f} of {training.get('mfu', float('nan')):.3f}"),
-        ("sync", copy["seconds"] / own, f"{own:.3f} s, a copy {copy['seconds']:.4f} s"),
-        ("whole", (generation["seconds"] + training["seconds"]) / sum(seconds.values()),
-         ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-         + f"; bare {generation['seconds']:.2f} and {training['seconds']:.2f} s"),
-    ]  # fmt: skip
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for name in sorted({name for row in read_metrics(run_dir).values() for name in row}):
-        if name.startswith("sync/") or (name.startswith("handover/") and name.endswith("_time")):
-            print(f"  {name}: {settled(run_dir, name):.4g}")
-    for name, ratio, text in rows:
-        print(f"{name}: {ratio:.3f} (wanted {WANTED[name]}): {text}")
-    return int(any(ratio < WANTED[name] for name, ratio, _ in rows))
+def describe(run_dir: Path) -> None:
+    """Print the run's own figures."""
+    metrics = read_metrics(run_dir)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {run_dir.name}")
+    for name, value in sorted(metrics.get(0, {}).items()):
+        if name.startswith("start/") and name.endswith("_time"):
+            print(f"  {name}: {value:.4g}")
+    for name in sorted({name for row in metrics.values() for name in row}):
+        handover = name.startswith("handover/") and name.endswith(("_time", "taken_bytes"))
+        if handover or name.startswith(("sync/", "perf/")):
+            print(f"  {name}: " + ", ".join(f"{value:.4g}" for _, value in series(metrics, name)))
+    sys.stdout.flush()
+
+
+def ratios(run_dir: Path, found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
+    """(name, ratio, text) of everything that its peer was measured for."""
+    rows: list[tuple[str, float, str]] = []
+    generation, training, copies = (found.get(name) for name in PEERS[:3])
+    if generation:
+        speed, bare = settled(run_dir, "perf/rollout_tokens_per_s"), generation["tokens_per_s"]
+        rows.append(("generation", speed / bare, f"{speed:,.0f} tokens/s of {bare:,.0f}"))
+    if training:
+        own, bare = training["vime"], training["bare"]
+        text = f"{own['seconds']:.2f} s a step, bare {bare['seconds']:.2f} s; MFU {own['mfu']:.3f} of {bare['mfu']:.3f}"
+        rows.append(("training", bare["seconds"] / own["seconds"], text))
+    if copies:
+        sync = settled(run_dir, "sync/time")
+        rows.append(("sync", copies["device_seconds"] / sync, f"{sync:.3f} s, a copy {copies['device_seconds']:.4f} s"))
+        planned = {item.name: item.bytes for item in read_plan(run_dir).nodes[0].host_memory.items}
+        for part, item in (("gradients", "optimizer_backup"), ("weights", "weights_backup")):
+            for step, rate in (("leave", copies["to_host"]), ("come_back", copies["to_device"])):
+                speed = planned.get(item, 0) / settled(run_dir, f"handover/{part}_{step}_time")
+                rows.append(("hand-over", speed / rate, f"{part} {step} at {speed / 1e9:.1f} of {rate / 1e9:.1f} GB/s"))
+    if generation and training:
+        seconds = {name: settled(run_dir, f"perf/{name}_time") for name in ("generate", "train", "sync")}
+        bare = generation["seconds"] + training["bare"]["seconds"]
+        text = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()) + f"; bare {bare:.2f} s"
+        rows.append(("whole", bare / sum(seconds.values()), text))
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for model, data and run; some 5 GB")
-    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--rollouts", type=int, default=3)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help="a run that is there: only its peers are measured")
+    parser.add_argument("--only", choices=PEERS, nargs="*", default=PEERS, help="the peers to measure")
+    parser.add_argument("--profile", type=Path, help="file for the profile of both training steps")
+    parser.add_argument("--make", action="store_true", help="make model and data only")
     parser.add_argument("flags", nargs="*", help="of the recipe, after --")
     args = parser.parse_args()
     folder = args.folder.absolute()
-    if args.peer:
-        print(json.dumps(PEERS[args.peer](folder)))
-        return 0
     if args.make:
         make_dense(folder, args.layers)
         return 0
-    # In a process of its own: preflight refuses a GPU on which somebody holds memory.
-    subprocess.run([sys.executable, __file__, "--folder", folder, "--layers", str(args.layers), "--make"], check=True)
-    return compare(run(folder, args.rollouts, args.flags))
+    run_dir = args.run and args.run.absolute()
+    if run_dir is None:
+        # In a process of its own: preflight refuses a GPU on which somebody holds memory.
+        made = [sys.executable, __file__, "--folder", str(folder), "--layers", str(args.layers), "--make"]
+        subprocess.run(made, check=True)
+        run_dir = run(folder, args.rollouts, args.flags)
+    describe(run_dir)
+    found = {peer: ask(peer, folder, run_dir, args.flags, args.profile) for peer in args.only}
+    rows = ratios(run_dir, found)
+    for name, ratio, text in rows:
+        print(f"{name}: {ratio:.3f} (wanted {WANTED[name]}): {text}")
+    return int(any(not ratio >= WANTED[name] for name, ratio, _ in rows))
 
 
 if __name__ == "__main__":
