@@ -120,3 +120,11 @@ def test_engines_that_do_not_fit_are_refused(flags: list[str], message: str):
 def test_tensor_parallelism_over_nodes_is_refused():
     with pytest.raises(BadInput, match="tensor parallelism stays inside a node"):
         place_trainer(ParallelLayout(world_size=8, tp=8), slots(2, 4))
+
+
+def test_on_one_machine_engines_have_the_gpus_after_the_trainers():
+    options = {"colocate": False, "actor_num_nodes": 1, "actor_num_gpus_per_node": 2, "rollout_num_gpus": 3}
+    recipe = change(load_recipe("tiny-qwen3"), resources=options)
+    where = divide_slots(recipe, 8, one_machine=True)
+    assert (where.nodes, where.gpus_per_node) == (1, 5)
+    assert [engine.gpus for engine in place_engines(recipe, where)] == [((2,),), ((3,),), ((4,),)]

@@ -123,9 +123,22 @@ def test_engines_on_gpus_of_their_own_get_buckets_out_of_a_ranks_gpu_through_a_g
     ]  # fmt: skip
 
 
-def test_engines_on_gpus_beside_trainer_ranks_that_have_others_are_refused() -> None:
+def test_engines_beside_the_trainer_on_its_node_receive_over_a_group_from_a_rank_there() -> None:
     config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
-    with pytest.raises(BadInput, match="GPU 1 of node 0 has a worker of engine 0 and no trainer rank"):
+    beside = [engine_plan(0, {0: (2,)}), engine_plan(1, {0: (3,)})]
+    receivers = receivers_of(config, [0, 0], beside, gpus=[0, 1])
+    assert [(one.node, one.gpu, one.engines, one.publishers, one.local, one.on_gpu) for one in receivers] == [
+        (0, None, (0, 1), (0,), False, True),
+    ]  # fmt: skip
+    schedule = make_schedule(config, ParallelLayout(2, ep=2), [0, 0], receivers, 1 << 30)
+    for engine in beside:
+        (group,) = far_groups(schedule, engine, ["10.0.0.1"])
+        assert (group.receiver, group.engine, group.first_worker, group.workers) == (0, engine.index, 0, 1)
+
+
+def test_an_engine_with_shared_gpus_and_gpus_of_its_own_on_a_node_is_refused() -> None:
+    config = ModelConfig.from_hf(with_fp8(DEEPSEEK))
+    with pytest.raises(BadInput, match="engine 0 has workers on GPUs of node 0 that trainer ranks use and on GPU 1"):
         receivers_of(config, [0], [engine_plan(0, {0: (0, 1)}, tensor=2)], gpus=[0])
 
 

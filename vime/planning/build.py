@@ -86,13 +86,13 @@ def make_plan(
 
     cluster = _with_devices(cluster, recipe)
     per_node = _gpus_per_node(recipe, cluster)
-    recipe = derive.with_nodes(recipe, nodes, per_node)
+    recipe = derive.with_nodes(recipe, nodes, per_node, one_machine=cluster.one_machine)
     trainer = layout.trainer_layout(recipe)
     derive.check(recipe, config, trainer)
     check_layout(config, trainer)
     found += derive.notes(recipe, config, trainer)
     recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node if cluster.exclusive else None)
-    slots = layout.divide_slots(recipe, per_node)
+    slots = layout.divide_slots(recipe, per_node, one_machine=cluster.one_machine)
     ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
     for engine in engines:
         check_engine(engine, config.hf, on_gpu=cluster.on_gpu)
@@ -249,7 +249,8 @@ def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
     if cluster.min_network_gbit is None and not cluster.one_machine:
         cluster = cluster.model_copy(update={"min_network_gbit": MIN_NETWORK_GBIT})
     if cluster.one_machine and not cluster.gpus_per_node:
-        wanted = recipe.resources.actor_num_gpus_per_node
+        resources = recipe.resources
+        wanted = resources.actor_num_gpus_per_node + (0 if resources.colocate else resources.rollout_num_gpus or 0)
         return cluster.model_copy(update={"gpus_per_node": wanted, "gpu_request": "gpus-per-node"})
     return cluster
 

@@ -20,11 +20,12 @@ def receivers_of(
 ) -> tuple[Receiver, ...]:
     """One receiver for each node with engine workers; with `gpus`, one for each worker that shares a rank's GPU.
 
-    `nodes` and `gpus`: node and GPU slot of every trainer rank. `experts_anywhere`: vLLM places experts by load, so
-    every worker gets all. Raises BadInput for a worker on a trainer's node whose GPU has no rank.
+    `nodes` and `gpus`: node and GPU slot of every trainer rank. Workers on GPUs of their own receive over a process
+    group, on a trainer's node too. `experts_anywhere`: vLLM places experts by load, so every worker gets all. Raises
+    BadInput for an engine of which only some workers on a node share a rank's GPU.
     """
     wanted: dict[tuple[int, int | None], list[tuple[int, frozenset[int] | None]]] = {}
-    shared = frozenset(nodes) if gpus is not None else frozenset()
+    shared = frozenset(zip(nodes, gpus, strict=True)) if gpus is not None else frozenset()
     for engine in engines:
         size = engine.tensor_parallel_size * engine.data_parallel_size
         split = engine.expert_parallel and config.moe is not None and not experts_anywhere
@@ -33,31 +34,33 @@ def receivers_of(
             wanted.setdefault(device, []).append((engine.index, experts))
     found = []
     for turn, ((node, gpu), parts) in enumerate(sorted(wanted.items(), key=lambda item: (item[0][0], item[0][1] or 0))):
-        near = tuple(rank for rank, its in enumerate(nodes) if its == node and (gpus is None or gpus[rank] == gpu))
-        if gpu is not None and not near:
-            raise BadInput(
-                f"GPU {gpu} of node {node} has a worker of engine {parts[0][0]} and no trainer rank, but the node has "
-                "some: give engines GPUs that they share with the trainer (--colocate), or nodes of their own"
-            )
+        on_node = tuple(rank for rank, its in enumerate(nodes) if its == node)
+        near = on_node if gpus is None else tuple(rank for rank in on_node if gpus[rank] == gpu)
         sets = [experts for _, experts in parts]
         union = None if None in sets else frozenset().union(*(experts for experts in sets if experts is not None))
         # Spread far nodes over publishers, so that one rank does not send to all of them.
-        far = (turn * len(nodes) // max(1, len(wanted)),)
+        far = on_node[turn % len(on_node) :][:1] if on_node else (turn * len(nodes) // max(1, len(wanted)),)
         publishers = (near if gpus is None else near[:1]) or far
         index = tuple(index for index, _ in parts)
         found.append(Receiver(node, index, union, publishers, bool(near), gpu, on_gpu=gpus is not None))
     return tuple(found)
 
 
-def _workers(engine: EnginePlan, shared: Collection[int]) -> Iterator[tuple[tuple[int, int | None], range]]:
-    """(device, worker indices) of an engine; a device is (node, GPU slot) on `shared` nodes, else (node, None)."""
+def _workers(engine: EnginePlan, shared: Collection[tuple[int, int]]) -> Iterator[tuple[tuple[int, int | None], range]]:
+    """(device, worker indices) of an engine; a device is (node, GPU slot) if a rank has it too, else (node, None)."""
     first = 0
     for node, slots in zip(engine.nodes, engine.gpus, strict=True):
-        if node in shared:
+        alone = [slot for slot in slots if (node, slot) not in shared]
+        if len(alone) == len(slots):
+            yield (node, None), range(first, first + len(slots))
+        elif alone:
+            raise BadInput(
+                f"engine {engine.index} has workers on GPUs of node {node} that trainer ranks use and on GPU "
+                f"{alone[0]}, which none uses: give an engine only shared GPUs (--colocate), or none"
+            )
+        else:
             for number, slot in enumerate(slots, first):
                 yield (node, slot), range(number, number + 1)
-        else:
-            yield (node, None), range(first, first + len(slots))
         first += len(slots)
 
 

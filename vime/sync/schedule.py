@@ -111,7 +111,7 @@ class Schedule:
 
 
 def schedule_of(plan: Plan) -> Schedule:
-    """The schedule of a run. Raises BadInput for engines on a trainer's node that do not share its ranks' GPUs."""
+    """The schedule of a run. Raises BadInput for an engine with both shared GPUs and GPUs of its own on a node."""
     config = plan.model
     nodes = tuple(rank.node for rank in plan.trainer_ranks)
     options = plan.recipe.engine.vllm
@@ -138,9 +138,11 @@ def far_groups(schedule: Schedule, engine: EnginePlan, addresses: Sequence[str])
     """Process groups that reach an engine's far nodes; `addresses` is indexed by logical node."""
     groups, first = [], 0
     for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
-        number = next(i for i, receiver in enumerate(schedule.receivers) if receiver.node == node)
-        receiver = schedule.receivers[number]
-        if not receiver.local:
+        here = (i for i, receiver in enumerate(schedule.receivers) if receiver.node == node and not receiver.local)
+        # Workers that share a rank's GPU, or find buckets in the node's memory, need no group.
+        number = next((i for i in here if engine.index in schedule.receivers[i].engines), None)
+        if number is not None:
+            receiver = schedule.receivers[number]
             address = addresses[schedule.nodes[receiver.publishers[0]]]
             groups.append(FarGroup(number, engine.index, address, first, len(gpus)))
         first += len(gpus)
