@@ -2,71 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.single import MODELS, built, one_process
-from tests.support.worker_cases import rollout_of
+from tests.support.route_problem import FULL, Problem
+from tests.support.single import one_process
 from vime.errors import VimeError
-from vime.megatron.losses import token_weights
-from vime.megatron.microbatch import RolloutTokens
-from vime.megatron.model import BuildOptions
-from vime.megatron.objective import Objective
-from vime.megatron.optimizer import Optimizer
-from vime.megatron.passes import ModelPasses, Packer
-from vime.megatron.routes import Routes
-from vime.recipe.schema import AlgorithmOptions, ModelOptions, OptimizerOptions, PerfOptions, Recipe
-
-HF = MODELS["deepseek"]
-PERF = PerfOptions(use_dynamic_batch_size=True, max_tokens_per_gpu=48)
-RECIPE = Recipe(name="r", model=ModelOptions(bf16=False), optimizer=OptimizerOptions(lr=1e-3), perf=PERF)
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-
-class Problem:
-    """A model whose routers were moved after their routes were recorded."""
-
-    def __init__(self, layout: Any, **options: Any) -> None:
-        build = BuildOptions(use_routing_replay=True, **options)
-        self.optimizer = Optimizer(built(HF, layout, options=build), RECIPE, total_steps=1)
-        self.passes = ModelPasses(
-            self.optimizer.chunks, Objective(AlgorithmOptions(), 1.0), Packer(PERF, layout), layout.coordinates(0)
-        )
-        self.routes = Routes(self.optimizer.chunks)
-        samples = rollout_of(0, HF["vocab_size"]).samples
-        self.data = RolloutTokens.of([(sample.prompt_ids, sample.response_ids) for sample in samples])
-        self.samples = range(len(samples))
-        masks = [torch.tensor(sample.loss_mask, dtype=torch.float32) for sample in samples]
-        self.columns = {
-            "weights": torch.cat(token_weights(masks, per_token=False)),
-            "advantages": torch.randn(self.data.response_tokens, generator=torch.Generator().manual_seed(1)),
-        }
-
-    def log_probs(self, context: Any = None) -> torch.Tensor:
-        around = functools.partial(self._around, context) if context else None
-        found = self.passes.log_probs(self.data, 48, self.samples, around)
-        self.routes.rewind()
-        return found
-
-    def gradients(self, context: Any = None) -> dict[str, torch.Tensor]:
-        around = functools.partial(self._around, context) if context else None
-        self.optimizer.zero_grad()
-        self.passes.gradients(self.data, self.samples, self.columns, 48, around)
-        self.routes.rewind()
-        module = self.optimizer.chunks[0].module
-        return {name: parameter.main_grad.clone() for name, parameter in module.named_parameters()}
-
-    def _around(self, context: Any, micro_batch: int) -> Any:
-        return context((0, micro_batch))
-
-    def move_routers(self) -> None:
-        """Other experts for most tokens, by a bias that only the choice looks at: probabilities stay."""
-        for name, buffer in self.optimizer.chunks[0].module.named_buffers():
-            if name.endswith("expert_bias"):
-                buffer.copy_(torch.linspace(-3, 3, buffer.numel()))
 
 
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "recomputed"])

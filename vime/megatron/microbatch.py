@@ -118,6 +118,15 @@ class PackedBatch:
         return torch.where(self.response_index >= 0, picked, torch.zeros_like(picked))
 
 
+def padded_lengths(data: RolloutTokens, members: Sequence[int], padding: Padding) -> list[int]:
+    """Tokens that each sequence of a micro-batch takes, and last the padding that fills it up, if any."""
+    lengths = [padding.padded(len(data.sequences[i])) for i in members]
+    total = sum(lengths)
+    rest = (-total % padding.batch) if total else padding.batch
+    # The rest up to a multiple of `batch` is one more sequence; `batch` is a multiple of `sequence`, so it divides.
+    return [*lengths, rest] if rest else lengths
+
+
 def make_batch(
     data: RolloutTokens, members: Sequence[int], padding: Padding, *, cp_rank: int, cp_size: int, device: torch.device
 ) -> PackedBatch:
@@ -125,13 +134,8 @@ def make_batch(
 
     Without samples it is a single padding sequence that predicts nothing, so that all ranks run equally many.
     """
-    lengths = [padding.padded(len(data.sequences[i])) for i in members]
+    lengths = padded_lengths(data, members, padding)
     total = sum(lengths)
-    rest = (-total % padding.batch) if total else padding.batch
-    # The rest up to a multiple of `batch` is one more sequence; `batch` is a multiple of `sequence`, so it divides.
-    if rest:
-        lengths = [*lengths, rest]
-    total += rest
     # [total] each, whole sequences behind each other, before the split over context-parallel ranks.
     tokens, targets = np.zeros(total, np.int64), np.zeros(total, np.int64)
     response_index, samples = np.full(total, -1, np.int64), np.zeros(total, np.int64)

@@ -36,6 +36,7 @@ class BuildOptions:
     moe_enable_deepep: bool = False
     moe_token_dispatcher_type: str = "alltoall"
     use_routing_replay: bool = False
+    use_rollout_routing_replay: bool = False
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> BuildOptions:
@@ -163,7 +164,7 @@ def _moe_values(options: BuildOptions, layout: ParallelLayout, device: backend.B
         dispatcher = "alltoall"
     values: dict[str, Any] = {
         "moe_token_dispatcher_type": dispatcher,
-        "moe_enable_routing_replay": options.use_routing_replay,
+        "moe_enable_routing_replay": options.use_routing_replay or options.use_rollout_routing_replay,
         # Grouped matrix products and the fused permutation require Transformer Engine.
         "moe_grouped_gemm": device.transformer_engine,
         "moe_permute_fusion": device.transformer_engine,

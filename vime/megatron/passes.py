@@ -61,6 +61,10 @@ class ModelPasses:
         self._device = backend.setup().device
         self._padding = Padding.of(packer.layout)
 
+    def micro_batches(self, data: RolloutTokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[list[int]]:
+        """Samples of each of this rank's micro-batches."""
+        return self._packer.shares(data, samples, tokens_per_gpu)[self._coords.dp]
+
     def log_probs(
         self,
         data: RolloutTokens,
@@ -117,7 +121,6 @@ class ModelPasses:
         return dict(zip(METRICS, self._over_all_ranks(sums).tolist(), strict=True))
 
     def _batches(self, data: RolloutTokens, samples: Sequence[int], tokens_per_gpu: int | None) -> list[PackedBatch]:
-        share = self._packer.shares(data, samples, tokens_per_gpu)[self._coords.dp]
         return [
             make_batch(
                 data,
@@ -127,7 +130,7 @@ class ModelPasses:
                 cp_size=self._layout.cp,
                 device=self._device,
             )
-            for members in share
+            for members in self.micro_batches(data, samples, tokens_per_gpu)
         ]
 
     def _run(

@@ -27,12 +27,13 @@ from vime.megatron.passes import ModelPasses, Packer
 from vime.megatron.profiling import Profiler
 from vime.megatron.reference import HostWeights
 from vime.megatron.residence import Residence
-from vime.megatron.routes import Routes
+from vime.megatron.routes import EngineRoutes, Routes, differing_shares
 from vime.megatron.spans import SpanRecorder
 from vime.models.flops import utilisation
 from vime.models.local import global_name
 from vime.run.checkpoints import has_tracker, tracks_iteration
 from vime.run.plan import Plan
+from vime.run.routes import RoutesFile, routes_path
 from vime.samples import Rollout
 from vime.sync.ranks import StartState
 from vime.sync.source import WeightSource, model_source
@@ -49,7 +50,7 @@ class _Parts:
     checkpointer: Checkpointer
     passes: ModelPasses
     routes: Routes
-    """Routes to experts; empty without `--use-routing-replay`."""
+    """Routes to experts; empty without `--use-routing-replay` and `--use-rollout-routing-replay`."""
     reference: HostWeights | None = None
     """Reference model weights; None if no KL needs them."""
     weights: WeightSource | None = None
@@ -192,13 +193,14 @@ class TrainWorker:
             [(s.prompt_ids, s.response_ids) for s in samples], longest=self.config.max_position_embeddings
         )
         self._clock.take_spans()
+        self._take_routes(rollout.rollout_id, data)
         columns = self._columns(rollout, data)
         masks = [loss_mask(sample) for sample in samples]
         steps = optimizer_steps(len(samples), self.recipe.rollout.steps)
         with self._clock.span("train"):
             results = [self._step(data, number, step, masks, columns) for number, step in enumerate(steps)]
+        metrics = _means(results) | self._differing()
         self._ready.routes.forget()
-        metrics = _means(results)
         times, lengths = self._clock.seconds(), [len(sequence) for sequence in data.sequences]
         metrics["perf/train_tokens_per_s"] = sum(lengths) / max(times["train"], 1e-9)
         metrics |= self._utilisation(lengths, times["train"])
@@ -222,7 +224,10 @@ class TrainWorker:
             return columns
         if parts.reference is not None:
             with self._clock.span("ref_log_probs"), parts.reference.in_place():
-                columns["reference"] = parts.passes.log_probs(data, limit)
+                if algorithm.use_rollout_routing_replay:
+                    columns["reference"] = self._replayed_log_probs(data, count=False)
+                else:
+                    columns["reference"] = parts.passes.log_probs(data, limit)
         if all(len(sample.log_probs) == len(sample.response_ids) for sample in rollout.samples):
             columns["rollout"] = torch.tensor(
                 [value for sample in rollout.samples for value in sample.log_probs], dtype=torch.float32
@@ -244,6 +249,8 @@ class TrainWorker:
     def _old_log_probs(self, data: RolloutTokens) -> torch.Tensor:
         """Log-probs before the first step; routing replay uses the steps' micro-batches, to keep their routes."""
         parts, perf = self._ready, self.recipe.perf
+        if self.recipe.algorithm.use_rollout_routing_replay:
+            return self._replayed_log_probs(data, count=True)
         if not self.recipe.algorithm.use_routing_replay:
             return parts.passes.log_probs(data, perf.forward_tokens_per_gpu)
         parts.routes.forget()
@@ -251,6 +258,36 @@ class TrainWorker:
         for number, step in enumerate(optimizer_steps(len(data.sequences), self.recipe.rollout.steps)):
             around = functools.partial(self._recording, number)
             column += parts.passes.log_probs(data, perf.max_tokens_per_gpu, step, around)
+        parts.routes.rewind()
+        return column
+
+    def _take_routes(self, rollout_id: int, data: RolloutTokens) -> None:
+        """Map the engines' routes of the rollout, if they are replayed, as they belong to its micro-batches."""
+        if not self.recipe.algorithm.use_rollout_routing_replay:
+            return
+        assert self.config.moe is not None
+        parts, limit = self._ready, self.recipe.perf.max_tokens_per_gpu
+        file = RoutesFile(routes_path(self.plan.run_dir, rollout_id))
+        engines = EngineRoutes(file, data, parts.routes.layers, self.config.moe.num_experts, self.layout, self.coords)
+        steps = optimizer_steps(len(data.sequences), self.recipe.rollout.steps)
+        packed = [parts.passes.micro_batches(data, step, limit) for step in steps]
+        parts.routes.take(lambda key: engines.of(packed[key[0]][key[1]]))
+
+    def _differing(self) -> dict[str, float]:
+        if not self.recipe.algorithm.use_rollout_routing_replay:
+            return {}
+        return differing_shares(self._ready.routes, self.config.num_layers, backend.setup().device)
+
+    def _replayed_log_probs(self, data: RolloutTokens, *, count: bool) -> torch.Tensor:
+        """Log-probs with the engines' routes, in the micro-batches of the optimizer steps."""
+        parts = self._ready
+        column = torch.zeros(data.response_tokens)
+        for number, step in enumerate(optimizer_steps(len(data.sequences), self.recipe.rollout.steps)):
+
+            def around(micro_batch: int, number: int = number) -> AbstractContextManager[None]:
+                return parts.routes.replaying((number, micro_batch), count=count)
+
+            column += parts.passes.log_probs(data, self.recipe.perf.max_tokens_per_gpu, step, around)
         parts.routes.rewind()
         return column
 
@@ -279,6 +316,7 @@ class TrainWorker:
         parts = self._ready
         parts.optimizer.zero_grad()
         replays = options.use_routing_replay and options.loss_type == "policy_loss"
+        replays = replays or options.use_rollout_routing_replay
         around = functools.partial(self._replaying, number) if replays else None
         measured = parts.passes.gradients(
             data, step, {**columns, "weights": weights}, self.recipe.perf.max_tokens_per_gpu, around

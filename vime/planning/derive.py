@@ -7,7 +7,7 @@ from typing import Any
 from vime.errors import BadInput
 from vime.models.arguments import ignored_args
 from vime.models.config import ModelConfig
-from vime.planning.engines import check_values
+from vime.planning.engines import check_routes, check_values
 from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
@@ -96,6 +96,7 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
             "return log-probs over the tokens that remain, and the trainer's are over all"
         )
     _check_losses(recipe)
+    check_routes(recipe, config)
     if perf.sequence_parallel and layout.tp == 1:
         raise BadInput("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")
     if config.moe and layout.tp > 1 and not perf.sequence_parallel:
@@ -172,6 +173,10 @@ def _check_losses(recipe: Recipe) -> None:
         raise BadInput(
             "--use-routing-replay replays the routes of the old log-probs' pass, which --use-rollout-logprobs leaves "
             "out: give one of them"
+        )
+    if algorithm.use_rollout_routing_replay and algorithm.use_routing_replay:
+        raise BadInput(
+            "--use-routing-replay replays the trainer's routes and --use-rollout-routing-replay the engine's: give one"
         )
     if algorithm.constant_loss_length is not None and algorithm.calculate_per_token_loss:
         raise BadInput("--constant-loss-length and --calculate-per-token-loss reduce the loss in two ways: give one")

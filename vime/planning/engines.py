@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vime.errors import BadInput
+from vime.models.config import ModelConfig
 from vime.recipe.flags import flag
+from vime.recipe.schema import Recipe
 from vime.recipe.tables import VLLM_CHOICES, VLLM_VERSION
 from vime.run.plan import EnginePlan
 
+_NO_ROUTES = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MoRIIOConnector", "MooncakeConnector")
+"""Connectors of prefill and decode on different engines, between which vLLM moves no routes."""
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
@@ -36,6 +41,42 @@ EXCLUSIVE = (
     ("speculative_config", "spec_method"),
 )
 """Pairs of vLLM arguments of which one makes the other meaningless."""
+
+
+def check_routes(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise BadInput if the engines cannot return the routes that `--use-rollout-routing-replay` asks for.
+
+    vLLM refuses these at an engine's start (`VllmConfig._verify_aux_output_compatibility`).
+    """
+    option, arguments = "--use-rollout-routing-replay", recipe.engine.vllm
+    if not recipe.algorithm.use_rollout_routing_replay:
+        return
+    if config.moe is None:
+        raise BadInput(f"{option}: the model has no experts, leave it out")
+    if recipe.algorithm.loss_type == "sft_loss" or recipe.misc.load_debug_rollout_data:
+        raise BadInput(
+            f"{option} replays what engines routed, and this run trains on no rollouts of engines: leave it out"
+        )
+    if arguments.get("enable_prefix_caching") is False:
+        raise BadInput(
+            f"{option} needs vLLM's prefix cache, which keeps the routes too: leave out --no-vllm-enable-prefix-caching"
+        )
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if int(arguments.get(name) or 1) > 1:
+            raise BadInput(
+                f"{option} with {flag('vllm_' + name)} {arguments[name]}: vLLM returns no routes then, give 1"
+            )
+    speculative = arguments.get("speculative_config")
+    if isinstance(speculative, Mapping) and speculative.get("enable_adaptive_verification"):
+        raise BadInput(
+            f"{option} with enable_adaptive_verification of --vllm-speculative-config: vLLM returns no routes then"
+        )
+    transfer = json.dumps(arguments.get("kv_transfer_config") or {})
+    for connector in _NO_ROUTES:
+        if connector in transfer:
+            raise BadInput(f"{option} with {connector} of --vllm-kv-transfer-config: vLLM returns no routes then")
+    if recipe.misc.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        raise BadInput(f"{option} needs vLLM's model runner V2: leave VLLM_USE_V2_MODEL_RUNNER=0 out of --env")
 
 
 def check_values(arguments: Mapping[str, Any]) -> None:

@@ -144,8 +144,20 @@ def node_memory(
         items.append(_item("hf_export", EXPORT_PROCESS + EXPORT_COPIES * largest, why))
     store = object_store_bytes(recipe)
     items.append(_item("ray", RAY_NODE + store, f"raylet and agents, and an object store of {store / GB:.1f} GB"))
+    if node == 0 and (routes := routes_bytes(recipe, config)):
+        why = "routes of a rollout's tokens in the driver until they are written (--use-rollout-routing-replay)"
+        items.append(_item("routes", routes, why))
     present = tuple(item for item in items if item.bytes)
     return Memory(items=present, total_bytes=sum(item.bytes for item in present))
+
+
+def routes_bytes(recipe: Recipe, config: ModelConfig) -> int:
+    """Bytes of a rollout's routes if every response is as long as it may be; 0 where none are replayed."""
+    if not recipe.algorithm.use_rollout_routing_replay or config.moe is None:
+        return 0
+    rollout = recipe.rollout
+    tokens = rollout.samples * (rollout.rollout_max_response_len + (rollout.rollout_max_prompt_len or 1024))
+    return tokens * config.num_layers * config.moe.top_k * (1 if config.moe.num_experts <= 256 else 2)
 
 
 def _held(weights: Weights, ranks: Sequence[TrainerRank], exact_above: float) -> _Held:

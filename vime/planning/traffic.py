@@ -79,6 +79,9 @@ def _rollout(plan: Plan) -> list[Flow]:
     kind = "block fp8" if config.quantisation else "bf16"
     what = f"{kind} weights to {engines} engine{'s' * (engines > 1)}"
     found = [Flow("weight sync", "each rollout", size * engines, size * engines / (gpus * rate), what)]
+    if routes := memory.routes_bytes(recipe, config):
+        why = "routes of all tokens to a file of the run folder, and out of it by the ranks, each its own"
+        found.append(Flow("routes", "each rollout", 2 * routes, routes / DISK + routes / (len(plan.nodes) * DISK), why))
     kept = max(sum(_kept(plan, weights, rank) for rank in node.ranks) for node in plan.nodes)
     steps = f"{recipe.rollout.steps} a rollout"
     if recipe.optimizer.optimizer_cpu_offload and recipe.resources.device == "gpu":

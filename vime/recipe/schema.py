@@ -398,6 +398,8 @@ class AlgorithmOptions(Options):
     """Take the engine's log-probs for those of the old policy, which saves a forward pass a rollout."""
     use_routing_replay: bool = False
     """Send every token to the experts of the old log-probs' pass in all optimizer steps of its rollout."""
+    use_rollout_routing_replay: bool = False
+    """Send every token to the experts that the engine chose for it, in all of the trainer's passes over its rollout."""
     overlong_buffer_len: int | None = None
     """Tokens before `--rollout-max-response-len` over which the reward falls (DAPO's soft overlong punishment)."""
     overlong_penalty_factor: float = Field(default=1.0, ge=0)

@@ -10,10 +10,12 @@ from typing import Any, Literal, Self
 
 import aiohttp
 import msgspec
+import numpy as np
 
 from vime.errors import Cause, VimeError
 from vime.recipe.sampling import SamplingSettings
 from vime.rollout.command import MODEL_NAME
+from vime.rollout.routes import RoutesAsked
 from vime.samples import UNVERSIONED, Sample, Status
 
 PauseMode = Literal["keep", "abort", "wait"]
@@ -72,6 +74,8 @@ class Generated:
     weight_versions: list[int]
     finish_reason: str
     """`stop`, `length` or `abort`."""
+    routes: np.ndarray | None = None
+    """Rows of routes, [rows, layers, top-k], if they were asked for (`vime.rollout.routes`)."""
 
     def append_to(self, sample: Sample) -> None:
         """Append the tokens to a sample (which may hold those of an aborted request) and set its status."""
@@ -102,6 +106,7 @@ class _Choice(msgspec.Struct, gc=False):
     logprobs: _LogProbs | None = None
     finish_reason: str | None = None
     weight_versions: list[_Span] | None = None
+    routed_experts: str | None = None
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -112,7 +117,7 @@ _DECODER = msgspec.json.Decoder(_Answer)
 _ENCODER = msgspec.json.Encoder()
 
 
-def parse_answer(body: bytes, max_tokens: int) -> Generated:
+def parse_answer(body: bytes, max_tokens: int, routes: RoutesAsked | None = None) -> Generated:
     """Parse an answer of `/inference/v1/generate`. Raises EngineAnswer if its counts or values cannot be right."""
     try:
         choices = _DECODER.decode(body).choices
@@ -139,7 +144,13 @@ def parse_answer(body: bytes, max_tokens: int) -> Generated:
     # A sum checks every value fast: one that is not finite makes the sum not finite.
     if log_probs and (not math.isfinite(sum(log_probs)) or min(log_probs) <= _MISSING_LOGPROB or max(log_probs) > 1e-3):
         raise EngineAnswer("answer has log-probs that are missing, positive or not finite")
-    return Generated(tokens, log_probs, _versions(choice.weight_versions, len(tokens)), choice.finish_reason)
+    generated = Generated(tokens, log_probs, _versions(choice.weight_versions, len(tokens)), choice.finish_reason)
+    if routes is not None:
+        try:
+            generated.routes = routes.decode(choice.routed_experts, len(tokens))
+        except ValueError as error:
+            raise EngineAnswer(str(error)) from error
+    return generated
 
 
 def _versions(spans: Sequence[_Span] | None, tokens: int) -> list[int]:
@@ -212,21 +223,20 @@ class EngineClient:
         max_tokens: int | None = None,
         seed: int | None = None,
         data_parallel_rank: int | None = None,
+        routes: RoutesAsked | None = None,
     ) -> Generated:
         """Generate one answer to a prompt of token ids. `max_tokens` overrides the setting, to continue an aborted
-        sample. With a seed, the random numbers do not depend on the engine's other requests.
+        sample. With a seed, the random numbers do not depend on the engine's other requests. `routes`: those that the
+        answer has to bring.
 
         The deadline starts when the request is sent, not while it waits for its turn. An aborted request returns the
         tokens generated so far. Raises EngineError.
         """
         limit = settings.max_tokens if max_tokens is None else max_tokens
-        body = _ENCODER.encode(
-            {
-                "model": MODEL_NAME,
-                "token_ids": token_ids,
-                "sampling_params": _sampling_parameters(settings, limit, seed),
-            }
-        )
+        sampling = _sampling_parameters(settings, limit, seed)
+        if routes is not None:
+            sampling["routed_experts_prompt_start"] = routes.start
+        body = _ENCODER.encode({"model": MODEL_NAME, "token_ids": token_ids, "sampling_params": sampling})
         headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
         self.in_flight += 1
         try:
@@ -235,7 +245,7 @@ class EngineClient:
         finally:
             self.in_flight -= 1
         try:
-            return parse_answer(answer, limit)
+            return parse_answer(answer, limit, routes)
         except EngineAnswer as error:
             raise EngineAnswer(f"engine {self.url}: {error}") from error.__cause__
 

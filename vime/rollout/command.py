@@ -121,6 +121,8 @@ def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
     # Training takes log-probs over all tokens: with top-p or top-k these are the raw ones, at temperature 1 (the plan's
     # check), else the processed ones, which hold the temperature.
     yield from ("--logprobs-mode", "raw_logprobs" if plan.recipe.sampling.truncated else "processed_logprobs")
+    if plan.recipe.algorithm.use_rollout_routing_replay:
+        yield "--enable-return-routed-experts"
     # Engines with the same seed would draw the same random numbers.
     yield from ("--seed", str(plan.recipe.rollout.rollout_seed + engine.index))
 
@@ -175,6 +177,8 @@ def _environment(
         "HF_HUB_OFFLINE": "1",
         "VLLM_HOST_IP": here.address,
     }
+    if plan.recipe.algorithm.use_rollout_routing_replay:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
     if engine.data_parallel_size > 1:
         # The leader searches from here for free ports where its ranks meet; `aux_port` itself is the handshake's.
         env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)

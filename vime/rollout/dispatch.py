@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 
 from vime.errors import DeadlineExceeded, VimeError
 from vime.rollout.client import EngineAnswer, EngineClient, EngineError, EngineTimeout, Generated, SamplingSettings
+from vime.rollout.routes import RoutesAsked
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +231,7 @@ class Dispatcher:
         max_tokens: int,
         deadline_s: float,
         seed: int | None = None,
+        routes: RoutesAsked | None = None,
     ) -> Generated:
         """One answer, repeated on failures, elsewhere when the group's engine is down.
 
@@ -237,7 +239,7 @@ class Dispatcher:
         """
 
         async def ask(engine: _Engine) -> Generated:
-            return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s, seed)
+            return await self._call(engine, seat, token_ids, settings, max_tokens, deadline_s, seed, routes)
 
         return await self._repeated(seat, ask)
 
@@ -326,6 +328,7 @@ class Dispatcher:
         max_tokens: int,
         deadline_s: float,
         seed: int | None,
+        routes: RoutesAsked | None,
     ) -> Generated:
         rank = seat.rank if len(engine.loads) > 1 else None
         call = asyncio.create_task(
@@ -336,6 +339,7 @@ class Dispatcher:
                 deadline_s=deadline_s,
                 seed=seed,
                 data_parallel_rank=rank,
+                **({} if routes is None else {"routes": routes}),
             )
         )
         if not engine.calls:

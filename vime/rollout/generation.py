@@ -10,6 +10,7 @@ from typing import Any
 from vime.rewards.scorer import Scorer
 from vime.rollout.client import SamplingSettings
 from vime.rollout.dispatch import Dispatcher, RoundFull, Seat
+from vime.rollout.routes import RouteBook
 from vime.rollout.session import Aborted, Agent, BudgetSpent, ConversationOver, Counts, Session, Settings, SingleTurn
 from vime.samples import Group, Sample, Status
 
@@ -48,9 +49,14 @@ class Generator:
         dropped, self.dropped = self.dropped, 0
         return self.settings.counts.take(), dropped
 
-    async def finish(self, group: Group, sampling: SamplingSettings, deadline_s: float) -> bool:
-        """Generate the group's missing responses and score them; False if the round was stopped first."""
-        settings = replace(self.settings, sampling=sampling, deadline_s=deadline_s)
+    async def finish(
+        self, group: Group, sampling: SamplingSettings, deadline_s: float, routes: RouteBook | None = None
+    ) -> bool:
+        """Generate the group's missing responses and score them; False if the round was stopped first.
+
+        `routes` takes the routes of the responses.
+        """
+        settings = replace(self.settings, sampling=sampling, deadline_s=deadline_s, routes=routes)
         missing = [sample for sample in group.samples if sample.status in (Status.PENDING, Status.ABORTED)]
         try:
             seat = await self.dispatcher.take_seat(len(missing)) if missing else None
@@ -76,8 +82,12 @@ class Generator:
             await self.scorer.score_sample(sample)
 
     async def _generate(self, sample: Sample, seat: Seat, settings: Settings) -> None:
-        if sample.response_ids and not self.agent.resumes(sample):
+        # A resumed run has the tokens of an aborted response without their routes.
+        covered = settings.routes is None or settings.routes.covers(sample)
+        if sample.response_ids and not (covered and self.agent.resumes(sample)):
             sample.restart()
+            if settings.routes is not None:
+                settings.routes.forget(sample)
             self.dropped += 1
         if self.mask_old_tokens:
             sample.loss_mask = [0] * len(sample.response_ids)

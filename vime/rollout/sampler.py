@@ -10,8 +10,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from vime.data.rows import Columns
@@ -35,6 +36,7 @@ from vime.rollout.evaluator import (
 )
 from vime.rollout.measures import by_set_metrics, finished_metrics, training_metrics
 from vime.rollout.mixture import PromptMixture
+from vime.rollout.routes import RouteBook, RouteShape
 from vime.rollout.session import Agent
 from vime.run.left_out import left_out
 from vime.run.plan import Plan
@@ -132,6 +134,9 @@ class Sampler:
         self._counters = EngineCounters(clients)
         self._scorer = scorer_of(plan)
         self._generator = make_generator(plan, self._dispatcher, self._scorer, tokenizer, variables, agent)
+        replays = plan.recipe.algorithm.use_rollout_routing_replay
+        self._routes = RouteBook(RouteShape.of(plan.model), Path(plan.run_dir)) if replays else None
+        """Routes of all samples under way, with `--use-rollout-routing-replay`."""
         self._next_group = 0
         self._kept: list[Group] = []
         self._rows: dict[int, tuple[str, int]] = {}
@@ -160,6 +165,7 @@ class Sampler:
         self._generator.take_counts()  # what an evaluation counted
         round_ = _Round(options.rollout_batch_size)
         self._kept = [self._fresh_enough(group, rollout_id) for group in self._kept]
+        self._forget_routes(())
         if options.curriculum and (histories := self._mixture.histories()):
             self._mixture.set_chances(await self._scorer.chances(histories))
         try:
@@ -176,6 +182,7 @@ class Sampler:
         tokens = self._generator.tokens - tokens
         groups = [group.with_branches() for group in sorted(round_.passed, key=lambda group: group.index)]
         self._check_staleness(groups, rollout_id)
+        route_bytes = await self._write_routes(rollout_id, groups)
         metrics = {
             **finished_metrics(round_.finished),
             **training_metrics(groups, rollout_id),
@@ -189,6 +196,7 @@ class Sampler:
             "rollout/failed_groups": float(round_.failed),
             "rollout/unfinished_groups": float(len(self._kept)),
             "rollout/tail_time": tail,
+            **route_bytes,
             "perf/rollout_tokens_per_s": tokens / seconds,
         }
         self._warn_once(metrics)
@@ -204,6 +212,21 @@ class Sampler:
             **self._generator.agent.take_metrics(),
             "rollout/conversations_dropped": float(dropped),
         }
+
+    async def _write_routes(self, rollout_id: int, groups: Sequence[Group]) -> dict[str, float]:
+        """Write the routes of a rollout's samples, in their order, for the trainer's ranks."""
+        if self._routes is None:
+            return {}
+        self._forget_routes(groups)
+        samples = [sample for group in groups for sample in group.samples]
+        size = await asyncio.to_thread(self._routes.write, rollout_id, samples)
+        return {"rollout/route_bytes": float(size)}
+
+    def _forget_routes(self, groups: Iterable[Group]) -> None:
+        """Forget the routes of all samples but these groups' and those that will go on."""
+        if self._routes is not None:
+            samples = (sample for group in (*groups, *self._kept) for sample in group.samples)
+            self._routes.keep([sample for sample in samples if sample.response_ids])
 
     def _warn_once(self, metrics: Mapping[str, float]) -> None:
         """Say after the first rollout that its reward found no answer at all."""
@@ -316,7 +339,8 @@ class Sampler:
 
     async def _work(self, group: Group) -> bool:
         """Generate and score a group; True if training wants it. Meaningless once the round was stopped."""
-        if not await self._generator.finish(group, self._settings, self._recipe.rollout.rollout_timeout):
+        limit = self._recipe.rollout.rollout_timeout
+        if not await self._generator.finish(group, self._settings, limit, self._routes):
             return False
         if any(sample.status == Status.FAILED for sample in group.samples):
             return False

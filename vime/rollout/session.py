@@ -17,6 +17,7 @@ from vime.errors import BadInput, DataError, VimeError
 from vime.rollout.chat import ChatTemplate, Message
 from vime.rollout.client import SamplingSettings
 from vime.rollout.dispatch import Dispatcher, RoundFull, Seat
+from vime.rollout.routes import RouteBook
 from vime.samples import MODEL, UNVERSIONED, Sample, Status, ToolUse, Turn
 
 _LONG = 512
@@ -124,6 +125,8 @@ class Settings:
     divergence: Literal["count", "refuse"] = "count"
     """Whether a conversation may go on where the template would have written its history otherwise."""
     counts: Counts = field(default_factory=Counts)
+    routes: RouteBook | None = None
+    """Takes the experts that the engines chose for every token."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,8 @@ class Session:
 
     def restart(self) -> None:
         """Forget all turns, for a conversation whose process died by the fault of another one."""
+        if self.settings.routes is not None:
+            self.settings.routes.forget(self.sample)
         self.sample.restart()
         self.branches.clear()
         self._pending.clear()
@@ -332,6 +337,7 @@ class Session:
             max_tokens=left,
             deadline_s=shared.deadline_s,
             seed=None if shared.seed is None else request_seed(shared.seed, sample),
+            routes=None if shared.routes is None else shared.routes.ask(sample),
         )
         if seconds is None:
             generated = await call
@@ -342,6 +348,8 @@ class Session:
             except TimeoutError:
                 raise BudgetSpent("time") from None
         start = len(sample.response_ids)
+        if shared.routes is not None and generated.routes is not None:
+            shared.routes.add(sample, generated.routes)
         generated.append_to(sample)
         sample.status = Status.ABORTED  # until the conversation has ended, whatever ends it
         if not goes_on:

@@ -11,6 +11,7 @@ from vime.observe.throughput import tokens_per_gpu
 from vime.rollout.kept import KeptRollouts
 from vime.rollout.sampler import Sampler
 from vime.run.control import answer_checkpoint, checkpoint_requested
+from vime.run.routes import remove_routes, routes_path
 from vime.samples import Rollout
 from vime.sync.ranks import TrainerCall, WorkerMethods
 from vime.train.exports import Exports
@@ -70,7 +71,10 @@ class Loop:
 
     async def _generate(self, rollout_id: int) -> Rollout:
         """The rollout, from the run folder if an earlier start finished it but did not save the weights after it."""
-        if (kept := await asyncio.to_thread(self._kept.read, rollout_id)) is not None:
+        # Routes are too large to be kept behind training, so a rollout that lacks them is generated again.
+        replays = self.recipe.algorithm.use_rollout_routing_replay
+        whole = not replays or routes_path(self.plan.run_dir, rollout_id).exists()
+        if whole and (kept := await asyncio.to_thread(self._kept.read, rollout_id)) is not None:
             self.sampler.load_state_dict(kept.sampler)
             print(f"rollout {rollout_id} was finished by an earlier start and is not generated again", flush=True)
             return kept.rollout
@@ -89,6 +93,8 @@ class Loop:
         async with self.supervisor.turn:
             trained = await self.phases.train(self.trainer, rollout)
             self.supervisor.version = rollout_id + 1
+        if not self.recipe.misc.save_debug_rollout_data:
+            await asyncio.to_thread(remove_routes, self.plan.run_dir, rollout_id)
         measured = {**rollout.metrics, **trained}
         try:
             self._guard.judge(rollout_id, measured, rollout.rows)

@@ -172,10 +172,10 @@ def bare_step(worker: Any, plan: Plan, rollout: Rollout) -> Callable[[], object]
         bounds, longest = batch.bounds, batch.longest
         described = PackedSeqParams("thd", bounds, bounds, bounds, bounds, longest, longest)
         losses = chunk(batch.tokens, batch.positions, None, labels=batch.targets[None], packed_seq_params=described)
-        mask = (batch.slots >= 0).float()
+        mask = (batch.response_index >= 0).float()
 
         def measure(output: torch.Tensor) -> Any:
-            loss = (output.view(-1).float() * mask).sum() / data.slots
+            loss = (output.view(-1).float() * mask).sum() / data.response_tokens
             return loss, torch.zeros((), dtype=torch.int, device=device), {}
 
         return losses, measure
