@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vime.observe.charts import Series, line_chart, thin, ticks
+from vime.observe.page import routing_by_layer
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
@@ -31,3 +32,12 @@ def test_a_chart_tells_its_values_in_words_and_escapes_its_labels():
 
 def test_a_metric_that_was_never_written_has_no_chart():
     assert line_chart("x", [Series("x", [])]) == ""
+
+
+def test_routing_is_drawn_over_the_layers_of_the_first_and_the_last_rollout():
+    steps = {0: {"routing/differs/layer_03": 0.25, "routing/differs/layer_11": 0.5}, 1: {"a": 1.0}}
+    steps[2] = {"routing/differs/layer_11": 0.125, "routing/differs/layer_03": 0.0}
+    lines = routing_by_layer(steps)
+    assert lines == [Series("rollout 0", [(3.0, 0.25), (11.0, 0.5)]), Series("rollout 2", [(3.0, 0.0), (11.0, 0.125)])]
+    assert ">layer<" in line_chart("by layer", lines, axis="layer")
+    assert routing_by_layer({0: {"routing/differs": 0.1}}) == []

@@ -176,7 +176,7 @@ def test_every_curve_is_of_a_metric_that_the_code_writes():
         for name, _ in lines:
             group, short = name.split("/")
             assert f'"{name}"' in text or f'"{short}"' in text or f"/{short}" in text, name
-            assert group in ("rollout", "train", "perf")
+            assert group in ("rollout", "train", "perf", "routing")
 
 
 def test_a_failed_run_shows_its_cause_where_it_was_and_what_to_do(tmp_path):

@@ -73,8 +73,8 @@ def brief(value: float) -> str:
     return f"{value:.4g}"
 
 
-def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
-    """One chart; title and first and last values are its text for screen readers. Empty without points."""
+def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", axis: str = "rollout") -> str:
+    """One chart over `axis`; title and first and last values are its text for screen readers. Empty without points."""
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
@@ -108,20 +108,20 @@ def line_chart(title: str, lines: Sequence[Series], *, unit: str = "") -> str:
             f'<span><i class="key s{n % COLOURS}"></i>{escape(line.label)}</span>' for n, line in enumerate(lines)
         )
         parts.append(f'<div class="legend">{keys}</div>')
-    return "".join([*parts, details("values", _values(title, whole)), "</figure>"])
+    return "".join([*parts, details("values", _values(title, whole, axis)), "</figure>"])
 
 
-def _values(title: str, lines: Sequence[Series]) -> str:
+def _values(title: str, lines: Sequence[Series], axis: str) -> str:
     """Up to TABLE_ROWS of the values, including first and last, as a table."""
     longest = max(lines, key=lambda line: len(line.points)).points
     count = min(TABLE_ROWS, len(longest))
     chosen = {longest[round(i * (len(longest) - 1) / max(1, count - 1))][0] for i in range(count)}
     of_line = [(line.label, dict(line.points)) for line in lines]
     rows = [
-        {"rollout": f"{x:g}", **{label: f"{values[x]:.5g}" if x in values else "" for label, values in of_line}}
+        {axis: f"{x:g}", **{label: f"{values[x]:.5g}" if x in values else "" for label, values in of_line}}
         for x in sorted(chosen)
     ]
-    return table(rows, numbers=["rollout", *(label for label, _ in of_line)], caption=title)
+    return table(rows, numbers=[axis, *(label for label, _ in of_line)], caption=title)
 
 
 @dataclass(frozen=True)

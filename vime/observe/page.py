@@ -43,6 +43,7 @@ CHARTS = (
     ("Gradient norm", (("train/grad_norm", "norm"),), ""),
     ("Clipped share of tokens", (("train/pg_clipfrac", "share"),), ""),
     ("Trainer/engine log-prob difference", (("train/train_rollout_logprob_abs_diff", "mean difference"),), "nat"),
+    ("Tokens that the trainer would send to other experts", (("routing/differs", "share"),), ""),
     ("Groups dropped by the filter", (("rollout/filter_drops", "dropped"),), ""),
     ("Groups of equal rewards", (("rollout/zero_std_share", "share"),), ""),
     ("Truncated responses", (("rollout/truncated_share", "share"),), ""),
@@ -181,9 +182,21 @@ def _curves(run: RunSummary) -> str:
         line_chart(title, [Series(label, series(run.steps, name)) for name, label in lines], unit=unit)
         for title, lines, unit in CHARTS
     ]
+    charts.append(line_chart("… by layer", routing_by_layer(run.steps), axis="layer"))
     found = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
     histograms = lengths.figures(run.lengths)
     return found + (f"<h3>Response lengths by reward</h3>{histograms}" if histograms else "")
+
+
+def routing_by_layer(steps: Mapping[int, Mapping[str, float]]) -> list[Series]:
+    """Share of tokens with other experts than the engine's over the model's layers, in the first and last rollout."""
+    prefix = "routing/differs/layer_"
+    found = [
+        (step, sorted((float(name.removeprefix(prefix)), share) for name, share in values.items() if prefix in name))
+        for step, values in steps.items()
+    ]
+    told = [(step, points) for step, points in found if points]
+    return [Series(f"rollout {step}", points) for step, points in dict([*told[:1], *told[-1:]]).items()]
 
 
 def _eval_names(run: RunSummary) -> list[str]:

@@ -51,6 +51,8 @@ def check_routes(recipe: Recipe, config: ModelConfig) -> None:
     option, arguments = "--use-rollout-routing-replay", recipe.engine.vllm
     if not recipe.algorithm.use_rollout_routing_replay:
         return
+    if recipe.resources.device != "gpu":
+        raise BadInput(f"{option} needs GPUs: vLLM's model runner that returns routes has no kernels for processors")
     if config.moe is None:
         raise BadInput(f"{option}: the model has no experts, leave it out")
     if recipe.algorithm.loss_type == "sft_loss" or recipe.misc.load_debug_rollout_data:
@@ -61,7 +63,7 @@ def check_routes(recipe: Recipe, config: ModelConfig) -> None:
         raise BadInput(
             f"{option} needs vLLM's prefix cache, which keeps the routes too: leave out --no-vllm-enable-prefix-caching"
         )
-    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if int(arguments.get(name) or 1) > 1:
             raise BadInput(
                 f"{option} with {flag('vllm_' + name)} {arguments[name]}: vLLM returns no routes then, give 1"

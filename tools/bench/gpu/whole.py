@@ -92,7 +92,7 @@ env:
 """
 PEERS = ("generation", "training", "copies", "serving")
 WANTED = {"generation": 0.95, "training": 0.95, "sync": 0.25, "whole": 0.90, "hand-over": 0.80}
-START_SECONDS, ROLLOUT_SECONDS = 400.0, 120.0
+START_SECONDS, ROLLOUT_SECONDS, PEER_SECONDS = 400.0, 120.0, 400.0
 
 
 def make_dense(folder: Path, layers: int) -> None:
@@ -154,10 +154,16 @@ def settled(run_dir: Path, name: str) -> float:
 def ask(peer: str, folder: Path, run_dir: Path, flags: list[str], profile: Path | None) -> dict[str, Any]:
     """A peer's figures, from a process of its own: the GPU is empty when it starts."""
     peers = Path(__file__).with_name("whole_peers.py")
-    argv = [sys.executable, str(peers), peer, "--folder", str(folder), "--run", str(run_dir)]
+    answer = run_dir / f"peer-{peer}.json"
+    argv = [sys.executable, str(peers), peer, "--folder", str(folder), "--run", str(run_dir), "--answer", str(answer)]
     argv += ["--profile", str(profile)] if profile else []
-    answer = subprocess.run([*argv, "--", *flags], stdout=subprocess.PIPE, text=True, timeout=400, check=True)
-    found = json.loads(answer.stdout.splitlines()[-1])
+    log = run_dir / f"peer-{peer}.log"
+    with log.open("w") as output:
+        done = subprocess.run([*argv, "--", *flags], stdout=output, stderr=subprocess.STDOUT, timeout=PEER_SECONDS)
+    if done.returncode:
+        print("\n".join(log.read_text().splitlines()[-15:]))
+        raise SystemExit(f"error: peer {peer} ended with {done.returncode}, see {log}")
+    found = json.loads(answer.read_text())
     print(f"{peer}: {json.dumps(found)}", flush=True)
     return found
 

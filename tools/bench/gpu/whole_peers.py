@@ -1,6 +1,6 @@
 """The peers of whole.py, each in a process of its own: `whole_peers.py PEER --folder DIR --run RUN [-- recipe flags]`.
 
-Prints one line of JSON last.
+Writes its figures as JSON to the file of `--answer`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from vime.run.metrics import read_metrics, series  # noqa: E402
 from vime.run.plan import Plan  # noqa: E402
 from vime.samples import Rollout  # noqa: E402
 
-REPEATS = 3
-PROFILE_ROWS = 25
+REPEATS = 2
+PROFILED_GROUPS, PROFILE_ROWS = 4, 25
 
 
 def last_rollout(run_dir: Path) -> Rollout:
@@ -64,7 +64,7 @@ def generation(args: argparse.Namespace) -> dict[str, Any]:
         SamplingParams(max_tokens=n, ignore_eos=True, temperature=1.0, logprobs=0, detokenize=False) for n in lengths
     ]
     speeds = []
-    for _ in range(REPEATS):
+    for _ in range(1 + REPEATS):
         engine.reset_prefix_cache()
         started = time.perf_counter()
         answers: Any = engine.generate(prompts, asked, use_tqdm=False)
@@ -92,7 +92,7 @@ def serving(args: argparse.Namespace) -> dict[str, Any]:
             limit = plan.recipe.engine.vllm_server_concurrency
             async with EngineClient(url, "whole", concurrency=limit) as client:
                 speeds = []
-                for _ in range(REPEATS):
+                for _ in range(1 + REPEATS):
                     await client.reset_prefix_cache()
                     began = time.perf_counter()
                     answers = await asyncio.gather(
@@ -138,9 +138,11 @@ def training(args: argparse.Namespace) -> dict[str, Any]:
         }
 
     steps = {"bare": bare, "vime": lambda: worker.train(rollout)}
-    found = {which: measured(step) for which, step in steps.items()}
+    found: dict[str, Any] = {which: measured(step) for which, step in steps.items()}
     if args.profile:
-        args.profile.write_text("\n\n".join(f"{which}\n{profiled(step)}" for which, step in steps.items()))
+        few = Rollout(rollout.rollout_id, rollout.groups[:PROFILED_GROUPS])
+        short = {"bare": bare_step(worker, plan, few), "vime": lambda: worker.train(few)}
+        args.profile.write_text("\n\n".join(f"{which}\n{profiled(step)}" for which, step in short.items()))
     perf = plan.recipe.perf
     found["options"] = f"{perf.max_tokens_per_gpu} tokens, recompute {perf.recompute_granularity}"
     return found
@@ -197,17 +199,18 @@ def bare_step(worker: Any, plan: Plan, rollout: Rollout) -> Callable[[], object]
 
 
 def profiled(step: Callable[[], object]) -> str:
-    """The kernels that a step spends the GPU's time in, and the processor's calls."""
+    """The kernels that a step spends the GPU's time in, and how long it takes with the profiler on."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    step()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    averages = found.key_averages()
-    return "\n".join(
-        averages.table(sort_by=key, row_limit=PROFILE_ROWS, max_name_column_width=70)
-        for key in ("self_cuda_time_total", "self_cpu_time_total")
-    )
+        seconds = time.perf_counter() - started
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=PROFILE_ROWS, max_name_column_width=90)
+    return f"{seconds:.3f} s\n{table}"
 
 
 def copies(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,10 +240,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--answer", type=Path, required=True)
     parser.add_argument("--profile", type=Path)
-    parser.add_argument("flags", nargs="*")
-    args = parser.parse_args(argv)
-    print(json.dumps(PEERS[args.peer](args)), flush=True)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.flags = list(argv[cut + 1 :])
+    args.answer.write_text(json.dumps(PEERS[args.peer](args)))
     return 0
 
 
