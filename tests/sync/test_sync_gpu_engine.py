@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ FP8_DEEPSEEK = {
     "q_lora_rank": 128, "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 256,
 }  # fmt: skip
 HALF_QWEN3 = {**QWEN3, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+FIRST = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+"""The GPU that a process of the tests sees first, as its engines have to be told."""
 SMALL = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "268435456", "--enable-sleep-mode")
 
 
@@ -67,11 +70,13 @@ async def test_an_engine_that_dropped_its_weights_asleep_is_a_fresh_one_after_th
     options = (*SMALL, "--speculative-config", json.dumps(SPECULATION))
     async with contextlib.AsyncExitStack() as stack:
         trainer = await stack.enter_async_context(Trainer(tmp_path, 1))
-        fresh = await stack.enter_async_context(engine(new, tmp_path / "fresh.log", *options, backend="vime", gpus="0"))
+        fresh = await stack.enter_async_context(
+            engine(new, tmp_path / "fresh.log", *options, backend="vime", gpus=FIRST)
+        )
         wanted, wanted_answers = await fresh.checksums(), await answers(fresh)
         held = Held(hf, MIDDLE, (engine_plan(0, {0: (0,)}),), str(tmp_path), draft=True, gpus=(0,))
         client = await stack.enter_async_context(
-            engine(old, tmp_path / "engine.log", *options, backend="vime", gpus="0")
+            engine(old, tmp_path / "engine.log", *options, backend="vime", gpus=FIRST)
         )
         synced = Synced(trainer, held, [client])
         # Asleep before any sync, as at a run's start, and between two of them.
