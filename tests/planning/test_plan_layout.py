@@ -125,6 +125,6 @@ def test_tensor_parallelism_over_nodes_is_refused():
 def test_on_one_machine_engines_have_the_gpus_after_the_trainers():
     options = {"colocate": False, "actor_num_nodes": 1, "actor_num_gpus_per_node": 2, "rollout_num_gpus": 3}
     recipe = change(load_recipe("tiny-qwen3"), resources=options)
-    where = divide_slots(recipe, 8, one_machine=True)
+    where = divide_slots(recipe, 8, one_node=True)
     assert (where.nodes, where.gpus_per_node) == (1, 5)
     assert [engine.gpus for engine in place_engines(recipe, where)] == [((2,),), ((3,),), ((4,),)]

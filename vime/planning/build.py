@@ -84,15 +84,16 @@ def make_plan(
     found += check_prompt_data(recipe, required=checks.inputs)
     found += teaching_notes(recipe)
 
+    one_node = cluster.one_machine and (recipe.resources.actor_num_nodes if nodes is None else nodes) == 1
     cluster = _with_devices(cluster, recipe)
     per_node = _gpus_per_node(recipe, cluster)
-    recipe = derive.with_nodes(recipe, nodes, per_node, one_machine=cluster.one_machine)
+    recipe = derive.with_nodes(recipe, nodes, per_node, one_node=one_node)
     trainer = layout.trainer_layout(recipe)
     derive.check(recipe, config, trainer)
     check_layout(config, trainer)
     found += derive.notes(recipe, config, trainer)
     recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node if cluster.exclusive else None)
-    slots = layout.divide_slots(recipe, per_node, one_machine=cluster.one_machine)
+    slots = layout.divide_slots(recipe, per_node, one_node=one_node)
     ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
     for engine in engines:
         check_engine(engine, config.hf, on_gpu=cluster.on_gpu)

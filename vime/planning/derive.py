@@ -17,10 +17,11 @@ from vime.run.profiles import check_profile
 from vime.run.trackers import check_tracking
 
 
-def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int, *, one_machine: bool = False) -> Recipe:
-    """The recipe on this many nodes in total (None: as given); the trainer gets those not taken by engines."""
+def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int, *, one_node: bool = False) -> Recipe:
+    """The recipe on this many nodes in total (None: as given); the trainer gets those not taken by engines, or shares
+    its `one_node` with them."""
     resources = recipe.resources
-    apart = 0 if resources.colocate or one_machine else -(-(resources.rollout_num_gpus or 0) // gpus_per_node)
+    apart = 0 if resources.colocate or one_node else -(-(resources.rollout_num_gpus or 0) // gpus_per_node)
     if nodes is None:
         return recipe
     if nodes - apart < 1:

@@ -159,7 +159,9 @@ def _pure_node(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int
     """
     per_node = recipe.resources.actor_num_gpus_per_node
     try:
-        recipe = derive.with_nodes(recipe, nodes, cluster.gpus_per_node or per_node, one_machine=cluster.one_machine)
+        recipe = derive.with_nodes(
+            recipe, nodes, cluster.gpus_per_node or per_node, one_node=cluster.one_machine and nodes == 1
+        )
         trainer = layout.trainer_layout(recipe)
         check_layout(config, trainer)
     except BadInput:
@@ -184,11 +186,13 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
     if recipe.resources.colocate:
         recipe = change(recipe, resources={"rollout_num_gpus": None})
     try:
-        recipe = _with_engines(derive.with_nodes(recipe, nodes, per_node, one_machine=cluster.one_machine), config)
+        recipe = _with_engines(
+            derive.with_nodes(recipe, nodes, per_node, one_node=cluster.one_machine and nodes == 1), config
+        )
         trainer = layout.trainer_layout(recipe)
         derive.check(recipe, config, trainer)
         check_layout(config, trainer)
-        slots = layout.divide_slots(recipe, per_node, one_machine=cluster.one_machine)
+        slots = layout.divide_slots(recipe, per_node, one_node=cluster.one_machine and nodes == 1)
         ranks, placements = layout.place_trainer(trainer, slots), layout.place_engines(recipe, slots)
     except BadInput:
         # This layout is invalid; another may be valid.

@@ -60,11 +60,11 @@ def conversion_layout(recipe: Recipe) -> ParallelLayout:
     )
 
 
-def divide_slots(recipe: Recipe, gpus_per_node: int, *, one_machine: bool = False) -> Slots:
+def divide_slots(recipe: Recipe, gpus_per_node: int, *, one_node: bool = False) -> Slots:
     """Divide the GPU slots between trainer and engines.
 
     With `--colocate` both use the same slots. Without it, engines have separate nodes after the trainer's, with
-    `gpus_per_node` slots on each; on one machine they have the slots after the trainer's.
+    `gpus_per_node` slots on each; on `one_node` they have the slots after the trainer's.
     """
     options = recipe.resources
     actor = tuple(
@@ -79,7 +79,7 @@ def divide_slots(recipe: Recipe, gpus_per_node: int, *, one_machine: bool = Fals
         return Slots(options.actor_num_nodes, options.actor_num_gpus_per_node, actor, actor)
     if not options.rollout_num_gpus:
         raise BadInput("--rollout-num-gpus is not set: give the engines' GPUs, or share the trainer's with --colocate")
-    if one_machine and options.actor_num_nodes == 1:
+    if one_node:
         rollout = tuple((0, len(actor) + number) for number in range(options.rollout_num_gpus))
         return Slots(1, len(actor) + len(rollout), actor, rollout)
     rollout = tuple(
