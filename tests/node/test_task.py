@@ -21,6 +21,7 @@ from vime.node.sweep import sweep_stage
 from vime.node.task import find_rank, stage_of, task_env
 from vime.run.logs import Follower, find_logs, merge
 from vime.run.messages import FRAME_CHARACTERS, Assembler, Report, encode
+from vime.run.node_local import base_folder
 from vime.run.plan import Binding, BoundNode
 from vime.system.processes import descendants, start_ticks
 
@@ -55,13 +56,14 @@ def test_the_command_sees_ranks_and_the_stages_variables_and_nothing_of_slurm(ru
     assert (env["GLOO_SOCKET_IFNAME"], env["VLLM_HOST_IP"]) == ("ib0", "10.0.0.1")
 
 
-def test_caches_of_compiled_kernels_are_on_the_nodes_own_disk(run_dir: Path) -> None:
+def test_caches_of_compiled_kernels_are_on_the_nodes_own_disk_and_outlive_the_job(run_dir: Path) -> None:
     plan = make_plan(run_dir, [stub("train", "")], cluster={"env": {"VLLM_CACHE_ROOT": "/nvme/vllm"}})
     environ = {"VIME_PLACES": "0=a", "VIME_LOCAL_PLACE": "0", "VIME_LOCAL_RANK": "0", "VIME_JOB": "7"}
     given = {**environ, "HOME": "/home/ada", "CUDA_CACHE_PATH": "/scratch/cuda"}
     env = task_env(plan, plan.stages[0], find_rank(plan.stages[0], environ), None, given)
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "FLASHINFER_WORKSPACE_BASE"):
-        assert env[name].startswith(f"{env['TMPDIR']}/"), name
+        assert Path(env[name]).parent == base_folder() / "caches", name
+        assert not env[name].startswith(env["TMPDIR"]), name
     assert (env["VLLM_CACHE_ROOT"], env["CUDA_CACHE_PATH"]) == ("/nvme/vllm", "/scratch/cuda"), "somebody's own choice"
 
 

@@ -25,7 +25,7 @@ from vime.run.devices import VISIBLE
 from vime.run.environment import resolve
 from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
 from vime.run.messages import REPORT_FD, Report, encode
-from vime.run.node_local import base_folder
+from vime.run.node_local import base_folder, cache_folder
 from vime.run.plan import Binding, Plan, Stage
 from vime.run.tokens import GROUP_KEY, GROUP_KEY_FILE, token_path
 from vime.run.variables import JOB, LOCAL_PLACE, LOCAL_RANK, PLACES
@@ -83,7 +83,9 @@ CACHES = {
     "CUDA_CACHE_PATH": "cuda",
 }
 """Caches of compiled kernels, by variable. They default to the home folder, a network file system that hundreds of
-ranks would write to at once; here they are node-local folders of the job, unless already set."""
+ranks would write to at once; here they are node-local folders, unless already set. They outlive the job: an engine
+compiles for a minute, and with DeepGEMM for many, what the next one finds there. Each library keys them by its version
+and its options."""
 
 
 def task_env(
@@ -115,7 +117,7 @@ def task_env(
         PYTHONFAULTHANDLER="1",
     )
     for name, folder in CACHES.items():
-        env.setdefault(name, f"{env['TMPDIR']}/cache/{folder}")
+        env.setdefault(name, str(cache_folder() / folder))
     if binding is not None:
         here, first = binding.nodes[task.node], binding.nodes[stage.nodes[0]]
         env.update(

@@ -20,6 +20,11 @@ def base_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get(NODE_TMP, "/tmp")) / f"vime-{os.getuid()}"
 
 
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Folder of compiled kernels of all this user's jobs on a node; it stays when a job ends."""
+    return base_folder(environ) / "caches"
+
+
 def longest_socket(environ: Mapping[str, str], job: str = _JOB) -> int:
     """Characters in a job's longest socket path; by default for an id of eight digits."""
     return len(os.fsencode(base_folder(environ) / job)) + len(_LONGEST_BELOW)
