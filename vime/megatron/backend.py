@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,12 +31,28 @@ class Backend:
         return self.device.type == "cpu"
 
 
+_KNOWN_WARNINGS = (
+    (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
+    (UserWarning, r"(Transformer Engine and )?Apex (is|are) not installed"),
+    (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_scope"),
+    (UserWarning, r"barrier\(\): using the device under current context"),
+)
+"""Warnings of megatron-core about itself: every rank would print them, and no user can do anything about them."""
+
+
+def ignore_known_warnings() -> None:
+    """Keep `_KNOWN_WARNINGS` out of the log; all others are printed."""
+    for category, message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
+
+
 @functools.cache
 def setup() -> Backend:
     """The backend of this process; call it before any part of Megatron is imported or built.
 
     The GPU is the process's only visible one, or LOCAL_RANK among several.
     """
+    ignore_known_warnings()
     if torch.cuda.is_available():
         count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
         index = local if count > 1 else 0
