@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,18 @@ from pathlib import Path
 from vime.cli import build_parser, command, split_flags
 from vime.errors import BadInput
 from vime.launch.prepare import claim_folder, start, write_code
+from vime.planning.cluster import parse_hold
 from vime.planning.request import check_fits, plan_from
 from vime.planning.show import render
 from vime.recipe.flags import flag, recipe_options
 from vime.recipe.load import as_yaml, load_flags, load_recipe
 from vime.recipe.schema import Recipe, help_texts
 from vime.recipe.script import read_script, render_script
-from vime.run.folder import write_plan
+from vime.run.folder import read_plan, write_plan
+from vime.run.hold import read_holding, request_run
+from vime.run.jobs import Job, read_jobs, write_jobs
 from vime.run.plan import Plan
+from vime.run.registry import find_run
 from vime.run.scheduler import find_scheduler
 from vime.system.redact import redact
 
@@ -44,6 +49,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--write-recipe", metavar="FILE", help="with --from-script: write what it amounts to as a recipe"
     )
+    parser.add_argument(
+        "--hold", metavar="TIME", help="keep the nodes after the run until they were idle for so long: 4h, 30m"
+    )
+    parser.add_argument(
+        "--in", dest="within", metavar="RUN", help="run in the nodes that this run keeps (--hold), without the queue"
+    )
     args = parser.parse_args(own)
     if args.from_script:
         return _from_script(Path(args.from_script), args.write_recipe)
@@ -57,16 +68,54 @@ def main(argv: Sequence[str]) -> int:
         print(list_options(load_recipe(args.recipe, flags)))
         return 0
     writes = not args.dry_run or args.run_dir is not None
-    plan = plan_from(args, flags, required=not args.dry_run, run_folder=writes)
-    plan = plan.model_copy(update={"command": tuple(argv)})
+    within = None if args.within is None else _holder(args)
+    plan = plan_from(args, flags, required=not args.dry_run, run_folder=writes, within=within)
+    plan = plan.model_copy(update={"command": tuple(argv), "hold_minutes": _hold_minutes(args)})
     if args.dry_run:
         return _dry_run(plan, write=args.run_dir is not None)
     check_fits(plan)
+    if within is not None:
+        return _run_in(within, plan)
     scheduler = find_scheduler(plan.cluster.kind)
     # Before anything is written: a run that would be refused leaves no folder behind.
     scheduler.check(plan)
     start(plan)
     return scheduler.submit(plan)
+
+
+def _hold_minutes(args: argparse.Namespace) -> float:
+    if args.hold is None:
+        return 0.0
+    if args.shape == "chain":
+        raise BadInput("--hold with --shape chain: each job of a chain has other nodes, give --shape allocation")
+    return parse_hold(args.hold)
+
+
+def _holder(args: argparse.Namespace) -> Plan:
+    """The run whose nodes are asked for. Raises BadInput for options that its allocation has decided."""
+    for name in ("cluster", "partition", "time", "hold", "node_memory"):
+        if getattr(args, name):
+            raise BadInput(f"--{name.replace('_', '-')} with --in: the nodes are there already, leave it out")
+    if args.shape != "allocation" or args.spares or args.nodes == "auto":
+        raise BadInput("--in runs in nodes that are there: leave out --shape, --spares and --nodes auto")
+    holder = read_plan(find_run(args.within))
+    if not holder.hold_minutes:
+        raise BadInput(f"{holder.run_dir} was submitted without --hold: its nodes are given back when it ends")
+    args.base_dir = args.base_dir or holder.base_dir
+    return holder
+
+
+def _run_in(holder: Plan, plan: Plan) -> int:
+    """Hand the run to the controller that holds the nodes."""
+    held = read_holding(holder.run_dir)
+    if len(plan.nodes) > held.nodes:
+        raise BadInput(f"--nodes is {len(plan.nodes)}, but {holder.run_name} holds {held.nodes}: give at most that")
+    start(plan)
+    if jobs := read_jobs(holder.run_dir):
+        write_jobs(plan.run_dir, [Job(jobs[-1].job_id)])
+    request_run(holder.run_dir, plan.run_dir)
+    print(f"{plan.run_name} starts in the nodes of {holder.run_name}: python -m vime.logs -f follows it")
+    return 0
 
 
 def _from_script(path: Path, target: str | None) -> int:

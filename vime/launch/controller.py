@@ -24,6 +24,7 @@ from vime.launch.allocation import Allocation
 from vime.launch.checks import broken_gpus
 from vime.launch.evaluations import Evaluations
 from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, may_repeat
+from vime.launch.hold import Hold, keeps
 from vime.launch.lead import TimeLeft
 from vime.launch.restarts import HURRIED_PATIENCE_S, Restarts, words
 from vime.launch.signals import Signals
@@ -470,7 +471,11 @@ def control(run_dir: str, runner_of: Callable[[Plan], Runner], *, link: str | No
         whole = read_plan(run_dir)
         own = find_link(whole, link)
         plan = part(whole, own)
-        return Controller(plan, runner_of(plan), say=tell, link=own).run()
+        runner = runner_of(plan)
+        cause = Controller(plan, runner, say=tell, link=own).run()
+    if keeps(plan, cause):
+        Hold(plan, end_time=runner.end_time, say=tell).keep()
+    return cause
 
 
 def tell(line: str) -> None:

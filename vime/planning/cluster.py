@@ -64,6 +64,20 @@ def parse_minutes(text: str) -> int:
     return total
 
 
+def parse_hold(text: str) -> float:
+    """Minutes of `4h`, `30m` or a Slurm time."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", text.strip())
+    if match is None:
+        try:
+            return float(parse_minutes(text))
+        except BadInput as error:
+            raise BadInput(f"--hold is {text!r}: give hours or minutes, as 4h or 30m") from error
+    minutes = float(match[1]) * (60 if match[2] == "h" else 1)
+    if not minutes:
+        raise BadInput(f"--hold is {text!r}: give more than nothing")
+    return minutes
+
+
 @dataclass(frozen=True)
 class Match:
     """A partition and the kinds of its nodes that a job of this run may get."""

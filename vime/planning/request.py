@@ -21,8 +21,13 @@ DRY_RUN_PATIENCE_S = 12.0
 """Deadline of a dry run's queries, in seconds. Slurm's clients wait ten for an unreachable controller."""
 
 
-def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool) -> Plan:
-    """Make the plan that the options ask for. `required`: checkpoint and Slurm must be available."""
+def plan_from(
+    args: argparse.Namespace, flags: Sequence[str], *, required: bool, run_folder: bool, within: Plan | None = None
+) -> Plan:
+    """Make the plan that the options ask for. `required`: checkpoint and Slurm must be available.
+
+    `within`: the run in whose held nodes this one shall run; the scheduler is then not asked.
+    """
     loaded = load_with_notes(args.recipe, flags)
     recipe = loaded.recipe
     auto = args.nodes == "auto"
@@ -30,7 +35,7 @@ def plan_from(args: argparse.Namespace, flags: Sequence[str], *, required: bool,
     if args.spares < 0:
         raise BadInput(f"--spares is {args.spares}: give 0 or more")
     base_dir = args.base_dir or os.environ.get("BASE_DIR") or None
-    cluster, found = _cluster(args, recipe, nodes, required=required)
+    cluster, found = (within.cluster, []) if within else _cluster(args, recipe, nodes, required=required)
     if auto:
         fit = fewest_nodes(recipe, cluster, base_dir, required=required)
         recipe, nodes = fit.recipe, fit.nodes

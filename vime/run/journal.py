@@ -32,6 +32,7 @@ Kind = Literal[
     "recovery",
     "requeue",
     "job-end",
+    "hold",
     "exclude",
     "run-end",
 ]

@@ -329,6 +329,8 @@ class Plan(Frozen):
     """None for a run that trains."""
     code: str | None = None
     """Folder with the copy of the code that the run's processes import; None: the installed code."""
+    hold_minutes: float = 0.0
+    """Minutes for which the run's nodes stay idle after its end, for others to run in them."""
     max_timeouts: int = 1000
     signal_lead_s: int = 300
     """Seconds before the time limit at which the batch script is signalled."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vime.errors import BadInput, Cause
 from vime.launch.controller import Controller, control, tell
+from vime.launch.hold import Hold, keeps
 from vime.launch.witness import witnessed
 from vime.planning.cluster import machine_memory
 from vime.run.jobs import forget_jobs
@@ -76,9 +77,12 @@ class Local:
 def run(plan: Plan) -> int:
     """Run to the end; return the exit code. Prints every event, and training's own summary lines."""
     progress = _Progress(plan.run_dir, "evaluate" if plan.evaluation else "train")
+    runner = LocalRunner(plan)
     with witnessed(plan.run_dir):
-        cause = Controller(plan, LocalRunner(plan), say=tell, watching=progress.tell).run()
+        cause = Controller(plan, runner, say=tell, watching=progress.tell).run()
     progress.tell()
+    if keeps(plan, cause):
+        Hold(plan, end_time=runner.end_time, say=tell).keep()
     if cause:
         print(f"logs are in {Path(plan.run_dir) / 'logs'}", flush=True)
     return int(cause)

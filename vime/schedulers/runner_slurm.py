@@ -13,7 +13,7 @@ from vime.errors import Cause
 from vime.launch.steps import AllocatedNode, Step, launch, log_size, places_text, signal_process
 from vime.run.folder import launcher_log
 from vime.run.plan import Plan, Stage
-from vime.run.variables import JOB, PLACES
+from vime.run.variables import HELD, JOB, PLACES
 from vime.schedulers import container
 from vime.schedulers.srun import srun_argv, step_name, step_python
 from vime.slurm import queue as slurm
@@ -72,7 +72,7 @@ class SlurmRunner:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.job = os.environ["SLURM_JOB_ID"]
-        self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), True
+        self.restart, self.can_requeue = int(os.environ.get("SLURM_RESTART_COUNT", "0")), HELD not in os.environ
         self.environment: dict[str, str] = {}
         self._own_comment: str | None = None
         """Job comment without vime's part; None: not queried yet."""
