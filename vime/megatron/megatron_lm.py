@@ -42,12 +42,13 @@ def random_state(layout: ParallelLayout, coords: Coordinates) -> Any:
     from megatron.core import tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
     states = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "rng_tracker_states": tracker.get_states(),
     }
     replica = coords.dp * layout.cp + coords.cp
     shape, place = (layout.pp, layout.tp), (coords.pp, coords.tp)

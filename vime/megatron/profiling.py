@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,12 +51,13 @@ class Profiler:
     @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
         """The range that Nsight Systems records: it waits for CUDA's profiler to start."""
-        torch.cuda.cudart().cudaProfilerStart()  # pyright: ignore[reportAttributeAccessIssue]
+        runtime: Any = torch.cuda.cudart()
+        runtime.cudaProfilerStart()
         try:
             yield
         finally:
             torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()  # pyright: ignore[reportAttributeAccessIssue]
+            runtime.cudaProfilerStop()
 
 
 def _activities() -> list[torch.profiler.ProfilerActivity]:

@@ -25,10 +25,15 @@ MLFLOW_CHARACTERS = 500
 class Tracker(Protocol):
     """A service or file format that draws curves."""
 
-    name: str
-    """Its name in warnings."""
-    errors: tuple[type[Exception], ...]
-    """Errors that lose values but do not end the run."""
+    @property
+    def name(self) -> str:
+        """Its name in warnings."""
+        ...
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """Errors that lose values but do not end the run."""
+        ...
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add finite values at a step; it may be an earlier step than the last one."""
