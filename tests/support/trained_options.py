@@ -34,7 +34,7 @@ TRAINED: dict[str, tuple[Groups, Any]] = {
     "entropy_coef": (algorithm(), 0.5),
     "eps_clip": (algorithm(), 0.01),
     "eps_clip_high": (algorithm(eps_clip=0.01), 0.9),
-    "geo_mask_high": (algorithm(mismatch_correction=["geo_mask"], geo_mask_low=0.0, geo_mask_high=100.0), 0.7),
+    "geo_mask_high": (algorithm(mismatch_correction=["geo_mask"], geo_mask_low=0.0, geo_mask_high=100.0), 1e-9),
     "geo_mask_low": (algorithm(mismatch_correction=["geo_mask"], geo_mask_low=0.0, geo_mask_high=100.0), 0.99),
     "kl_coef": (algorithm(), 0.5),
     "kl_loss_coef": (algorithm(**KL), 2.0),
