@@ -34,6 +34,18 @@ async def test_the_driver_takes_a_result_once_and_removes_the_weights(tmp_path, 
     assert capsys.readouterr().out == "eval 4: eval/aime 0.5\n"
 
 
+async def test_an_evaluation_that_is_repeated_by_hand_is_taken_again(tmp_path):
+    metrics = MetricsWriter(tmp_path)
+    taking = Results(str(tmp_path), metrics)
+    ended(evaluation_folder(tmp_path, 4), cause="CRASH")
+    await taking.take()
+    for value in (0.5, 0.6):
+        evaluated(tmp_path, 4, value)
+        await taking.take()
+    metrics.close()
+    assert [line["eval/aime"] for line in lines(tmp_path)] == [0.5, 0.6]
+
+
 async def test_an_evaluation_that_failed_is_left_out_and_said_once(tmp_path, capsys):
     folder = ended(evaluation_folder(tmp_path, 4), cause="CRASH")
     (folder / "weights").mkdir()

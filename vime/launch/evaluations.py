@@ -37,7 +37,8 @@ class Evaluations:
     def __init__(self, plan: Plan, *, event: Callable[..., object]) -> None:
         self._plan, self._event = plan, event
         self._waiting: deque[Report] = deque()
-        self._seen: set[int] = set()
+        self._seen: dict[int, Report] = {}
+        """By identity; holding the reports keeps their numbers from being used again."""
         self._process: subprocess.Popen[bytes] | None = None
         self._rollout, self._log, self._deadline = 0, Path(), 0.0
 
@@ -50,7 +51,7 @@ class Evaluations:
         """Take what a step asked for since the last call, and go on with what is under way. Returns at once."""
         for report in step.reports:
             if report.kind == "evaluate" and id(report) not in self._seen:
-                self._seen.add(id(report))
+                self._seen[id(report)] = report
                 if why := report.data.get("left_out"):
                     self._left_out(int(report.data["rollout_id"]), str(why))
                 else:

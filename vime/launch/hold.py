@@ -22,6 +22,8 @@ from vime.run.plan import Plan
 from vime.run.variables import HELD
 
 POLL_S = 0.5
+LOOK_AGAIN_S = 60.0
+"""Interval between two questions to Slurm about the allocation's end."""
 COMMAND = ("-u", "-m", "vime.launch.held", "--run-dir")
 
 
@@ -40,6 +42,7 @@ class Hold:
         """`end_time`: Unix time at which the allocation ends; None: never, or unknown."""
         self._plan, self._end_time, self._say = plan, end_time, say
         self._idle_s, self._runs, self._over = 0.0, 0, False
+        self._looked, self._end = float("-inf"), float("inf")
 
     def keep(self) -> None:
         """Run what is asked for, until the nodes were idle for `--hold`, or a signal arrives. In the main thread."""
@@ -63,9 +66,9 @@ class Hold:
     def _wait(self, seconds: float, signals: Signals) -> None:
         """One look-around of the idle nodes."""
         began = time.monotonic()
-        end = self._end_time()
-        until = min(time.time() + seconds, end or float("inf"))
-        write_holding(self._plan.run_dir, Holding(len(self._plan.nodes), until))
+        if began - self._looked > LOOK_AGAIN_S:
+            self._looked, self._end = began, self._end_time() or float("inf")
+            write_holding(self._plan.run_dir, Holding(len(self._plan.nodes), min(time.time() + seconds, self._end)))
         signals.wait([], POLL_S)
         self._idle_s += time.monotonic() - began
 
@@ -81,6 +84,7 @@ class Hold:
 
     def _run(self, folder: str, journal: Journal, signals: Signals) -> None:
         write_holding(self._plan.run_dir, None)
+        self._looked = float("-inf")
         self._runs += 1
         self._event(journal, f"{Path(folder).name} starts in these nodes", {"run_dir": folder})
         process = subprocess.Popen([sys.executable, *COMMAND, folder], env={**os.environ, HELD: "1"})

@@ -42,10 +42,15 @@ def write_holding(run_dir: str | os.PathLike[str], holding: Holding | None) -> N
 
 def read_holding(run_dir: str | os.PathLike[str]) -> Holding:
     """What a run holds. Raises BadInput if it holds nothing."""
-    content = read_json(control_folder(run_dir) / _HOLDING)
-    if content is None or content["until"] < time.time():
+    if (held := find_holding(run_dir)) is None:
         raise BadInput(f"{run_dir} holds no nodes now: submit it with --hold, or wait until what runs there has ended")
-    return Holding(**content)
+    return held
+
+
+def find_holding(run_dir: str | os.PathLike[str]) -> Holding | None:
+    """What a run holds; None if it holds nothing."""
+    content = read_json(control_folder(run_dir) / _HOLDING)
+    return None if content is None or content["until"] < time.time() else Holding(**content)
 
 
 def request_run(run_dir: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -78,8 +83,14 @@ def take_request(run_dir: str | os.PathLike[str]) -> str | None:
 
 
 def forget_requests(run_dir: str | os.PathLike[str]) -> list[str]:
-    """Remove requests that nobody will run any more; returns their run folders."""
+    """Remove requests that nobody will run any more; returns their run folders, or what is wrong with them."""
     found = []
-    while (folder := take_request(run_dir)) is not None:
+    while True:
+        try:
+            folder = take_request(run_dir)
+        except BadInput as error:
+            found.append(str(error))
+            continue
+        if folder is None:
+            return found
         found.append(folder)
-    return found

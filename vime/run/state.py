@@ -14,6 +14,7 @@ from typing import Any
 from vime.errors import SchedulerError
 from vime.run.evaluations import left_out
 from vime.run.folder import BINDING, read_binding, read_plan
+from vime.run.hold import find_holding
 from vime.run.jobs import Job, read_jobs
 from vime.run.journal import Event, last_start, read_events
 from vime.run.metrics import read_metrics
@@ -117,6 +118,9 @@ def run_state(run_dir: str | os.PathLike[str]) -> RunState:
     missing = ", ".join(map(str, left_out(run_dir, whole)))
     notes = [found.note, damage_note(damage)]
     notes.append(f"evaluations left out: rollout {missing} (vime.report says why)" if missing else "")
+    if (held := find_holding(run_dir)) is not None:
+        clock = time.strftime("%H:%M:%S", time.localtime(held.until))
+        notes.append(f"its {held.nodes} nodes wait for another run until {clock} (vime.submit --in)")
     found.note = "; ".join(note for note in notes if note)
     return found
 

@@ -33,7 +33,8 @@ class Results:
 
     def __init__(self, run_dir: str, metrics: MetricsWriter) -> None:
         self._run_dir, self._metrics = run_dir, metrics
-        self._told: set[Path] = set()
+        self._told: set[tuple[Path, float | None]] = set()
+        """Folders, and the time of their result or None: an evaluation may be repeated by hand."""
 
     async def run(self) -> None:
         """Take what arrives, until cancelled."""
@@ -54,12 +55,13 @@ class Results:
         """Evaluations that have ended since the last call."""
         found = []
         for folder in evaluation_folders(self._run_dir):
-            if folder in self._told or is_taken(folder):
+            if is_taken(folder):
                 continue
             result = read_result(folder)
             why = why_left_out(folder) if result is None else None
-            if result is not None or why is not None:
-                self._told.add(folder)
+            key = folder, None if result is None else result.time
+            if (result is not None or why is not None) and key not in self._told:
+                self._told.add(key)
                 found.append((folder, result, why))
         return found
 
