@@ -89,7 +89,7 @@ def test_a_worker_that_never_comes_is_named_at_the_deadline(four_nodes: DevClust
     run_dir = tmp_path / "run"
     head, workers = ray_stages(run_dir, 3, deadline_s=60)
     code = (
-        "import os, sys, time; from vime.launch import ray_node; time.sleep(300 * (os.environ['VIME_NODE'] == '2'));"
+        "import os, sys, time; from vime.node import ray_node; time.sleep(300 * (os.environ['VIME_NODE'] == '2'));"
         f"sys.exit(ray_node.main(['--run', {str(run_dir)!r}, '--worker']))"
     )
     workers = workers.model_copy(update={"command": ("-c", code)})
