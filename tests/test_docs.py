@@ -249,5 +249,7 @@ def test_what_would_download_is_a_command_that_is_there(block: Block, tmp_path: 
 
 def test_what_these_tests_do_not_run_is_run_by_others():
     commands = {command for block in blocks("suite") for command in block.commands}
-    assert commands == {"tools/quickstart.sh", "tools/test.sh", "tools/test.sh --fast"}
+    release = ".venv/bin/python tools/release.py 0.3.0"
+    assert commands == {"tools/quickstart.sh", "tools/test.sh", "tools/test.sh --fast", release}
+    assert '"tools" / "release.py"' in (ROOT / "tests" / "tools" / "test_release.py").read_text()
     assert 'ROOT / "tools" / "quickstart.sh"' in (ROOT / "tests" / "e2e" / "test_main_job.py").read_text()
