@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -16,7 +17,14 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from vime.checkpoint.allowed import COMMON_NAMES, METADATA_NAMES, check_common, check_training_checkpoint, read_metadata
+from vime.checkpoint.allowed import (
+    COMMON_NAMES,
+    METADATA_NAMES,
+    check_common,
+    check_training_checkpoint,
+    read_common,
+    read_metadata,
+)
 from vime.checkpoint.torch_dist import checkpoint_folder
 from vime.errors import BadInput
 from vime.run.checkpoints import TRACKER
@@ -88,6 +96,12 @@ def change(folder: Path, edit: Callable[[Metadata], None]) -> None:
 def test_a_good_folder_is_read(good: Path) -> None:
     assert set(read_metadata(good).state_dict_metadata) == {"weight", "half"}
     check_training_checkpoint(good)
+
+
+def test_a_read_takes_nothing_back_that_megatron_allowed(good: Path) -> None:
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    read_common(good / "common.pt")
+    assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 def test_nothing_is_allowed_beyond_records_types_and_layouts() -> None:

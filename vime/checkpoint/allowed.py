@@ -117,7 +117,9 @@ def check_training_checkpoint(folder: Path) -> None:
 def read_common(path: Path) -> dict[str, Any]:
     """Content of `common.pt`. Raises BadInput for one that holds more than plain values."""
     check_common(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # Its end removes what it was given, also what Megatron allowed on import for all of the process.
+    more = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals(list(more)):
         return torch.load(path, weights_only=True)
 
 
