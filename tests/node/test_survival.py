@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.launch_stub import make_plan, stub
 from vime.errors import Cause
-from vime.launch import controller, lead
+from vime.launch import controller, lead, restarts
 from vime.launch.controller import Controller
 from vime.launch.witness import tell_of_death
 from vime.run import history
@@ -111,7 +111,7 @@ def test_a_requeue_insists_while_slurms_controller_is_away(run_dir: Path) -> Non
 
 
 def test_a_requeue_that_slurm_refuses_for_good_is_told(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "REQUEUE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(restarts, "REQUEUE_PATIENCE_S", 0.0)
     plan = make_plan(run_dir, [stub("cast", "import sys; sys.exit(12)")])
     assert run(plan, Allocation(plan, refusals=1000)) is Cause.NODE_FAILURE
     assert read_events(run_dir)[-1].data["requeued"] is False

@@ -61,7 +61,9 @@ def test_a_recipe_that_cannot_be_used_is_named(tmp_path: Path, text: str, messag
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():
-    with pytest.raises(BadInput, match="unknown recipe 'deepseek': give a path or one of deepseek-r1, qwen3-4b"):
+    with pytest.raises(
+        BadInput, match="unknown recipe 'deepseek': give a path or one of deepseek-r1, deepseek-r1-agent"
+    ):
         load_recipe("deepseek")
 
 

@@ -76,7 +76,7 @@ async def test_the_requests_that_an_engine_gets_at_once() -> None:
     """vllm_server_concurrency."""
     driver = Driver.__new__(Driver)
     driver.recipe = load_recipe("tiny-deepseek-r1", ["--vllm-server-concurrency", "3"])
-    driver.api_key = "key"
+    driver.api_key, driver.exposition = "key", None
     async with contextlib.AsyncExitStack() as stack:
         (client,) = await driver._clients(stack, ["http://127.0.0.1:1"])
         bounds = [value for value in vars(client).values() if isinstance(value, asyncio.Semaphore)]

@@ -1,4 +1,7 @@
-"""One rank of the trainer: methods that the training loop calls on all ranks at once."""
+"""One rank of the trainer: methods that the training loop calls on all ranks at once.
+
+One module since they share the parts that `setup` makes.
+"""
 
 from __future__ import annotations
 
