@@ -74,6 +74,34 @@ def test_a_signal_ends_the_hold(tmp_path):
     assert len(texts) == 2
 
 
+def test_every_signal_reaches_the_run_in_the_nodes(tmp_path):
+    """A warning makes the run save a checkpoint, which may take an hour; the TERM after it must not wait for that."""
+    other = tmp_path / "other"
+    private_folder(other)
+    never = stub("train", "import time; time.sleep(600)", deadline_s=600)
+    make_plan(other, [preflight(other, 1), never])
+
+    def warn_then_end() -> None:
+        request_run(tmp_path / "run", other)
+        wait_for_event(other, "stage-start", "train")
+        os.kill(os.getpid(), signal.SIGUSR2)
+        wait_for_event(other, "checkpoint-request", "train")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    texts, _ = held_for(tmp_path / "run", 30, meanwhile=warn_then_end)
+    assert texts[-1].startswith("the hold ends after ")
+    signals = [event.text.split()[0] for event in read_events(other) if event.kind == "signal"]
+    assert signals[0] == "SIGUSR2"
+    assert read_events(other)[-1].kind == "run-end"
+
+
+def wait_for_event(run: Path, kind: str, stage: str) -> None:
+    deadline = time.monotonic() + 60
+    while not any(event.kind == kind and event.stage == stage for event in read_events(run)):
+        assert time.monotonic() < deadline, f"no {kind} of {stage}"
+        time.sleep(0.05)
+
+
 def test_a_request_that_others_can_write_is_not_run(tmp_path):
     run = tmp_path / "run"
 

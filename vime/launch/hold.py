@@ -92,9 +92,7 @@ class Hold:
             if (number := signals.take()) is not None:
                 # Its controller ends its stages, or saves a checkpoint; then the hold ends too.
                 process.send_signal(number)
-                code = process.wait()
                 self._over = True
-                break
             signals.wait([], POLL_S)
         self._event(journal, f"{Path(folder).name} ended: {_words(code)}", {"run_dir": folder, "code": code})
 
