@@ -13,9 +13,9 @@ from tests.support.preflight_findings import finding
 from vime.errors import Cause
 from vime.launch import binding
 from vime.launch.binding import bind, by_switch, examine, free_offset, port_numbers, table
-from vime.launch.checks import Known
 from vime.launch.failure import RunFailed
 from vime.launch.steps import AllocatedNode, Step
+from vime.node.checks import Known
 from vime.planning import ports
 from vime.run.messages import Report
 from vime.run.plan import Plan

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.launch_stub import make_plan, stub
 from tests.support.preflight_findings import finding, gpu
-from vime.launch.checks import Known, broken_gpus, problems, shared_memory_bytes
+from vime.node.checks import Known, broken_gpus, problems, shared_memory_bytes
 from vime.run.plan import Artefact, Plan
 
 OTHERS = "as on other nodes"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vime.launch.checks import slow_nodes
+from vime.node.checks import slow_nodes
 from vime.run.messages import REPORT_FD, Report
 
 

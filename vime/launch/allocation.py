@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vime.launch.binding import Examined, bind, examine, require_enough, table, write_report
-from vime.launch.checks import Known, slow_nodes
 from vime.launch.steps import AllocatedNode, Runner, Step
+from vime.node.checks import Known, slow_nodes
 from vime.node.ring import RING
 from vime.planning.show import table as columns
 from vime.run import history

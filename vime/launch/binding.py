@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import Cause
-from vime.launch.checks import Findings, Known, Problem, gb, problems
 from vime.launch.failure import Failure, RunFailed
 from vime.launch.steps import Runner, Step
+from vime.node.checks import Findings, Known, Problem, gb, problems
 from vime.planning import ports
 from vime.run.plan import Binding, BoundNode, Plan, Ports
 from vime.system.files import PRIVATE, write_json

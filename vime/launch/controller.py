@@ -21,7 +21,6 @@ from typing import NoReturn
 from vime.errors import BadInput, Cause, VimeError, is_storage_error
 from vime.launch import gate
 from vime.launch.allocation import Allocation
-from vime.launch.checks import broken_gpus
 from vime.launch.evaluations import Evaluations
 from vime.launch.failure import Facts, Failure, RunFailed, decide, facts_of, hung, late, may_repeat
 from vime.launch.hold import Hold, keeps
@@ -30,6 +29,7 @@ from vime.launch.restarts import HURRIED_PATIENCE_S, Restarts, words
 from vime.launch.signals import Signals
 from vime.launch.steps import AllocatedNode, Runner, Step
 from vime.launch.witness import witnessed
+from vime.node.checks import broken_gpus
 from vime.node.post_mortem import post_mortem_stage
 from vime.node.sweep import SWEEP_S, sweep_stage
 from vime.run.chain import Link, find_link, part

@@ -37,8 +37,9 @@ class Evaluations:
     def __init__(self, plan: Plan, *, event: Callable[..., object]) -> None:
         self._plan, self._event = plan, event
         self._waiting: deque[Report] = deque()
-        self._seen: dict[int, Report] = {}
-        """By identity; holding the reports keeps their numbers from being used again."""
+        self._step: Step | None = None
+        self._taken = 0
+        """Reports of `_step` that were looked at."""
         self._process: subprocess.Popen[bytes] | None = None
         self._rollout, self._log, self._deadline = 0, Path(), 0.0
 
@@ -49,9 +50,11 @@ class Evaluations:
 
     def look(self, step: Step) -> None:
         """Take what a step asked for since the last call, and go on with what is under way. Returns at once."""
-        for report in step.reports:
-            if report.kind == "evaluate" and id(report) not in self._seen:
-                self._seen[id(report)] = report
+        if step is not self._step:
+            self._step, self._taken = step, 0
+        new, self._taken = step.reports[self._taken :], len(step.reports)
+        for report in new:
+            if report.kind == "evaluate":
                 if why := report.data.get("left_out"):
                     self._left_out(int(report.data["rollout_id"]), str(why))
                 else:

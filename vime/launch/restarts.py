@@ -48,12 +48,15 @@ class Restarts:
         """True from a recovery inside the allocation until training runs again."""
         self._attempts = 0
         self._fruitless = 0
+        """Attempts in a row before this one that saved no checkpoint."""
         self._first_checkpoint: int | None = None
         """Newest checkpoint when the attempt began."""
 
     def begin(self) -> dict[str, int]:
         """Begin an attempt; return its number for the journal, nothing for the first."""
-        self._first_checkpoint = newest_checkpoint(self._plan)
+        newest = newest_checkpoint(self._plan)
+        self._fruitless = self._fruitless + 1 if self._attempts and newest == self._first_checkpoint else 0
+        self._first_checkpoint = newest
         self._attempts += 1
         return {"attempt": self._attempts - 1} if self._attempts > 1 else {}
 
@@ -139,10 +142,9 @@ class Restarts:
         """Reason why the same failure is likely to come again; empty if there is none."""
         if not failure.cause.may_recur:
             return ""
-        if newest_checkpoint(self._plan) == self._first_checkpoint:
-            self._fruitless += 1
-            if not (failure.from_outside and self._fruitless <= MOST_FRUITLESS):
-                return f"{words(failure.cause)} without a checkpoint since this start began"
+        saved = newest_checkpoint(self._plan) != self._first_checkpoint
+        if not saved and not (failure.from_outside and self._fruitless < MOST_FRUITLESS):
+            return f"{words(failure.cause)} without a checkpoint since this start began"
         count = history.crashes(read_events(self._run))
         at_most = f"{count} starts in a row ended like this, at most {history.MOST_CRASHES}"
         return at_most if count >= history.MOST_CRASHES else ""

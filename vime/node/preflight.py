@@ -1,7 +1,7 @@
 """`python -m vime.node.preflight --run DIR`: looks at the node it runs on and reports what it finds.
 
 Runs on every node of the allocation at once, before anything big starts. The controller holds the findings against the
-plan (vime.launch.checks), so that a node is refused with its name, the value and the need.
+plan (vime.node.checks), so that a node is refused with its name, the value and the need.
 """
 
 from __future__ import annotations
