@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pickle
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
-import msgspec
-
 from vime.agents.local import Failures
-from vime.errors import BadInput, DeadlineExceeded, VimeError
-from vime.rewards.pool import START_SECONDS, default_size
-from vime.rewards.worker import LENGTH
+from vime.errors import BadInput, VimeError
+from vime.rewards.pool import default_size
+from vime.rewards.process import WorkerProcess, launch_all
 from vime.rollout.session import Aborted, BudgetSpent, ConversationOver, Reply, Session
 from vime.samples import Sample, Status, ToolUse
 
+NAME = "an agent's worker"
 CANCEL_SECONDS = 5.0
 """Time in which a worker has to give a conversation back; then it counts as blocked and is replaced."""
 
@@ -30,7 +26,8 @@ class ProcessAgent:
     """
 
     def __init__(self, kind: str, target: str, size: int | None = None) -> None:
-        self._kind, self._target, self._size = kind, target, size or default_size()
+        self._target, self._size = target, size or default_size()
+        self._command = ("vime.agents.worker", kind, target)
         self._workers: list[_Worker] = []
         self._starts = asyncio.Lock()
         self._alone = asyncio.Semaphore(self._size)
@@ -40,11 +37,8 @@ class ProcessAgent:
         """Workers that died or were killed and got a successor."""
 
     async def __aenter__(self) -> Self:
-        try:
-            self._workers = list(await asyncio.gather(*(self._started() for _ in range(self._size))))
-        except BaseException:
-            await self.close()
-            raise
+        launched = await launch_all(self._size, *self._command, name=NAME)
+        self._workers = [_Worker(process) for process in launched]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -123,13 +117,7 @@ class ProcessAgent:
         return min(self._workers, key=lambda worker: len(worker.held))
 
     async def _started(self) -> _Worker:
-        worker = _Worker()
-        try:
-            await worker.start(self._kind, self._target)
-        except BaseException:
-            await worker.kill()
-            raise
-        return worker
+        return _Worker(await WorkerProcess.launch(*self._command, name=NAME))
 
 
 class _Held:
@@ -156,31 +144,14 @@ class _Held:
 
 
 class _Worker:
-    _process: asyncio.subprocess.Process | None = None
+    """A worker process and the conversations that it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: WorkerProcess) -> None:
+        self._process = process
         self.held: dict[int, _Held] = {}
         self.dead = False
-        self.goes_on = False
-        self.tools: list[dict[str, Any]] = []
-        self._reader: asyncio.Task[None] | None = None
-
-    async def start(self, kind: str, target: str) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vime.agents.worker", str(os.getpid()), kind, target),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            ready = await asyncio.wait_for(self._read(), START_SECONDS)
-        except TimeoutError:
-            raise DeadlineExceeded(f"an agent's worker was not ready within {START_SECONDS:.0f} s") from None
-        except asyncio.IncompleteReadError:
-            code = await self._process.wait()
-            raise VimeError(f"an agent's worker exited with {code} at its start; its last words are above") from None
-        if "bad_input" in ready:
-            raise BadInput(ready["bad_input"])
-        self.goes_on, self.tools = ready["goes_on"], ready["tools"]
+        self.goes_on: bool = process.ready["goes_on"]
+        self.tools: list[dict[str, Any]] = process.ready["tools"]
         self._reader = asyncio.create_task(self._listen())
 
     async def hold(self, number: int, session: Session) -> dict[str, Any]:
@@ -199,13 +170,9 @@ class _Worker:
 
     async def kill(self) -> None:
         self.dead = True
-        if self._process is not None:
-            if self._process.returncode is None:
-                self._process.kill()
-            await self._process.wait()
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+        await self._process.kill()
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
 
     async def _give_back(self, number: int, held: _Held) -> None:
         """Take a conversation back from the worker, with the state that its environment had behind its last step."""
@@ -213,28 +180,19 @@ class _Worker:
             return
         self._send("cancel", number)
         await asyncio.wait([held.end], timeout=CANCEL_SECONDS)
-        if not held.end.done() and self._process is not None and self._process.returncode is None:
-            self._process.kill()  # blocked: the reader sees its end, and the next conversation gets a new worker
+        if not held.end.done():
+            self._process.strike()  # blocked: the reader sees its end, and the next conversation gets a new worker
 
     def _send(self, *content: Any) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
         if self.dead:
             raise ConnectionError("the worker has ended")
-        body = pickle.dumps(content)
-        self._process.stdin.write(LENGTH.pack(len(body)) + body)
-
-    async def _read(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        head = await self._process.stdout.readexactly(LENGTH.size)
-        return msgspec.json.decode(await self._process.stdout.readexactly(LENGTH.unpack(head)[0]))
+        self._process.write(content)
 
     async def _listen(self) -> None:
         """Hand every frame to its conversation, until the process ends."""
         try:
             while True:
-                frame = await self._read()
+                frame = await self._process.read()
                 held = self.held.get(frame["id"])
                 if held is None:
                     continue  # given back meanwhile

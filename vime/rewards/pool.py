@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import pickle
-import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vime.errors import BadInput, DeadlineExceeded, VimeError
-from vime.rewards.worker import LENGTH
+from vime.errors import VimeError
+from vime.rewards.process import WorkerProcess, launch_all
 
-START_SECONDS = 120.0
+MODULE, NAME = "vime.rewards.worker", "a reward worker"
 KILL_AFTER_SECONDS = 1.0
 """Grace beyond a call's limit, in which the worker's own alarm ends the call and the worker survives."""
 
@@ -48,8 +45,8 @@ class ProcessPool:
     def __init__(self, targets: Sequence[str], size: int | None = None) -> None:
         self._targets = tuple(dict.fromkeys(targets))
         self._size = size or default_size()
-        self._idle: asyncio.Queue[_Worker | BaseException] = asyncio.Queue()
-        self._workers: set[_Worker] = set()
+        self._idle: asyncio.Queue[WorkerProcess | BaseException] = asyncio.Queue()
+        self._workers: set[WorkerProcess] = set()
         self._successions: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -58,12 +55,9 @@ class ProcessPool:
         """Workers that were killed or died and got a successor."""
 
     async def __aenter__(self) -> Self:
-        try:
-            for worker in await asyncio.gather(*(self._start() for _ in range(self._size))):
-                self._idle.put_nowait(worker)
-        except BaseException:
-            await self.close()
-            raise
+        for worker in await launch_all(self._size, MODULE, *self._targets, name=NAME):
+            self._workers.add(worker)
+            self._idle.put_nowait(worker)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -112,7 +106,10 @@ class ProcessPool:
             self._idle.put_nowait(worker)
             raise CallFailed(f"a reward worker died and no other could be started: {worker}")
         try:
-            reply = await worker.ask((target, argument, limit_s), limit_s + KILL_AFTER_SECONDS)
+            worker.write((target, argument, limit_s))
+            async with asyncio.timeout(limit_s + KILL_AFTER_SECONDS):
+                await worker.drain()
+                reply = await worker.read()
         except BaseException as error:
             # Whatever the reason, a worker with half a call in it is of no use.
             if not self._closed:
@@ -141,58 +138,14 @@ class ProcessPool:
         await asyncio.gather(*(worker.kill() for worker in self._workers))
         self._workers.clear()
 
-    async def _start(self) -> _Worker:
-        worker = _Worker()
-        self._workers.add(worker)
-        await worker.start(self._targets)
-        return worker
-
-    async def _replace(self, worker: _Worker) -> None:
+    async def _replace(self, worker: WorkerProcess) -> None:
         self._workers.discard(worker)
         await worker.kill()
         self.replaced += 1
         try:
-            self._idle.put_nowait(await self._start())
+            successor = await WorkerProcess.launch(MODULE, *self._targets, name=NAME)
+            self._workers.add(successor)
+            self._idle.put_nowait(successor)
         except VimeError as error:
             # The next call says it: nobody waits for this task.
             self._idle.put_nowait(error)
-
-
-class _Worker:
-    _process: asyncio.subprocess.Process
-
-    async def start(self, targets: Sequence[str]) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vime.rewards.worker", str(os.getpid()), *targets),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            reply = await asyncio.wait_for(self._read(), START_SECONDS)
-        except TimeoutError:
-            raise DeadlineExceeded(f"a reward worker was not ready within {START_SECONDS:.0f} s") from None
-        except asyncio.IncompleteReadError:
-            code = await self._process.wait()
-            raise VimeError(f"a reward worker exited with {code} at its start; its last words are above") from None
-        if "bad_input" in reply:
-            raise BadInput(reply["bad_input"])
-
-    async def ask(self, request: Any, limit_s: float) -> dict[str, Any]:
-        body = pickle.dumps(request)
-        assert self._process.stdin is not None
-        self._process.stdin.write(LENGTH.pack(len(body)) + body)
-        async with asyncio.timeout(limit_s):
-            await self._process.stdin.drain()
-            return await self._read()
-
-    async def kill(self) -> None:
-        if not hasattr(self, "_process"):
-            return
-        if self._process.returncode is None:
-            self._process.kill()
-        await self._process.wait()
-
-    async def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        head = await self._process.stdout.readexactly(LENGTH.size)
-        return json.loads(await self._process.stdout.readexactly(LENGTH.unpack(head)[0]))
