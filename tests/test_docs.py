@@ -131,7 +131,7 @@ def answered(*rewards: float) -> Group:
 
 @pytest.fixture
 def extending(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's examples define; what they register is forgotten after the test."""
+    """Names that the page's examples define; what they register is forgotten after the test."""
     for module, table in ((optimizers, "_KINDS"), (model_config, "_FAMILIES")):
         monkeypatch.setattr(module, table, dict(getattr(module, table)))
     return examples("extending.md")

@@ -20,7 +20,7 @@ from vime.recipe import files
 
 SHARD = random.Random(0).randbytes(25 * 2**20)
 CHUNK = 10 * 2**20
-"""What the client writes at a time."""
+"""Bytes that the client writes at a time."""
 MODEL = {"config.json": b'{"a": 1}', "model-00001-of-00001.safetensors": SHARD, "pytorch_model.bin": b"the same again"}
 DATA = {"data/train.jsonl": b"{}\n" * 5000, ".gitattributes": b""}
 NAME = "model-00001-of-00001.safetensors"

@@ -65,7 +65,7 @@ GPU_SHAPE: dict[str, dict[str, Any]] = {
     # Smallest head size of the attention kernels.
     "qwen3": {"head_dim": 64},
 }
-"""What `--device gpu` changes in a family's configuration."""
+"""Changes of `--device gpu` in a family's configuration."""
 
 COMMON = {
     "hidden_size": 128,
@@ -145,7 +145,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the files; written beside them."""
+    """Inputs that decide the files; written beside them."""
 
     seed: int
     family: str
@@ -318,7 +318,7 @@ def published_order(param: Param) -> tuple[int, int, int]:
 
 
 def stored(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the files hold, in order: fp8 with scales or bf16, copies under their aliases."""
+    """Tensors of the files, in order: fp8 with scales or bf16, copies under their aliases."""
     files: dict[str, Tensor] = {}
     for param in sorted(params_of(config), key=published_order):
         for part in param.parts:

@@ -49,7 +49,7 @@ CONFIG: dict[str, Any] = tiny.CONFIGS["qwen3"] | {"vocab_size": VOCABULARY}
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the files; written beside them."""
+    """Inputs that decide the files; written beside them."""
 
     seed: int
     max_steps: int

@@ -1,4 +1,4 @@
-"""What the tests of agents share."""
+"""Fixtures shared by the tests of agents."""
 
 import contextlib
 import json

@@ -19,7 +19,7 @@ TOKENIZER = tokenizer_of(MARKED)
 
 @pytest.fixture
 def page() -> dict[str, Any]:
-    """What the page's examples define."""
+    """Names that the page's examples define."""
     found: dict[str, Any] = {"__name__": "my_agents"}
     for code in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
         exec(code, found)

@@ -27,7 +27,7 @@ def turn(text):
 
 
 def calling(token_ids):
-    """What an engine's parser makes of the turn `call`: a call of `add`."""
+    """A call of `add`, as an engine's parser reads the turn `call`."""
     text = TOKENIZER.decode(token_ids, skip_special_tokens=True)
     if not text.startswith("call"):
         return {"role": "assistant", "content": text}

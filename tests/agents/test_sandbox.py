@@ -1,4 +1,4 @@
-"""What a hostile program tries in the sandbox, and what is left of it."""
+"""Attempts of hostile programs in the sandbox, and what is left of them."""
 
 import asyncio
 import os

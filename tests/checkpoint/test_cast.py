@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def expected(stored: dict[str, torch.Tensor], block: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """What the format says: bf16(fp32(q) * scale), everything else as it is."""
+    """The format's rule: bf16(fp32(q) * scale), everything else as it is."""
     out = {}
     for name, value in stored.items():
         if value.dtype == torch.float8_e4m3fn:

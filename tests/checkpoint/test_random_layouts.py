@@ -57,7 +57,7 @@ def layouts(draw: Callable) -> ParallelLayout:
 
 
 def is_allowed(hf: dict[str, Any], layout: ParallelLayout) -> bool:
-    """What the issue's user expects, in plain numbers: everything that is cut divides, and every stage has layers."""
+    """The user's expectation in plain numbers: everything that is cut divides, and every stage has layers."""
     moe = hf.get("n_routed_experts") or hf.get("num_experts")
     if any(hf[name] % layout.tp for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")):
         return False

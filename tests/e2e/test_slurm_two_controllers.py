@@ -31,7 +31,7 @@ def plan(four_nodes: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def content(run_dir: Path) -> dict[str, bytes]:
-    """What a controller writes: journal, binding, owner and secrets."""
+    """Files that a controller writes: journal, binding, owner and secrets."""
     files = [run_dir / name for name in ("events.jsonl", "binding.json", "owner.json", "preflight.json")]
     return {str(path): path.read_bytes() for path in (*files, *sorted((run_dir / "secrets").iterdir()))}
 

@@ -107,7 +107,7 @@ def test_ue8m0_scales_are_the_next_power_of_two(seed: int, exponent: int) -> Non
 
 
 def test_quantised_weights_are_fixed_points() -> None:
-    """What was once quantised quantises to the same numbers, so a sync of untouched weights changes nothing."""
+    """Numbers that were quantised once quantise to themselves, so a sync of untouched weights changes nothing."""
     weight = weights((200, 300), torch.bfloat16, 1)
     q, scale = fp8.quantise(weight)
     exact = fp8.dequantise(q, scale, dtype=torch.float32)

@@ -23,7 +23,7 @@ from vime.system.private import private_folder
 
 
 def held_for(run: Path, minutes: float, *, meanwhile=lambda: None, nodes: int = 1) -> tuple[list[str], list[str]]:
-    """What the journal and the output of a hold say; `meanwhile` runs in a thread once the nodes wait."""
+    """Texts of a hold in journal and output; `meanwhile` runs in a thread once the nodes wait."""
     private_folder(run)
     private_folder(control_folder(run))
     plan = make_plan(run, [stub("train", "")], nodes=nodes, hold_minutes=minutes)

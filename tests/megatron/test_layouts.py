@@ -119,7 +119,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def steps_of(folder: Path, model: str, name: str) -> dict[str, torch.Tensor]:
-    """What two optimizer steps took off every parameter."""
+    """Change of every parameter by two optimizer steps."""
     config = ModelConfig.from_hf(MODELS[model])
     reader = TorchDistReader(folder / "saved" / model / name, config)
     start = tiny_hf.random_tensors(MODELS[model])

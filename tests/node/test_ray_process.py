@@ -1,4 +1,4 @@
-"""What Ray is given on a node; real Ray is in tests/e2e/test_ray_node.py and test_slurm_ray.py."""
+"""Ray's arguments and environment on a node; real Ray is in tests/e2e/test_ray_node.py and test_slurm_ray.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will need, tried on one node before the first byte is converted."""
+"""The run's needs, tried on one node before the first byte is converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run knows of its earlier starts, when it saves before its end, and its last word when disks or Slurm fail."""
+"""A run's knowledge of its earlier starts, when it saves before its end, and its last word when disks or Slurm fail."""
 
 from __future__ import annotations
 

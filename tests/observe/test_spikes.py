@@ -1,4 +1,4 @@
-"""What counts as a spike, and that ordinary noise does not."""
+"""Spikes are found, and ordinary noise is none."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What the tests of the rollout share."""
+"""Fixtures shared by the tests of the rollout."""
 
 import json
 

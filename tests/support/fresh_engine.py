@@ -51,7 +51,7 @@ def answer(llm: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
 
 
 async def fresh(folder: Path, *options: str) -> dict[str, Any]:
-    """What this program writes, run as one."""
+    """Output of this file, run as a program."""
     output = folder.with_suffix(".json")
     log = folder.with_suffix(".log")
     with log.open("wb") as stream:

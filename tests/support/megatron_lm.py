@@ -21,7 +21,7 @@ from vime.models.config import ModelConfig
 from vime.recipe.parallel import ParallelLayout
 
 COMPARED = ("num_layers", "hidden_size", "num_attention_heads", "add_position_embedding")
-"""What `check_checkpoint_args` compares without a vocabulary file."""
+"""Arguments that `check_checkpoint_args` compares without a vocabulary file."""
 TAKEN = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "num_attention_heads", "num_query_groups"),
     *("group_query_attention", "kv_channels", "max_position_embeddings", "position_embedding_type"),
@@ -31,7 +31,7 @@ TAKEN = (
     *("attention_dropout", "hidden_dropout", "padded_vocab_size", "ckpt_format"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
 )
-"""What `load_args_from_checkpoint` takes of any model of ours."""
+"""Arguments that `load_args_from_checkpoint` takes of any model of ours."""
 TAKEN_OF_EXPERTS = (
     *("num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax"),
     *("moe_grouped_gemm", "moe_router_score_function", "moe_router_enable_expert_bias", "moe_token_dispatcher_type"),
@@ -119,7 +119,7 @@ def _take_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
 
 
 def _random_state() -> Any:
-    """What Megatron-LM asks for, without expert parallelism."""
+    """State dict that Megatron-LM asks for, without expert parallelism."""
     from megatron.core import parallel_state as ps
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

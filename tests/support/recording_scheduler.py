@@ -14,7 +14,7 @@ from vime.schedulers.local import Local
 
 
 def submissions() -> list[dict[str, str]]:
-    """What was submitted: run, job and the job that it waits for."""
+    """A submission: run, job and the job that it waits for."""
     path = Path(os.environ["RECORD"])
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -65,7 +65,7 @@ class Problem:
         return context((0, micro_batch))
 
     def rows(self) -> list[np.ndarray]:
-        """What an engine with this model would return: for each sample [tokens - 1, layers, top-k]."""
+        """Routes that an engine with this model would return: for each sample [tokens - 1, layers, top-k]."""
         kept: dict[int, list[torch.Tensor]] = {}
         self.log_probs(self.routes.recording)
         for number in range(len(self.packed)):

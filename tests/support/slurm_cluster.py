@@ -34,7 +34,7 @@ class DevCluster:
         return done.stdout
 
     def enter(self, node: int) -> list[str]:
-        """What goes before a program that shall run on a node."""
+        """Words that go before a program that shall run on a node."""
         return [str(DEVCLUSTER), "exec", f"node{node + 1:02d}"]
 
     def on_node(self, node: int, *words: str) -> str:

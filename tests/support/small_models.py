@@ -40,7 +40,7 @@ def trained(hf: dict[str, Any], seed: int) -> Tensors:
 
 
 def as_streamed(hf: dict[str, Any], tensors: Tensors, *, in_fp8: bool = False) -> Tensors:
-    """What an engine gets, copies included. One that holds bf16: the numbers of fp8 where the checkpoint is quantised;
+    """Tensors that an engine gets, with copies. If it holds bf16: the numbers of fp8 where the checkpoint is quantised;
     `in_fp8`: e4m3 and scales there."""
     config = ModelConfig.from_hf(hf)
     result: Tensors = {}
@@ -71,7 +71,7 @@ def write_folder(path: Path, hf: dict[str, Any], tensors: Tensors, *, in_fp8: bo
 
 
 def shards(hf: dict[str, Any], tensors: Tensors, layout: ParallelLayout, rank: int, *, mtp: bool = True) -> Tensors:
-    """What a rank holds, by name of the global parameter."""
+    """Tensors of a rank, by name of the global parameter."""
     config, coords = ModelConfig.from_hf(hf), layout.coordinates(rank)
     return {
         param.name: shard(param, join(param, tensors), layout, coords).clone()

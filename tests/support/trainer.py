@@ -28,7 +28,7 @@ from vime.sync.source import WeightSource
 
 @dataclass(frozen=True)
 class Held:
-    """What a trainer holds, and the engines that it gives it to."""
+    """Weights of a trainer, and the engines that it gives it to."""
 
     hf: dict[str, Any]
     seed: int

@@ -110,7 +110,7 @@ def check_published(
 
 
 def check_digests(schedule: Schedule, rank: int, hf: dict[str, Any], whole: Tensors) -> None:
-    """What the ranks say should be received is made from the whole weights; every tensor falls to one rank."""
+    """The tensors that ranks announce are made from the whole weights; every tensor falls to one rank."""
     mine = trainer_digests(schedule, rank, shards(hf, whole, schedule.layout, rank), None)
     found: list[Any] = [None] * schedule.layout.world_size
     dist.all_gather_object(found, mine)

@@ -1,4 +1,4 @@
-"""What counts as a secret, and what is left of a text that has some."""
+"""Secrets are found, and the rest of their text stays."""
 
 from __future__ import annotations
 

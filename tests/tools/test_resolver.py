@@ -1,4 +1,4 @@
-"""What a package index gives for `.[gpu]`, as `tools/env.sh` asks for it."""
+"""Packages that an index gives for `.[gpu]`, as `tools/env.sh` asks for it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ PEER = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:30
 
 
 def through_ray(error: Exception) -> BaseException:
-    """What a remote call raises: an exception of a class made of Ray's and of the error's own."""
+    """The exception of a remote call: one of a class made of Ray's and of the error's own."""
     return RayTaskError("f", "traceback", error).as_instanceof_cause()
 
 

@@ -1,4 +1,4 @@
-"""What processes of a run make of options that neither plan nor training shows: limits, seeds, columns, threads."""
+"""Effects in a run's processes of options that neither plan nor training shows: limits, seeds, columns, threads."""
 
 from __future__ import annotations
 

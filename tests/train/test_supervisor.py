@@ -1,4 +1,4 @@
-"""What happens to engines that fail, in a rollout or in a sync. Engines, processes, sync and trainer are fakes here;
+"""Handling of engines that fail, in a rollout or in a sync. Engines, processes, sync and trainer are fakes here;
 tests/e2e/test_engine_faults.py kills real ones."""
 
 import asyncio

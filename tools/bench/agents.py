@@ -1,4 +1,4 @@
-"""What conversations of many turns cost the driver, against a stub engine that makes tokens at a fixed speed.
+"""Cost of conversations of many turns in the driver, against a stub engine that makes tokens at a fixed speed.
 
     python tools/bench/agents.py [--conversations 1024] [--turns 20] [--tokens 64] [--slots 256] [--turns-per-s 150]
 
@@ -52,7 +52,7 @@ BARE_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Load:
-    """What the run is made of."""
+    """Parts of the run."""
 
     conversations: int
     turns: int

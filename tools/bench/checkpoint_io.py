@@ -1,4 +1,4 @@
-"""What the benchmarks of checkpoints share: a generated checkpoint, plain file I/O, counters of bytes and memory."""
+"""Shared parts of the checkpoint benchmarks: a generated checkpoint, plain file I/O, counters of bytes and memory."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ LOGPROB = -0.6931471805599453
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the stub."""
+    """Requests to the stub."""
 
     requests: int
     concurrency: int

@@ -92,7 +92,7 @@ report("result")
 
 @dataclass(frozen=True)
 class Figure:
-    """What one way took."""
+    """Time of one way."""
 
     seconds: float
     """From the job's start; the patience where it never got there."""

@@ -1,4 +1,4 @@
-"""What the rollout's own machinery costs, against stub servers that make tokens at a fixed speed.
+"""Cost of the rollout's own machinery, against stub servers that make tokens at a fixed speed.
 
     python tools/bench/rollout.py [--groups 512] [--samples 8]
 

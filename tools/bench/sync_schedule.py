@@ -51,7 +51,7 @@ def overlap(a: Box, b: Box) -> bool:
 
 
 def check_boxes(name: str, shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
-    """What is wrong with boxes that should tile a tensor."""
+    """Faults of boxes that should tile a tensor."""
     wrong = []
     if sum(map(volume, boxes)) != math.prod(shape):
         wrong.append(f"{name}: {sum(map(volume, boxes))} of {math.prod(shape)} elements")

@@ -56,7 +56,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """Measured case."""
 
     experts: int
     buffer: int

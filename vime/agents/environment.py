@@ -14,10 +14,10 @@ from vime.samples import Sample
 
 @dataclass(frozen=True)
 class Step:
-    """What an environment makes of a turn of the model."""
+    """Reaction of an environment to a turn of the model."""
 
     messages: Sequence[Message] = ()
-    """What the model is told before its next turn."""
+    """Observation that the model gets before its next turn."""
     done: bool = False
     reward: float | None = None
     """Reward of this turn; a conversation's is their sum. Without any, `--rm-type` grades it."""

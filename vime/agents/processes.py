@@ -74,7 +74,7 @@ class ProcessAgent:
         return self._workers[0].tools
 
     async def _held(self, session: Session) -> dict[str, Any]:
-        """What a worker says at the conversation's end.
+        """Answer of a worker at the conversation's end.
 
         Where its worker died it begins again in one of its own, so that only one that ends its process has failed.
         """
@@ -129,7 +129,7 @@ class _Held:
         self.calls: set[asyncio.Task[None]] = set()
 
     def apply(self, later: list[dict[str, Any]]) -> None:
-        """What the function did since its last call, in order. Raises BadInput or ConversationOver."""
+        """Apply the function's actions since its last call, in order. Raises BadInput or ConversationOver."""
         for one in later:
             session = self.sessions[one["branch"]]
             if one["do"] == "start":

@@ -47,7 +47,7 @@ exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may take."""
+    """Limits of one program."""
 
     seconds: float = 30.0
     """Time on the clock, and of all its processors."""
@@ -62,7 +62,7 @@ class Outcome:
     """How a program ended."""
 
     output: str
-    """What it wrote to its standard output and error, in order."""
+    """Standard output and error of the program, in order."""
     failure: str = ""
     """`timeout`, `flood`, or `exit CODE`; empty for a program that ended well."""
 

@@ -1,4 +1,4 @@
-"""What a recipe names to hold its conversations: a function, an environment, or the built-in tools."""
+"""Ways in which a recipe holds its conversations: a function, an environment, or the built-in tools."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Allocation:
         return tuple(AllocatedNode(node, bound[node]) for node in stage.nodes)
 
     def lacks_without(self, names: Collection[str]) -> str:
-        """What the run lacks on the allocation without these nodes as well; empty if enough nodes are left."""
+        """Shortage of the allocation without these nodes as well; empty if enough nodes are left."""
         left, need = set(self._runner.nodes()) - self._left_out - set(names), len(self._plan.nodes)
         return "" if len(left) >= need else f"{len(left)} nodes are left of {need} (--spares)"
 

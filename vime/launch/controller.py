@@ -221,7 +221,7 @@ class Controller:
             self._evaluations.look(step)
 
     def _interrupted(self, stage: Stage, number: signal.Signals, doing: str) -> RunFailed:
-        """What ends the run on a signal while no process of the stage runs."""
+        """The run's failure on a signal while no process of the stage runs."""
         self._restarts.hurried = number is not signal.SIGUSR2
         cause = Cause.TIME_LIMIT if number is signal.SIGUSR2 else self._runner.why_ended()
         cause = Cause.CANCELLED if number is signal.SIGINT else cause

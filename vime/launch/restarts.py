@@ -1,4 +1,4 @@
-"""What follows a failed attempt: another one inside the allocation, another start of the job, or the run's end."""
+"""Consequence of a failed attempt: another one inside the allocation, another start of the job, or the run's end."""
 
 from __future__ import annotations
 

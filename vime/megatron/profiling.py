@@ -1,4 +1,4 @@
-"""What a rank does, seen from inside: torch's profiler, markers for Nsight Systems, memory at an out-of-memory error.
+"""Profiling of a rank: torch's profiler, markers for Nsight Systems, memory at an out-of-memory error.
 
 <run>/profiles/rollout-0003.rank-008.json.gz    trace of torch's profiler, for Perfetto or chrome://tracing
 <run>/profiles/rank-008.<process>.nsys-rep      report of Nsight Systems

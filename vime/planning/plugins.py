@@ -77,7 +77,7 @@ def _reward(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _agent(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What holds conversations. Raises BadInput for options that contradict one another."""
+    """Holder of conversations. Raises BadInput for options that contradict one another."""
     agent, function = recipe.agent, "--custom-generate-function-path"
     if agent.custom_generate_function_path and agent.environment:
         raise BadInput(f"{function} and --environment both hold the conversations: give one of them")

@@ -1,4 +1,4 @@
-"""What an evaluation evaluates: a checkpoint of a run, one of its HF exports, or any HF folder."""
+"""Subject of an evaluation: a checkpoint of a run, one of its HF exports, or any HF folder."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def of_folder(folder: str, recipe: Recipe, *, base_dir: str | None, run_dir: str
 
 @dataclass(frozen=True)
 class Shape:
-    """What a command line says about the job; None: as the profile says."""
+    """Job settings of a command line; None: the profile's."""
 
     nodes: int | None = None
     partition: str | None = None

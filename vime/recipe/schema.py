@@ -288,7 +288,7 @@ class AgentOptions(Options):
     custom_generate_function_path: str | None = None
     """`package.module:function` that holds each conversation: `async def generate(session, sample)`."""
     environment: str | None = None
-    """What conversations are held with: `tools` (those of `--tools`), or a class as `package.module:Class`."""
+    """Holder of conversations: `tools` (those of `--tools`), or a class as `package.module:Class`."""
     tools: list[str] = Field(default_factory=list)
     """Tools of `--environment tools`: `calculator`, `python`, or functions as `package.module:function`."""
     agent_processes: int | None = Field(default=None, ge=0)
@@ -311,7 +311,7 @@ class AgentOptions(Options):
     on_tool_failure: Literal["observe", "fail"] = "observe"
     """A tool that dies, hangs or raises: tell the model, or fail the sample, so that its group is not trained on."""
     on_template_divergence: Literal["count", "refuse"] = "count"
-    """What happens where the chat template would write a conversation's history otherwise once it goes on (a thought
+    """Reaction where the chat template would write a conversation's history otherwise once it goes on (a thought
     left out): count it as `rollout/template_divergence`, or end the run."""
 
     @property

@@ -64,7 +64,7 @@ class _State:
     texts: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, list[str]] = field(default_factory=dict)
     command: str = ""
-    """What follows `train.py`."""
+    """Words that follow `train.py`."""
 
 
 def _read(path: Path, state: _State, found: Script) -> None:
@@ -210,7 +210,7 @@ def _plug_in_name(key: str, value: str, found: Script) -> str:
 
 
 def render_script(script: Script) -> str:
-    """What became of every flag, as text."""
+    """Fate of every flag, as text."""
     sections = [
         ("Taken as they are", [f"{name} {' '.join(words)}".rstrip() for name, words in script.taken]),
         ("Taken under another name", [f"{there} -> {here}" for there, here in script.renamed]),

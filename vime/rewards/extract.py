@@ -75,7 +75,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last `####` on its line, as in GSM8K; None without one."""
+    """Text after the last `####` on its line, as in GSM8K; None without one."""
     _, found, rest = text.rpartition("####")
     if not found or not rest.strip():
         return None

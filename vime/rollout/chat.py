@@ -25,7 +25,7 @@ _GIVEN_ROLES = ("user", "tool", "system", "developer")
 
 @dataclass(frozen=True)
 class Suffix:
-    """What the template writes behind the model's last turn, up to where the next one begins."""
+    """Text of the template between the model's last turn and its next one."""
 
     token_ids: list[int]
     diverges: bool
@@ -34,7 +34,7 @@ class Suffix:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What decides how a template writes the stand-in conversation."""
+    """Key of the stand-in conversation: everything that decides how a template writes it."""
 
     roles: tuple[str, ...]
     tools: tuple[str, ...]

@@ -31,7 +31,7 @@ class Generator:
 
     scorer: Scorer
     settings: Settings
-    """What all conversations share; the sampling and the deadline are the caller's."""
+    """Settings shared by all conversations; the sampling and the deadline are the caller's."""
     agent: Agent = field(default_factory=SingleTurn)
     mask_old_tokens: bool = False
     """Leave the tokens that an aborted sample brings from an earlier rollout out of the loss."""

@@ -22,7 +22,7 @@ MOST_EPOCHS = 100
 
 @dataclass
 class PromptHistory:
-    """What a prompt's earlier visits gave; what a curriculum's function sees."""
+    """Results of a prompt's earlier visits, as a curriculum's function sees them."""
 
     set: str
     """Name of the prompt set."""

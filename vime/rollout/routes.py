@@ -19,7 +19,7 @@ from vime.samples import Sample
 
 @dataclass(frozen=True)
 class RouteShape:
-    """What a row of routes holds."""
+    """Layout of a row of routes."""
 
     layers: int
     """Layers of the model without draft layers. Layers without experts have meaningless rows."""
@@ -75,7 +75,7 @@ class RouteBook:
     """By the sample's number and branch."""
 
     def ask(self, sample: Sample) -> RoutesAsked:
-        """What the sample's next answer has to bring."""
+        """Rows that the sample's next answer has to bring."""
         return RoutesAsked(self.shape, self._count(sample), sample.length)
 
     def covers(self, sample: Sample) -> bool:

@@ -93,7 +93,7 @@ class Budget:
 
 @dataclass
 class Counts:
-    """What happened in all conversations since the last look."""
+    """Counts over all conversations since the last look."""
 
     suffixes: int = 0
     divergent: int = 0
@@ -110,7 +110,7 @@ class Counts:
 
 @dataclass
 class Settings:
-    """What all conversations of a run or an evaluation share."""
+    """State shared by all conversations of a run or an evaluation."""
 
     dispatcher: Dispatcher
     template: ChatTemplate

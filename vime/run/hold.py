@@ -41,14 +41,14 @@ def write_holding(run_dir: str | os.PathLike[str], holding: Holding | None) -> N
 
 
 def read_holding(run_dir: str | os.PathLike[str]) -> Holding:
-    """What a run holds. Raises BadInput if it holds nothing."""
+    """Nodes that a run holds. Raises BadInput if it holds nothing."""
     if (held := find_holding(run_dir)) is None:
         raise BadInput(f"{run_dir} holds no nodes now: submit it with --hold, or wait until what runs there has ended")
     return held
 
 
 def find_holding(run_dir: str | os.PathLike[str]) -> Holding | None:
-    """What a run holds; None if it holds nothing."""
+    """Nodes that a run holds; None if it holds nothing."""
     content = read_json(control_folder(run_dir) / _HOLDING)
     return None if content is None or content["until"] < time.time() else Holding(**content)
 

@@ -190,7 +190,7 @@ class EvalJob(Frozen):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What replaces settings of the profile, by name."""
+        """Replacements for settings of the profile, by name."""
         return {name: value for name, value in self if value is not None and name != "nodes"}
 
 

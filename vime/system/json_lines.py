@@ -61,7 +61,7 @@ class Lines:
         self.skipped = 0
 
     def read(self, parse: Callable[[dict[str, Any]], Line]) -> Iterator[Line]:
-        """What `parse` makes of each object. A line for which it raises one of the usual errors is skipped.
+        """Results of `parse` for each object. A line for which it raises one of the usual errors is skipped.
 
         A file that is missing has no lines. Raises OSError for one that cannot be read.
         """

@@ -1,4 +1,4 @@
-"""What one thread is doing, for another to tell: the phase it is in, and how often it has come further."""
+"""Progress of a thread, readable by others: its phase, and how often it has come further."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class RankActor:
         self._worker = TrainWorker(plan, rank, place.node, key=key, progress=self._progress)
 
     def __repr__(self) -> str:
-        """What Ray writes before each line of this actor in the driver's log; vime.logs finds ranks by it."""
+        """Prefix that Ray writes before each line of this actor in the driver's log; vime.logs finds ranks by it."""
         return self._name
 
     def ask(self, part: str, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -160,7 +160,7 @@ class Driver:
         return found
 
     async def _agent(self, stack: contextlib.AsyncExitStack) -> Agent | None:
-        """What holds the conversations, running; None for answers of one turn."""
+        """The running holder of conversations; None for answers of one turn."""
         agent = agent_of(self.recipe)
         return None if agent is None else await stack.enter_async_context(agent)
 

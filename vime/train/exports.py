@@ -46,7 +46,7 @@ class Export:
 
 
 def export_after(plan: Plan, rollout_id: int, saves: int = 0) -> Export | None:
-    """What the checkpoint after a rollout is exported to; None if nothing needs it as an HF folder.
+    """Target of the export after a rollout; None if nothing needs it as an HF folder.
 
     `saves`: checkpoints of this start so far, which count where `--save-interval` is `auto`.
     """

@@ -82,7 +82,7 @@ def limits(threads: int) -> dict[str, float]:
 
 
 def planned(config: ModelConfig) -> list[Item]:
-    """What the plan counts for CPU Adam on a node with this one rank."""
+    """Bytes that the plan counts for CPU Adam on a node with this one rank."""
     recipe = load_recipe("qwen3-4b", FLAGS)
     layout = ParallelLayout()
     place = TrainerRank(rank=0, node=0, gpu=0, tp=0, cp=0, dp=0, pp=0, ep=0, etp=0, edp=0)

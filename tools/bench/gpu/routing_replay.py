@@ -1,4 +1,4 @@
-"""What routing replay does for the agreement of engine and trainer: log-probs with the engine's routes and without.
+"""Effect of routing replay on the agreement of engine and trainer: log-probs with the engine's routes and without.
 
     python tools/bench/gpu/routing_replay.py --folder DIR [--layers 8] [--experts 64] [-- recipe flags]
 

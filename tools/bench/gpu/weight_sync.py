@@ -45,7 +45,7 @@ BLOCK = (128, 128)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """Measured case."""
 
     gpus: int
     experts: int
@@ -99,7 +99,7 @@ def one_sync(source: WeightSource, look: Callable[[int], None] | None = None) ->
 
 
 def compare(source: WeightSource, bucket: int, device: torch.device) -> None:
-    """What lies in this rank's buffer is what quantising the whole weights gives."""
+    """Check that this rank's buffer holds the quantised whole weights."""
     schedule = source.schedule
     for number, receiver in enumerate(schedule.receivers):
         if source.rank not in receiver.publishers:
@@ -195,7 +195,7 @@ def process(rank: int, setting: Setting, answers: Any) -> None:
 
 
 def lines(found: dict[str, dict[str, float]]) -> Iterator[tuple[str, bool]]:
-    """What to print, and whether it is good."""
+    """Text to print, and whether the result is good."""
     for kind, one in found.items():
         size, seconds = one["moved"] / 1e9, one["sync"]
         yield f"{kind}: {size:.2f} GB in {one['buckets']:.0f} buckets, {seconds:.4f} s, {size / seconds:.1f} GB/s", True
