@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 
+from tests.support import patience
+
 pytest_plugins = ["tests.support.fake_checkpoint"]
 CLUSTER_MODULES = ("test_slurm_", "test_docs_commands", "test_engine_nodes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every Slurm fault at 16 nodes, and every layout too")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The header has this line although `-q` takes away the rest of it."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        terminal.write_line(f"patience: {patience.SCALE:.2f} times that of a quiet machine ({patience.VARIABLE})")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
