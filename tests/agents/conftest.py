@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.chat_templates import MARKED, tokenizer_of
 from tests.support.plans import plan_of
 from tests.support.stub_engine import KEY, StubEngine
@@ -32,8 +33,9 @@ def chats(tmp_path):
     def make(*flags: str):
         base = ("--prompt-data", str(path), "--rm-type", "reward_plugins:right", "--rollout-batch-size", "4")
         base += ("--over-sampling-batch-size", "4", "--n-samples-per-prompt", "2", "--rollout-max-response-len", "200")
-        base += ("--num-steps-per-rollout", "1", "--eval-prompt-data", "sums", str(path), "--rollout-timeout", "20")
+        base += ("--num-steps-per-rollout", "1", "--eval-prompt-data", "sums", str(path))
         base += ("--dynamic-sampling-filter-path", "none", "--no-rollout-shuffle", "--max-staleness", "9")
+        base += ("--rollout-timeout", str(patience.ANSWER))
         return plan_of("tiny-qwen3", *base, *flags, nodes=1, run_dir=tmp_path)
 
     return make
@@ -46,14 +48,13 @@ def sampler_of():
     @contextlib.asynccontextmanager
     async def make(plan, engine: StubEngine):
         async with contextlib.AsyncExitStack() as stack:
-            client = EngineClient(engine.url, KEY, concurrency=64, deadlines=RequestDeadlines(control=2))
+            client = EngineClient(engine.url, KEY, concurrency=64, deadlines=RequestDeadlines(control=patience.STUB))
             await stack.enter_async_context(client)
             agent = agent_of(plan.recipe)
             if agent is not None:
                 await stack.enter_async_context(agent)
-            sampler = Sampler(
-                plan, [client], patience=Patience(recovery=20.0, abort=20.0), tokenizer=TOKENIZER, agent=agent
-            )
+            waits = Patience(recovery=patience.ANSWER, abort=patience.ANSWER)
+            sampler = Sampler(plan, [client], patience=waits, tokenizer=TOKENIZER, agent=agent)
             yield await stack.enter_async_context(sampler)
 
     return make

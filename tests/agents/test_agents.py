@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from tests.support import patience
 from tests.support.chat_templates import MARKED, tokenizer_of
 from tests.support.stub_engine import StubEngine
 from vime.agents.choose import agent_of
@@ -106,7 +107,7 @@ async def test_branches_are_samples_of_one_conversation_with_its_reward(chats, s
 )
 async def test_a_conversation_that_fails_is_counted_and_its_group_left_out(chats, sampler_of, where, name):
     """Others that were in a process that died begin again."""
-    flags = ("--rollout-batch-size", "22", "--over-sampling-batch-size", "24", "--rollout-timeout", "200")
+    flags = ("--rollout-batch-size", "22", "--over-sampling-batch-size", "24", "--rollout-timeout", str(patience.GROUP))
     plan = chats(*function(name), *where, *flags)
     async with StubEngine(answer=adds) as engine, sampler_of(plan, engine) as sampler:
         rollout = await sampler.generate(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, service, stub
 from vime import cancel, logs, status
 from vime.run.jobs import Job, write_jobs
@@ -32,13 +33,13 @@ def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def running(run_dir: Path):
     """A local run in its training stage."""
-    train = stub("train", "print('rollout 1', flush=True); import time; time.sleep(600)")
+    train = stub("train", "print('rollout 1', flush=True); import time; time.sleep(3600)")
     make_plan(run_dir, [service("ray-head"), train])
     record_run(run_dir)
     code = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
     code += "sys.exit(local.run(read_plan(sys.argv[1])))"
     controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
-    log, deadline = run_dir / "logs/train/node00.log", time.monotonic() + 30
+    log, deadline = run_dir / "logs/train/node00.log", time.monotonic() + patience.PROCESS
     while not (log.exists() and "rollout 1" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -60,12 +61,12 @@ def test_a_run_is_seen_followed_and_cancelled(
     follower.start()
     below = descendants(running.pid)
     assert cancel.main([]) == 0
-    follower.join(timeout=30)
+    follower.join(timeout=patience.PROCESS)
     assert not follower.is_alive()
     said = capsys.readouterr().out
     assert "train/node00 rollout 1" in said
     assert "controller run-end train train was ended by SIGTERM: cancelled" in said
-    assert running.wait(timeout=10) == 15
+    assert running.wait(timeout=patience.MOMENT) == 15
     assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
 
     assert status.main([str(run_dir)]) == 0

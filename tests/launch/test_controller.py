@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import folder, make_plan, preflight, service, stub, write_code
 from vime.errors import Cause
 from vime.launch import controller
@@ -54,7 +55,7 @@ def last(run_dir: Path) -> Event:
 def test_a_run_goes_through_its_stages_in_order_and_keeps_services_up(run_dir: Path, tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     up = f"import pathlib, time; p = pathlib.Path({str(alive)!r}); p.touch(); from vime.run.messages import report; "
-    up += "report('ready'); time.sleep(600)"
+    up += "report('ready'); time.sleep(3600)"
     check = f"import pathlib, os; assert pathlib.Path({str(alive)!r}).exists(); print('rank', os.environ['RANK'])"
     both = stub("convert", check, nodes=(0, 1), tasks_per_node=2)
     assert run_stages(run_dir, service("ray-head", up), both, stub("train", check), nodes=2) is Cause.SUCCESS
@@ -126,16 +127,16 @@ def test_training_may_take_the_time_that_its_job_was_given_beyond_the_plan(
 
 
 def test_a_stage_that_hangs_ends_at_its_deadline(run_dir: Path) -> None:
-    plan = make_plan(run_dir, [stub("cast", "import time; print('reading'); time.sleep(600)", deadline_s=1.5)])
+    plan = make_plan(run_dir, [stub("cast", "import time; print('reading'); time.sleep(3600)", deadline_s=1.5)])
     begin = time.monotonic()
     assert run(plan) is Cause.DEADLINE
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < patience.MOMENT
     assert "not done after 2 s: ranks [0]" in last(run_dir).text
 
 
 def test_a_service_that_is_not_ready_says_what_is_missing(run_dir: Path) -> None:
-    code = "from vime.run.messages import report; import time; report('waiting', missing=['node07']); time.sleep(60)"
-    plan = make_plan(run_dir, [service("ray-workers", code, deadline_s=5)])
+    code = "from vime.run.messages import report; import time; report('waiting', missing=['node07']); time.sleep(3600)"
+    plan = make_plan(run_dir, [service("ray-workers", code, deadline_s=patience.STUB)])
     assert run(plan) is Cause.DEADLINE
     assert "missing: node07" in last(run_dir).text
 
@@ -143,7 +144,7 @@ def test_a_service_that_is_not_ready_says_what_is_missing(run_dir: Path) -> None
 @pytest.mark.parametrize(("code", "cause"), [(0, Cause.CODE_ERROR), (12, Cause.NODE_FAILURE)])
 def test_a_service_that_dies_ends_the_run_whatever_its_code(run_dir: Path, code: int, cause: Cause) -> None:
     up = f"from vime.run.messages import report; import sys, time; report('ready'); time.sleep(0.7); sys.exit({code})"
-    plan = make_plan(run_dir, [service("ray-head", up), stub("train", "import time; time.sleep(60)")])
+    plan = make_plan(run_dir, [service("ray-head", up), stub("train", "import time; time.sleep(3600)")])
     assert run(plan) is cause
     assert last(run_dir).stage == "ray-head"
 
@@ -221,7 +222,7 @@ def when_running(run_dir: Path, stage: str, act: Callable[[], None]) -> threadin
     """Acts as soon as the stage has started and said something."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patience.MOMENT
         while time.monotonic() < deadline:
             if (run_dir / "logs" / stage / "node00.log").exists():
                 act()
@@ -234,7 +235,7 @@ def when_running(run_dir: Path, stage: str, act: Callable[[], None]) -> threadin
 
 
 def test_a_terminated_run_is_cancelled_and_leaves_nothing(run_dir: Path) -> None:
-    plan = make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on'); time.sleep(600)")])
+    plan = make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on'); time.sleep(3600)")])
     when_running(run_dir, "train", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run(plan) is Cause.CANCELLED
     assert (last(run_dir).kind, last(run_dir).stage, last(run_dir).data["cause"]) == ("run-end", "train", "CANCELLED")
@@ -275,7 +276,7 @@ class EndsIn28Seconds(LocalRunner):
 
 @pytest.mark.e2e
 def test_training_that_does_not_save_in_time_is_stopped_all_the_same(run_dir: Path) -> None:
-    code = TRAINING.format(run=str(run_dir), answer="time.sleep(600)")
+    code = TRAINING.format(run=str(run_dir), answer="time.sleep(3600)")
     plan = make_plan(run_dir, [stub("train", code)], signal_lead_s=26)
     begin = time.monotonic()
     assert Controller(plan, EndsIn28Seconds(plan), say=lambda line: None).run() is Cause.TIME_LIMIT
@@ -294,7 +295,7 @@ def test_an_answer_of_an_earlier_start_does_not_count(run_dir: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
-    make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on', flush=True); time.sleep(600)")])
+    make_plan(run_dir, [service("ray-head"), stub("train", "import time; print('on', flush=True); time.sleep(3600)")])
     code = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
     code += "local.run(read_plan(sys.argv[1]))"
     controller = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.DEVNULL)
@@ -302,7 +303,7 @@ def test_a_killed_controller_takes_its_stages_with_it(run_dir: Path) -> None:
     when_running(run_dir, "train", lambda: below.extend(descendants(controller.pid))).join()
     controller.kill()
     controller.wait()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + patience.MOMENT
     while any(Path("/proc", str(pid)).exists() for pid in below):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -435,14 +436,16 @@ def test_a_recovery_that_fails_before_training_is_requeued(run_dir: Path, tmp_pa
 
 
 def test_a_second_controller_of_a_run_folder_is_refused(run_dir: Path) -> None:
-    plan = make_plan(run_dir, [stub("train", "import time; print('on', flush=True); time.sleep(600)")])
+    plan = make_plan(run_dir, [stub("train", "import time; print('on', flush=True); time.sleep(3600)")])
     refused: list[Cause] = []
 
     def second() -> None:
         before = (run_dir / "events.jsonl").read_bytes(), (run_dir / "owner.json").read_bytes()
         code = "import sys; from vime.schedulers import local; from vime.run.folder import read_plan; "
         code += "sys.exit(local.run(read_plan(sys.argv[1])))"
-        done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, timeout=patience.PROCESS
+        )
         refused.append(Cause(done.returncode))
         assert "in use by start 0 of job local-" in done.stdout
         assert before == ((run_dir / "events.jsonl").read_bytes(), (run_dir / "owner.json").read_bytes())

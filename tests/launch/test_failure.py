@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.errors import Cause
 from vime.launch.allocation import known_as
 from vime.launch.failure import Account, Facts, Failure, TaskExit, decide, facts_of, may_repeat
@@ -116,9 +117,9 @@ def ended_step(tmp_path: Path, said: str, *reports: Report, service: bool = Fals
     log = tmp_path / "launcher.log"
     log.write_text(said)
     process = subprocess.Popen(["true"], stdout=subprocess.PIPE)
-    stage = Stage(name="convert", command=("-m", "x"), nodes=(0, 1), service=service, deadline_s=60)
+    stage = Stage(name="convert", command=("-m", "x"), nodes=(0, 1), service=service, deadline_s=patience.PROCESS)
     step = Step(stage, PLACES, [process], log, reports=list(reports))
-    step.wait(20)
+    step.wait(patience.MOMENT)
     step.close()
     return step
 

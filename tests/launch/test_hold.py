@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, preflight, stub
 from vime.errors import BadInput, Cause
 from vime.launch.hold import Hold, keeps
@@ -37,7 +38,7 @@ def held_for(run: Path, minutes: float, *, meanwhile=lambda: None, nodes: int = 
     thread = threading.Thread(target=ask)
     thread.start()
     Hold(plan, end_time=lambda: None, say=said.append).keep()
-    thread.join(10)
+    thread.join(patience.MOMENT)
     assert not (control_folder(run) / "holding.json").exists()
     return [event.text for event in read_events(run) if event.kind == "hold"], said
 
@@ -70,7 +71,7 @@ def test_a_run_that_fails_does_not_end_the_hold(tmp_path):
 def test_a_signal_ends_the_hold(tmp_path):
     began = time.monotonic()
     texts, _ = held_for(tmp_path / "run", 30, meanwhile=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < patience.PROCESS
     assert len(texts) == 2
 
 
@@ -78,7 +79,7 @@ def test_every_signal_reaches_the_run_in_the_nodes(tmp_path):
     """A warning makes the run save a checkpoint, which may take an hour; the TERM after it must not wait for that."""
     other = tmp_path / "other"
     private_folder(other)
-    never = stub("train", "import time; time.sleep(600)", deadline_s=600)
+    never = stub("train", "import time; time.sleep(3600)", deadline_s=patience.TRAINING)
     make_plan(other, [preflight(other, 1), never])
 
     def warn_then_end() -> None:
@@ -96,7 +97,7 @@ def test_every_signal_reaches_the_run_in_the_nodes(tmp_path):
 
 
 def wait_for_event(run: Path, kind: str, stage: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience.PROCESS
     while not any(event.kind == kind and event.stage == stage for event in read_events(run)):
         assert time.monotonic() < deadline, f"no {kind} of {stage}"
         time.sleep(0.05)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import patience
 from tests.support.launch_stub import folder, make_plan, stub
 from vime.run.journal import read_events
 
@@ -26,7 +27,7 @@ def test_the_same_conversion_is_made_once(tmp_path: Path) -> None:
     plans = [make_plan(tmp_path / name, [stage]) for name in ("one", "two")]
     env = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     runs = [subprocess.Popen([sys.executable, "-c", RUN, plan.run_dir], env=env) for plan in plans]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert [run.wait(timeout=patience.PROCESS) for run in runs] == [0, 0]
     assert count.read_text() == "made\n"
     kinds = sorted(event.kind for plan in plans for event in read_events(plan.run_dir) if event.stage == "cast")
     assert kinds == ["stage-end", "stage-skip", "stage-start"]

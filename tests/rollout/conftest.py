@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 
 
@@ -17,8 +18,9 @@ def sums(tmp_path):
     def make(*flags: str, nodes: int = 1):
         base = ("--prompt-data", str(path), "--rm-type", "reward_plugins:right", "--rollout-batch-size", "6")
         base += ("--over-sampling-batch-size", "8", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "8")
-        base += ("--num-steps-per-rollout", "1", "--eval-prompt-data", "sums", str(path), "--rollout-timeout", "20")
+        base += ("--num-steps-per-rollout", "1", "--eval-prompt-data", "sums", str(path))
         base += ("--dynamic-sampling-filter-path", "none", "--no-rollout-shuffle")
+        base += ("--rollout-timeout", str(patience.ANSWER))
         return plan_of("tiny-qwen3", *base, *flags, nodes=nodes, run_dir=tmp_path)
 
     return make

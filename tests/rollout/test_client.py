@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.support import patience
 from tests.support.stub_engine import KEY, StubEngine, answer_of, choice, encode
 from vime.rollout.client import (
     UNVERSIONED,
@@ -28,7 +29,7 @@ def sample() -> Sample:
 
 async def test_an_answer_becomes_tokens_logprobs_and_weight_versions_of_a_sample():
     async with StubEngine(version="7") as engine, EngineClient(engine.url, KEY) as client:
-        generated = await client.generate(encode("3+4="), SETTINGS, deadline_s=5, data_parallel_rank=3)
+        generated = await client.generate(encode("3+4="), SETTINGS, deadline_s=patience.MOMENT, data_parallel_rank=3)
     it = sample()
     generated.append_to(it)
     assert it.response_ids == answer_of(encode("3+4="))
@@ -44,7 +45,9 @@ async def test_an_answer_becomes_tokens_logprobs_and_weight_versions_of_a_sample
 
 async def test_no_more_requests_than_the_concurrency_are_under_way():
     async with StubEngine(tokens_per_s=40) as engine, EngineClient(engine.url, KEY, concurrency=4) as client:
-        await asyncio.gather(*(client.generate(encode("1+1="), SETTINGS, deadline_s=5) for _ in range(20)))
+        await asyncio.gather(
+            *(client.generate(encode("1+1="), SETTINGS, deadline_s=patience.MOMENT) for _ in range(20))
+        )
     assert len(engine.requests) == 20
     assert engine.most_at_once == 4
 
@@ -82,7 +85,7 @@ async def test_an_engine_that_is_not_there_is_unreachable_and_a_wrong_key_is_ref
             with pytest.raises(EngineStatus, match="401"):
                 await client.weight_info()
         await engine.die()
-        async with EngineClient(engine.url, KEY, deadlines=RequestDeadlines(control=2)) as client:
+        async with EngineClient(engine.url, KEY, deadlines=RequestDeadlines(control=patience.STUB)) as client:
             with pytest.raises(EngineUnreachable):
                 await client.pause()
 
@@ -90,7 +93,7 @@ async def test_an_engine_that_is_not_there_is_unreachable_and_a_wrong_key_is_ref
 async def test_the_key_is_never_part_of_an_error():
     async with StubEngine(fault=lambda *_: 500) as engine, EngineClient(engine.url, KEY) as client:
         with pytest.raises(EngineStatus) as caught:
-            await client.generate(encode("1+1="), SETTINGS, deadline_s=1)
+            await client.generate(encode("1+1="), SETTINGS, deadline_s=patience.STUB)
     assert KEY not in str(caught.value)
     assert KEY not in repr(client)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support import patience
 from tests.support.stub_engine import CharacterTokenizer
 from vime.data.rows import Columns
 from vime.errors import BadInput, DataError
@@ -175,7 +176,7 @@ def test_a_checkpoints_own_tokenizer_gives_its_own_ids_once_it_is_trusted(tmp_pa
         load_tokenizer(folder)
     env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", LOAD_OWN, str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=patience.GROUP)
     assert done.stdout.strip() == "[3, 5]", done.stderr
 
 

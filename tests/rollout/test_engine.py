@@ -17,6 +17,7 @@ from statistics import fmean
 import aiohttp
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from tests.support.reference_log_probs import reference_log_probs
 from vime.errors import DeadlineExceeded
@@ -30,7 +31,6 @@ from vime.samples import Status
 pytestmark = pytest.mark.e2e
 
 KEY = "a-key-of-this-run"
-READY_SECONDS = 180
 PROMPT = [6, 7, 8, 16, 9, 20]
 
 
@@ -82,7 +82,7 @@ def engine(base, tmp_path_factory):
     shared = set(os.listdir("/dev/shm"))
     server.start()
     try:
-        server.wait_ready(READY_SECONDS)
+        server.wait_ready(patience.ENGINE)
         yield server, plan
     finally:
         group, scratch = server.pid, server._scratch
@@ -111,7 +111,10 @@ async def test_logprobs_agree_with_transformers_within_5_hundredths_of_a_nat(eng
     server, _ = engine
     async with EngineClient(server.command.url, KEY) as client:
         answers = await asyncio.gather(
-            *(client.generate(PROMPT, SamplingSettings(24, temperature=t), deadline_s=60) for t in (1.0, 1.0, 0.5))
+            *(
+                client.generate(PROMPT, SamplingSettings(24, temperature=t), deadline_s=patience.ANSWER)
+                for t in (1.0, 1.0, 0.5)
+            )
         )
     scored = [(PROMPT, answer.token_ids, t) for answer, t in zip(answers, (1.0, 1.0, 0.5), strict=True)]
     for wanted, answer in zip(reference_log_probs(base / "tiny-deepseek-r1-bf16", scored), answers, strict=True):
@@ -126,10 +129,10 @@ async def test_logprobs_are_over_all_tokens_whatever_part_is_drawn_from(base, tm
     server = EngineServer(plan, binding, 0, 0, KEY)
     server.start()
     try:
-        server.wait_ready(READY_SECONDS)
+        server.wait_ready(patience.ENGINE)
         async with EngineClient(server.command.url, KEY) as client:
             settings = replace(plan.recipe.sampling, max_tokens=24)
-            answer = await client.generate(PROMPT, settings, deadline_s=60)
+            answer = await client.generate(PROMPT, settings, deadline_s=patience.ANSWER)
     finally:
         server.stop()
     [wanted] = reference_log_probs(base / "tiny-deepseek-r1-bf16", [(PROMPT, answer.token_ids, 1.0)])
@@ -175,7 +178,7 @@ async def test_a_pause_keeps_requests_and_an_abort_returns_their_tokens(engine):
         async def until_whole():
             # Random weights end an answer by chance; ask until one was long enough to be paused in.
             while True:
-                answer = await client.generate(PROMPT, endless, deadline_s=60)
+                answer = await client.generate(PROMPT, endless, deadline_s=patience.ANSWER)
                 if len(answer.token_ids) > 5:
                     return answer
 
@@ -188,7 +191,7 @@ async def test_a_pause_keeps_requests_and_an_abort_returns_their_tokens(engine):
         assert (await kept).finish_reason in ("stop", "length")
 
         await client.pause("keep")
-        frozen = [asyncio.create_task(client.generate(PROMPT, endless, deadline_s=60)) for _ in range(4)]
+        frozen = [asyncio.create_task(client.generate(PROMPT, endless, deadline_s=patience.ANSWER)) for _ in range(4)]
         await asyncio.sleep(0.5)
         assert await client.abort_all() == 4
         answers = await asyncio.gather(*frozen)
@@ -242,7 +245,7 @@ async def test_an_engine_that_dies_in_a_rollout_is_restarted_and_no_group_is_los
         errors.append((index, type(error).__name__))
         server.stop()
         server.start()
-        await asyncio.to_thread(server.wait_ready, READY_SECONDS)
+        await asyncio.to_thread(server.wait_ready, patience.ENGINE)
 
     client = EngineClient(server.command.url, KEY, concurrency=64)
     async with client, Sampler(plan, [client], recover=recover) as sampler:
@@ -268,7 +271,7 @@ def test_another_server_on_the_port_is_not_taken_for_the_engine(engine, base, tm
     server.start()
     try:
         with pytest.raises((EngineFailed, DeadlineExceeded), match=r"another server answers|exited with 1"):
-            server.wait_ready(60)
+            server.wait_ready(patience.ENGINE)
     finally:
         server.stop()
 
@@ -279,7 +282,7 @@ def test_a_checkpoint_that_is_not_there_is_named_by_the_engines_last_words(base,
     server.start()
     try:
         with pytest.raises(EngineFailed, match=r"exited with 1 before it was ready: .*none"):
-            server.wait_ready(READY_SECONDS)
+            server.wait_ready(patience.ENGINE)
     finally:
         server.stop()
 
@@ -302,9 +305,9 @@ from vime.run.folder import read_binding, read_plan
 from vime.rollout.engine import EngineServer
 server = EngineServer(read_plan(sys.argv[1]), read_binding(sys.argv[1]), 0, 0, "key")
 server.start()
-server.wait_ready(180)
+server.wait_ready(float(sys.argv[2]))
 print(server.pid, flush=True)
-time.sleep(600)
+time.sleep(3600)
 """
 
 
@@ -312,7 +315,9 @@ def test_a_server_ends_with_the_process_that_started_it(base, tmp_path):
     plan, binding = plan_and_binding(base, tmp_path, port_offset=100)
     write_plan(plan)
     write_binding(tmp_path, binding)
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path), str(patience.ENGINE)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert owner.stdout is not None
         group = int(owner.stdout.readline())
@@ -320,7 +325,7 @@ def test_a_server_ends_with_the_process_that_started_it(base, tmp_path):
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-    end = time.monotonic() + 30
+    end = time.monotonic() + patience.PROCESS
     while members(group) and time.monotonic() < end:
         time.sleep(0.2)
     assert members(group) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from tests.support import patience
 from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine
 from vime.rollout import evaluator
 from vime.rollout.client import EngineClient, RequestDeadlines
@@ -13,7 +14,7 @@ from vime.rollout.sampler import Sampler
 
 async def values_of(engine, make):
     async with contextlib.AsyncExitStack() as stack:
-        client = EngineClient(engine.url, KEY, concurrency=64, deadlines=RequestDeadlines(control=2))
+        client = EngineClient(engine.url, KEY, concurrency=64, deadlines=RequestDeadlines(control=patience.STUB))
         maker = make(await stack.enter_async_context(client))
         return await (await stack.enter_async_context(maker)).evaluate(3)
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.support import patience
 from tests.support.stub_engine import END, KEY, CharacterTokenizer, StubEngine, answer_of, encode
 from vime.errors import BadInput, Cause, DataError, VimeError
 from vime.rollout.client import EngineClient, EngineStatus, EngineTimeout, RequestDeadlines
@@ -13,8 +14,8 @@ from vime.rollout.dispatch import Patience
 from vime.rollout.sampler import Sampler
 from vime.samples import Status
 
-IMPATIENT = Patience(recovery=20.0, stall=0.3, watch=0.1, abort=20.0)
-PATIENT = Patience(recovery=20.0, abort=20.0)
+IMPATIENT = Patience(recovery=patience.ANSWER, stall=0.3, watch=0.1, abort=patience.ANSWER)
+PATIENT = Patience(recovery=patience.ANSWER, abort=patience.ANSWER)
 
 
 def sometimes_wrong(token_ids, number):
@@ -23,13 +24,15 @@ def sometimes_wrong(token_ids, number):
 
 
 @contextlib.asynccontextmanager
-async def sampler_of(plan, *engines, patience=PATIENT, concurrency=64, recover=None):
+async def sampler_of(plan, *engines, waits=PATIENT, concurrency=64, recover=None):
     async with contextlib.AsyncExitStack() as stack:
         clients = []
         for engine in engines:
-            client = EngineClient(engine.url, KEY, concurrency=concurrency, deadlines=RequestDeadlines(control=2))
+            client = EngineClient(
+                engine.url, KEY, concurrency=concurrency, deadlines=RequestDeadlines(control=patience.STUB)
+            )
             clients.append(await stack.enter_async_context(client))
-        sampler = Sampler(plan, clients, recover=recover, patience=patience, tokenizer=CharacterTokenizer())
+        sampler = Sampler(plan, clients, recover=recover, patience=waits, tokenizer=CharacterTokenizer())
         yield await stack.enter_async_context(sampler)
 
 
@@ -255,7 +258,7 @@ async def test_a_faulty_engine_changes_nothing_about_the_finished_groups(sums, f
     async with (
         StubEngine(fault=nth({1, 2, 9, 17}, fault), tokens_per_s=200) as first,
         StubEngine(tokens_per_s=200) as second,
-        sampler_of(sums(*flags, nodes=2), first, second, patience=IMPATIENT) as sampler,
+        sampler_of(sums(*flags, nodes=2), first, second, waits=IMPATIENT) as sampler,
     ):
         rollout = await sampler.generate(0)
     assert_whole(rollout)
@@ -303,9 +306,9 @@ async def test_the_time_limit_of_a_rollout_does_not_count_the_recovery_of_an_eng
 
 
 async def test_a_rollout_that_an_engine_holds_up_names_it_and_blames_no_data(sums):
-    patience = Patience(recovery=20.0, stall=60.0, watch=0.1, abort=20.0)
+    waits = Patience(recovery=patience.ANSWER, stall=patience.ANSWER, watch=0.1, abort=patience.ANSWER)
     slow = sums("--rollout-timeout", "2")
-    async with StubEngine(fault=lambda *_: "hang") as engine, sampler_of(slow, engine, patience=patience) as sampler:
+    async with StubEngine(fault=lambda *_: "hang") as engine, sampler_of(slow, engine, waits=waits) as sampler:
         with pytest.raises(EngineTimeout, match=r"no token from engine 0 \(\d s\), within the limit of 2 s") as failure:
             await sampler.generate(0)
     assert failure.value.cause is Cause.CRASH
@@ -330,8 +333,8 @@ async def test_engines_with_different_weights_are_refused_before_a_rollout(sums)
 
 
 async def test_an_engine_that_never_recovers_ends_the_run_with_its_failure(sums):
-    patience = Patience(recovery=0.5)
-    async with StubEngine(fault=lambda *_: "reset") as engine, sampler_of(sums(), engine, patience=patience) as sampler:
+    waits = Patience(recovery=0.5)
+    async with StubEngine(fault=lambda *_: "reset") as engine, sampler_of(sums(), engine, waits=waits) as sampler:
 
         async def die():
             await engine.has_requests(1)

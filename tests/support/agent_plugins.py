@@ -65,7 +65,7 @@ async def dies_on_seven(session, sample):
 async def blocks_on_seven(session, sample):
     await session.generate()
     if sample.label == "7":
-        time.sleep(60)  # noqa: ASYNC251 -- the point of the test
+        time.sleep(3600)  # noqa: ASYNC251 -- the point of the test
 
 
 async def always_fails(session, sample):

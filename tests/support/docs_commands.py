@@ -22,6 +22,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import patience
+
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 KINDS = ("", "run", "cluster", "tiny", "slurm", "gpus", "install", "network", "suite")
@@ -65,7 +67,7 @@ def person(home: Path, **more: str) -> dict[str, str]:
     return {**base, **more}
 
 
-def run(text: str, env: dict[str, str], *, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run(text: str, env: dict[str, str], *, limit_s: float = patience.PROCESS) -> subprocess.CompletedProcess[str]:
     """A block as one script, ended at its first failure."""
     script = f"set -euo pipefail\n{text}"
     return subprocess.run(["bash", "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)

@@ -15,11 +15,10 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from tests.support import patience
 from vime.rollout.client import EngineClient, EngineError, SamplingSettings
 from vime.rollout.command import MODEL_NAME
 from vime.rollout.guard import KEY_VARIABLE
-
-START_SECONDS = 600.0
 
 
 @contextlib.asynccontextmanager
@@ -56,19 +55,19 @@ async def engine(
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(patience.PROCESS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 async def _ready(client: EngineClient, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + patience.ENGINE
     while True:
         assert process.poll() is None, f"the engine ended: {log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, f"the engine is not ready: {log.read_text()[-3000:]}"
         try:
-            await client.generate([1, 2, 3], SamplingSettings(max_tokens=1), deadline_s=60)
+            await client.generate([1, 2, 3], SamplingSettings(max_tokens=1), deadline_s=patience.ANSWER)
         except EngineError:
             await asyncio.sleep(0.5)
         else:
@@ -80,6 +79,9 @@ async def log_probs(
 ) -> tuple[list[int], list[float]]:
     """Greedy tokens and their log-probs, from one data-parallel replica if it is given."""
     answer = await client.generate(
-        prompt, SamplingSettings(max_tokens=tokens, temperature=0.0), deadline_s=60, data_parallel_rank=replica
+        prompt,
+        SamplingSettings(max_tokens=tokens, temperature=0.0),
+        deadline_s=patience.ANSWER,
+        data_parallel_rank=replica,
     )
     return answer.token_ids, answer.log_probs

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support import patience
+
 PROMPTS = [[2, 9, 16, 8, 17, 3], [2, 7, 7, 16, 12, 17, 3]]
 TOKENS = 6
 SPECULATION = {"method": "mtp", "num_speculative_tokens": 1}
@@ -23,7 +25,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-START_SECONDS = 600.0
 
 
 def load(folder: str, *, speculate: bool = False) -> Any:
@@ -60,7 +61,7 @@ async def fresh(folder: Path, *options: str) -> dict[str, Any]:
             env={**os.environ, **ENVIRONMENT}, cwd=Path(__file__).parents[2], stdout=stream, stderr=stream,
         )  # fmt: skip
         try:
-            code = await asyncio.wait_for(process.wait(), START_SECONDS)
+            code = await asyncio.wait_for(process.wait(), patience.ENGINE)
         finally:
             if process.returncode is None:
                 process.kill()

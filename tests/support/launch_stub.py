@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support import patience
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe, ResourceOptions
 from vime.run.folder import write_plan
@@ -30,10 +32,10 @@ PORTS = Ports(
 
 def preflight(run_dir: Path, nodes: int) -> Stage:
     command = ("-m", "vime.node.preflight", "--run", str(run_dir))
-    return Stage(name="preflight", nodes=tuple(range(nodes)), command=command, deadline_s=60)
+    return Stage(name="preflight", nodes=tuple(range(nodes)), command=command, deadline_s=patience.PROCESS)
 
 
-def ray_stages(run_dir: Path, nodes: int, deadline_s: float = 240) -> list[Stage]:
+def ray_stages(run_dir: Path, nodes: int, deadline_s: float = patience.JOB) -> list[Stage]:
     """The services as the planner makes them."""
     command = ("-m", "vime.node.ray_node", "--run", str(run_dir))
     head = Stage(name="ray-head", nodes=(0,), command=(*command, "--head"), service=True, deadline_s=deadline_s)
@@ -46,14 +48,19 @@ def ray_stages(run_dir: Path, nodes: int, deadline_s: float = 240) -> list[Stage
     ]
 
 
-def stub(name: str, code: str, *, nodes: Sequence[int] = (0,), deadline_s: float = 60, **options: Any) -> Stage:
+def stub(
+    name: str, code: str, *, nodes: Sequence[int] = (0,), deadline_s: float = patience.PROCESS, **options: Any
+) -> Stage:
     """A stage that runs a piece of Python. One named `train` saves the run's checkpoints, as far as its plan says."""
     if name == "train":
         options.setdefault("outputs", (Artefact(name="checkpoints", path="", kind="run"),))
     return Stage(name=name, nodes=tuple(nodes), command=("-c", code), deadline_s=deadline_s, **options)
 
 
-READY = "from vime.run.messages import report; import time; report('ready'); time.sleep(600)"
+MINUTES = math.ceil(10 * patience.SCALE)
+"""Time limit of a job of stub stages."""
+
+READY = "from vime.run.messages import report; import time; report('ready'); time.sleep(3600)"
 """A service that is ready at once and stays."""
 
 
@@ -72,7 +79,13 @@ def make_plan(
     **options: Any,
 ) -> Plan:
     """A plan of these stages, written to its run folder."""
-    settings = {"exclusive": False, "mem": None, "gpu_request": "none", "time_limit_minutes": 10, **(cluster or {})}
+    settings = {
+        "exclusive": False,
+        "mem": None,
+        "gpu_request": "none",
+        "time_limit_minutes": MINUTES,
+        **(cluster or {}),
+    }
     plan = Plan(
         run_name=run_dir.name,
         run_dir=str(run_dir),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support import patience
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,7 +24,7 @@ class BaseFolder:
     def fill(self) -> None:
         """The checkpoint and the data that quickstart.sh makes; nothing where it has made them already."""
         argv = [sys.executable, "tools/make_tiny_checkpoint.py", "--output-dir", str(self.path), "--seed", "0"]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=patience.TRAINING)
         assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -17,8 +17,14 @@ Scored = tuple[Sequence[int], Sequence[int], float]
 
 def reference_log_probs(folder: Path, scored: Sequence[Scored]) -> list[list[float]]:
     """Of every response its tokens' log-probs in fp32."""
+    from tests.support import patience  # the script has no path to it
+
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], input=json.dumps(scored), capture_output=True, text=True, timeout=200
+        [sys.executable, __file__, str(folder)],
+        input=json.dumps(scored),
+        capture_output=True,
+        text=True,
+        timeout=patience.GROUP,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -29,7 +29,7 @@ def hangs_on_seven(sample):
 def hangs_deaf(sample):
     if sample.label == "7":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        time.sleep(60)
+        time.sleep(3600)
     return right(sample)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import patience
 from vime.node.leftovers import OWNER
 from vime.run.journal import Event, read_events
 from vime.slurm import queue as slurm
@@ -29,7 +30,7 @@ class DevCluster:
     nodes: int
 
     def call(self, *words: str) -> str:
-        done = subprocess.run([DEVCLUSTER, *words], capture_output=True, text=True, timeout=180)
+        done = subprocess.run([DEVCLUSTER, *words], capture_output=True, text=True, timeout=patience.GROUP)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -39,7 +40,7 @@ class DevCluster:
 
     def on_node(self, node: int, *words: str) -> str:
         """Output of a program on a node."""
-        done = subprocess.run([*self.enter(node), *words], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*self.enter(node), *words], capture_output=True, text=True, timeout=patience.PROCESS)
         return done.stdout
 
     def assert_nothing_is_left(self, job: str, run_dir: Path, *, but_on: int | None = None) -> None:
@@ -51,7 +52,7 @@ class DevCluster:
         )
         for node in set(range(self.nodes)) - {but_on}:
             left = lambda node=node: self.on_node(node, "sh", "-c", look)  # noqa: E731
-            wait_until(lambda left=left: not left(), 20, lambda left=left: f"left on a node: {left()}")
+            wait_until(lambda left=left: not left(), patience.NOTICE, lambda left=left: f"left on a node: {left()}")
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: Callable[[], str] = lambda: "") -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime.run.journal import Event, read_events
@@ -37,7 +38,7 @@ report("result")
 """
 """Saves a checkpoint and then does something; in a later start it finds the checkpoint and ends well."""
 
-HANG = "time.sleep(600)"
+HANG = "time.sleep(3600)"
 
 
 def node_name(node: int) -> str:
@@ -64,7 +65,7 @@ class Scene:
         """Submits a run of these stages after preflight; the job's id."""
         nodes = nodes or self.nodes
         # Several runs may start at once on few cores.
-        first = preflight(self.run_dir, nodes).model_copy(update={"deadline_s": 120})
+        first = preflight(self.run_dir, nodes).model_copy(update={"deadline_s": patience.GROUP})
         plan = make_plan(self.run_dir, [first, *stages], nodes=nodes, kind="slurm", **options)
         self.job = submit(plan)
         return self.job
@@ -76,14 +77,16 @@ class Scene:
 
     def training(self, then: str = HANG) -> Stage:
         folder = str(self.run_dir / "checkpoints")
-        return stub("train", TRAINING.format(folder=folder, saved=SAVED, then=then), deadline_s=300, tells_end=True)
+        return stub(
+            "train", TRAINING.format(folder=folder, saved=SAVED, then=then), deadline_s=patience.JOB, tells_end=True
+        )
 
     def start_training(self, *, then: str = HANG, nodes: int | None = None, **options: Any) -> None:
         """A run whose training has saved a checkpoint."""
         self.start(*self.services(nodes), self.training(then), nodes=nodes, **options)
         self.until_said("train", "training")
 
-    def until_said(self, stage: str, text: str, seconds: float = 150) -> None:
+    def until_said(self, stage: str, text: str, seconds: float = patience.JOB) -> None:
         log = self.run_dir / "logs" / stage / "node00.log"
         wait_until(lambda: log.exists() and text in log.read_text(), seconds, lambda: str(self.events()[-3:]))
 
@@ -119,9 +122,9 @@ class Scene:
         with image.open("wb") as file:
             file.truncate(16 * 2**20)
         folder.mkdir()
-        subprocess.run(["mkfs.ext4", "-q", image], check=True, timeout=30)
-        subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, folder], check=True, timeout=30)
-        self._mend.append(lambda: subprocess.run(["umount", folder], check=True, timeout=30))
+        subprocess.run(["mkfs.ext4", "-q", image], check=True, timeout=patience.PROCESS)
+        subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, folder], check=True, timeout=patience.PROCESS)
+        self._mend.append(lambda: subprocess.run(["umount", folder], check=True, timeout=patience.PROCESS))
         device = subprocess.run(["findmnt", "-no", "SOURCE", folder], capture_output=True, text=True).stdout.strip()
         for node in range(self.nodes):
             self.on_node(node, "mount", device, str(folder), mend=("umount", str(folder)))
@@ -132,8 +135,8 @@ class Scene:
         undo = ("tc", "qdisc", "del", "dev", "eth0", "root")
         self.on_node(node, "tc", "qdisc", "add", "dev", "eth0", *shape, mend=undo)
         far = f"vdc{node + 1}"
-        subprocess.run(["tc", "qdisc", "add", "dev", far, *shape], check=True, timeout=30)
-        self._mend.append(lambda: subprocess.run(["tc", "qdisc", "del", "dev", far, "root"], timeout=30))
+        subprocess.run(["tc", "qdisc", "add", "dev", far, *shape], check=True, timeout=patience.PROCESS)
+        self._mend.append(lambda: subprocess.run(["tc", "qdisc", "del", "dev", far, "root"], timeout=patience.PROCESS))
 
     def listen(self, node: int, ports: Sequence[int]) -> None:
         """Takes ports on a node."""
@@ -172,12 +175,12 @@ class Scene:
         assert text in end.text
         assert end.data["requeued"] is requeued, end
         if not requeued:
-            assert self.slurm_state(60) in ("FAILED", "CANCELLED")
+            assert self.slurm_state(patience.SLURM) in ("FAILED", "CANCELLED")
             assert self.events()[-1] == end
             self.nothing_is_left()
         return end
 
-    def goes_on(self, within_s: float = 150, *, left_out: int | None = None) -> None:
+    def goes_on(self, within_s: float = patience.JOB, *, left_out: int | None = None) -> None:
         """The requeued job runs again from what was saved, and ends well, without coming to the node `left_out`."""
         assert self.slurm_state(within_s) == "COMPLETED", self.events()[-1]
         end = self.events()[-1]
@@ -208,7 +211,7 @@ class Scene:
         self.mend()
         self.cluster.call("up", "--nodes", str(self.nodes))
         if self.job:
-            wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), 60)
+            wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), patience.SLURM)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.support import patience
 from tests.support.slurm_cluster import DevCluster, wait_for_event, wait_until
 from tests.support.slurm_scene import Scene, node_name
 from tests.support.small_base import ROOT, write_qwen3
@@ -30,10 +31,8 @@ FLAGS = (
     *("--num-rollout", "3000", "--save-interval", "1", "--eval-interval", "none", "--conversion", "direct"),
     *("--rollout-batch-size", "8", "--over-sampling-batch-size", "8", "--n-samples-per-prompt", "4"),
     *("--num-steps-per-rollout", "1", "--dynamic-sampling-filter-path", "none"),
-    *("--no-colocate", "--rollout-num-gpus", "1"),
+    *("--no-colocate", "--rollout-num-gpus", "1", "--rollout-timeout", str(patience.GROUP)),
 )
-START_S = float(os.environ.get("VIME_TEST_START_S", "600"))
-"""Until a start has trained a rollout, on two cores that are not idle."""
 
 
 class Training(Scene):
@@ -75,7 +74,7 @@ class Training(Scene):
     def trains_from(self, rollout_id: int) -> None:
         """The next attempt lives and trains, first on this rollout."""
         begin = time.monotonic()
-        wait_until(self._lives, START_S, lambda: slurm.call("squeue"))
+        wait_until(self._lives, patience.TRAINING, lambda: slurm.call("squeue"))
         self._trains()
         log = (self.run_dir / "logs" / "train" / "node00.log").read_text(errors="replace")
         first = int(log.rpartition("first rollout ")[2].split()[0])
@@ -91,11 +90,11 @@ class Training(Scene):
 
     def _submit(self) -> None:
         if self.job:
-            wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), 120)
+            wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), patience.JOB)
         env = {**os.environ, "BASE_DIR": str(self._base), "XDG_STATE_HOME": str(self._base / "state")}
         argv = [sys.executable, "-m", "vime.submit", "--recipe", "tiny-qwen3", "--nodes", str(NODES)]
         argv += ["--spares", str(self._spares), "--time", "7-0", "--run-name", self.run_dir.name, "--", *FLAGS]
-        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=patience.GROUP)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         self.job = read_jobs(self.run_dir)[-1].job_id
 
@@ -109,7 +108,7 @@ class Training(Scene):
             assert self.ends_so_far() == ends, self.events()[-1]
             return self._lives() and self.saved() >= seen + 2
 
-        wait_until(on, START_S, lambda: f"start {starts}, checkpoint {self.saved()}: {self.events()[-1:]}")
+        wait_until(on, patience.TRAINING, lambda: f"start {starts}, checkpoint {self.saved()}: {self.events()[-1:]}")
 
     def node_of(self, index: int) -> int:
         """Number of the cluster's node that is bound to a node of the plan."""
@@ -164,4 +163,4 @@ class Training(Scene):
         if self.job:
             with contextlib.suppress(VimeError):
                 slurm.cancel(self.job)
-            wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), 120)
+            wait_until(lambda: not slurm.call("squeue", "-h", "-j", self.job).strip(), patience.JOB)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,7 @@ def start_run(base: Path, name: str, *flags: str, nodes: int = 1, log: Path) -> 
     """`python -m vime.submit --cluster local --recipe tiny-qwen3`, under way; its output goes to the log."""
     env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
     command = [sys.executable, "-m", "vime.submit", "--cluster", "local", "--recipe", "tiny-qwen3"]
-    command += ["--nodes", str(nodes), "--run-name", name, "--base-dir", str(base), "--", *flags]
+    command += ["--nodes", str(nodes), "--run-name", name, "--base-dir", str(base), "--"]
+    command += ["--rollout-timeout", str(patience.GROUP), *flags]
     with log.open("wb") as output:
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)

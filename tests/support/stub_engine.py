@@ -12,6 +12,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.support import patience
+
 END = 0
 KEY = "secret"
 
@@ -81,7 +83,7 @@ class StubEngine:
     async def has_requests(self, count: int) -> None:
         """Wait until so many requests have come in."""
         async with self._arrival:
-            await asyncio.wait_for(self._arrival.wait_for(lambda: len(self.requests) >= count), 60)
+            await asyncio.wait_for(self._arrival.wait_for(lambda: len(self.requests) >= count), patience.PROCESS)
 
     def release(self) -> None:
         """Answer what was held."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tests.support import patience
 from tests.support.tiny_hf import DEEPSEEK, with_fp8
 from vime.errors import DeadlineExceeded
 from vime.models.config import ModelConfig
@@ -66,7 +67,7 @@ class FakeEngine:
             await asyncio.sleep(0.001)
             if self.fails_at == (method, bucket):
                 if self.hangs:
-                    await asyncio.sleep(30)
+                    await asyncio.sleep(3600)
                 raise EngineStatus(f"POST /{method} answered 500", 500)
             return self.sums.pop(0) if method == "checksums" else None
 
@@ -74,7 +75,7 @@ class FakeEngine:
 
 
 def session(
-    engines: Sequence[EnginePlan], *, draft: bool = False, deadline: float = 5.0
+    engines: Sequence[EnginePlan], *, draft: bool = False, deadline: float = patience.MOMENT
 ) -> tuple[Session, FakeTrainer, list[FakeEngine], list[tuple[str, Any]]]:
     journal: list[tuple[str, Any]] = []
     receivers = receivers_of(CONFIG, [0, 1], engines)

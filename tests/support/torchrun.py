@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import patience
+
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf_to_torch_dist.py"
 
 
 def torchrun(processes: int, *command: str) -> None:
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*runner, *command], env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [*runner, *command], env=env, capture_output=True, text=True, timeout=patience.GROUP, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from tests.support import patience
 from tests.support.small_models import shards, trained
 from vime.errors import DeadlineExceeded, VimeError
 from vime.models.config import ModelConfig
@@ -73,14 +74,14 @@ class Trainer:
     async def __aexit__(self, *_: object) -> None:
         for process, connection in self._ranks:
             connection.close()
-            process.join(5)
+            process.join(patience.MOMENT)
             process.kill()
 
     async def hold(self, held: Held) -> Schedule:
         """Every rank of the layout makes its shards; the schedule of their syncs."""
         self._active = self._count
         self._held += 1
-        await self._ask(120, "hold", held, str(self._folder / f"ranks{self._held}"))
+        await self._ask(patience.PROCESS, "hold", held, str(self._folder / f"ranks{self._held}"))
         self._active = held.layout.world_size
         return held.schedule()
 

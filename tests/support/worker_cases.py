@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 # Ranks that a small layout has no place for wait for its end; who starts them ends them all before this.
-PORT_DEADLINE = 3600
+PORT_DEADLINE = 10 * 3600
 
 
 @dataclass
@@ -68,9 +68,11 @@ def run_cases(
     folder: Path,
     environment: dict[str, str] | None = None,
     *,
-    deadline: float = 280,
+    deadline: float | None = None,
 ) -> dict[str, Result]:
     """Run the cases one after the other in `processes` processes; results by name. `deadline` is in seconds."""
+    from tests.support import patience  # the script has no path to it
+
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "cases.json"
     file.write_text(json.dumps([asdict(case) for case in cases]))
@@ -87,7 +89,7 @@ def run_cases(
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = wait_for_all(started, deadline)
+        codes = wait_for_all(started, patience.GROUP if deadline is None else deadline)
     finally:
         for process in started:
             # A killed trainer leaves the helpers of its writer.

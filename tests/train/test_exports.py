@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.plans import plan_of
 from vime.checkpoint.convert import main as convert
 from vime.checkpoint.hf import HFCheckpoint
@@ -36,7 +36,7 @@ def run(base, tmp_path, monkeypatch):
     def make(*flags):
         words = ("--save-interval", "1", "--num-rollout", "9", *flags)
         plan = plan_of("tiny-qwen3", *words, nodes=1, base=base, run_dir=tmp_path / "run")
-        return Exports(plan, deadline_s=200), tmp_path / "run", told
+        return Exports(plan, deadline_s=patience.GROUP), tmp_path / "run", told
 
     return make
 
@@ -48,7 +48,7 @@ def save(base, run, number):
 async def finished(it):
     working = asyncio.create_task(it.run())
     try:
-        await asyncio.wait_for(it.finish(), 200)
+        await asyncio.wait_for(it.finish(), patience.GROUP)
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)

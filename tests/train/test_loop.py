@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from vime.run.folder import write_plan
 from vime.run.left_out import left_out
@@ -118,7 +119,7 @@ async def test_with_gpus_of_their_own_engines_generate_the_next_rollout_while_on
         return rollout
 
     it.generate = generate
-    await asyncio.wait_for(it.loop.run(0), 10)
+    await asyncio.wait_for(it.loop.run(0), patience.MOMENT)
     assert it.journal.index("generated 1") < it.journal.index("trained 0")
 
 
@@ -177,12 +178,12 @@ async def test_what_was_written_in_the_background_is_published_between_the_train
     it.trainable.clear()
     task = asyncio.create_task(it.loop.publish_saves())
     run = asyncio.create_task(it.loop.run(0))
-    await asyncio.wait_for(it.training.wait(), 10)
+    await asyncio.wait_for(it.training.wait(), patience.MOMENT)
     assert "poll" in it.journal[: it.journal.index("to trainer")]
     await asyncio.sleep(0.02)
     assert it.journal[-1] == "train 0"
     it.trainable.set()
-    await asyncio.wait_for(run, 10)
+    await asyncio.wait_for(run, patience.MOMENT)
     task.cancel()
 
 

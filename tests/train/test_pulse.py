@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from tests.support.single import free_port
 from vime.errors import Cause
@@ -153,7 +154,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _beating(watch: Pulse) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + patience.GROUP
     while len(watch._look(0.0)) < 2:
         assert time.monotonic() < end, "no sign of life"
         time.sleep(0.1)
@@ -164,7 +165,7 @@ def test_a_stopped_process_is_found_while_the_other_waits_for_it_in_a_collective
     _beating(watch)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     with pytest.raises(RankStuck, match=r"rank 1: gave no sign of life for \d+ s in phase train") as raised:
-        asyncio.run(asyncio.wait_for(watch.watch(), 60))
+        asyncio.run(asyncio.wait_for(watch.watch(), patience.PROCESS))
     assert raised.value.rank == 1
     assert "all_reduce" in (folder / "rank-0.log").read_text()
     assert (folder / "rank-1.log").read_text() == ""
@@ -174,7 +175,7 @@ def test_a_rank_that_does_not_come_to_a_collective_is_found(watched: Any) -> Non
     watch, _, folder = watched(hangs=1)
     _beating(watch)
     with pytest.raises(RankStuck, match=r"no rank made progress for .* in phase train") as raised:
-        asyncio.run(asyncio.wait_for(watch.watch(), 120))
+        asyncio.run(asyncio.wait_for(watch.watch(), patience.PROCESS))
     assert raised.value.rank == 1
     assert "all_reduce" in (folder / "rank-0.log").read_text()
     assert "<string>" in (folder / "rank-1.log").read_text()

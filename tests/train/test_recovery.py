@@ -9,6 +9,7 @@ import json
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import engine_plan, plan_of
 from tests.support.stub_engine import KEY, CharacterTokenizer, StubEngine
 from tests.support.sync_session import session
@@ -75,19 +76,21 @@ def prompts(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def world_of(prompts, *stubs, patience=None, flags=()):
+async def world_of(prompts, *stubs, waits=None, flags=()):
     base = ("--prompt-data", str(prompts), "--eval-prompt-data", "sums", str(prompts), "--rm-type", "math")
     base += ("--rollout-batch-size", "12", "--over-sampling-batch-size", "12", "--n-samples-per-prompt", "4")
     base += ("--num-steps-per-rollout", "1", "--dynamic-sampling-filter-path", "none", "--no-rollout-shuffle")
     # GPUs of their own, so that no hand-over takes part.
-    base += ("--no-colocate", "--rollout-num-gpus", "2", "--rollout-timeout", "60")
+    base += ("--no-colocate", "--rollout-num-gpus", "2", "--rollout-timeout", str(patience.PROCESS))
     plan = plan_of("tiny-qwen3", *base, *flags, nodes=3)
     async with contextlib.AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(EngineClient(stub.url, KEY, deadlines=ClientDeadlines(control=2)))
+            await stack.enter_async_context(
+                EngineClient(stub.url, KEY, deadlines=ClientDeadlines(control=patience.STUB))
+            )
             for stub in stubs
         ]
-        world = World(plan, stubs, clients, patience or Patience(recovery=30, abort=30))
+        world = World(plan, stubs, clients, waits or Patience(recovery=patience.ANSWER, abort=patience.ANSWER))
         await stack.enter_async_context(world.sampler)
         yield world
 
@@ -107,7 +110,7 @@ async def test_an_engine_killed_in_a_rollout_comes_back_with_the_weights_of_the_
         round_ = asyncio.create_task(world.sampler.generate(VERSION))
         await a.has_requests(24)
         await a.die()
-        rollout = await asyncio.wait_for(round_, 30)
+        rollout = await asyncio.wait_for(round_, patience.PROCESS)
         await world.sampler.settled()
         assert a.version == str(VERSION)
     assert world.restarts == [0]
@@ -116,15 +119,15 @@ async def test_an_engine_killed_in_a_rollout_comes_back_with_the_weights_of_the_
 
 
 async def test_an_engine_that_hangs_in_a_rollout_is_restarted(prompts):
-    patience = Patience(recovery=30, abort=30, stall=0.5, watch=0.1)
+    waits = Patience(recovery=patience.ANSWER, abort=patience.ANSWER, stall=0.5, watch=0.1)
     async with (
         StubEngine(fault=lambda *_: "hang") as a,
         StubEngine() as b,
-        world_of(prompts, a, b, patience=patience) as world,
+        world_of(prompts, a, b, waits=waits) as world,
     ):
         # Not by a sync first: it would wait for an answer of the engine that hangs.
         await world.run(VERSION)
-        rollout = await asyncio.wait_for(world.sampler.generate(VERSION), 30)
+        rollout = await asyncio.wait_for(world.sampler.generate(VERSION), patience.PROCESS)
         await world.sampler.settled()
     assert world.restarts == [0]
     assert_whole(rollout)
@@ -134,7 +137,7 @@ async def test_a_connection_that_breaks_costs_a_repetition_and_no_restart(prompt
     async with StubEngine() as a, StubEngine() as b, world_of(prompts, a, b) as world:
         await world.supervisor.sync()
         a.fault = lambda number, body: "reset" if number == 4 else None
-        rollout = await asyncio.wait_for(world.sampler.generate(VERSION), 30)
+        rollout = await asyncio.wait_for(world.sampler.generate(VERSION), patience.PROCESS)
         await world.sampler.settled()
     assert world.restarts == []
     assert_whole(rollout)
@@ -153,7 +156,7 @@ async def test_an_engine_that_does_not_come_back_ends_the_run_with_its_failure(p
         world.stays_dead = True
         await a.die()
         with pytest.raises(EngineLost, match=r"engine 0 failed 3 times within one rollout"):
-            await asyncio.wait_for(round_, 30)
+            await asyncio.wait_for(round_, patience.PROCESS)
     assert world.restarts == [0, 0]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import pytest
 from ray.exceptions import RayTaskError
 
+from tests.support import patience
 from tests.support.fake_engine import FakeEngine
 from tests.support.plans import plan_of
 from vime.errors import Cause, DeadlineExceeded, VimeError
@@ -246,7 +247,7 @@ async def test_a_process_that_ended_is_reported(monkeypatch):
     world.ends = [(1, "exited with -9: Killed")]
     reported = asyncio.Queue()
     watch = asyncio.create_task(world.supervisor.watch(lambda engine, error: reported.put_nowait((engine, error))))
-    engine, error = await asyncio.wait_for(reported.get(), 5)
+    engine, error = await asyncio.wait_for(reported.get(), patience.MOMENT)
     watch.cancel()
     assert engine == 1
     assert isinstance(error, VimeError)

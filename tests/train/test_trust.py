@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support import patience
 from tests.support.fake_engine import FakeEngine
 from tests.support.plans import plan_of
 from vime.train.trust import (
@@ -25,7 +26,7 @@ async def trainers(sequences):
 
 async def compare(plan, *clients, version=3):
     return await differences(
-        clients, plan.engines, PROMPTS, probe_settings(plan), trainers, deadline_s=1, version=version
+        clients, plan.engines, PROMPTS, probe_settings(plan), trainers, deadline_s=patience.STUB, version=version
     )
 
 
