@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.small_base import start_run, write_qwen3
 from vime.observe.samples import write_samples
 from vime.run.metrics import read_metrics
@@ -60,7 +61,7 @@ def test_a_run_trains_with_an_estimator_and_a_loss_from_outside(
     flags += ("--eval-interval", "none", "--load-debug-rollout-data", str(tmp_path / "rollouts"))
     flags += ("--advantage-estimator", "stranger:best_of_group", "--policy-loss-type", "stranger:likelihood")
     process = start_run(tmp_path, "plugin", *flags, log=log)
-    assert process.wait(400) == 0, log.read_text()[-4000:]
+    assert process.wait(patience.TRAINING) == 0, log.read_text()[-4000:]
     run = tmp_path / "runs" / "plugin"
     said = "".join(path.read_text() for path in (run / "logs").rglob("*.log"))
     assert "best_of_group of 32 samples" in said

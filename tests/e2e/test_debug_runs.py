@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support import patience
 from tests.support.small_base import start_run, write_qwen3
 from vime.observe.samples import read_rollout
 from vime.run.metrics import read_metrics
@@ -21,7 +22,7 @@ def test_a_rollout_without_a_trainer_is_trained_on_without_engines(tmp_path):
     def run(name, *flags):
         log = tmp_path / f"{name}.log"
         process = start_run(tmp_path, name, *FLAGS, *flags, log=log)
-        assert process.wait(400) == 0, log.read_text()[-4000:]
+        assert process.wait(patience.TRAINING) == 0, log.read_text()[-4000:]
         return tmp_path / "runs" / name
 
     made = run("made", "--debug-rollout-only")

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.docs_commands import ROOT, blocks, person
 from tests.support.main_job import BaseFolder
 from tests.support.slurm_cluster import DevCluster
 
 pytestmark = pytest.mark.e2e
 
-FOLLOWED_S = 15
+FOLLOWED_S = round(patience.MOMENT)
 """Seconds for which a command that follows a run is watched."""
 FOLLOWS = (" -f", " --watch", "vime.attach")
 
 
-def types(command: str, env: dict[str, str], limit_s: float = 300) -> None:
+def types(command: str, env: dict[str, str], limit_s: float = patience.GROUP) -> None:
     """A command of a page; one that follows a run is stopped after a while."""
     follows = any(mark in command for mark in FOLLOWS)
     line = f"timeout {FOLLOWED_S} {command}" if follows else command
@@ -57,7 +58,7 @@ def test_every_command_of_a_cluster_in_the_order_of_the_pages(
     for block in blocks("gpus"):
         for command in block.commands:
             done = subprocess.run(
-                ["bash", "-c", command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60
+                ["bash", "-c", command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=patience.PROCESS
             )
             # Slurm reads a script's options before it looks for nodes: one that it does not know has another error.
             assert "Requested node configuration is not available" in done.stderr, done.stderr

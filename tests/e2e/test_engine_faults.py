@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.slurm_cluster import wait_until
 from tests.support.small_base import start_run, write_qwen3
 from vime.observe.timeline import read_timeline
@@ -57,19 +58,19 @@ def run(tmp_path_factory):
             assert process.poll() is None, log.read_text()[-4000:]
             return any((span.name, span.rollout_id) == (name, rollout) for span in read_timeline(run_dir))
 
-        wait_until(lambda: past("sync", 1), 500, lambda: log.read_text()[-2000:])
+        wait_until(lambda: past("sync", 1), patience.TRAINING, lambda: log.read_text()[-2000:])
         time.sleep(0.3)
         (core,) = engine_cores(base)
         assert not past("generate", 1), "the rollout was over before the engine could be killed"
         os.kill(core, signal.SIGKILL)
-        wait_until(lambda: past("generate", 1), 400, lambda: log.read_text()[-2000:])
+        wait_until(lambda: past("generate", 1), patience.TRAINING, lambda: log.read_text()[-2000:])
         (core,) = engine_cores(base)
         os.kill(core, signal.SIGKILL)
-        assert process.wait(400) == 0, log.read_text()[-6000:]
+        assert process.wait(patience.TRAINING) == 0, log.read_text()[-6000:]
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            process.wait(patience.PROCESS)
     return run_dir, log.read_text()
 
 

@@ -14,6 +14,7 @@ from statistics import fmean
 
 import pytest
 
+from tests.support import patience
 from tests.support.reference_log_probs import reference_log_probs
 from tests.support.slurm_cluster import DevCluster
 from tests.support.small_base import write_qwen3
@@ -26,7 +27,7 @@ from vime.run.plan import Binding, BoundNode
 
 pytestmark = pytest.mark.e2e
 
-READY_SECONDS = "400"
+READY_SECONDS = str(patience.ENGINE)
 PROMPTS = [[6, 7, 8, 16, 9, 20], [3, 4, 5], [9, 9, 9, 9]]
 KEY = "a-key-of-this-run"
 NODE = """
@@ -92,7 +93,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             assert part.stdin is not None
             part.stdin.close()
         for part in parts:
-            part.wait(90)
+            part.wait(patience.PROCESS)
     for entry in entries:
         left = subprocess.run([*entry, "sh", "-c", "ps -eww -o args=; ls /dev/shm"], capture_output=True, text=True)
         assert str(base) not in left.stdout
@@ -108,7 +109,10 @@ async def test_every_rank_answers_with_the_log_probs_of_transformers(engine: Eng
     async with EngineClient(engine.url, KEY) as client:
         settings = SamplingSettings(24)
         answers = await asyncio.gather(
-            *(client.generate(prompt, settings, deadline_s=60, data_parallel_rank=rank) for prompt in PROMPTS)
+            *(
+                client.generate(prompt, settings, deadline_s=patience.ANSWER, data_parallel_rank=rank)
+                for prompt in PROMPTS
+            )
         )
     scored = [(prompt, answer.token_ids, 1.0) for prompt, answer in zip(PROMPTS, answers, strict=True)]
     for wanted, answer in zip(reference_log_probs(engine.base / "tiny-qwen3", scored), answers, strict=True):
@@ -124,7 +128,9 @@ async def test_a_request_goes_to_the_rank_that_its_header_names(engine: Engine) 
         for rank, other in (("1", "0"), ("0", "1")):
             before = await made(client)
             answers = [
-                await client.generate(PROMPTS[0], SamplingSettings(8), deadline_s=60, data_parallel_rank=int(rank))
+                await client.generate(
+                    PROMPTS[0], SamplingSettings(8), deadline_s=patience.ANSWER, data_parallel_rank=int(rank)
+                )
                 for _ in range(3)
             ]
             after = await made(client)
@@ -136,7 +142,7 @@ async def test_a_seed_gives_the_same_tokens_again(engine: Engine) -> None:
     async with EngineClient(engine.url, KEY) as client:
 
         async def tokens(seed: int) -> list[int]:
-            answer = await client.generate(PROMPTS[1], SamplingSettings(24), deadline_s=60, seed=seed)
+            answer = await client.generate(PROMPTS[1], SamplingSettings(24), deadline_s=patience.ANSWER, seed=seed)
             return answer.token_ids
 
         first = await tokens(7)

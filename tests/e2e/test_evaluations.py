@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.small_base import ROOT, start_run, write_qwen3
 from vime.run.evaluations import evaluation_folder, read_result
 from vime.run.journal import read_events
@@ -24,7 +25,12 @@ FLAGS += ("--conversion", "direct", "--save-interval", "1", "--n-samples-per-eva
 def evaluate(base: Path, *words: str) -> str:
     env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
     done = subprocess.run(
-        [sys.executable, "-m", "vime.eval", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", "vime.eval", *words],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=patience.TRAINING,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -41,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(base: Path) -> Path:
     log = base / "beside.log"
     process = start_run(base, "beside", *FLAGS, "--eval-job", log=log)
-    assert process.wait(900) == 0, log.read_text()[-4000:]
+    assert process.wait(patience.LEARNING) == 0, log.read_text()[-4000:]
     return base / "runs" / "beside"
 
 

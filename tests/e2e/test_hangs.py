@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.slurm_cluster import wait_until
 from tests.support.small_base import start_run, write_qwen3
 from tests.support.small_rollouts import rollout_of
@@ -30,7 +31,7 @@ FLAGS = (
     *("--eval-interval", "none", "--conversion", "direct", "--actor-num-gpus-per-node", "2"),
 )
 FOUND_S = PhaseDeadlines().silent + STACKS_S + 3 * BEAT_S
-ENDED_S = 120.0
+ENDED_S = patience.SLURM
 """Engines stop, Ray ends, and the last word is written."""
 
 
@@ -53,7 +54,7 @@ def test_a_stopped_rank_ends_the_run_with_its_rank_and_phase(tmp_path: Path) -> 
             assert process.poll() is None, log.read_text()[-4000:]
             return len(read_metrics(run_dir)) >= 2
 
-        wait_until(trained, 500, lambda: log.read_text()[-2000:])
+        wait_until(trained, patience.TRAINING, lambda: log.read_text()[-2000:])
         train_log = run_dir / "logs" / "train" / "node00.log"
         os.kill(pid_of_rank(train_log.read_text(), 1), signal.SIGSTOP)
         begin = time.monotonic()
@@ -62,7 +63,7 @@ def test_a_stopped_rank_ends_the_run_with_its_rank_and_phase(tmp_path: Path) -> 
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            process.wait(patience.PROCESS)
     end = read_events(run_dir)[-1]
     assert (end.kind, end.data["cause"], end.rank) == ("run-end", "CRASH", 1)
     assert re.search(r"rank 1: gave no sign of life for \d+ s in phase \w+", end.text)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.main_job import PeakMemory
 from vime.observe.timeline import read_timeline
 from vime.run.folder import read_plan
@@ -58,7 +59,7 @@ def start_quickstart(base: Path, *words: str) -> Quickstart:
         argv, env=env, cwd=base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         with PeakMemory(base) as peak:
-            said, _ = process.communicate(timeout=1500)
+            said, _ = process.communicate(timeout=patience.LEARNING)
         assert process.returncode == 0, said[-6000:]
     lines = said.splitlines()
     return Quickstart(base / "runs" / lines[-1].partition(":")[0], lines, peak.bytes)
@@ -181,7 +182,7 @@ def test_the_reports_command_goes_on_after_the_last_rollout_with_the_data_cursor
         "--eval-interval",
         "1000",
     ]
-    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=patience.TRAINING)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     after = read_metrics(run)
     assert max(step for step, values in after.items() if "rollout/raw_reward" in values) == wanted - 1

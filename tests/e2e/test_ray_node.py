@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, ray_stages
 from vime.node.network import listening_ports
 from vime.run.folder import write_binding
@@ -66,7 +67,7 @@ class Head:
             found[:] = [pid for pid, line in self.below().items() if re.match(r"\S*/raylet/raylet ", line)]
             return bool(found)
 
-        wait(there, 60, 0.02)
+        wait(there, patience.PROCESS, 0.02)
         return found[0]
 
 
@@ -117,13 +118,13 @@ def ends_with_everything(head: Head, seconds: float) -> int:
     below = head.below()
     code = head.process.wait(seconds)
     # A raylet's agents see for themselves that it is gone; in a run the node's supervisor ends them.
-    wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 40)
+    wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), patience.PROCESS)
     return code
 
 
 def test_it_starts_what_a_run_needs_and_ends_it_when_told_to(head: Head) -> None:
-    head.wait_ready(60)
-    wait(lambda: "log_monitor.py" in " ".join(head.below().values()), 30)
+    head.wait_ready(patience.GROUP)
+    wait(lambda: "log_monitor.py" in " ".join(head.below().values()), patience.PROCESS)
     lines = " ".join(head.below().values())
     for needed in ("gcs_server", "raylet/raylet", "dashboard/agent.py", "runtime_env/agent/main.py", "log_monitor.py"):
         assert needed in lines
@@ -136,21 +137,21 @@ def test_it_starts_what_a_run_needs_and_ends_it_when_told_to(head: Head) -> None
     assert int(exporter[1]) not in listening_ports()
     begin = time.monotonic()
     head.process.send_signal(signal.SIGTERM)
-    assert ends_with_everything(head, 20) == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 10
+    assert ends_with_everything(head, patience.NOTICE) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < patience.MOMENT
 
 
 def test_a_raylet_that_dies_is_named_and_ends_the_others(head: Head) -> None:
-    head.wait_ready(60)
+    head.wait_ready(patience.GROUP)
     os.kill(head.raylet(), signal.SIGKILL)
-    assert ends_with_everything(head, 20) == 1
+    assert ends_with_everything(head, patience.NOTICE) == 1
     assert telling_line(head.log.read_text().splitlines()) == "error: raylet (exit code -9) ended, and Ray with it"
 
 
 def test_a_raylet_that_dies_as_soon_as_it_is_there_is_named_at_once(head: Head) -> None:
     """It may have registered by then."""
     os.kill(head.raylet(), signal.SIGKILL)
-    assert ends_with_everything(head, 20) == 1
+    assert ends_with_everything(head, patience.NOTICE) == 1
     assert telling_line(head.log.read_text().splitlines()).startswith("error: raylet (exit code -9) ended")
 
 
@@ -161,10 +162,10 @@ def test_a_raylet_may_take_more_than_half_a_minute(head: Head) -> None:
     time.sleep(35)
     assert head.process.poll() is None, head.log.read_text()
     os.kill(raylet, signal.SIGCONT)
-    head.wait_ready(60)
+    head.wait_ready(patience.GROUP)
 
 
 def test_it_ends_when_told_to_before_ray_has_started(head: Head) -> None:
     os.kill(head.raylet(), signal.SIGSTOP)
     head.process.send_signal(signal.SIGTERM)
-    assert ends_with_everything(head, 20) == 128 + signal.SIGTERM
+    assert ends_with_everything(head, patience.NOTICE) == 128 + signal.SIGTERM

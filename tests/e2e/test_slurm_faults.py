@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import READY, make_plan, preflight, ray_stages, service, stub
 from tests.support.slurm_cluster import STATE, DevCluster, bring_up, wait_for_end, wait_for_event, wait_until
 from tests.support.slurm_scene import HANG, Scene, node_name, scene
@@ -58,16 +59,16 @@ def run_on_small(cluster: DevCluster, tmp_path: Path) -> Iterator[Scene]:
 
 def test_a_raylet_is_killed(run: Scene) -> None:
     run.start(*ray_stages(run.run_dir, run.nodes), run.training())
-    run.until_said("train", "training", 300)
+    run.until_said("train", "training", patience.JOB)
     run.kill(run.last_node, "raylet")
-    run.ends("CRASH", stage="ray-workers", node=run.last_node, within_s=60, text="raylet")
+    run.ends("CRASH", stage="ray-workers", node=run.last_node, within_s=patience.NOTICE, text="raylet")
 
 
 def test_the_head_of_ray_is_killed(run: Scene) -> None:
     run.start(*ray_stages(run.run_dir, run.nodes), run.training())
-    run.until_said("train", "training", 300)
+    run.until_said("train", "training", patience.JOB)
     run.kill(0, "gcs_server")
-    run.ends("CRASH", stage="ray-head", node=0, within_s=60, text="gcs_server")
+    run.ends("CRASH", stage="ray-head", node=0, within_s=patience.NOTICE, text="gcs_server")
 
 
 # -- nodes --
@@ -76,7 +77,7 @@ def test_the_head_of_ray_is_killed(run: Scene) -> None:
 def test_a_node_is_lost(run: Scene) -> None:
     run.start_training()
     run.fault("node-kill", run.last_node, mend="node-start")
-    run.ends("NODE_FAILURE", stage="train", node=run.last_node, within_s=60, requeued=True)
+    run.ends("NODE_FAILURE", stage="train", node=run.last_node, within_s=patience.NOTICE, requeued=True)
     run.mend()
     run.goes_on()
 
@@ -87,7 +88,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(run: Scene) -> None:
     host = read_binding(run.run_dir).nodes[-1].host
     lost = next(node for node in range(1, run.nodes) if node_name(node) == host)
     run.fault("node-kill", lost, mend="node-start")
-    run.ends("NODE_FAILURE", stage="train", node=lost, within_s=60, requeued=True)
+    run.ends("NODE_FAILURE", stage="train", node=lost, within_s=patience.NOTICE, requeued=True)
     run.goes_on(left_out=lost)
     starts = [event.data for event in run.events() if event.kind == "run-start"]
     assert [(start["restart"], start.get("attempt", 0)) for start in starts] == [(0, 0), (0, 1)]
@@ -99,9 +100,9 @@ def test_the_batch_host_is_lost(run: Scene) -> None:
     """The controller dies with it: the next start tells of it."""
     run.start_training()
     run.fault("node-kill", 0, mend="node-start")
-    wait_until(lambda: (s := slurm.job_state(run.job)) and s.state == "PENDING", 60)
+    wait_until(lambda: (s := slurm.job_state(run.job)) and s.state == "PENDING", patience.SLURM)
     run.mend()
-    run.ends("NODE_FAILURE", stage="train", node=0, within_s=120, text="left no last word", requeued=True)
+    run.ends("NODE_FAILURE", stage="train", node=0, within_s=patience.SLURM, text="left no last word", requeued=True)
     run.goes_on()
 
 
@@ -115,7 +116,7 @@ def test_a_node_that_is_lost_for_the_second_time_is_left_out(run: Scene) -> None
     host = read_binding(run.run_dir).nodes[-1].host
     lost = next(node for node in others if node_name(node) == host)
     run.fault("node-kill", lost, mend="node-start")
-    run.ends("NODE_FAILURE", stage="train", node=lost, within_s=60, requeued=True, count=len(others) + 1)
+    run.ends("NODE_FAILURE", stage="train", node=lost, within_s=patience.NOTICE, requeued=True, count=len(others) + 1)
     state = slurm.job_state(run.job)
     assert state is not None
     assert state.excluded == host
@@ -130,7 +131,7 @@ def test_a_node_that_is_lost_for_the_second_time_is_left_out(run: Scene) -> None
 def test_the_link_of_a_node_is_cut(run: Scene) -> None:
     run.start_training()
     run.fault("link-down", run.last_node, mend="link-up")
-    run.ends("NODE_FAILURE", stage="train", node=run.last_node, within_s=60, requeued=True)
+    run.ends("NODE_FAILURE", stage="train", node=run.last_node, within_s=patience.NOTICE, requeued=True)
     run.mend()
     run.goes_on()
 
@@ -138,7 +139,7 @@ def test_the_link_of_a_node_is_cut(run: Scene) -> None:
 def test_slurmd_of_a_node_is_killed(run: Scene) -> None:
     run.start_training()
     run.fault("slurmd-kill", run.last_node, mend="slurmd-start")
-    run.ends("NODE_FAILURE", stage="train", node=run.last_node, within_s=60, requeued=True)
+    run.ends("NODE_FAILURE", stage="train", node=run.last_node, within_s=patience.NOTICE, requeued=True)
     run.mend()
     run.goes_on()
 
@@ -150,12 +151,14 @@ def test_the_controller_is_killed(run: Scene) -> None:
     run.start_training()
     controller = next(event.data["pid"] for event in run.events() if event.kind == "run-start")
     run.on_node(0, "kill", "-9", str(controller))
-    run.ends("CODE_ERROR", stage="train", node=0, within_s=30, text="the controller was killed")
+    run.ends("CODE_ERROR", stage="train", node=0, within_s=patience.NOTICE, text="the controller was killed")
 
 
 def test_the_driver_raises(run: Scene) -> None:
     run.start_training(then="raise ValueError('rewards have 3 rows, want 4')")
-    end = run.ends("CODE_ERROR", stage="train", node=0, within_s=30, text="ValueError: rewards have 3 rows")
+    end = run.ends(
+        "CODE_ERROR", stage="train", node=0, within_s=patience.NOTICE, text="ValueError: rewards have 3 rows"
+    )
     assert "Traceback" in end.data["log_tail"]
 
 
@@ -167,21 +170,21 @@ def test_a_step_exits_0_too_early(run: Scene, stage: str) -> None:
     workers = service("ray-workers", up if stage == "ray-workers" else READY, nodes=range(1, run.nodes))
     run.start(service("ray-head"), workers, run.training("raise SystemExit" if stage == "train" else HANG))
     node = 0 if stage == "train" else 2
-    run.ends("CODE_ERROR", stage=stage, node=node, within_s=60, text="too early")
+    run.ends("CODE_ERROR", stage=stage, node=node, within_s=patience.NOTICE, text="too early")
 
 
 def test_a_step_takes_more_than_its_memory(run: Scene) -> None:
-    take = "import os, time; x = b'1' * (500 * 2**20 if os.environ['RANK'] == '1' else 1); time.sleep(60)"
+    take = "import os, time; x = b'1' * (500 * 2**20 if os.environ['RANK'] == '1' else 1); time.sleep(3600)"
     run.start(service("ray-head"), stub("convert", take, nodes=range(run.nodes)), cluster={"mem": "300M"})
-    wait_for_event(run.run_dir, "stage-start", 60, stage="convert")
-    run.ends("OUT_OF_MEMORY", stage="convert", node=1, within_s=40)
+    wait_for_event(run.run_dir, "stage-start", patience.JOB, stage="convert")
+    run.ends("OUT_OF_MEMORY", stage="convert", node=1, within_s=patience.NOTICE)
 
 
 def test_a_stage_hangs(run: Scene) -> None:
-    hang = f"import os, time; time.sleep(600 * (os.environ['RANK'] == '{run.last_node}'))"
+    hang = f"import os, time; time.sleep(3600 * (os.environ['RANK'] == '{run.last_node}'))"
     run.start(service("ray-head"), stub("convert", hang, nodes=range(run.nodes), deadline_s=8))
-    wait_for_event(run.run_dir, "stage-start", 60, stage="convert")
-    run.ends("DEADLINE", stage="convert", node=run.last_node, within_s=40, text="have not ended")
+    wait_for_event(run.run_dir, "stage-start", patience.JOB, stage="convert")
+    run.ends("DEADLINE", stage="convert", node=run.last_node, within_s=patience.NOTICE, text="have not ended")
 
 
 # -- Slurm --
@@ -202,7 +205,7 @@ def test_the_time_limit_comes_in_the_middle_of_a_rollout(run: Scene) -> None:
     # Less than two minutes are left from now on. Slurm looks at limits every half minute.
     minutes = int(time.monotonic() - begin) // 60 + 2
     slurm.call("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
-    run.ends("TIME_LIMIT", stage="train", node=None, within_s=60, text="iter_1", requeued=True)
+    run.ends("TIME_LIMIT", stage="train", node=None, within_s=patience.NOTICE, text="iter_1", requeued=True)
     slurm.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     run.goes_on()
 
@@ -210,7 +213,7 @@ def test_the_time_limit_comes_in_the_middle_of_a_rollout(run: Scene) -> None:
 def test_the_job_is_preempted(run: Scene) -> None:
     run.start_training()
     slurm.call("scontrol", "requeue", run.job)
-    run.ends("PREEMPTED", stage="train", node=None, within_s=20, requeued=True)
+    run.ends("PREEMPTED", stage="train", node=None, within_s=patience.NOTICE, requeued=True)
     run.goes_on()
 
 
@@ -222,24 +225,24 @@ def test_jobs_are_cancelled_in_each_stage(cluster: DevCluster, tmp_path: Path) -
         for stage, run in runs.items():
             detached = (
                 "import subprocess, sys, time; "
-                "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)'; "
+                "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(3600)'; "
                 f"subprocess.Popen(['setsid', '--fork', sys.executable, '-c', deaf, {str(run.run_dir)!r}]); "
-                "print('on', flush=True); time.sleep(600)"
+                "print('on', flush=True); time.sleep(3600)"
             )
             before = [service("ray-head")] if stage in ("train", "report") else []
-            is_service, deadline = stage.startswith("ray"), 200
+            is_service, deadline = stage.startswith("ray"), patience.JOB
             hangs = stub(stage, detached, nodes=range(run.nodes), service=is_service, deadline_s=deadline)
             if stage == "preflight":
                 run.start()
-                wait_for_event(run.run_dir, "stage-start", 150, stage=stage)
+                wait_for_event(run.run_dir, "stage-start", patience.JOB, stage=stage)
                 slurm.cancel(run.job)
             else:
                 run.start(*before, hangs)
         for stage, run in list(runs.items())[1:]:
-            wait_until(lambda run=run, stage=stage: run.have_said(stage, "on") == run.nodes, 150)
+            wait_until(lambda run=run, stage=stage: run.have_said(stage, "on") == run.nodes, patience.JOB)
             slurm.cancel(run.job)
         for stage, run in runs.items():
-            run.ends("CANCELLED", stage=stage, node=None, within_s=30)
+            run.ends("CANCELLED", stage=stage, node=None, within_s=patience.NOTICE)
 
 
 def test_slurms_controller_is_restarted_under_a_running_job(run: Scene) -> None:
@@ -250,7 +253,7 @@ def test_slurms_controller_is_restarted_under_a_running_job(run: Scene) -> None:
     run.until_said("train", "training")
     run.cluster.call("restart-controller")
     free.touch()
-    assert run.slurm_state(90) == "COMPLETED", run.events()[-1]
+    assert run.slurm_state(patience.JOB) == "COMPLETED", run.events()[-1]
     assert "reported" in (run.run_dir / "logs/report/node00.log").read_text()
     run.nothing_is_left()
 
@@ -264,14 +267,14 @@ def test_the_shared_folder_becomes_read_only(cluster: DevCluster, tmp_path: Path
         run.share_disk(run.run_dir.parent, tmp_path / "image")
         run.start_training(then=f"while True: time.sleep(0.2); open({str(run.run_dir / 'step')!r}, 'w').write('1')")
         # As the kernel does when the disk below the file system fails.
-        subprocess.run(["mount", "-o", "remount,abort", run.run_dir.parent], check=True, timeout=30)
-        assert run.slurm_state(90) == "FAILED"
+        subprocess.run(["mount", "-o", "remount,abort", run.run_dir.parent], check=True, timeout=patience.PROCESS)
+        assert run.slurm_state(patience.JOB) == "FAILED"
         job = slurm.job_state(run.job)
         assert job is not None
         assert "vime: STORAGE: train failed on node01" in job.comment
         assert "Read-only file system" in job.comment
         # The accounting hears of the end a little later than the queue.
-        wait_until(lambda: "19:0" in slurm.call("sacct", "-nPX", "-j", run.job, "-o", "ExitCode"), 60)
+        wait_until(lambda: "19:0" in slurm.call("sacct", "-nPX", "-j", run.job, "-o", "ExitCode"), patience.SLURM)
         run.nothing_is_left()
 
 
@@ -280,13 +283,13 @@ def test_a_node_cannot_write_to_the_shared_folder(run_on_small: Scene) -> None:
     run.on_node(run.last_node, "mount", "--bind", small, small, mend=("umount", small))
     run.on_node(run.last_node, "mount", "-o", "remount,ro,bind", small)
     run.start(run.training())
-    run.ends("PREFLIGHT", stage="preflight", node=run.last_node, within_s=60, text="Read-only file system")
+    run.ends("PREFLIGHT", stage="preflight", node=run.last_node, within_s=patience.NOTICE, text="Read-only file system")
 
 
 def test_the_disk_is_full_while_training_saves(run_on_small: Scene) -> None:
     run = run_on_small
     run.start_training(then="(folder / '.iter_2').write_bytes(bytes(64 * 2**20))")
-    run.ends("STORAGE", stage="train", node=0, within_s=40, text="No space left on device")
+    run.ends("STORAGE", stage="train", node=0, within_s=patience.NOTICE, text="No space left on device")
 
 
 # -- preflight --
@@ -304,14 +307,14 @@ def test_a_node_has_too_little_memory(run: Scene, tmp_path: Path) -> None:
     too_little_memory(run, 1, tmp_path)
     run.start(run.training(), host_bytes=2 * 10**9)
     text = "node02: available host memory is 1.0 GB, needs 2.0 GB"
-    run.ends("PREFLIGHT", stage="preflight", node=1, within_s=60, text=text)
+    run.ends("PREFLIGHT", stage="preflight", node=1, within_s=patience.NOTICE, text=text)
 
 
 def test_a_node_has_too_little_memory_and_a_spare_takes_its_place(run: Scene, tmp_path: Path) -> None:
     too_little_memory(run, 1, tmp_path)
     nodes = run.nodes - 1
     run.start(*run.services(nodes), run.training(""), nodes=nodes, spares=1, host_bytes=2 * 10**9)
-    assert run.slurm_state(120) == "COMPLETED", run.events()[-1]
+    assert run.slurm_state(patience.JOB) == "COMPLETED", run.events()[-1]
     hosts = [node.host for node in read_binding(run.run_dir).nodes]
     assert hosts == [node_name(i) for i in range(run.nodes) if i != 1]
     told = next(event for event in run.events() if event.kind == "preflight")
@@ -321,7 +324,7 @@ def test_a_node_has_too_little_memory_and_a_spare_takes_its_place(run: Scene, tm
 
 def ring(run: Scene) -> Stage:
     command = ("-m", "vime.node.ring", "--run", str(run.run_dir))
-    return Stage(name="ring", nodes=tuple(range(run.nodes)), command=command, tells_end=True, deadline_s=150)
+    return Stage(name="ring", nodes=tuple(range(run.nodes)), command=command, tells_end=True, deadline_s=patience.JOB)
 
 
 @pytest.mark.parametrize(("floor", "slow"), [(0.0001, False), (0.06, True)])
@@ -331,7 +334,7 @@ def test_the_network_of_the_nodes_is_measured(run: Scene, floor: float, slow: bo
     nodes = run.nodes - 1
     stages = (ring(run), *run.services(nodes), run.training(""))
     run.start(*stages, nodes=nodes, spares=1, cluster={"min_network_gbit": floor})
-    assert run.slurm_state(200) == "COMPLETED", run.events()[-1]
+    assert run.slurm_state(patience.JOB) == "COMPLETED", run.events()[-1]
     hosts = [node.host for node in read_binding(run.run_dir).nodes]
     assert hosts == [node_name(i) for i in range(run.nodes) if i != (2 if slow else run.last_node)]
     told = [event.text for event in run.events() if event.kind == "preflight"][-1]
@@ -343,12 +346,12 @@ def test_a_port_of_the_plan_is_taken(run: Scene, tmp_path: Path) -> None:
     """By somebody else, before the run comes: it takes another block of ports."""
     probe = make_plan(tmp_path / "probe", [stub("train", "pass")], kind="slurm")
     before = submit(probe)
-    wait_for_end(before, 60)
+    wait_for_end(before, patience.SLURM)
     offset = ports.offset_of_job(probe, int(before) + 1)
     run.listen(1, [probe.ports.gcs + offset])
     run.start(*run.services(), run.training(""))
     assert run.job == str(int(before) + 1)
-    assert run.slurm_state(90) == "COMPLETED", run.events()[-1]
+    assert run.slurm_state(patience.JOB) == "COMPLETED", run.events()[-1]
     assert read_binding(run.run_dir).port_offset != offset
     run.nothing_is_left()
 
@@ -357,11 +360,11 @@ def test_a_port_is_taken_after_preflight(run: Scene) -> None:
     free = run.run_dir / "free"
     wait = f"import pathlib, time\nwhile not pathlib.Path({str(free)!r}).exists(): time.sleep(0.1)"
     run.start(stub("convert", wait), *ray_stages(run.run_dir, run.nodes), run.training())
-    wait_for_event(run.run_dir, "stage-start", 60, stage="convert")
+    wait_for_event(run.run_dir, "stage-start", patience.JOB, stage="convert")
     port = read_plan(run.run_dir).ports.gcs + read_binding(run.run_dir).port_offset
     run.listen(0, [port])
     free.touch()
-    run.ends("CODE_ERROR", stage="ray-head", node=0, within_s=60, text=f"port {port} (gcs) is taken")
+    run.ends("CODE_ERROR", stage="ray-head", node=0, within_s=patience.NOTICE, text=f"port {port} (gcs) is taken")
 
 
 # -- neighbours --
@@ -370,21 +373,23 @@ def test_a_port_is_taken_after_preflight(run: Scene) -> None:
 def test_two_runs_share_their_nodes(run: Scene, tmp_path: Path) -> None:
     """Both with a Ray of their own; the end of one does not touch the other."""
     # All of these nodes of Ray start on the cores of one machine.
-    patience, limit = 60 * run.nodes, {"time_limit_minutes": 40}
+    seconds, limit = patience.NOTICE * run.nodes, {"time_limit_minutes": 40}
     other = tmp_path / "other"
-    stages = [preflight(other, run.nodes), *ray_stages(other, run.nodes, patience), run.training()]
+    stages = [preflight(other, run.nodes), *ray_stages(other, run.nodes, seconds), run.training()]
     second = make_plan(other, stages, nodes=run.nodes, kind="slurm", cluster=limit)
-    run.start(*ray_stages(run.run_dir, run.nodes, patience), stub("train", READY, deadline_s=300), cluster=limit)
+    run.start(
+        *ray_stages(run.run_dir, run.nodes, seconds), stub("train", READY, deadline_s=patience.JOB), cluster=limit
+    )
     job = submit(second)
-    wait_for_event(run.run_dir, "stage-start", patience, stage="train")
-    wait_for_event(other, "stage-start", patience, stage="train")
+    wait_for_event(run.run_dir, "stage-start", seconds, stage="train")
+    wait_for_event(other, "stage-start", seconds, stage="train")
     one, two = read_binding(run.run_dir), read_binding(other)
     assert [node.host for node in one.nodes] == [node.host for node in two.nodes]
     assert one.port_offset != two.port_offset
     slurm.cancel(job)
-    assert wait_for_end(job, 120) == "CANCELLED"
+    assert wait_for_end(job, patience.JOB) == "CANCELLED"
     time.sleep(3)
     assert read_events(run.run_dir)[-1].kind == "stage-start"
     slurm.cancel(run.job)
-    run.ends("CANCELLED", stage="train", node=None, within_s=60)
+    run.ends("CANCELLED", stage="train", node=None, within_s=patience.NOTICE)
     run.cluster.assert_nothing_is_left(job, other)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import folder, make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end
 from vime.run.folder import read_binding
@@ -52,12 +53,18 @@ def test_a_run_whose_nodes_see_each_others_files_late(four_nodes: DevCluster, la
         stub("look", looks, nodes=range(4)),
         service("ray-head"),
         service("ray-workers", nodes=(1, 2, 3)),
-        stub("convert", MAKE.format(path=str(made)), nodes=(2,), outputs=(output,), deadline_s=120),
-        stub("train", f"print(open({str(made / 'model')!r}).read())", nodes=range(4), inputs=(output,), deadline_s=120),
+        stub("convert", MAKE.format(path=str(made)), nodes=(2,), outputs=(output,), deadline_s=patience.JOB),
+        stub(
+            "train",
+            f"print(open({str(made / 'model')!r}).read())",
+            nodes=range(4),
+            inputs=(output,),
+            deadline_s=patience.JOB,
+        ),
     ]
     make_plan(run_dir, stages, nodes=4, kind="slurm")
     job = submit(make_plan(run_dir, stages, nodes=4, kind="slurm"))
-    assert wait_for_end(job, 300) == "COMPLETED", read_events(run_dir)[-1]
+    assert wait_for_end(job, patience.JOB) == "COMPLETED", read_events(run_dir)[-1]
     assert len(read_binding(run_dir).nodes) == 4
     said = [path.read_text().split()[-1] for path in sorted((run_dir / "logs" / "train").glob("node*.log"))]
     assert said == ["weights"] * 4

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.main_job import BaseFolder
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime.observe.timeline import read_timeline
@@ -34,13 +35,14 @@ class Person:
 
     def types(self, module: str, *words: str) -> str:
         argv = [sys.executable, "-m", module, *words]
-        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=patience.PROCESS)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
     def submits(self, run: str, *more: str) -> str:
         """The README's command, made short, with more flags of the recipe; the job's id."""
-        flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000", *more)
+        flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000")
+        flags += ("--rollout-timeout", str(patience.GROUP), *more)
         self.types("vime.submit", "--recipe", "tiny-deepseek-r1", "--nodes", "2", "--run-name", run, "--", *flags)
         (job,) = read_jobs(Path(self.env["BASE_DIR"]) / "runs" / run)
         return job.job_id
@@ -49,23 +51,25 @@ class Person:
 def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: DevCluster, tiny_base: BaseFolder) -> None:
     person, run = Person(tiny_base.path), tiny_base.path / "runs" / "two-nodes"
     job = person.submits(run.name)
-    wait_for_event(run, "stage-start", 400, stage="train")
+    wait_for_event(run, "stage-start", patience.TRAINING, stage="train")
     seen = json.loads(person.types("vime.status", "--json"))
     assert (seen["run"], seen["state"], seen["job"], seen["stage"]) == (run.name, "running", job, "train")
     tracker = Path(read_plan(run).recipe.checkpoint.save or "") / "latest_checkpointed_iteration.txt"
     argv = [sys.executable, "-m", "vime.logs", "-f"]
     with subprocess.Popen(argv, env=person.env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as follower:
-        wait_until(lambda: tracker.exists() and int(tracker.read_text()) >= SAVED, 400, lambda: tail_of(run))
+        wait_until(
+            lambda: tracker.exists() and int(tracker.read_text()) >= SAVED, patience.TRAINING, lambda: tail_of(run)
+        )
         person.types("vime.cancel")
-        said, _ = follower.communicate(timeout=90)
+        said, _ = follower.communicate(timeout=patience.PROCESS)
     assert "train/node00 rollout 0/4" in said
-    assert wait_for_end(job, 90) == "CANCELLED"
+    assert wait_for_end(job, patience.JOB) == "CANCELLED"
     four_nodes.assert_nothing_is_left(job, run)
     saved = int(tracker.read_text())
     before = read_metrics(run)
 
     again = person.submits(run.name)
-    assert wait_for_end(again, 400) == "COMPLETED", tail_of(run)
+    assert wait_for_end(again, patience.TRAINING) == "COMPLETED", tail_of(run)
     stages = [(event.kind, event.stage) for event in read_events(run) if event.kind in ("stage-start", "stage-skip")]
     started = [stage for kind, stage in stages if kind == "stage-start"]
     # The first start made what the second one found and verified.
@@ -93,7 +97,7 @@ def test_an_engine_on_a_node_of_its_own_generates_one_rollout_ahead(
 ) -> None:
     person, run = Person(tiny_base.path), tiny_base.path / "runs" / "ahead"
     job = person.submits(run.name, "--no-colocate", "--rollout-num-gpus", "1")
-    assert wait_for_end(job, 600) == "COMPLETED", tail_of(run)
+    assert wait_for_end(job, patience.TRAINING) == "COMPLETED", tail_of(run)
     plan = read_plan(run)
     assert [rank.node for rank in plan.trainer_ranks] == [0]
     assert [engine.nodes for engine in plan.engines] == [(1,)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, preflight, ray_stages, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event
 from vime.run.journal import read_events
@@ -59,14 +60,14 @@ print("refused")
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_ray_is_up_pinned_and_gone(four_nodes: DevCluster, tmp_path: Path, nodes: int) -> None:
     run_dir = tmp_path / 'it\'s a "run" & größe $HOME'
-    driver = stub("train", DRIVER, deadline_s=200)
+    driver = stub("train", DRIVER, deadline_s=patience.JOB)
     plan = make_plan(
         run_dir, [preflight(run_dir, nodes), *ray_stages(run_dir, nodes), driver], nodes=nodes, kind="slurm"
     )
     job = submit(plan)
-    wait_for_event(run_dir, "stage-ready", 300, stage="ray-workers")
+    wait_for_event(run_dir, "stage-ready", patience.JOB, stage="ray-workers")
     listening = four_nodes.on_node(0, "sh", "-c", "cat /proc/net/tcp /proc/net/tcp6").splitlines()
-    assert wait_for_end(job, 300) == "COMPLETED", read_events(run_dir)[-1]
+    assert wait_for_end(job, patience.JOB) == "COMPLETED", read_events(run_dir)[-1]
     assert "everything is where the plan says" in (run_dir / "logs/train/node00.log").read_text()
     four_nodes.assert_nothing_is_left(job, run_dir)
     dashboards = [line for line in listening if line.split()[1:2] == ["00000000:2041"]]
@@ -75,9 +76,9 @@ def test_ray_is_up_pinned_and_gone(four_nodes: DevCluster, tmp_path: Path, nodes
 
 def test_a_client_without_the_jobs_token_is_refused(four_nodes: DevCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    stages = [preflight(run_dir, 1), *ray_stages(run_dir, 1), stub("train", WITHOUT_TOKEN, deadline_s=150)]
+    stages = [preflight(run_dir, 1), *ray_stages(run_dir, 1), stub("train", WITHOUT_TOKEN, deadline_s=patience.JOB)]
     job = submit(make_plan(run_dir, stages, nodes=1, kind="slurm"))
-    assert wait_for_end(job, 400) == "COMPLETED", read_events(run_dir)[-1]
+    assert wait_for_end(job, patience.TRAINING) == "COMPLETED", read_events(run_dir)[-1]
     token = (run_dir / "secrets" / "ray_token").read_text().strip()
     for path in run_dir.rglob("*"):
         if path.is_file() and path.parent.name != "secrets":
@@ -94,7 +95,7 @@ def test_a_worker_that_never_comes_is_named_at_the_deadline(four_nodes: DevClust
     )
     workers = workers.model_copy(update={"command": ("-c", code)})
     job = submit(make_plan(run_dir, [preflight(run_dir, 3), head, workers], nodes=3, kind="slurm"))
-    assert wait_for_end(job, 400) == "FAILED"
+    assert wait_for_end(job, patience.TRAINING) == "FAILED"
     end = read_events(run_dir)[-1]
     assert (end.stage, end.data["cause"]) == ("ray-workers", "DEADLINE")
     assert "node03 (10.77.0.3)" in end.text

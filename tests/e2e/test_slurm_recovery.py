@@ -1,7 +1,4 @@
-"""Lost nodes of a real training whose allocation has spares: the run goes on inside it, in the same start of the job.
-
-On two busy cores an attempt takes up to a quarter of an hour: VIME_TEST_START_S says how long one may.
-"""
+"""Lost nodes of a real training whose allocation has spares: the run goes on in the same start of the job."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import patience
 from tests.support.slurm_cluster import DevCluster, bring_up, wait_for_event
 from tests.support.slurm_scene import node_name
 from tests.support.slurm_training import ENGINE_NODE, NODES, RANK_NODE, Training
@@ -62,7 +60,7 @@ def test_a_spare_takes_the_place_of_a_ranks_node(run: Training) -> None:
     before = run.under_way()
     lost = run.node_of(RANK_NODE)
     lose(run, lost)
-    run.ended("NODE_FAILURE", before=before, node=lost, within_s=120, text="recovery on the 6 nodes left")
+    run.ended("NODE_FAILURE", before=before, node=lost, within_s=patience.SLURM, text="recovery on the 6 nodes left")
     is_recovered(run, run.saved(), {lost})
 
 
@@ -72,10 +70,10 @@ def test_two_nodes_at_once_and_one_during_the_recovery(run: Training) -> None:
     bindings = sum(event.kind == "binding" for event in run.events())
     first, second = run.node_of(RANK_NODE), run.node_of(ENGINE_NODE)
     lose(run, first, second)
-    wait_for_event(run.run_dir, "run-end", 120, count=before + 1)
-    wait_for_event(run.run_dir, "binding", 240, count=bindings + 1)
+    wait_for_event(run.run_dir, "run-end", patience.SLURM, count=before + 1)
+    wait_for_event(run.run_dir, "binding", patience.JOB, count=bindings + 1)
     third = run.node_of(ENGINE_NODE)
     saved = run.saved()
     lose(run, third)
-    wait_for_event(run.run_dir, "run-end", 240, count=before + 2)
+    wait_for_event(run.run_dir, "run-end", patience.JOB, count=before + 2)
     is_recovered(run, saved, {first, second, third})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, preflight, service, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime import attach, cancel, logs, status
@@ -70,7 +71,7 @@ def test_a_chain_runs_a_job_a_stage_each_after_the_one_before(
     assert [job.link for job in jobs] == ["convert", "train", "report"]
     with pytest.raises(Exception, match=f"belongs to job {jobs[0].job_id}"):
         check_free(run_dir)
-    wait_for_event(run_dir, "stage-start", 120, stage="train")
+    wait_for_event(run_dir, "stage-start", patience.JOB, stage="train")
     assert status.main(["--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
     assert (seen["state"], seen["job"], seen["stage"]) == ("running", jobs[1].job_id, "train")
@@ -79,7 +80,7 @@ def test_a_chain_runs_a_job_a_stage_each_after_the_one_before(
     ]  # fmt: skip
     assert seen["jobs"][2]["reason"] == "Dependency"
     assert {stage["name"]: stage["state"] for stage in seen["stages"]}["convert"] == "done"
-    assert [wait_for_end(job.job_id, 120) for job in jobs] == ["COMPLETED"] * 3
+    assert [wait_for_end(job.job_id, patience.JOB) for job in jobs] == ["COMPLETED"] * 3
     assert [nodes_of(job) for job in jobs] == [4, 2, 1]
     said = [path.read_text().split()[2:] for path in sorted((run_dir / "logs" / "convert").glob("node*.log"))]
     assert said == [[str(rank), "4"] for rank in range(4)]
@@ -97,7 +98,7 @@ def test_the_first_failure_of_a_chain_ends_the_jobs_that_wait(four_nodes: DevClu
         run_dir, stub("convert", "raise SystemExit('shard 3 is cut')"), stub("train", "pass"), stub("report", "pass"),
         nodes=1,
     )  # fmt: skip
-    assert [wait_for_end(job.job_id, 120) for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert [wait_for_end(job.job_id, patience.JOB) for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
     end = read_events(run_dir)[-1]
     assert (end.kind, end.stage) == ("run-end", "convert")
     assert "shard 3 is cut" in end.text
@@ -107,10 +108,10 @@ def test_the_first_failure_of_a_chain_ends_the_jobs_that_wait(four_nodes: DevClu
 def test_a_job_of_a_chain_is_requeued_and_the_chain_goes_on(four_nodes: DevCluster, run_dir: Path) -> None:
     mark = run_dir / "was here"
     once = f"import pathlib, time; p = pathlib.Path({str(mark)!r}); p.exists() or (p.touch(), time.sleep(300))"
-    jobs = start_chain(run_dir, stub("convert", once, deadline_s=400), stub("train", "pass"), nodes=1)
-    wait_until(mark.exists, 60)
+    jobs = start_chain(run_dir, stub("convert", once, deadline_s=patience.TRAINING), stub("train", "pass"), nodes=1)
+    wait_until(mark.exists, patience.SLURM)
     slurm.call("scancel", "--batch", "-s", "USR2", jobs[0].job_id)
-    assert [wait_for_end(job.job_id, 120) for job in jobs] == ["COMPLETED", "COMPLETED"]
+    assert [wait_for_end(job.job_id, patience.JOB) for job in jobs] == ["COMPLETED", "COMPLETED"]
     starts = [event.data for event in read_events(run_dir) if event.kind == "run-start"]
     assert [(data["link"], data["restart"]) for data in starts] == [("convert", 0), ("convert", 1), ("train", 0)]
 
@@ -125,12 +126,12 @@ def test_without_accounting_a_whole_chain_is_seen_and_cancelled(
     sacct.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sacct.parent}:{os.environ['PATH']}")
     jobs = start_chain(run_dir, stub("convert", "import time; time.sleep(300)"), stub("train", "pass"), nodes=1)
-    wait_for_event(run_dir, "stage-start", 60, stage="convert")
+    wait_for_event(run_dir, "stage-start", patience.JOB, stage="convert")
     assert status.main([]) == 0
     assert ": running, job" in capsys.readouterr().out
     assert cancel.main([]) == 0
     assert f"job {jobs[0].job_id}, {jobs[1].job_id} cancelled" in capsys.readouterr().out
-    assert [wait_for_end(job.job_id, 60) for job in jobs] == ["CANCELLED", "CANCELLED"]
+    assert [wait_for_end(job.job_id, patience.SLURM) for job in jobs] == ["CANCELLED", "CANCELLED"]
     assert not (run_dir / "logs" / "train").exists()
     assert status.main([]) == 0
     assert ": cancelled, job" in capsys.readouterr().out
@@ -147,15 +148,15 @@ def test_a_person_attaches_to_a_node_of_a_running_run(
     )  # fmt: skip
     record_run(run_dir)
     (job,) = submit_jobs(plan)
-    wait_for_event(run_dir, "stage-start", 60, stage="train")
+    wait_for_event(run_dir, "stage-start", patience.JOB, stage="train")
     command = [sys.executable, "-m", "vime.attach", "--node", "1"]
     look = ["bash", "-c", "hostname; pwd; echo $SLURM_JOB_ID $VIME_RUN"]
-    done = subprocess.run([*command, "--", *look], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--", *look], capture_output=True, text=True, timeout=patience.PROCESS)
     assert done.stdout.splitlines() == ["node02", str(run_dir), f"{job.job_id} {run_dir}"], done.stderr
     # A shell with a terminal: `script` gives it one, as a person's login does.
     shell = subprocess.run(
         ["script", "-qec", shlex.join(command), "/dev/null"], input="hostname; tty; exit 7\n", capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=patience.PROCESS,
     )  # fmt: skip
     assert "node02" in shell.stdout
     assert "/dev/pts/" in shell.stdout
@@ -203,7 +204,12 @@ def test_edits_after_the_submission_do_not_change_a_queued_run(four_nodes: DevCl
     (tree / "my_plugin.py").write_text("VALUE = 'own reward'\n")
     env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-c", SUBMIT_HELD, str(run_dir)], env=env, cwd=tree, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SUBMIT_HELD, str(run_dir)],
+        env=env,
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=patience.PROCESS,
     )
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[-1]
@@ -212,7 +218,7 @@ def test_edits_after_the_submission_do_not_change_a_queued_run(four_nodes: DevCl
     (tree / "vime" / "node" / "task.py").write_text("raise SystemExit('edited')\n")
     (tree / "my_plugin.py").write_text("VALUE = 'edited'\n")
     slurm.call("scontrol", "release", job)
-    assert wait_for_end(job, 120) == "COMPLETED", read_events(run_dir)[-1:]
+    assert wait_for_end(job, patience.JOB) == "COMPLETED", read_events(run_dir)[-1:]
     for node in range(2):
         assert (run_dir / f"logs/train/node0{node}.log").read_text().endswith("as submitted own reward\n")
     size = sum(path.stat().st_size for path in (run_dir / "code").rglob("*"))
@@ -241,7 +247,7 @@ def test_a_written_script_that_is_submitted_by_hand_runs_its_stages_in_the_conta
     plan = make_plan(run_dir, [preflight(run_dir, 2), hosts], nodes=2, kind="slurm", cluster=cluster)
     (script,) = write_scripts(plan)
     job = by_hand(tmp_path, "sbatch", "--parsable", str(script)).strip()
-    assert wait_for_end(job, 120) == "COMPLETED", read_events(run_dir)[-1:]
+    assert wait_for_end(job, patience.JOB) == "COMPLETED", read_events(run_dir)[-1:]
     assert read_jobs(run_dir) == (Job(job),)
     calls = (fake.parent / "calls").read_text().splitlines()
     assert len(calls) == 4
@@ -257,7 +263,7 @@ def by_hand(tmp_path: Path, *words: str) -> str:
     """Output of a program in a folder of its own, with this environment's Python first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path}
-    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=patience.PROCESS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -269,7 +275,7 @@ def test_the_template_of_one_job_plans_in_the_allocation(
     template = str(ROOT / "slurm" / "deepseek-r1.sbatch")
     more = ["--recipe", "tiny-deepseek-r1", "--base-dir", str(base_dir), "--", "--lr", "2e-6"]
     job = by_hand(tmp_path, "sbatch", "--parsable", "--nodes=2", "--time=10", template, *more).strip()
-    state = wait_for_end(job, 120)
+    state = wait_for_end(job, patience.JOB)
     log = (tmp_path / f"vime-{job}.log").read_text()
     run_dir = base_dir / "runs" / f"tiny-deepseek-r1-{job}"
     plan = read_plan(run_dir)
@@ -293,6 +299,6 @@ def test_the_template_of_a_chain_runs_the_plan_of_its_run_folder(sixteen_nodes: 
     said = by_hand(tmp_path, "bash", template, "--run-dir", str(run_dir))
     jobs = [word for word in said.replace(",", " ").split() if word.isdigit()]
     assert len(jobs) == 3
-    assert [wait_for_end(job, 180) for job in jobs] == ["COMPLETED"] * 3
+    assert [wait_for_end(job, patience.JOB) for job in jobs] == ["COMPLETED"] * 3
     assert [job.link for job in read_jobs(run_dir)] == ["convert", "train", "report"]
     assert read_events(run_dir)[-1].data["cause"] == "SUCCESS"

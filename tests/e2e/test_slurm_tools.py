@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.slurm_cluster import DevCluster
 from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
@@ -25,7 +25,7 @@ def srun(*command: str) -> str:
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     argv = ["srun", "-N2", "-n2", "--ntasks-per-node=1", "-c1", "--mem=3000", "-t5", "--kill-on-bad-exit=1"]
     done = subprocess.run(
-        [*argv, sys.executable, *command], env=env, capture_output=True, text=True, timeout=200, check=False
+        [*argv, sys.executable, *command], env=env, capture_output=True, text=True, timeout=patience.GROUP, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr

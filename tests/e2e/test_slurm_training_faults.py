@@ -1,8 +1,7 @@
 """Every fault of docs/faults.md that can meet a training, met by a real one, with Slurm's own SlurmdTimeout.
 
 Each ends in time, with the right cause and culprit, and resumes from its newest checkpoint where another start helps.
-`tools/test.sh` runs four of them, `--full` all. On two busy cores a start takes up to a quarter of an hour:
-VIME_TEST_START_S says how long one may.
+`tools/test.sh` runs four of them, `--full` all.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import patience
 from tests.support.slurm_cluster import DevCluster, bring_up, wait_until
 from tests.support.slurm_training import DRIVER_NODE, ENGINE_NODE, NODES, RANK_NODE, Training
 from vime.run.metrics import read_metrics
@@ -59,7 +59,7 @@ def test_a_rank_is_killed(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(RANK_NODE)
     run.on_node(node, "kill", "-9", run.pid_of_rank(1))
-    end = run.ended("CRASH", before=before, node=node, rank=1, within_s=90, text="rank 1 died")
+    end = run.ended("CRASH", before=before, node=node, rank=1, within_s=patience.SLURM, text="rank 1 died")
     assert "error: training ended: crash: rank 1 died" in end.data["log_tail"]
     run.resumes()
 
@@ -68,7 +68,7 @@ def test_the_node_of_a_rank_is_lost(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(RANK_NODE)
     run.fault("node-kill", node, mend="node-start")
-    run.ended("NODE_FAILURE", before=before, node=node, within_s=120)
+    run.ended("NODE_FAILURE", before=before, node=node, within_s=patience.SLURM)
     run.resumes()
 
 
@@ -79,7 +79,7 @@ def test_the_time_limit_comes(run: Training) -> None:
     assert state.start is not None
     minutes = int(time.time() - state.start) // 60 + 3
     slurm.call("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
-    run.ended("TIME_LIMIT", before=before, within_s=240, text="with checkpoint")
+    run.ended("TIME_LIMIT", before=before, within_s=patience.JOB, text="with checkpoint")
     slurm.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=7-0")
     run.resumes()
 
@@ -95,7 +95,7 @@ def test_the_node_of_an_engine_is_lost(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(ENGINE_NODE)
     run.fault("node-kill", node, mend="node-start")
-    run.ended("NODE_FAILURE", before=before, node=node, within_s=120)
+    run.ended("NODE_FAILURE", before=before, node=node, within_s=patience.SLURM)
     run.resumes()
 
 
@@ -105,10 +105,10 @@ def test_the_node_of_the_driver_is_lost(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(DRIVER_NODE)
     run.fault("node-kill", node, mend="node-start")
-    wait_until(run.waits, SLURMD_TIMEOUT + 240)
+    wait_until(run.waits, SLURMD_TIMEOUT + patience.JOB)
     saved = run.saved()
     run.mend()
-    run.ended("NODE_FAILURE", before=before, node=node, within_s=240, text="no last word")
+    run.ended("NODE_FAILURE", before=before, node=node, within_s=patience.JOB, text="no last word")
     run.resumes(saved)
 
 
@@ -116,7 +116,7 @@ def test_the_node_of_the_driver_is_lost(run: Training) -> None:
 def test_the_job_is_preempted(run: Training) -> None:
     before = run.under_way()
     slurm.call("scontrol", "requeue", run.job)
-    run.ended("PREEMPTED", before=before, within_s=60)
+    run.ended("PREEMPTED", before=before, within_s=patience.NOTICE)
     run.resumes()
 
 
@@ -125,7 +125,7 @@ def test_a_raylet_is_killed(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(ENGINE_NODE)
     run.kill(node, "raylet")
-    run.ended("CRASH", before=before, stage="ray-workers", node=node, within_s=90, text="raylet")
+    run.ended("CRASH", before=before, stage="ray-workers", node=node, within_s=patience.SLURM, text="raylet")
     run.resumes()
 
 
@@ -134,7 +134,7 @@ def test_the_head_of_ray_is_killed(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(DRIVER_NODE)
     run.kill(node, "gcs_server")
-    run.ended("CRASH", before=before, stage="ray-head", node=node, within_s=90, text="gcs_server")
+    run.ended("CRASH", before=before, stage="ray-head", node=node, within_s=patience.SLURM, text="gcs_server")
     run.resumes()
 
 
@@ -143,7 +143,7 @@ def test_the_driver_is_killed(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(DRIVER_NODE)
     run.signal(node, "KILL", "-m vime.train")
-    run.ended("CRASH", before=before, node=node, within_s=60, text="SIGKILL")
+    run.ended("CRASH", before=before, node=node, within_s=patience.NOTICE, text="SIGKILL")
     run.resumes()
 
 
@@ -152,7 +152,7 @@ def test_the_link_of_a_node_is_cut(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(ENGINE_NODE)
     run.fault("link-down", node, mend="link-up")
-    run.ended("NODE_FAILURE", before=before, node=node, within_s=180)
+    run.ended("NODE_FAILURE", before=before, node=node, within_s=patience.JOB)
     run.resumes()
 
 
@@ -162,5 +162,5 @@ def test_slurmd_of_a_node_is_killed(run: Training) -> None:
     before, saved = run.under_way(), run.saved()
     node = run.node_of(RANK_NODE)
     run.fault("slurmd-kill", node, mend="slurmd-start")
-    run.ended("NODE_FAILURE", before=before, node=node, within_s=SLURMD_TIMEOUT + 240)
+    run.ended("NODE_FAILURE", before=before, node=node, within_s=SLURMD_TIMEOUT + patience.JOB)
     assert run.saved() > saved

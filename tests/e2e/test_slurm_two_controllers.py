@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, preflight, stub
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime.run.journal import read_events
@@ -25,7 +26,9 @@ def plan(four_nodes: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A run on two of the four nodes, so that a second job of it has nodes of its own."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     run_dir = tmp_path / "run"
-    yield make_plan(run_dir, [preflight(run_dir, 2), stub("train", TRAINING, deadline_s=900)], nodes=2, kind="slurm")
+    yield make_plan(
+        run_dir, [preflight(run_dir, 2), stub("train", TRAINING, deadline_s=patience.LEARNING)], nodes=2, kind="slurm"
+    )
     for job in slurm.call("squeue", "-h", "-o", "%i").split():
         slurm.cancel(job)
 
@@ -41,7 +44,7 @@ def trains(run_dir: Path, count: int) -> None:
         events = read_events(run_dir) if (run_dir / "events.jsonl").exists() else []
         return sum(event.kind == "stage-start" and event.stage == "train" for event in events) >= count
 
-    wait_until(on, 180, lambda: str(read_events(run_dir)[-3:]))
+    wait_until(on, patience.JOB, lambda: str(read_events(run_dir)[-3:]))
 
 
 def test_the_second_job_is_refused_and_the_first_goes_on(plan: Plan) -> None:
@@ -54,7 +57,7 @@ def test_the_second_job_is_refused_and_the_first_goes_on(plan: Plan) -> None:
     assert owner.job == first
 
     second = submit(plan)
-    assert wait_for_end(second, 180) == "FAILED"
+    assert wait_for_end(second, patience.JOB) == "FAILED"
     told = [path for path in run_dir.rglob("*") if path.is_file() and second in path.name]
     text = "".join(path.read_text(errors="replace") for path in told)
     assert f"is in use by start 0 of job {first}" in text, told
@@ -64,8 +67,8 @@ def test_the_second_job_is_refused_and_the_first_goes_on(plan: Plan) -> None:
     assert state.state == "RUNNING"
 
     slurm.cancel(first)
-    wait_for_event(run_dir, "run-end", 120)
-    wait_until(lambda: not slurm.call("squeue", "-h", "-j", first).strip(), 120)
+    wait_for_event(run_dir, "run-end", patience.SLURM)
+    wait_until(lambda: not slurm.call("squeue", "-h", "-j", first).strip(), patience.JOB)
     third = submit(plan)
     trains(run_dir, 2)
     owner = read_owner(run_dir)
