@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, stub
 from vime.errors import Cause
 from vime.megatron.spans import SpanRecorder
@@ -48,7 +49,7 @@ def test_a_full_node_local_folder_ends_as_storage(size: str, code: str, tmp_path
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience.GROUP,
     )
     end = read_events(run_dir)[-1]
     assert (end.kind, end.data["cause"]) == ("run-end", "STORAGE"), (done.stdout[-2000:], done.stderr[-2000:])
@@ -62,7 +63,7 @@ def test_a_quota_that_is_used_up_ends_as_storage(tmp_path: Path) -> None:
     make_plan(run_dir, [stub("cast", "import errno, os; raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))")])
     env = {**os.environ, "VIME_NODE_TMP": str(tmp_path / "tmp"), "XDG_STATE_HOME": str(tmp_path / "state")}
     command = [sys.executable, "-c", CONTROL, str(run_dir)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=patience.GROUP)
     assert done.returncode == Cause.STORAGE, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Disk quota exceeded" in read_events(run_dir)[-1].text
 

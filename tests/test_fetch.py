@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.hub_server import Hub, serve
 from vime import fetch
 from vime.checkpoint import download
@@ -47,7 +48,9 @@ def run(base: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[s
     command = [sys.executable, "-m", "vime.fetch", "--recipe", str(base.parent / "small.yaml"), "--base-dir", str(base)]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "BASE_DIR"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(base.parent / "home"), "no_proxy": "127.0.0.1"}
-    return subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [*command, *words], env=env, capture_output=True, text=True, timeout=patience.PROCESS, check=False
+    )
 
 
 NOWHERE = "http://127.0.0.1:9"
@@ -169,5 +172,7 @@ def test_the_recipes_name_everything_that_they_read(recipe: str) -> None:
 
 def test_a_login_node_does_not_pay_for_the_client() -> None:
     code = "import sys, vime.fetch, vime.submit; print({'torch', 'huggingface_hub', 'httpx'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=patience.PROCESS, check=True
+    )
     assert done.stdout.strip() == "set()"

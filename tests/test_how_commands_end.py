@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support import patience
 from vime.cli import command
 from vime.errors import BadInput, DeadlineExceeded, VimeError
 
@@ -40,7 +41,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         talker.stdout.read(10)
         talker.stdout.close()
         assert talker.stderr.read() == ""
-        assert talker.wait(30) == 0
+        assert talker.wait(patience.PROCESS) == 0
 
 
 def test_the_arguments_are_the_processs_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

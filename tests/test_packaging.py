@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -25,7 +27,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source" / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "-w", str(folder), str(folder / "source")], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*command, "-w", str(folder), str(folder / "source")], check=True, capture_output=True, timeout=patience.PROCESS
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -49,11 +53,17 @@ def test_the_wheel_has_every_config_and_slurm_file(wheel: Path):
 def test_an_installed_wheel_plans_without_the_checkout(wheel: Path, tmp_path: Path):
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target)]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True, timeout=120)
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True, timeout=patience.PROCESS)
     code = "import vime.submit, vime; print(vime.__file__); vime.submit.main(['--nodes', '16', '--dry-run'])"
     env = {**os.environ, "PYTHONPATH": str(target), "PATH": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=patience.PROCESS,
+        check=False,
     )
     assert str(target) in result.stdout
     assert "128 ranks, TP8 x CP4 x DP1 x PP4" in result.stdout, result.stderr

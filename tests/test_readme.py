@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.docs_commands import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ MODULE = re.compile(r"python -m (vime\.\w+)")
 def vime(module: str, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "XDG_CONFIG_HOME": str(folder), "PATH": str(folder)}
     argv = [sys.executable, "-m", module, *words]
-    return subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=patience.PROCESS)
 
 
 @pytest.mark.parametrize("command", sorted(line for line in COMMANDS if "--dry-run" in line))

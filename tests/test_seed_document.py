@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.support import hf_configs, tiny_hf
+from tests.support import hf_configs, patience, tiny_hf
 from tests.support.fake_checkpoint import write_checkpoint
 from vime.checkpoint.convert import ignored_flags, read_arguments
 from vime.recipe.load import load_recipe, load_with_notes
@@ -165,7 +165,9 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (programs / "python").chmod(0o755)
 
     def run(text: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["bash", "-c", text], env=env, cwd=place, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            ["bash", "-c", text], env=env, cwd=place, capture_output=True, text=True, timeout=patience.PROCESS
+        )
 
     return run
 

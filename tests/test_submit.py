@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, stub
 from vime import submit
 from vime.launch.prepare import start
@@ -32,7 +33,13 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def python(*words: str, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words], env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *words],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=patience.PROCESS,
+        check=False,
     )
 
 

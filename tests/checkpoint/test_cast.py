@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.support import patience
 from tests.support.tiny_hf import (
     DEEPSEEK,
     QWEN3,
@@ -205,7 +206,7 @@ def test_the_tool_takes_its_place_from_slurm_and_reports_progress(tmp_path: Path
 
 def test_the_tool_runs_as_a_script(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOL), "--input-fp8-hf-path", str(tmp_path), "--output-bf16-hf-path", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience.PROCESS)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} has neither model.safetensors.index.json nor model.safetensors: " + (
         "give the folder of an HF checkpoint\n"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.torchrun import TOOL, torchrun
 from vime.checkpoint import convert as tool
 from vime.checkpoint import dist_save
@@ -311,7 +311,7 @@ def test_two_tasks_of_a_slurm_step_convert_together(tmp_path):
         for rank in range(2)
     ]
     try:
-        assert [task.wait(timeout=200) for task in tasks] == [0, 0]
+        assert [task.wait(timeout=patience.GROUP) for task in tasks] == [0, 0]
     finally:
         for task in tasks:
             task.kill()

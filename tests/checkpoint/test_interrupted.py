@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from vime.checkpoint.cast import output_shards
 from vime.checkpoint.export import export
 from vime.checkpoint.hf import HFCheckpoint
@@ -24,7 +24,7 @@ POINTS = 8
 
 def killed(tool: str, source: Path, folder: Path, points: list[int]) -> list[dict]:
     command = [sys.executable, str(HERE / "killed_process.py"), tool, str(source), str(folder), *map(str, points)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience.LEARNING, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

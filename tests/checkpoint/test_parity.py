@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.torchrun import TOOL, torchrun
 from vime.checkpoint.convert import main as convert
 from vime.checkpoint.export import export
@@ -53,7 +53,7 @@ CONVERTED = ("qwen3", "qwen3-moe", "moonlight", "llama")
 def run(script: str, *arguments: str) -> None:
     """In a process of its own: on a CPU the trainer changes parts of torch that transformers uses too."""
     command = [sys.executable, str(HERE / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience.GROUP, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

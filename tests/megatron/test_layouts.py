@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.layout_table import FULL, TABLE
 from tests.support.single import MODELS
 from tests.support.worker_cases import Case, Result, run_cases
@@ -109,7 +109,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         checkpoint = tiny_hf.write_checkpoint(folder / "hf" / model, MODELS[model])
         cases += cases_of(model, folder, str(checkpoint), bool(request.config.getoption("--full")))
     # One start of eight processes: those that a small layout has no place for wait at the next one.
-    return folder, run_cases(cases, 8, folder / "run", deadline=60 + 20 * len(cases))
+    return folder, run_cases(cases, 8, folder / "run", deadline=patience.GROUP + patience.MOMENT * len(cases))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import patience
 from vime.megatron.logprobs import token_log_probs
 
 
@@ -69,5 +70,7 @@ print(grown / (tokens * vocabulary * 4))
 
 def test_peak_memory_with_temperature_and_entropy_is_the_gradient_and_a_chunk_not_a_fp32_copy_of_the_logits():
     """In fp32 copies of the logits: a plain log_softmax needs 2 and more; the bf16 gradient alone is 0.5."""
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=patience.PROCESS
+    )
     assert float(done.stdout) < 0.7

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import folder, make_plan, preflight, stub
 from tests.support.preflight_findings import finding
 from vime.node.network import rdma_ports
@@ -125,6 +126,6 @@ print(limits()["open_files"], min(resource.getrlimit(resource.RLIMIT_NOFILE)[1],
 
 def test_soft_limits_are_raised_before_they_are_looked_at() -> None:
     """As of a login shell whose limits came along with the job."""
-    done = subprocess.run([sys.executable, "-c", LOW_LIMIT], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LOW_LIMIT], capture_output=True, text=True, timeout=patience.PROCESS)
     seen, hard = done.stdout.split()
     assert seen == hard

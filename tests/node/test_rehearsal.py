@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from tests.support.small_base import write_deepseek
 from vime.errors import BadInput
@@ -47,10 +48,10 @@ def test_the_stage_reports_its_result_or_ends_as_bad_input(base: Path) -> None:
     plan = planned(base)
     write_plan(plan)
     command = [sys.executable, "-m", "vime.node.rehearsal", "--run", plan.run_dir]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience.PROCESS, cwd=ROOT)
     assert (done.returncode, "all scales are finite" in done.stdout) == (0, True), done.stderr
     (base / "tiny-deepseek-r1" / "tokenizer.json").write_text("{}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience.PROCESS, cwd=ROOT)
     assert done.returncode == 2
     assert "error: no tokenizer can be read from" in done.stderr
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.node.checks import slow_nodes
 from vime.run.messages import REPORT_FD, Report
 
@@ -60,7 +61,7 @@ def test_processes_measure_each_other(tmp_path: Path) -> None:
         os.close(writes)
         started.append((process, reads))
     for process, reads in started:
-        assert process.wait(120) == 0
+        assert process.wait(patience.PROCESS) == 0
         with os.fdopen(reads) as reports:
             kind, data = json.loads(reports.read())
         assert kind == "result"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.errors import BadInput
 from vime.node.leftovers import OWNER
 from vime.node.scratch import NodeFolder, base_folder, remove_dead
@@ -68,7 +69,7 @@ def stray(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
     def start(job: str, code: str = "pass", user: int | None = None) -> subprocess.Popen[bytes]:
         code = (
-            f"import signal, time; signal.signal(15, signal.SIG_IGN); {code}; print('on', flush=True); time.sleep(60)"
+            f"import signal, time; signal.signal(15, signal.SIG_IGN); {code}; print('on', flush=True); time.sleep(3600)"
         )
         argv = ["/usr/bin/env", "python3", "-c", code] if user is not None else [sys.executable, "-c", code]
         env = {**os.environ, OWNER: job}
@@ -123,7 +124,7 @@ def test_processes_and_shared_memory_of_a_dead_job_go_with_its_folder(
     left, other = segment("psm_left"), segment("my_own_")
     die(dead)
     assert remove_dead() == ["7"]
-    assert orphan.wait(5) == -9
+    assert orphan.wait(patience.MOMENT) == -9
     assert neighbour.poll() is None
     assert not left.exists()
     assert other.exists(), "no name that a part of vime gives"
@@ -176,4 +177,4 @@ def test_the_last_task_of_a_job_ends_what_its_killed_neighbour_left(
     assert remove_dead() == []
     assert orphan.poll() is None
     last.leave()
-    assert orphan.wait(5) == -9
+    assert orphan.wait(patience.MOMENT) == -9

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, stub
 from vime.errors import BadInput
 from vime.node.sweep import sweep_stage
@@ -105,7 +106,7 @@ class Task:
 
 
 def wait_for_log(run_dir: Path, text: str) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + patience.MOMENT
     while not any(text in line.text for log in find_logs(run_dir) for line in Follower(log).poll()):
         assert time.monotonic() < deadline, f"the log has no {text!r}"
         time.sleep(0.02)
@@ -135,7 +136,7 @@ def test_what_the_command_reports_reaches_the_controller(run_dir: Path) -> None:
 
 DETACHED = """
 import os, subprocess, sys, time
-code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(3600)"
 subprocess.Popen(["setsid", "--fork", sys.executable, "-c", code])
 time.sleep({seconds})
 """
@@ -143,7 +144,7 @@ time.sleep({seconds})
 
 def assert_gone(pids: list[int]) -> None:
     assert pids
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience.MOMENT
     while left := [pid for pid in pids if start_ticks(pid) is not None]:
         assert time.monotonic() < deadline, f"{left} still live"
         time.sleep(0.05)
@@ -154,13 +155,13 @@ def test_a_detached_deaf_descendant_ends_with_the_command(run_dir: Path) -> None
     task = Task(run_dir, DETACHED.format(seconds=1.5))
     wait_for_log(run_dir, "deaf")
     below = descendants(task.process.pid)
-    assert task.process.wait(timeout=15) == 0
+    assert task.process.wait(timeout=patience.MOMENT) == 0
     assert_gone(below)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_being_told_to_end_ends_everything_and_says_so(run_dir: Path, number: signal.Signals) -> None:
-    task = Task(run_dir, DETACHED.format(seconds=600))
+    task = Task(run_dir, DETACHED.format(seconds=3600))
     wait_for_log(run_dir, "deaf")
     below = descendants(task.process.pid)
     task.process.send_signal(number)
@@ -171,9 +172,9 @@ def test_being_told_to_end_ends_everything_and_says_so(run_dir: Path, number: si
 
 @pytest.mark.e2e
 def test_the_death_of_its_parent_ends_a_task(run_dir: Path) -> None:
-    make_plan(run_dir, [stub("cast", DETACHED.format(seconds=600))])
+    make_plan(run_dir, [stub("cast", DETACHED.format(seconds=3600))])
     argv = [sys.executable, "-m", "vime.node.task", "--run", str(run_dir), "--stage", "cast"]
-    code = f"import subprocess, time; subprocess.Popen({json.dumps(argv)}); time.sleep(600)"
+    code = f"import subprocess, time; subprocess.Popen({json.dumps(argv)}); time.sleep(3600)"
     env = {**os.environ, "VIME_PLACES": "0=here", "VIME_LOCAL_PLACE": "0", "VIME_LOCAL_RANK": "0"}
     parent = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
     wait_for_log(run_dir, "deaf")

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.support import patience
 from tests.support.synthetic import HOSTILE, synthetic_run
 from vime import logs, status
 from vime.observe.top import VIEWS, Reader, Snapshot, page, sparkline
@@ -124,7 +125,7 @@ def test_keys_switch_the_page_and_the_terminal_is_as_before(tmp_path):
 
     def until(words):
         nonlocal said
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience.PROCESS
         while words not in said:
             assert time.monotonic() < deadline, said[-2000:]
             said += os.read(leader, 65536)
@@ -133,7 +134,7 @@ def test_keys_switch_the_page_and_the_terminal_is_as_before(tmp_path):
     os.write(leader, b"2")
     until(b"No node has written")
     os.write(leader, b"q")
-    assert process.wait(30) == 0
+    assert process.wait(patience.PROCESS) == 0
     os.close(leader)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import patience
 from tests.support.hf_configs import DEEPSEEK_R1, MOONLIGHT, QWEN3_4B, QWEN3_30B_A3B
 from vime.models.config import ModelConfig
 from vime.planning.counts import Kind, stage_parts, summed
@@ -54,7 +55,11 @@ def built() -> dict[str, dict[str, dict[str, int]]]:
     ]
     script = Path(__file__).parents[1] / "support" / "meta_model.py"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script], input=json.dumps(cases), capture_output=True, text=True, timeout=600
+        [sys.executable, "-W", "ignore", script],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=patience.TRAINING,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(CASES, json.loads(done.stdout), strict=True))

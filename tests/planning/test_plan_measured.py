@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.models.config import ModelConfig
 from vime.planning.counts import model_counts
 from vime.planning.memory import Weights, node_memory
@@ -38,7 +39,7 @@ def test_a_rank_grows_by_what_the_plan_says(tmp_path: Path, flags: tuple[str, ..
     (tmp_path / "config.json").write_text(json.dumps(HALF_A_BILLION))
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parents[1] / "support" / "measured_growth.py")]
     done = subprocess.run(
-        [*command, str(tmp_path / "config.json"), *flags], capture_output=True, text=True, timeout=600
+        [*command, str(tmp_path / "config.json"), *flags], capture_output=True, text=True, timeout=patience.TRAINING
     )
     assert done.returncode == 0, done.stderr[-3000:]
     measured = int(done.stdout.split()[-1])

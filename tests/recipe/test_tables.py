@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.recipe import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.e2e
 def test_the_tables_are_those_of_the_installed_megatron_and_vllm():
     command = [sys.executable, ROOT / "tools" / "make_flag_tables.py", "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=patience.GROUP, check=False)
     assert result.returncode == 0, result.stderr
 
 

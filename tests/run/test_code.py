@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.errors import BadInput
 from vime.recipe.load import load_recipe
 from vime.run import code as snapshot
@@ -36,7 +37,7 @@ def test_python_takes_the_copy_and_not_what_stands_in_the_folder_it_starts_in(tm
     code = "from vime.recipe import files; print(files.__file__, files.find('models', 'tiny-qwen3'))"
     root = Path(snapshot.__file__).parents[2]
     for argv in ([sys.executable, "-c", code], [sys.executable, "-m", "vime.submit", "--list-options"]):
-        done = subprocess.run(argv, env=env, cwd=root, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, env=env, cwd=root, capture_output=True, text=True, timeout=patience.PROCESS)
         assert done.returncode == 0, done.stderr
         if "-c" in argv:
             assert done.stdout.count(str(folder)) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.errors import BadInput
 from vime.run.owner import OWNER, Owner, Superseded, lives, owned, read_owner, require_owner, this_start
 from vime.system.files import write_json
@@ -60,7 +61,7 @@ def test_a_second_start_is_refused_and_touches_nothing(tmp_path: Path) -> None:
 def test_what_a_killed_owner_left_is_taken_over(tmp_path: Path) -> None:
     code = f"from vime.run.owner import *; import os\nwith owned({str(tmp_path)!r}, this_start('local-1', 0), None):"
     code += " os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code], timeout=patience.PROCESS).returncode == 9
     assert read_owner(tmp_path) is not None
     with owned(tmp_path, this_start("local-2", 0), never):
         pass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from vime.errors import BadInput
 from vime.recipe.load import load_recipe
@@ -38,7 +39,7 @@ def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
     """Its library is real, but not its service: the library keeps what it would send. A run goes on on its page."""
     env = {**os.environ, "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=120
+        [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=patience.PROCESS
     )
     assert done.returncode == 0, done.stderr
     first, second = (list(wandb_records(path)) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.launch_stub import make_plan, stub
 from tests.support.spool_scheduler import Spool
 from vime import attach, cancel, status, submit
@@ -39,7 +40,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wait_for(run_dir: Path, state: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience.PROCESS
     while run_state(run_dir).state != state:
         assert time.monotonic() < deadline, run_state(run_dir)
         time.sleep(0.1)
@@ -72,7 +73,7 @@ def test_a_run_is_queued_watched_attached_to_and_cancelled(
     spool: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (spool / "hold").touch()
-    plan = make_plan(run_dir, [stub("train", "print('trains', flush=True); import time; time.sleep(600)")], kind=KIND)
+    plan = make_plan(run_dir, [stub("train", "print('trains', flush=True); import time; time.sleep(3600)")], kind=KIND)
     record_run(run_dir)
     scheduler = find_scheduler(KIND)
     scheduler.check(plan)
@@ -82,7 +83,7 @@ def test_a_run_is_queued_watched_attached_to_and_cancelled(
     (spool / "hold").unlink()
     wait_for(run_dir, "running")
     call, env = attach.attach(run_dir, 0, ["pwd"], terminal=False)
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=patience.PROCESS)
     assert done.stdout.strip() == str(run_dir)
     while not [event for event in read_events(run_dir) if event.kind == "stage-start"]:
         time.sleep(0.1)
@@ -111,7 +112,7 @@ def test_a_scheduler_that_is_not_there_is_bad_input(kind: str) -> None:
 
 def test_the_protocols_own_module_loads_neither_scheduler() -> None:
     code = "import vime.run.state, sys; print({'vime.launch', 'vime.schedulers'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience.PROCESS)
     assert done.stdout.strip() == "set()"
 
 

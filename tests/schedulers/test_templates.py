@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.planning.build import Checks, make_plan
 from vime.recipe.files import data_folder
 from vime.recipe.load import load_recipe
@@ -75,7 +76,7 @@ def test_the_template_of_a_chain_asks_for_what_submit_asks_for(planned, tmp_path
     fake.chmod(0o755)
     env = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "RECORD": str(record), "VIME_RUN_NAME": "a run"}
     more = ["--base-dir", '/shared/it\'s a "folder"', "--", "--lr", "2e-6"]
-    said = subprocess.run(["bash", template, *more], env=env, capture_output=True, text=True, timeout=30)
+    said = subprocess.run(["bash", template, *more], env=env, capture_output=True, text=True, timeout=patience.PROCESS)
     assert said.returncode == 0, said.stderr
     assert said.stdout == "run a run: jobs 101 (convert), 102 (train), 103 (report)\n"
     own = options([line for line in template.read_text().splitlines() if line.startswith("#SBATCH")])
@@ -101,7 +102,11 @@ def test_a_template_runs_vime_batch_with_its_arguments_as_they_are(name: str, tm
     more = ["--base-dir", "a 'b\" $HOME größe"]
     job = ["--job", "train", "a run"] if "chain" in name else []
     done = subprocess.run(
-        ["bash", data_folder("slurm") / name, *job, *more], env=env, capture_output=True, text=True, timeout=30
+        ["bash", data_folder("slurm") / name, *job, *more],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=patience.PROCESS,
     )
     got = done.stdout.splitlines()
     assert got[:5] == ["-u", "-m", "vime.launch", "--recipe", "deepseek-r1"]

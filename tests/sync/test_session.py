@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import engine_plan
 from tests.support.sync_session import NAMES, RECEIVED, WORKER, FakeEngine, session
 from vime.errors import Cause
@@ -105,7 +106,7 @@ async def test_an_engine_that_hangs_ends_the_sync_at_its_deadline() -> None:
     sync, _, fakes, _ = session([engine_plan(0, {0: (0,)})], deadline=0.2)
     fakes[0].fails_at, fakes[0].hangs = ("update_weights", 0), True
     with pytest.raises(SyncFailed, match="engine 0 did not end update_weights within 0 s") as caught:
-        await asyncio.wait_for(sync.run(1), 5)
+        await asyncio.wait_for(sync.run(1), patience.MOMENT)
     assert caught.value.cause == Cause.DEADLINE
 
 

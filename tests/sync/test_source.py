@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.plans import engine_plan
 from tests.support.small_models import Tensors, shards, trained
 from vime.checkpoint.hf import HFCheckpoint
@@ -186,13 +186,13 @@ def on_ranks(world: int, folder: Path, work: Callable[..., None], arguments: lis
         process.start()
     try:
         for _ in ranks:
-            rank, failure = results.get(timeout=120)
+            rank, failure = results.get(timeout=patience.PROCESS)
             assert failure is None, f"rank {rank}: {failure}"
     except queue.Empty:
         pytest.fail("the ranks did not end within 120 s")
     finally:
         for process in ranks:
-            process.join(5)
+            process.join(patience.MOMENT)
             process.kill()
 
 
@@ -351,7 +351,7 @@ def test_a_threads_priority_is_lowered_from_whatever_it_is() -> None:
         "with ThreadPoolExecutor(1, initializer=_give_way) as pool:\n"
         "    print(pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, 0)).result())\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience.PROCESS)
     assert (found.returncode, found.stdout.strip()) == (0, "19"), found.stderr
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.plans import engine_plan
 from tests.support.small_models import Tensors, shards, trained
 from vime.errors import VimeError
@@ -111,7 +111,7 @@ def test_another_process_maps_what_was_published(tmp_path: Path) -> None:
             assert reader.stdout.readline().strip() == hashlib.sha256(data.numpy().data).hexdigest()
             source.release(bucket)
         reader.stdin.close()
-        assert reader.wait(60) == 0
+        assert reader.wait(patience.PROCESS) == 0
     source.finish()
 
 
@@ -130,7 +130,7 @@ def test_buckets_for_a_node_of_its_own_lie_on_the_gpu_and_go_through_nccl(tmp_pa
 
 @contextlib.contextmanager
 def receiver_on_the_other_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float = 60
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float = patience.PROCESS
 ) -> Iterator[tuple[WeightSource, subprocess.Popen[str]]]:
     """A process on the second GPU in a group with a source on the first."""
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
@@ -178,7 +178,7 @@ def test_a_receiver_that_is_gone_is_an_error_at_the_groups_deadline(
         with pytest.raises(VimeError, match="the weight group broke"):
             # Larger than what NCCL takes into buffers of its own before anybody reads.
             channel.move(torch.zeros(1 << 30, dtype=torch.uint8, device="cuda:0"))
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < patience.PROCESS
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

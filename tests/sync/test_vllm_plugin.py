@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.fresh_engine import ENVIRONMENT
 from tests.support.small_models import DEEPSEEK, trained, write_folder
 from vime.sync.vllm_plugin import BACKENDS, register
@@ -40,7 +41,7 @@ def test_an_update_keeps_experts_packed_which_vllm_alone_does_not(tmp_path: Path
     command = [sys.executable, "-m", "tests.support.reload_in_place", str(folder), str(output)]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": ""}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=patience.TRAINING)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(output.read_text())
     assert found["mended"] == found["before"]

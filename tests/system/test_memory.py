@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.support import patience
 from vime.system.memory import memory_available
 
 KEEPS = """
@@ -27,5 +28,7 @@ def test_some_memory_is_available() -> None:
 
 
 def test_freed_pieces_go_back_to_the_kernel() -> None:
-    done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPS], capture_output=True, text=True, timeout=patience.PROCESS, check=True
+    )
     assert int(done.stdout) > 150 << 20

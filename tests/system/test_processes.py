@@ -8,7 +8,7 @@ import sys
 
 from vime.system.processes import descendants, environment_of, find_process, group_runs, own_processes, start_ticks
 
-SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(3600)"]
 
 
 def test_a_live_process_is_found_with_parent_group_and_start() -> None:

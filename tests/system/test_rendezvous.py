@@ -9,10 +9,11 @@ from datetime import timedelta
 
 import pytest
 
+from tests.support import patience
 from tests.support.single import free_port
 from vime.system.rendezvous import group_store
 
-LIMIT = timedelta(seconds=20)
+LIMIT = timedelta(seconds=patience.PROCESS)
 MEMBER = """
 import sys
 from datetime import timedelta
@@ -48,7 +49,7 @@ def test_it_listens_on_the_address_of_the_run_alone() -> None:
 def test_ranks_meet_there() -> None:
     port = free_port()
     ranks = [subprocess.Popen([sys.executable, "-c", MEMBER, str(rank), str(port)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=patience.PROCESS) for rank in ranks] == [0, 0]
 
 
 def test_under_torchrun_its_agent_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from vime.system import visible
 
 
@@ -27,10 +28,10 @@ def test_a_file_system_that_is_not_known_to_be_local_is_waited_for(
 def test_a_file_that_shows_up_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "late"
     threading.Timer(0.3, path.touch).start()
-    assert visible.appears(path, 10)
+    assert visible.appears(path, patience.MOMENT)
     begin = time.monotonic()
     assert not visible.appears(tmp_path / "never", 0.2)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < patience.MOMENT
 
 
 def test_a_folder_that_is_missing_has_no_names(tmp_path: Path) -> None:

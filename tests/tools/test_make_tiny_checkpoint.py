@@ -16,6 +16,7 @@ TOOL = ROOT / "tools" / "make_tiny_checkpoint.py"
 sys.path.insert(0, str(TOOL.parent))
 import make_tiny_checkpoint as tiny  # noqa: E402  # pyright: ignore[reportMissingImports]
 
+from tests.support import patience  # noqa: E402
 from vime.fp8 import quantise as fp8  # noqa: E402
 from vime.models.config import ModelConfig  # noqa: E402
 from vime.models.families import params_of  # noqa: E402
@@ -23,7 +24,7 @@ from vime.models.families import params_of  # noqa: E402
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patience.GROUP)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

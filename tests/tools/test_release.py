@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import release  # noqa: E402  # pyright: ignore[reportMissingImports]
 
+from tests.support import patience  # noqa: E402
+
 MODULE = '"""A package."""\n\n__version__ = "0.9.1"\n'
 CHANGES = "# Changelog\n\n## Unreleased\n\n### Added\n\n- A thing.\n\n## 0.9.1 (2026-01-01)\n\n- Old.\n"
 
@@ -46,7 +48,9 @@ def test_a_release_without_changes_is_refused(text: str) -> None:
 
 def git(folder: Path, *words: str) -> str:
     name = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
-    done = subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True, timeout=patience.PROCESS
+    )
     return done.stdout.strip()
 
 
@@ -66,7 +70,7 @@ def test_a_release_is_committed_and_tagged_after_its_packages_were_tried(tmp_pat
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=patience.LEARNING,
     )
     assert done.returncode == 0, done.stderr
     assert git(checkout, "rev-parse", "v99.0.0^{commit}~1") == before
@@ -77,7 +81,10 @@ def test_a_release_is_committed_and_tagged_after_its_packages_were_tried(tmp_pat
     ]
     assert " passed" in done.stdout
     again = subprocess.run(
-        [sys.executable, checkout / "tools" / "release.py", "99.0.0"], capture_output=True, text=True, timeout=120
+        [sys.executable, checkout / "tools" / "release.py", "99.0.0"],
+        capture_output=True,
+        text=True,
+        timeout=patience.PROCESS,
     )
     assert again.returncode == 2
     assert "99.0.0 is released" in again.stderr or "has nothing under" in again.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patience
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,7 @@ def resolved(*extras: str) -> dict[str, str]:
     """Version of every package, by name."""
     argv = [str(UV), "pip", "compile", "--quiet", "--no-annotate", "pyproject.toml", *GPU_MACHINE]
     argv += [word for extra in extras for word in ("--extra", extra)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=patience.GROUP)
     assert done.returncode == 0, done.stderr
     return dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", done.stdout, re.MULTILINE))
 
