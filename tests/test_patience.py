@@ -26,8 +26,6 @@ POSITIONS = {
 RUNS_OUT = "a deadline that the test lets run out"
 NEVER = "never starts: only its plan is looked at"
 ALLOWED = {
-    "tests/e2e/test_slurm_faults.py": {"deadline_s=8": RUNS_OUT},
-    "tests/e2e/test_slurm_ray.py": {"deadline_s=60": RUNS_OUT},
     "tests/launch/test_controller.py": {
         "deadline_s=0.5": RUNS_OUT,
         "deadline_s=1.5": RUNS_OUT,
@@ -40,7 +38,6 @@ ALLOWED = {
     "tests/schedulers/test_submit_text.py": {"deadline_s=10 ** 6": NEVER},
     "tests/support/worker_cases.py": {"time.monotonic() + PORT_DEADLINE": "who starts the ranks ends them before"},
     "tests/sync/test_session.py": {"deadline=0.2": RUNS_OUT},
-    "tests/sync/test_sync_gpu.py": {"timeout_s=15": RUNS_OUT},
     "tests/system/test_guarded_store.py": {
         "time.monotonic() - begin < len(strangers) * 0.3 / 2": "half of what a store that took them in turn would take",
     },

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import patience
-from tests.support.launch_stub import READY, make_plan, preflight, ray_stages, service, stub
+from tests.support.launch_stub import MINUTES, READY, make_plan, preflight, ray_stages, service, stub
 from tests.support.slurm_cluster import STATE, DevCluster, bring_up, wait_for_end, wait_for_event, wait_until
 from tests.support.slurm_scene import HANG, Scene, node_name, scene
 from vime.planning import ports
@@ -182,7 +182,7 @@ def test_a_step_takes_more_than_its_memory(run: Scene) -> None:
 
 def test_a_stage_hangs(run: Scene) -> None:
     hang = f"import os, time; time.sleep(3600 * (os.environ['RANK'] == '{run.last_node}'))"
-    run.start(service("ray-head"), stub("convert", hang, nodes=range(run.nodes), deadline_s=8))
+    run.start(service("ray-head"), stub("convert", hang, nodes=range(run.nodes), deadline_s=patience.MOMENT))
     wait_for_event(run.run_dir, "stage-start", patience.JOB, stage="convert")
     run.ends("DEADLINE", stage="convert", node=run.last_node, within_s=patience.NOTICE, text="have not ended")
 
@@ -206,7 +206,7 @@ def test_the_time_limit_comes_in_the_middle_of_a_rollout(run: Scene) -> None:
     minutes = int(time.monotonic() - begin) // 60 + 2
     slurm.call("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
     run.ends("TIME_LIMIT", stage="train", node=None, within_s=patience.NOTICE, text="iter_1", requeued=True)
-    slurm.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    slurm.call("scontrol", "update", f"JobId={run.job}", f"TimeLimit={MINUTES}")
     run.goes_on()
 
 
@@ -373,7 +373,7 @@ def test_a_port_is_taken_after_preflight(run: Scene) -> None:
 def test_two_runs_share_their_nodes(run: Scene, tmp_path: Path) -> None:
     """Both with a Ray of their own; the end of one does not touch the other."""
     # All of these nodes of Ray start on the cores of one machine.
-    seconds, limit = patience.NOTICE * run.nodes, {"time_limit_minutes": 40}
+    seconds, limit = patience.NOTICE * run.nodes, {"time_limit_minutes": 4 * MINUTES}
     other = tmp_path / "other"
     stages = [preflight(other, run.nodes), *ray_stages(other, run.nodes, seconds), run.training()]
     second = make_plan(other, stages, nodes=run.nodes, kind="slurm", cluster=limit)

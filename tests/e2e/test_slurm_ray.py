@@ -88,9 +88,9 @@ def test_a_client_without_the_jobs_token_is_refused(four_nodes: DevCluster, tmp_
 def test_a_worker_that_never_comes_is_named_at_the_deadline(four_nodes: DevCluster, tmp_path: Path) -> None:
     """Node 1's part of the service is a stub that starts no Ray."""
     run_dir = tmp_path / "run"
-    head, workers = ray_stages(run_dir, 3, deadline_s=60)
+    head, workers = ray_stages(run_dir, 3, deadline_s=patience.NOTICE)
     code = (
-        "import os, sys, time; from vime.node import ray_node; time.sleep(300 * (os.environ['VIME_NODE'] == '2'));"
+        "import os, sys, time; from vime.node import ray_node; time.sleep(3600 * (os.environ['VIME_NODE'] == '2'));"
         f"sys.exit(ray_node.main(['--run', {str(run_dir)!r}, '--worker']))"
     )
     workers = workers.model_copy(update={"command": ("-c", code)})

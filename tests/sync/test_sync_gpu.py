@@ -170,7 +170,7 @@ def test_another_gpu_gets_through_nccl_what_was_published(tmp_path: Path, monkey
 def test_a_receiver_that_is_gone_is_an_error_at_the_groups_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with receiver_on_the_other_gpu(tmp_path, monkeypatch, timeout_s=15) as (source, receiver):
+    with receiver_on_the_other_gpu(tmp_path, monkeypatch, timeout_s=patience.MOMENT) as (source, receiver):
         receiver.kill()
         receiver.wait()
         (channel,) = source._channels.values()
