@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from tests.support.single import MODELS, built, one_process
+from vime.checkpoint.allowed import read_common
 from vime.megatron import backend
+from vime.megatron.megatron_lm import optimizer_common
 from vime.megatron.optimizer import Optimizer, _values, learning_rate, notes
 from vime.recipe.schema import ModelOptions, OptimizerOptions, Recipe
 
@@ -49,6 +52,29 @@ def test_every_rate_is_that_of_megatrons_scheduler(style: str, warmup: int, end:
         scheduler.step(1)
     ours = rates(10, lr_warmup_iters=warmup, lr_decay_iters=end, lr_decay_style=style, min_lr=0.1)
     assert ours == pytest.approx(theirs)
+
+
+def test_the_checkpoint_of_an_optimizer_on_the_host_is_read_again(tmp_path: Path) -> None:
+    """Groups of Megatron's hybrid optimizer name classes, and a pickle that names one is refused on resume."""
+    backend.setup()
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    hybrid = HybridDeviceOptimizer(
+        [{"params": [torch.nn.Parameter(torch.ones(4))], "wd_mult": 0.0}],
+        offload_fraction=1.0,
+        cpu_optimizer_cls=torch.optim.AdamW,
+        gpu_optimizer_cls=torch.optim.AdamW,
+        param_update_in_fp32=True,
+        pin_cpu_grads=False,
+        pin_cpu_params=False,
+        overlap_cpu_optimizer_d2h_h2d=False,
+        lr=1e-3,
+        betas=(0.9, 0.98),
+    )
+    assert hybrid.param_groups[0]["cpu_optimizer_cls"] is torch.optim.AdamW
+    torch.save(optimizer_common(SimpleNamespace(optimizer=hybrid), 3), tmp_path / "common.pt")
+    (group,) = read_common(tmp_path / "common.pt")["optimizer"]["param_groups"]
+    assert (group["lr"], group["betas"], group["wd_mult"], group["step"]) == (1e-3, (0.9, 0.98), 0.0, 3)
 
 
 @pytest.mark.parametrize("model", ["qwen3", "deepseek"])

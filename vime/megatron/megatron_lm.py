@@ -58,9 +58,19 @@ def random_state(layout: ParallelLayout, coords: Coordinates) -> Any:
 
 
 def optimizer_common(optimizer: Any, steps: int) -> dict[str, Any]:
-    """Values of one of Megatron's optimizers that are no tensors of parameters, after `steps` steps."""
+    """Values of one of Megatron's optimizers that are no tensors of parameters, after `steps` steps.
+
+    Plain values alone: groups of an optimizer on the host hold classes too, and a pickle that names a class is refused
+    on loading.
+    """
     groups = [
-        {**{name: value for name, value in group.items() if name != "params"}, "step": steps}
+        {**{name: value for name, value in group.items() if name != "params" and _is_plain(value)}, "step": steps}
         for group in optimizer.optimizer.state_dict()["param_groups"]
     ]
     return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": FULLY_RESHARDABLE}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(one) for one in value)
+    return value is None or type(value) in (bool, int, float, str)
