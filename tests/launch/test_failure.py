@@ -133,6 +133,7 @@ def test_cause_and_culprit_of_what_srun_says(
 
 
 KILLED = "srun: error: gpu007: task 1: Killed\nsrun: Terminating StepId=12.3"
+TOO_LARGE = "slurmstepd-gpu007: error: StepId=12.3 exceeded memory limit (5718 > 3146), being killed\n" + KILLED
 NO_STEP = "srun: error: Unable to create step for job 12: Socket timed out on send/recv operation"
 
 
@@ -144,6 +145,7 @@ NO_STEP = "srun: error: Unable to create step for job 12: Socket timed out on se
         (NO_STEP, {"service": True}, True),
         (KILLED, {"service": True}, True),
         (KILLED, {"outputs": (Artefact(name="bf16", kind="hf", path="/b/bf16"),)}, False),
+        (TOO_LARGE, {}, False),
         ("srun: error: gpu007: task 1: Exited with exit code 1", {}, False),
     ],
 )

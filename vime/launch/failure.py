@@ -220,7 +220,7 @@ def may_repeat(step: Step) -> bool:
 
     A node that comes back from a fault ends what it still holds of the job, and takes new tasks of the same job along.
     """
-    return was_refused(step) or (not step.stage.outputs and _killed_by_another(step.told()) is not None)
+    return was_refused(step) or (not step.stage.outputs and decide(facts_of(step)).from_outside)
 
 
 def late(step: Step, seconds: float) -> Failure:
