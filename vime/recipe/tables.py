@@ -321,7 +321,6 @@ MEGATRON_FLAGS: dict[str, str] = {
     "preserve_fp32_weights": "bool",
     "pretrained_checkpoint": "value",
     "profile": "value",
-    "profile_ranks": "value",
     "profile_step_end": "value",
     "profile_step_start": "value",
     "qk_clip": "bool",
