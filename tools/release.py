@@ -31,7 +31,10 @@ _VERSION = re.compile(r'^__version__ = "(.*)"$', re.MULTILINE)
 LOGIN_NODE = ("tests/recipe", "tests/planning", "tests/run", "tests/slurm", "tests/schedulers")
 """Tests of what runs on a login node, where only the package's own dependencies are installed."""
 NOT_THERE = (
+    "tests/planning/test_evaluation.py",  # msgspec
+    "tests/planning/test_options_alive.py",  # msgspec
     "tests/planning/test_wrong_inputs.py",  # torch
+    "tests/run/test_trackers.py",  # wandb, mlflow
     "tests/run/test_metrics.py",  # tensorboard
     "tests/run/test_code.py",  # a checkout
     "tests/schedulers/test_other_scheduler.py",  # a checkout

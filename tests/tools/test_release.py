@@ -46,6 +46,35 @@ def test_a_release_without_changes_is_refused(text: str) -> None:
         release.dated(text, "0.10.0", datetime.date(2026, 11, 27))
 
 
+BLOCKED = """
+import sys
+LEFT_OUT = {"torch", "numpy", "vllm", "megatron", "ray", "transformers", "safetensors", "numba", "psutil", "aiohttp",
+            "math_verify", "msgspec", "pyarrow", "tensorboard", "wandb", "mlflow", "openai", "anthropic"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in LEFT_OUT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_tests_of_the_login_node_need_no_more_than_the_package_does() -> None:
+    """Stand-in of the environment that a release makes: libraries that train and generate cannot be imported."""
+    left_out = [f"--ignore={name}" for name in release.NOT_THERE]
+    words = ["-n", "0", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "not e2e"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *words, *left_out, *release.LOGIN_NODE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert all((ROOT / name).is_file() for name in release.NOT_THERE)
+
+
 def git(folder: Path, *words: str) -> str:
     name = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
     done = subprocess.run(
