@@ -18,6 +18,7 @@ import pytest
 
 from tests.support import patience
 from tests.support.launch_stub import make_plan, ray_stages
+from vime.errors import Cause
 from vime.node.network import listening_ports
 from vime.run.folder import write_binding
 from vime.run.last_words import telling_line
@@ -144,14 +145,14 @@ def test_it_starts_what_a_run_needs_and_ends_it_when_told_to(head: Head) -> None
 def test_a_raylet_that_dies_is_named_and_ends_the_others(head: Head) -> None:
     head.wait_ready(patience.GROUP)
     os.kill(head.raylet(), signal.SIGKILL)
-    assert ends_with_everything(head, patience.NOTICE) == 1
+    assert ends_with_everything(head, patience.NOTICE) == Cause.CRASH
     assert telling_line(head.log.read_text().splitlines()) == "error: raylet (exit code -9) ended, and Ray with it"
 
 
 def test_a_raylet_that_dies_as_soon_as_it_is_there_is_named_at_once(head: Head) -> None:
     """It may have registered by then."""
     os.kill(head.raylet(), signal.SIGKILL)
-    assert ends_with_everything(head, patience.NOTICE) == 1
+    assert ends_with_everything(head, patience.NOTICE) == Cause.CRASH
     assert telling_line(head.log.read_text().splitlines()).startswith("error: raylet (exit code -9) ended")
 
 
