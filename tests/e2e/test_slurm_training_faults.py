@@ -58,7 +58,7 @@ def test_an_engine_is_killed_and_comes_back(run: Training) -> None:
 def test_a_rank_is_killed(run: Training) -> None:
     before = run.under_way()
     node = run.node_of(RANK_NODE)
-    run.on_node(node, "kill", "-9", run.pid_of_rank(1))
+    run.on_node(node, "kill", "-9", run.rank_process(node))
     end = run.ended("CRASH", before=before, node=node, rank=1, within_s=patience.SLURM, text="rank 1 died")
     assert "error: training ended: crash: rank 1 died" in end.data["log_tail"]
     run.resumes()

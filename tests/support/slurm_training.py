@@ -152,11 +152,11 @@ class Training(Scene):
         assert pids, f"no {words} on {node_name(node)}: {self.processes(node)}"
         self.on_node(node, "kill", f"-{number}", *pids)
 
-    def pid_of_rank(self, rank: int) -> str:
-        """Process of a rank of this start on its node: Ray writes it before the rank's lines."""
-        log = (self.run_dir / "logs" / "train" / "node00.log").read_text(errors="replace")
-        found = re.findall(rf"\(rank {rank} on node \d+ pid=(\d+)", log.rpartition("first rollout ")[0])
-        return found[-1]
+    def rank_process(self, node: int) -> str:
+        """Process of the rank on a node. Ray titles it by the call that it runs, else by its class."""
+        found = [*self.pids(node, "ray::worker "), *self.pids(node, "ray::RankActor")]
+        assert len(found) == 1, (found, self.processes(node))
+        return found[0]
 
     def close(self) -> None:
         self.mend()
