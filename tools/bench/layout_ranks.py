@@ -57,7 +57,10 @@ ENDS = {"pp": 4, "last_stage_layers": 13, "sequence_parallel": True}
 LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
     128: ({"tp": 8, "cp": 4, "ep": 32, "etp": 1, **ENDS}, {"tp": 8, "cp": 2, "ep": 16, "etp": 1, **ENDS}),
     16: ({"tp": 2, "cp": 2, "ep": 4, "etp": 1, **ENDS}, {"tp": 2, "ep": 2, "etp": 1, **ENDS}),
-    4: ({"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}, {"tp": 2, "ep": 2, "sequence_parallel": True}),
+    4: (
+        {"tp": 2, "pp": 2, "ep": 2, "last_stage_layers": 13, "sequence_parallel": True},
+        {"tp": 2, "ep": 2, "sequence_parallel": True},
+    ),
     1: ({}, {}),
 }
 """By number of ranks: the layout, and that of the resume on half of them."""
