@@ -91,7 +91,7 @@ def test_the_tiny_recipe_loads_the_bf16_copy_with_what_processors_need():
         --host 10.0.0.11 --port {plan.engines[1].port} --api-server-count 1 --middleware vime.rollout.guard.RequireKey
         --enable-scale-out --disable-uvicorn-access-log --uvicorn-log-level warning
         --served-model-name policy --weight-transfer-config {{"backend":"vime-shm"}}
-        --logprobs-mode processed_logprobs --seed 43
+        --logprobs-mode processed_logprobs --seed 43 --no-enable-chunked-prefill
         -cc.custom_ops+=-rotary_embedding --max-model-len 256 --max-num-seqs 64 --enforce-eager"""
     assert list(command.argv) == wanted.split()
     assert command.env["VLLM_CPU_KVCACHE_SPACE"] == "1"

@@ -141,6 +141,18 @@ async def test_logprobs_are_over_all_tokens_whatever_part_is_drawn_from(base, tm
     assert min(wanted) < -1.5
 
 
+async def test_seeded_prompts_of_more_tokens_than_one_step_takes(engine):
+    """A prompt that vLLM cuts in two would end an engine on processors."""
+    server, _ = engine
+    async with EngineClient(server.command.url, KEY) as client:
+        asked = [
+            client.generate([*PROMPT, *([6 + n % 12] * 200)], SamplingSettings(4), deadline_s=patience.ANSWER, seed=n)
+            for n in range(48)
+        ]
+        answers = await asyncio.gather(*asked)
+    assert all(len(answer.token_ids) in range(1, 5) for answer in answers)
+
+
 async def test_every_route_wants_the_key(engine):
     server, _ = engine
     routes = (

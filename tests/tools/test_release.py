@@ -69,7 +69,7 @@ def test_tests_of_the_login_node_need_no_more_than_the_package_does() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience.PROCESS,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert all((ROOT / name).is_file() for name in release.NOT_THERE)

@@ -134,6 +134,9 @@ def _device_arguments(plan: Plan) -> Iterator[str]:
         return
     if not plan.recipe.engine.vllm.get("enforce_eager"):
         yield "--enforce-eager"
+    if "enable_chunked_prefill" not in plan.recipe.engine.vllm:
+        # Of a prompt that is cut in two vLLM rewinds the generator, which for a seeded request ends it on CPUs.
+        yield "--no-enable-chunked-prefill"
     # On CPUs vLLM's fused rotary embedding gives wrong log-probs for multi-head latent attention.
     yield "-cc.custom_ops+=-rotary_embedding"
 
