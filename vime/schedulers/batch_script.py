@@ -128,6 +128,7 @@ def module_lines(modules: Sequence[str]) -> list[str]:
         'cat "$words" >&2',
         'if [ -n "$failed" ] || grep -qiE "unable to locate|not found|unknown" "$words"; then',
         f'    echo {missing} "$(hostname)" >&2',
+        '    rm -f "$words"',
         "    exit 2",
         "fi",
         'rm -f "$words"',
