@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import patience
 
-pytest_plugins = ["tests.support.fake_checkpoint"]
+pytest_plugins = ["tests.support.fake_checkpoint", "tests.support.leftovers"]
 CLUSTER_MODULES = ("test_slurm_", "test_docs_commands", "test_engine_nodes")
 
 

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,15 @@ for step in (3, 4):
 """
 
 
-def test_metrics_reach_weights_and_biases_by_flag(tmp_path):
+def test_metrics_reach_weights_and_biases_by_flag(tmp_path, monkeypatch):
     """Its library is real, but not its service: the library keeps what it would send. A run goes on on its page."""
-    env = {**os.environ, "HOME": str(tmp_path)}
+    env = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", WANDB_WRITER, str(tmp_path)], env=env, capture_output=True, timeout=patience.PROCESS
     )
     assert done.returncode == 0, done.stderr
+    # Its import makes temporary folders, which may stay.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     first, second = (list(wandb_records(path)) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")))
     for records, step in ((first, 3), (second, 4)):
         (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")

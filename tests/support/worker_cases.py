@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,7 +78,10 @@ def run_cases(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "cases.json"
     file.write_text(json.dumps([asdict(case) for case in cases]))
+    # Killed writers leave their sockets, whose path has to be short.
+    scratch = tempfile.mkdtemp(prefix="vt-")
     environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["TMPDIR"] = scratch
     logs = [(folder / f"rank{rank}.log").open("w") for rank in range(processes)]
     started = [
         subprocess.Popen(
@@ -95,6 +100,7 @@ def run_cases(
             # A killed trainer leaves the helpers of its writer.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
     text = "".join(f"--- rank {r}\n" + (folder / f"rank{r}.log").read_text()[-3000:] for r in range(processes))
     assert codes == [0] * processes, f"exit codes {codes}\n{text}"
     results = {case.name: Result(**json.loads((folder / f"{case.name}.json").read_text())) for case in cases}
