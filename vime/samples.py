@@ -56,10 +56,10 @@ class ToolUse:
 
 @dataclass
 class Sample:
-    """One response to one prompt. The lists `response_ids` to `loss_mask` have one entry per response token.
+    """One response to one prompt. The lists `response_ids` to `teacher_log_probs` have one entry per response token.
 
     The response of a conversation of many turns holds all that came after the prompt: tokens that the model sampled,
-    and tokens that it was given, which have the mask 0, the log-prob 0 and no version.
+    and tokens that it was given, which have the mask 0, the log-prob 0 and no version. The teacher scores both kinds.
     """
 
     index: int
@@ -77,6 +77,9 @@ class Sample:
     weight_versions: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     """1 where the token is trained on."""
+    teacher_log_probs: list[float] = field(default_factory=list)
+    """The teacher's log-probabilities of the response's tokens, in nats at temperature 1; empty without `--use-opd`,
+    and until the response is whole."""
     response: str = ""
     """The answer as text: the model's last turn."""
     reward: float | None = None
@@ -145,7 +148,7 @@ RESPONSE_FIELDS = tuple(
     each.name for each in fields(Sample) if each.name not in PROMPT_FIELDS and each.metadata.get("kept", True)
 )
 """Fields that generation and scoring set, and that a file keeps."""
-_LATER_FIELDS = frozenset({"turns", "tools", "environment", "branch", "data_prompt"})
+_LATER_FIELDS = frozenset({"turns", "tools", "environment", "branch", "data_prompt", "teacher_log_probs"})
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "status": Status,
     "turns": lambda turns: [Turn(**turn) for turn in turns],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vime.megatron import estimators
 from vime.megatron.estimators import ScoredSamples, group_advantages, whiten
 from vime.megatron.plugins import function_of
-from vime.recipe.algorithms import CORRECTIONS, ESTIMATORS, POLICY_LOSSES
+from vime.recipe.algorithms import ADVANTAGE_TERMS, CORRECTIONS, ESTIMATORS, POLICY_LOSSES
 from vime.recipe.schema import AlgorithmOptions
 
 DOCS = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
@@ -27,14 +27,14 @@ def samples_of(rewards: list[list[float]], lengths: list[int], **more: Any) -> S
     return ScoredSamples(groups, tuple(torch.ones(length) for length in lengths), **more)
 
 
-@pytest.mark.parametrize("table", [ESTIMATORS, POLICY_LOSSES, CORRECTIONS])
+@pytest.mark.parametrize("table", [ESTIMATORS, ADVANTAGE_TERMS, POLICY_LOSSES, CORRECTIONS])
 def test_every_entry_names_a_function_flags_that_exist_and_its_source(table: Any) -> None:
     for name, entry in table.items():
         assert callable(function_of(entry.function, name))
         assert set(entry.flags) <= AlgorithmOptions.model_fields.keys()
         assert entry.formula
         assert "arXiv" in entry.source or "202" in entry.source
-        assert f"`{name}`" in DOCS
+        assert f"`{name}`" in DOCS or f"`--{name.replace('_', '-')}`" in DOCS
     assert {entry.policy_loss for entry in ESTIMATORS.values()} <= POLICY_LOSSES.keys()
 
 

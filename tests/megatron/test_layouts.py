@@ -29,7 +29,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "algorithm": {"use_kl_loss": True, "kl_loss_coef": 0.5, "eps_clip_high": 0.28},
     "optimizer": {"lr": 200.0, "adam_eps": 1e4, "weight_decay": 0.0, "clip_grad": 0.0},
 }
-COMPARED = ("loss", "pg_loss", "kl_loss", "entropy", "grad_norm", "pg_clipfrac", "ppo_kl", "tis")
+COMPARED = ("loss", "pg_loss", "kl_loss", "entropy", "grad_norm", "pg_clipfrac", "ppo_kl", "tis", "opd_reverse_kl")
 
 
 def with_algorithm(**options: Any) -> dict[str, dict[str, Any]]:
@@ -70,6 +70,7 @@ LOSSES: dict[str, dict[str, dict[str, Any]]] = {
     "sequence_masks": with_algorithm(
         mismatch_correction=["seq_tis", "geo_mask"], tis_clip=10.0, geo_mask_low=0.5, geo_mask_high=1.2
     ),
+    "distilled": with_algorithm(use_opd=True, opd_kl_coef=0.7),
     "sft": with_algorithm(loss_type="sft_loss"),
 }
 MTP = {**RECIPE, "model": {"mtp_num_layers": 1}}

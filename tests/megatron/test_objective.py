@@ -41,7 +41,8 @@ class Problem:
         torch.manual_seed(seed)
         self.logits = [torch.randn(len(p) + len(r), VOCABULARY, dtype=torch.float64) for p, r in self.pairs]
         self.columns = {
-            name: torch.randn(self.data.response_tokens) * 0.3 - 2 for name in ("old", "reference", "rollout")
+            name: torch.randn(self.data.response_tokens) * 0.3 - 2
+            for name in ("old", "reference", "rollout", "teacher")
         }
         self.columns["advantages"] = torch.cat(
             [torch.full((len(r),), draw.uniform(-2, 2)) for _, r in self.pairs]
@@ -219,6 +220,22 @@ def test_no_order_packing_number_of_micro_batches_or_context_parallel_size_chang
 def test_masks_mask_some_tokens_and_are_counted(name: str) -> None:
     masked = [packed_loss(Problem(seed), AlgorithmOptions(**OPTIONS[name]), PARTS["one"])[1] for seed in range(3)]
     assert 0 < sum(metrics["tis_masked"] for metrics in masked) / 3 < 1
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_the_reverse_kl_to_the_teacher_is_the_mean_over_trained_tokens_for_every_packing_and_slice(
+    parts: str, cp: int
+) -> None:
+    problem = Problem(4)
+    layout = ParallelLayout(world_size=cp, cp=cp)
+    metrics = packed_loss(problem, AlgorithmOptions(use_opd=True), PARTS[parts], layout)[1]
+    expected = 0.0
+    for sample, mask in enumerate(problem.masks):
+        span = problem.data.response(sample)
+        difference = (problem.columns["old"][span].double() - problem.columns["teacher"][span].double()) * mask
+        expected += float(difference.sum()) / max(float(mask.sum()), 1.0) / len(problem.masks)
+    assert metrics["opd_reverse_kl"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_with_the_engines_log_probs_as_old_policy_the_difference_is_that_of_the_current_one() -> None:

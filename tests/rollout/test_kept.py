@@ -33,6 +33,8 @@ def samples(draw: some.DrawFn) -> Sample:
         reward=draw(FLOATS | some.none()),
         status=draw(some.sampled_from(Status)),
     )
+    if draw(some.booleans()):
+        sample.teacher_log_probs = draw(some.lists(FLOATS, min_size=count, max_size=count))
     if count > 1:
         sample.turns = [Turn("model", 0, 1, "a", "stop"), Turn("tool", 1, count, "b")]
     return sample

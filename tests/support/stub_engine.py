@@ -46,6 +46,8 @@ class StubEngine:
         "content": str(ids),
     }
     """The chat message that it makes of (token ids, the chat request)."""
+    score: Callable[[int, int], float] = lambda token, place: -0.01 * token - place
+    """Log-prob of a given token at a place, where a request asks for those of its prompt."""
     version: str = "0"
     max_num_seqs: int = 10_000
     """Requests that it works on at a time."""
@@ -124,7 +126,10 @@ class StubEngine:
         if fault == "hang":
             await asyncio.sleep(3600)
         if isinstance(fault, dict):
-            return web.json_response({"choices": [fault]})
+            return web.json_response(fault if "prompt_logprobs" in fault else {"choices": [fault]})
+        if body["sampling_params"].get("prompt_logprobs") is not None:
+            (last,) = body["sampling_params"]["allowed_token_ids"]
+            return web.json_response(self._scored(body["token_ids"], last))
         limit = body["sampling_params"]["max_tokens"]
         tokens = self.answer(body["token_ids"], number)
         reason = "stop" if len(tokens) <= limit else "length"
@@ -140,6 +145,17 @@ class StubEngine:
             tokens, reason = tokens[:done], "abort"
         self.generated += len(tokens)
         return web.json_response({"choices": [choice(tokens, reason, self.version)]})
+
+    def _scored(self, token_ids: list[int], last: int) -> dict[str, Any]:
+        """An answer with the log-prob of every given token but the first, and of the one that may be sampled, as vLLM
+        writes it."""
+        scores = [
+            {str(token): {"logprob": self.score(token, place), "rank": 1, "decoded_token": None}}
+            for place, token in enumerate(token_ids)
+        ]
+        sampled = choice([last], "length", self.version)
+        sampled["logprobs"]["content"][0]["logprob"] = self.score(last, len(token_ids))
+        return {"choices": [sampled], "prompt_logprobs": [None, *scores[1:]]}
 
     async def _derender(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -126,7 +126,7 @@ def rollout_of(number: int, vocabulary: int) -> Any:
 
     from vime.samples import Group, Rollout, Sample, Status
 
-    draw = random.Random(1000 + number)
+    draw, teacher = random.Random(1000 + number), random.Random(2000 + number)
     groups = []
     for g in range(4):
         prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(3, 9))]
@@ -140,7 +140,8 @@ def rollout_of(number: int, vocabulary: int) -> Any:
             samples.append(
                 Sample(
                     4 * g + s, g, "", prompt, response_ids=response, log_probs=log_probs, loss_mask=mask,
-                    reward=reward, status=Status.COMPLETED,
+                    teacher_log_probs=[teacher.uniform(-6, -3) for _ in response], reward=reward,
+                    status=Status.COMPLETED,
                 )
             )  # fmt: skip
         groups.append(Group(g, samples))

@@ -63,7 +63,7 @@ def require_enough(plan: Plan, examined: Examined) -> Examined:
 
 def bind(plan: Plan, runner: Runner, examined: Examined, *, end_time: float | None, everyone: bool = False) -> Binding:
     """Binding of an allocation. With `everyone`, spare nodes follow those that the plan needs."""
-    span = max((len(engine.nodes) for engine in plan.engines), default=1)
+    span = max((len(engine.nodes) for engine in plan.servers), default=1)
     ordered = by_switch(examined.fit, examined.switches, span)
     chosen = ordered if everyone else ordered[: len(plan.nodes)]
     facts = {place: examined.findings[place] for place in chosen}
@@ -110,7 +110,7 @@ def port_numbers(plan: Plan) -> Iterator[int]:
         if not name.startswith("worker_"):
             yield getattr(plan.ports, name)
     yield from range(plan.ports.worker_first, plan.ports.worker_last + 1)
-    for engine in plan.engines:
+    for engine in plan.servers:
         yield engine.port
         yield from range(engine.aux_port, engine.aux_port + ports.AUX_PORTS)
 

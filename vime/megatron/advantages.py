@@ -9,10 +9,10 @@ import torch
 
 from vime.errors import DataError
 from vime.megatron import losses
-from vime.megatron.estimators import ScoredSamples, overlong_penalty
+from vime.megatron.estimators import DistilledTokens, ScoredSamples, overlong_penalty
 from vime.megatron.microbatch import RolloutTokens
 from vime.megatron.plugins import function_of
-from vime.recipe.algorithms import estimator
+from vime.recipe.algorithms import ADVANTAGE_TERMS, estimator
 from vime.recipe.schema import AlgorithmOptions
 from vime.samples import Rollout, Sample
 
@@ -36,9 +36,10 @@ def advantage_column(
     algorithm: AlgorithmOptions,
     longest: int = 0,
 ) -> torch.Tensor:
-    """The advantage of every response token, fp32 [response tokens], by the recipe's estimator.
+    """The advantage of every response token, fp32 [response tokens], by the recipe's estimator and terms.
 
-    With `kl_coef` the estimator also gets the KL between the columns `old` and `reference`. `longest` is
+    With `kl_coef` the estimator also gets the KL between the columns `old` and `reference`; with `use_opd` the columns
+    `old` and `teacher` add the term of on-policy distillation, after any whitening. `longest` is
     `--rollout-max-response-len`, where `overlong_buffer_len` ends. Raises DataError for a reward that is missing or
     not finite, and for a plug-in's answer of another shape.
     """
@@ -52,7 +53,32 @@ def advantage_column(
             f"--advantage-estimator {algorithm.advantage_estimator} gave tensors of the shapes {shapes} ...: it must "
             f"give one tensor a sample, with a value for each of its response tokens ({lengths[:3]} ...)"
         )
-    return torch.cat(list(found)).to(torch.float32) if found else torch.zeros(0)
+    if not found:
+        return torch.zeros(0)
+    advantages = torch.cat(list(found))
+    if algorithm.use_opd:
+        advantages = advantages + _distillation(rollout, columns, algorithm)
+    return advantages.to(torch.float32)
+
+
+def teacher_column(rollout: Rollout) -> torch.Tensor:
+    """The teacher's log-probs of every response token, fp32 [response tokens]. Raises DataError for a sample whose
+    tokens it did not score."""
+    for sample in rollout.samples:
+        if len(sample.teacher_log_probs) != len(sample.response_ids):
+            raise DataError(
+                f"sample {sample.index} has {len(sample.response_ids)} response tokens and "
+                f"{len(sample.teacher_log_probs)} log-probs of the teacher, which --use-opd needs: generate the "
+                "rollout with it"
+            )
+    return torch.tensor([value for sample in rollout.samples for value in sample.teacher_log_probs])
+
+
+def _distillation(rollout: Rollout, columns: Mapping[str, torch.Tensor], algorithm: AlgorithmOptions) -> torch.Tensor:
+    """The term of `--use-opd`, fp64 [response tokens]."""
+    masks = torch.cat([loss_mask(sample) for sample in rollout.samples])
+    function = function_of(ADVANTAGE_TERMS["use_opd"].function, "--use-opd")
+    return function(DistilledTokens(columns["old"], columns["teacher"], masks), algorithm)
 
 
 def _scored(

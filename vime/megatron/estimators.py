@@ -3,6 +3,7 @@
 Each is named by an entry of `vime.recipe.algorithms.ESTIMATORS`, takes `ScoredSamples` and the recipe's
 `AlgorithmOptions`, and returns one tensor of advantages, fp64 [length], for each sample. Values at untrained tokens
 are never used. All arithmetic is in float64: sums over 10^7 tokens and groups of equal rewards come out exact.
+Terms of `vime.recipe.algorithms.ADVANTAGE_TERMS` are added to them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ class ScoredSamples:
             return spread
         later = [kl.flip(0).cumsum(0).flip(0) for kl in self.kl]
         return [value - coefficient * rest for value, rest in zip(spread, later, strict=True)]
+
+
+@dataclass(frozen=True)
+class DistilledTokens:
+    """All response tokens of a rollout, sample by sample; [n] each."""
+
+    old: Tensor
+    """The student's log-probs before the rollout's first step."""
+    teacher: Tensor
+    mask: Tensor
+    """0 at tokens that are not trained on."""
 
 
 def group_advantages(rewards: Tensor, *, over_deviation: bool = True) -> Tensor:
@@ -121,3 +133,20 @@ def reinforce_plus_plus_baseline(samples: ScoredSamples, options: AlgorithmOptio
     centred = [group - group.mean() for group in samples.rewards]
     columns = samples.returns(torch.cat(centred), options.kl_coef)
     return whiten(columns, samples.masks, options.normalize_advantages_over)
+
+
+def zero(samples: ScoredSamples, options: AlgorithmOptions) -> list[Tensor]:
+    """No advantage from rewards, so that on-policy distillation alone teaches; rewards are only measured."""
+    return samples.spread(torch.zeros(len(samples.masks), dtype=torch.float64))
+
+
+def reverse_kl(tokens: DistilledTokens, options: AlgorithmOptions) -> Tensor:
+    """-coefficient x (log p_old - log p_teacher) at trained tokens and 0 at others, fp64 [n].
+
+    The student sampled the token, so log p_old - log p_teacher estimates the reverse KL(student || teacher) of its
+    position without bias, and the policy gradient of this advantage is that KL's descent. A token answers for its own
+    position alone (a discount of 0), as in Thinking Machines Lab's "On-Policy Distillation" (2025), slime and tinker's
+    cookbook; MiniLLM (arXiv 2306.08543) adds the positions after it.
+    """
+    difference = tokens.old.double() - tokens.teacher.double()
+    return torch.where(tokens.mask > 0, -options.opd_kl_coef * difference, 0.0)

@@ -31,14 +31,16 @@ METRICS = (
     "tis_masked",
     "draft_loss",
     "draft_acceptance",
+    "opd_reverse_kl",
 )
 """Means over the global batch with the loss's own weights, in this order. `ppo_kl` is the mean of log π_old - log π,
 `tis` of the mismatch corrections' weights, `tis_masked` the share of tokens that they give the weight 0,
-`draft_acceptance` the chance that a token of the first draft layer is accepted."""
+`draft_acceptance` the chance that a token of the first draft layer is accepted, `opd_reverse_kl` the mean of
+log π_old - log π_teacher."""
 
 Columns = Mapping[str, Tensor]
 """fp32 [response tokens] each: `weights`; for the policy loss `advantages`; where there are any `old` (the trainer's
-log-probs before the first step), `reference` and `rollout` (the engine's)."""
+log-probs before the first step), `reference`, `rollout` (the engine's) and `teacher`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Objective:
         values["pg_loss"] = losses.weighted_sum(token_loss, weights)
         values["pg_clipfrac"] = losses.weighted_sum(token.clipped.float(), weights)
         values["entropy"] = losses.weighted_sum(entropy, weights)
+        if "teacher" in columns:
+            values["opd_reverse_kl"] = losses.weighted_sum(old - batch.column(columns["teacher"]), weights)
         loss = values["pg_loss"]
         if options.entropy_coef:
             loss = loss - options.entropy_coef * values["entropy"]

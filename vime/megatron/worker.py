@@ -19,7 +19,7 @@ from vime.checkpoint.hf import HFCheckpoint
 from vime.checkpoint.load import load_hf_into
 from vime.errors import BadInput, DataError
 from vime.megatron import backend, losses, optimizer
-from vime.megatron.advantages import advantage_column, loss_mask
+from vime.megatron.advantages import advantage_column, loss_mask, teacher_column
 from vime.megatron.checkpoint_folders import State
 from vime.megatron.checkpointing import Checkpointer
 from vime.megatron.microbatch import RolloutTokens, optimizer_steps
@@ -245,6 +245,8 @@ class TrainWorker:
         elif self.recipe.rollout.steps > 1 or "old" in algorithm.needed_columns:
             with self._clock.span("log_probs"):
                 columns["old"] = self._old_log_probs(data)
+        if algorithm.use_opd:
+            columns["teacher"] = teacher_column(rollout)
         longest = self.recipe.rollout.rollout_max_response_len
         columns["advantages"] = advantage_column(rollout, data, columns, algorithm, longest)
         return columns
@@ -340,6 +342,8 @@ class TrainWorker:
             absent.add("kl_loss")
         if not self.recipe.model.mtp_num_layers:
             absent |= {"draft_loss", "draft_acceptance"}
+        if not algorithm.use_opd:
+            absent.add("opd_reverse_kl")
         return [name for name in METRICS if name not in absent]
 
     def log_probs(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:

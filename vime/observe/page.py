@@ -35,6 +35,7 @@ CHARTS = (
         (("train/kl_loss", "KL to the reference"), ("train/ppo_kl", "KL to the old policy")),
         "nat",
     ),
+    ("Distance to the teacher", (("train/opd_reverse_kl", "reverse KL"),), "nat"),
     ("Entropy", (("train/entropy", "entropy"),), "nat"),
     ("Generated", (("perf/rollout_tokens_per_s", "generated"),), "tokens/s"),
     ("Throughput", (("perf/tokens_per_gpu_per_s", "throughput"),), "tokens/s/GPU"),
@@ -172,6 +173,7 @@ def _facts(run: RunSummary) -> str:
             "engines": f"{len(plan.engines)}, each DP{engine.data_parallel_size} TP{engine.tensor_parallel_size}"
             if engine
             else None,
+            "teacher": plan.teacher.path if plan.teacher else None,
             "nodes": ", ".join(hosts[:32]) + (f" and {len(hosts) - 32} more" if len(hosts) > 32 else ""),
         }
     )

@@ -6,7 +6,7 @@ import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vime.data.check import check_prompt_data
 from vime.errors import BadInput
@@ -15,7 +15,7 @@ from vime.models.config import ModelConfig
 from vime.models.folder import check_kind, check_names, check_quantisation, check_tokenizer, fitted, tensor_names
 from vime.models.scales import check_scales
 from vime.models.shards import check_layout
-from vime.planning import derive, gpu_memory, gpu_moments, layout, memory, ports, stages
+from vime.planning import derive, gpu_memory, gpu_moments, layout, memory, ports, stages, teacher
 from vime.planning.engines import check_engine
 from vime.planning.fit import MOST_NODES, Fit, least_nodes
 from vime.planning.inputs import check_shards, read_json
@@ -27,7 +27,7 @@ from vime.recipe.load import absolute_path, change, uses_base_dir, with_absolute
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 from vime.recipe.vllm_arguments import check_installed
-from vime.run.plan import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, TrainerRank
+from vime.run.plan import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, Ports, TeacherPlan, TrainerRank
 
 SAVE_BYTES_PER_S = 500 * 10**6
 """Bytes/s that a node saves to a shared file system; sets the lead of the signal before the time limit."""
@@ -90,19 +90,27 @@ def make_plan(
     recipe = derive.with_nodes(recipe, nodes, per_node, one_node=one_node)
     trainer = layout.trainer_layout(recipe)
     derive.check(recipe, config, trainer)
+    taught, told = teacher.look(recipe, config, required=checks.inputs, on_gpu=cluster.on_gpu)
+    found += told
+    recipe = teacher.with_defaults(recipe, taught, layout.teacher_gpus(recipe), on_gpu=cluster.on_gpu)
     check_layout(config, trainer)
     found += derive.notes(recipe, config, trainer)
     recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node if cluster.exclusive else None)
     slots = layout.divide_slots(recipe, per_node, one_node=one_node)
-    ranks, engines, numbers = _place(recipe, cluster, trainer, slots)
+    ranks, engines, teaching, numbers = _place(recipe, cluster, trainer, slots)
     for engine in engines:
         check_engine(engine, config.hf, on_gpu=cluster.on_gpu)
+    for engine in teaching:
+        check_engine(engine, taught.hf_config if taught else {}, on_gpu=cluster.on_gpu)
     _check_conversion(recipe, config, slots.nodes)
 
     weights = memory.Weights.of(recipe, config, trainer)
     recipe = gpu_moments.with_share(recipe, config, weights, _bytes_of_gpu(cluster))
     gpus = _gpu_memory(recipe, config, cluster, weights)
-    planned = tuple(_node(node, recipe, config, weights, slots, ranks, engines, gpus) for node in range(slots.nodes))
+    teaches = None if taught is None else _teacher(recipe, taught, teaching, cluster)
+    planned = tuple(
+        _node(node, recipe, config, weights, slots, ranks, engines, teaches, gpus) for node in range(slots.nodes)
+    )
     job = stages.StageInputs(
         recipe=recipe,
         config=config,
@@ -114,6 +122,7 @@ def make_plan(
         fp8_bytes=memory.weight_bytes(config, weights, quantised=True),
         checkpoints_bytes=(recipe.checkpoint.save_keep + 1) * memory.checkpoint_bytes(recipe, weights),
         verify_deep=verify_deep,
+        teacher_bytes=taught.weights_bytes if taught else 0,
     )
     plan = Plan(
         run_name=run_name,
@@ -128,6 +137,7 @@ def make_plan(
         nodes=planned,
         trainer_ranks=ranks,
         engines=engines,
+        teacher=teaches,
         ports=numbers,
         stages=stages.make_stages(job),
         signal_lead_s=_signal_lead(recipe, weights, slots.nodes, cluster),
@@ -252,6 +262,7 @@ def _with_devices(cluster: Cluster, recipe: Recipe) -> Cluster:
     if cluster.one_machine and not cluster.gpus_per_node:
         resources = recipe.resources
         wanted = resources.actor_num_gpus_per_node + (0 if resources.colocate else resources.rollout_num_gpus or 0)
+        wanted += layout.teacher_gpus(recipe)
         return cluster.model_copy(update={"gpus_per_node": wanted, "gpu_request": "gpus-per-node"})
     return cluster
 
@@ -273,13 +284,31 @@ def _gpus_per_node(recipe: Recipe, cluster: Cluster) -> int:
 
 def _place(
     recipe: Recipe, cluster: Cluster, trainer: ParallelLayout, slots: layout.Slots
-) -> tuple[tuple[TrainerRank, ...], tuple[EnginePlan, ...], Any]:
+) -> tuple[tuple[TrainerRank, ...], tuple[EnginePlan, ...], tuple[EnginePlan, ...], Ports]:
+    """Trainer ranks, engines, engines of the teacher, and the ports of all."""
     ranks = layout.place_trainer(trainer, slots)
-    placements = layout.place_engines(recipe, slots)
-    shared = cluster.one_machine
+    engines, teaching = layout.place_engines(recipe, slots), layout.place_teacher(recipe, slots)
+    placements, shared = (*engines, *teaching), cluster.one_machine
     numbers = ports.plan_ports(slots.gpus_per_node, ports.engines_of_a_host(placements, shared=shared))
     expert_parallel = bool(recipe.engine.vllm.get("enable_expert_parallel", False))
-    return ranks, ports.plan_engines(placements, numbers, expert_parallel=expert_parallel, shared=shared), numbers
+    servers = ports.plan_engines(placements, numbers, expert_parallel=expert_parallel, shared=shared)
+    experts = {"expert_parallel": bool(recipe.teacher.opd_teacher_vllm.get("enable_expert_parallel", False))}
+    teachers = tuple(engine.model_copy(update=experts) for engine in servers[len(engines) :])
+    return ranks, servers[: len(engines)], teachers, numbers
+
+
+def _teacher(recipe: Recipe, taught: teacher.Teacher, engines: tuple[EnginePlan, ...], cluster: Cluster) -> TeacherPlan:
+    memory, missing = None, 0
+    if cluster.on_gpu:
+        memory, missing = teacher.gpu_memory(recipe, taught, engines[0], _bytes_of_gpu(cluster))
+    return TeacherPlan(
+        path=taught.path,
+        weights_bytes=taught.weights_bytes,
+        max_model_len=recipe.teacher.opd_teacher_vllm["max_model_len"],
+        engines=engines,
+        gpu_memory=memory,
+        missing=missing,
+    )
 
 
 def _check_conversion(recipe: Recipe, config: ModelConfig, nodes: int) -> None:
@@ -302,18 +331,21 @@ def _node(
     slots: layout.Slots,
     ranks: tuple[TrainerRank, ...],
     engines: tuple[EnginePlan, ...],
+    taught: TeacherPlan | None,
     gpus: tuple[GpuMemory, ...],
 ) -> NodePlan:
     mine = [rank for rank in ranks if rank.node == node]
     stages = [gpus[rank.pp] for rank in mine] if gpus else []
     serving = [engine for engine in engines if node in engine.nodes]
+    teaching = [engine for engine in taught.engines if node in engine.nodes] if taught else []
+    size = taught.weights_bytes if taught else 0
     return NodePlan(
         index=node,
         gpus=slots.gpus_per_node,
-        host_memory=memory.node_memory(recipe, config, weights, mine, serving, node),
+        host_memory=memory.node_memory(recipe, config, weights, mine, serving, node, teaching, size),
         gpu_memory=max(stages, key=lambda stage: stage.training.total_bytes, default=None),
         ranks=tuple(rank.rank for rank in mine),
-        engines=tuple(engine.index for engine in serving),
+        engines=tuple(engine.index for engine in (*serving, *teaching)),
     )
 
 

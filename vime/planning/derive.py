@@ -7,7 +7,9 @@ from typing import Any
 from vime.errors import BadInput
 from vime.models.arguments import ignored_args
 from vime.models.config import ModelConfig
+from vime.planning import layout as placing
 from vime.planning.engines import check_routes, check_values
+from vime.planning.teacher import check_distillation
 from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
@@ -18,16 +20,14 @@ from vime.run.trackers import check_tracking
 
 
 def with_nodes(recipe: Recipe, nodes: int | None, gpus_per_node: int, *, one_node: bool = False) -> Recipe:
-    """The recipe on this many nodes in total (None: as given); the trainer gets those not taken by engines, or shares
-    its `one_node` with them."""
-    resources = recipe.resources
-    apart = 0 if resources.colocate or one_node else -(-(resources.rollout_num_gpus or 0) // gpus_per_node)
+    """The recipe on this many nodes in total (None: as given); the trainer gets those not taken by engines and teacher,
+    or shares its `one_node` with them."""
+    apart = 0 if one_node else placing.nodes_apart(recipe, gpus_per_node)
     if nodes is None:
         return recipe
     if nodes - apart < 1:
-        raise BadInput(
-            f"--nodes is {nodes}: engines on GPUs of their own take {apart} nodes, give at least {apart + 1}"
-        )
+        who = "the teacher takes" if recipe.resources.colocate else "engines on GPUs of their own take"
+        raise BadInput(f"--nodes is {nodes}: {who} {apart} nodes, give at least {apart + 1}")
     return change(recipe, resources={"actor_num_nodes": nodes - apart})
 
 
@@ -97,6 +97,7 @@ def check(recipe: Recipe, config: ModelConfig, layout: ParallelLayout) -> None:
             "return log-probs over the tokens that remain, and the trainer's are over all"
         )
     _check_losses(recipe)
+    check_distillation(recipe)
     check_routes(recipe, config)
     if perf.sequence_parallel and layout.tp == 1:
         raise BadInput("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")

@@ -11,6 +11,7 @@ from vime.errors import BadInput
 from vime.models.config import ModelConfig
 from vime.models.shards import check_layout
 from vime.planning import derive, gpu_memory, layout, memory
+from vime.planning.teacher import weights_bytes
 from vime.recipe.flags import flag
 from vime.recipe.load import change
 from vime.recipe.schema import Recipe
@@ -63,7 +64,12 @@ def shortages(plan: Plan) -> tuple[Shortage, ...]:
     fullest = max(plan.nodes, key=lambda node: node.host_memory.total_bytes)
     if has is not None and fullest.host_memory.total_bytes > has:
         found.append(Shortage(f"node {fullest.index}", "host memory", fullest.host_memory.total_bytes, has))
-    return (*found, *_gpu_shortages((node.index, node.gpu_memory) for node in plan.nodes))
+    found += _gpu_shortages((node.index, node.gpu_memory) for node in plan.nodes)
+    if plan.teacher is not None and plan.teacher.missing:
+        most = max(node.gpu_memory.gpu_bytes for node in plan.nodes if node.gpu_memory is not None)
+        needs = most + plan.teacher.missing
+        found.append(Shortage("an engine of the teacher", "GPU memory (an estimate)", needs, most))
+    return tuple(found)
 
 
 def _gpu_shortages(nodes: Iterable[tuple[int, Any]]) -> Iterator[Shortage]:
@@ -194,6 +200,7 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
         check_layout(config, trainer)
         slots = layout.divide_slots(recipe, per_node, one_node=cluster.one_machine and nodes == 1)
         ranks, placements = layout.place_trainer(trainer, slots), layout.place_engines(recipe, slots)
+        teaching, teacher_bytes = layout.place_teacher(recipe, slots), weights_bytes(recipe)
     except BadInput:
         # This layout is invalid; another may be valid.
         return None
@@ -211,7 +218,9 @@ def _try(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int) -> F
     for node in range(nodes):
         mine = [rank for rank in ranks if rank.node == node]
         serving = [placement for placement in placements if node in placement.nodes]
-        host = max(host, memory.node_memory(recipe, config, weights, mine, serving, node).total_bytes)
+        taught = [placement for placement in teaching if node in placement.nodes]
+        held = memory.node_memory(recipe, config, weights, mine, serving, node, taught, teacher_bytes)
+        host = max(host, held.total_bytes)
         if host > (cluster.memory_per_node_bytes or 0):
             return None
     return Fit(nodes, recipe, (), host, gpu_bytes)

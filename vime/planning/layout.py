@@ -22,12 +22,14 @@ class EnginePlacement:
 
 @dataclass(frozen=True)
 class Slots:
-    """GPU slots as ordered (node, gpu) pairs: `actor` for the trainer, `rollout` for the engines."""
+    """GPU slots as ordered (node, gpu) pairs: `actor` for the trainer, `rollout` for the engines, `teacher` for the
+    engines of the teacher."""
 
     nodes: int
     gpus_per_node: int
     actor: tuple[tuple[int, int], ...]
     rollout: tuple[tuple[int, int], ...]
+    teacher: tuple[tuple[int, int], ...] = ()
 
 
 def trainer_layout(recipe: Recipe) -> ParallelLayout:
@@ -60,12 +62,49 @@ def conversion_layout(recipe: Recipe) -> ParallelLayout:
     )
 
 
-def divide_slots(recipe: Recipe, gpus_per_node: int, *, one_node: bool = False) -> Slots:
-    """Divide the GPU slots between trainer and engines.
+def teacher_gpus(recipe: Recipe) -> int:
+    """GPUs of all engines of the teacher; 0 without one."""
+    options = recipe.teacher
+    return (options.opd_teacher_num_gpus or options.opd_teacher_num_gpus_per_engine) if recipe.needs_teacher else 0
 
-    With `--colocate` both use the same slots. Without it, engines have separate nodes after the trainer's, with
-    `gpus_per_node` slots on each; on `one_node` they have the slots after the trainer's.
+
+def nodes_apart(recipe: Recipe, gpus_per_node: int) -> int:
+    """Nodes that engines and teacher take besides the trainer's."""
+    engines = 0 if recipe.resources.colocate else recipe.resources.rollout_num_gpus or 0
+    teacher = teacher_gpus(recipe)
+    return -(-(_aligned(engines, recipe, gpus_per_node) + teacher if teacher else engines) // gpus_per_node)
+
+
+def _aligned(taken: int, recipe: Recipe, gpus_per_node: int) -> int:
+    """First slot after `taken` ones where an engine of the teacher neither crosses nodes nor begins inside one."""
+    unit = min(recipe.teacher.opd_teacher_num_gpus_per_engine, gpus_per_node)
+    return -(-taken // unit) * unit
+
+
+def divide_slots(recipe: Recipe, gpus_per_node: int, *, one_node: bool = False) -> Slots:
+    """Divide the GPU slots between trainer, engines and teacher.
+
+    With `--colocate` trainer and engines use the same slots. Without it, engines have separate nodes after the
+    trainer's, with `gpus_per_node` slots on each; on `one_node` they have the slots after the trainer's. The teacher
+    always has slots of its own, after all others.
     """
+    slots = _trainer_and_engines(recipe, gpus_per_node, one_node)
+    count = teacher_gpus(recipe)
+    if not count:
+        return slots
+    if one_node and slots.nodes == 1:
+        teacher = tuple((0, slots.gpus_per_node + number) for number in range(count))
+        return Slots(1, slots.gpus_per_node + count, slots.actor, slots.rollout, teacher)
+    trainer = recipe.resources.actor_num_nodes
+    first = 0 if recipe.resources.colocate else _aligned(len(slots.rollout), recipe, gpus_per_node)
+    teacher = tuple(
+        (trainer + number // gpus_per_node, number % gpus_per_node) for number in range(first, first + count)
+    )
+    per_node = max(gpus_per_node, slots.gpus_per_node)
+    return Slots(teacher[-1][0] + 1, per_node, slots.actor, slots.rollout, teacher)
+
+
+def _trainer_and_engines(recipe: Recipe, gpus_per_node: int, one_node: bool) -> Slots:
     options = recipe.resources
     actor = tuple(
         (node, gpu) for node in range(options.actor_num_nodes) for gpu in range(options.actor_num_gpus_per_node)
@@ -111,26 +150,48 @@ def place_trainer(layout: ParallelLayout, slots: Slots) -> tuple[TrainerRank, ..
 def place_engines(recipe: Recipe, slots: Slots) -> tuple[EnginePlacement, ...]:
     """Assign engines in order to the rollout slots: contiguous nodes, tensor-parallel groups within a node."""
     size = recipe.engine.rollout_num_gpus_per_engine
-    data_parallel = recipe.engine.vllm.get("data_parallel_size", 1)
     per_node = sum(node == slots.rollout[0][0] for node, _ in slots.rollout)
     if size < 1 or len(slots.rollout) % size:
         raise BadInput(
             f"--rollout-num-gpus-per-engine {size} does not divide the {len(slots.rollout)} GPUs of all engines"
         )
+    data_parallel = recipe.engine.vllm.get("data_parallel_size", 1)
+    return _placed(slots.rollout, size, per_node, data_parallel, "an engine", "--vllm-data-parallel-size")
+
+
+def place_teacher(recipe: Recipe, slots: Slots) -> tuple[EnginePlacement, ...]:
+    """Assign the teacher's engines to its slots, as `place_engines` does; none without a teacher."""
+    if not slots.teacher:
+        return ()
+    size, option = recipe.teacher.opd_teacher_num_gpus_per_engine, "data_parallel_size of --opd-teacher-vllm:"
+    if len(slots.teacher) % size:
+        raise BadInput(
+            f"--opd-teacher-num-gpus-per-engine {size} does not divide the {len(slots.teacher)} GPUs of "
+            "--opd-teacher-num-gpus"
+        )
+    per_node = len(slots.teacher) if slots.nodes == 1 else slots.gpus_per_node
+    data_parallel = recipe.teacher.opd_teacher_vllm.get("data_parallel_size", 1)
+    return _placed(slots.teacher, size, per_node, data_parallel, "an engine of the teacher", option)
+
+
+def _placed(
+    slots: tuple[tuple[int, int], ...], size: int, per_node: int, data_parallel: object, what: str, option: str
+) -> tuple[EnginePlacement, ...]:
+    """Engines of `size` GPUs on these slots. `option` sets the data-parallel size."""
     if not isinstance(data_parallel, int) or data_parallel < 1 or size % data_parallel:
-        raise BadInput(f"--vllm-data-parallel-size {data_parallel} does not divide the {size} GPUs of an engine")
+        raise BadInput(f"{option} {data_parallel} does not divide the {size} GPUs of {what}")
     tensor_parallel = size // data_parallel
     if (size > per_node and size % per_node) or (size <= per_node and per_node % size):
-        raise BadInput(f"an engine of {size} GPUs does not fit nodes of {per_node}: use a divisor or a multiple")
+        raise BadInput(f"{what} of {size} GPUs does not fit nodes of {per_node}: use a divisor or a multiple")
     if tensor_parallel > per_node or per_node % tensor_parallel:
         raise BadInput(
-            f"an engine of {size} GPUs with --vllm-data-parallel-size {data_parallel} is tensor parallel over "
+            f"{what} of {size} GPUs with {option} {data_parallel} is tensor parallel over "
             f"{tensor_parallel}, more than fits a node of {per_node} GPUs: "
-            f"use --vllm-data-parallel-size {max(1, size // per_node)}"
+            f"use {option} {max(1, size // per_node)}"
         )
     placements = []
-    for first in range(0, len(slots.rollout), size):
-        mine = slots.rollout[first : first + size]
+    for first in range(0, len(slots), size):
+        mine = slots[first : first + size]
         nodes = tuple(sorted({node for node, _ in mine}))
         gpus = tuple(tuple(gpu for node, gpu in mine if node == each) for each in nodes)
         placements.append(EnginePlacement(nodes, gpus, tensor_parallel, data_parallel))

@@ -126,15 +126,17 @@ def node_memory(
     ranks: Sequence[TrainerRank],
     engines: Sequence[EngineGpus],
     node: int,
+    teacher: Sequence[EngineGpus] = (),
+    teacher_bytes: int = 0,
 ) -> Memory:
-    """Host memory of one node with these trainer ranks and engines."""
+    """Host memory of one node with these trainer ranks, engines and engines of a teacher of `teacher_bytes`."""
     on_node = _held(weights, ranks, exact_pinned_above(recipe))
-    share = sum(len(engine.gpus[engine.nodes.index(node)]) / sum(map(len, engine.gpus)) for engine in engines)
-    slots = sum(len(engine.gpus[engine.nodes.index(node)]) for engine in engines)
+    share, slots = _part(engines, node)
     if recipe.resources.device == "gpu":
         items = [*_gpu_trainer(recipe, on_node), *_gpu_engines(recipe, slots)]
     else:
         items = [*_cpu_trainer(recipe, on_node), *_cpu_engines(recipe, weights, share, slots)]
+    items += _teacher(recipe, *_part(teacher, node), teacher_bytes)
     profiled = sum(rank.rank in recipe.profile.profile_ranks for rank in ranks)
     if profiled and recipe.profile.profiler == "torch":
         items.append(_profiler(recipe, config, weights.layout, profiled))
@@ -229,6 +231,28 @@ def _gpu_trainer(recipe: Recipe, on_node: _Held) -> Iterator[Item]:
         yield _item("save_buffers", size * on_node.kept, "the checkpoint of this node while it is written")
     why = f"{on_node.ranks} processes of {GPU_PROCESS / GB:.0f} GB (CUDA context, NCCL, libraries)"
     yield _item("trainer_processes", on_node.ranks * GPU_PROCESS, why)
+
+
+def _part(engines: Sequence[EngineGpus], node: int) -> tuple[float, int]:
+    """The engines' weights on the node as a multiple of one engine's, and their GPUs there."""
+    here = [(len(engine.gpus[engine.nodes.index(node)]), sum(map(len, engine.gpus))) for engine in engines]
+    return sum(mine / whole for mine, whole in here), sum(mine for mine, _ in here)
+
+
+def _teacher(recipe: Recipe, share: float, slots: int, weights: int) -> Iterator[Item]:
+    """The teacher's engines on a node; nothing where there are none."""
+    if not slots:
+        return
+    if recipe.resources.device == "gpu":
+        why = f"{slots} processes of {GPU_ENGINE_PROCESS / GB:.0f} GB (CUDA context, NCCL, libraries)"
+        yield _item("teacher_processes", slots * GPU_ENGINE_PROCESS, why)
+        return
+    cache = float(recipe.misc.env.get("VLLM_CPU_KVCACHE_SPACE", "4")) * 2**30
+    yield _item("teacher_weights", weights * share, "loaded by the teacher's engines of this node")
+    yield _item("teacher_cache", slots * cache, f"{cache / 2**30:.0f} GiB an engine process (VLLM_CPU_KVCACHE_SPACE)")
+    yield _item(
+        "teacher_processes", slots * CPU_ENGINE_PROCESS, f"{slots} processes of {CPU_ENGINE_PROCESS / GB:.1f} GB"
+    )
 
 
 def _gpu_engines(recipe: Recipe, slots: int) -> Iterator[Item]:

@@ -68,6 +68,8 @@ _FILTERS, _REWARDS = neighbours.FILTERS, neighbours.REWARDS
 
 def _reward(recipe: Recipe) -> Iterator[tuple[str, str]]:
     name, known = recipe.rollout.rm_type, (*BUILT_IN, REMOTE)
+    if name is None and not recipe.needs_reward:
+        return
     if name is None:
         raise BadInput(f"--rm-type is not set: give one of {', '.join(known)}, or package.module:function")
     if name == REMOTE:

@@ -89,7 +89,7 @@ def engines_of_a_host(placements: tuple[EnginePlacement, ...], *, shared: bool) 
 def offsets(plan: Plan) -> tuple[int, ...]:
     """Valid values of `Binding.port_offset` for the plan's ports; the first is 0."""
     first = min(getattr(plan.ports, name) for name in Ports.model_fields)
-    last = max([plan.ports.worker_last, *(engine.aux_port + AUX_PORTS - 1 for engine in plan.engines)])
+    last = max([plan.ports.worker_last, *(engine.aux_port + AUX_PORTS - 1 for engine in plan.servers)])
     starts = blocks(last - first + 1)
     return tuple(start - starts[0] for start in starts)
 

@@ -10,6 +10,7 @@ from vime.errors import BadInput, SchedulerError
 from vime.planning.build import Checks, fewest_nodes, make_plan
 from vime.planning.cluster import load_cluster, parse_minutes
 from vime.planning.fit import SHARED_GPU, shortages
+from vime.planning.layout import nodes_apart
 from vime.recipe.load import load_with_notes
 from vime.recipe.schema import Recipe
 from vime.run import code as snapshot
@@ -122,8 +123,7 @@ def _assumed(cluster: Cluster, gpus: int) -> Cluster:
 
 def _default_nodes(recipe: Recipe) -> int:
     options = recipe.resources
-    apart = 0 if options.colocate else -(-(options.rollout_num_gpus or 0) // options.actor_num_gpus_per_node)
-    return options.actor_num_nodes + apart
+    return options.actor_num_nodes + nodes_apart(recipe, options.actor_num_gpus_per_node)
 
 
 def check_fits(plan: Plan) -> None:

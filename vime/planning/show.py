@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from vime.planning.saving import AUTO, failure_seconds, planned_interval_seconds
 from vime.planning.traffic import checkpoint_seconds
-from vime.run.plan import EnginePlan, NodePlan, Plan, Stage, TrainerRank
+from vime.run.plan import EnginePlan, NodePlan, Plan, Stage, TeacherPlan, TrainerRank
 from vime.system.redact import redact
 
 
@@ -89,6 +89,7 @@ def _head(plan: Plan) -> str:
         ("nodes", f"{len(plan.nodes)} of {plan.nodes[0].gpus} GPUs" + (f", {plan.spares} spare" * bool(plan.spares))),
         *([] if plan.evaluation else [("trainer", ranks)]),
         ("engines", _engines(plan)),
+        *([("teacher", _teacher(plan.teacher))] if plan.teacher else []),
         *(evaluating if plan.evaluation else training),
     ]
     return "\n".join(["Plan", *(f"  {name:<12}{value}" for name, value in lines)])
@@ -118,6 +119,16 @@ def _engines(plan: Plan) -> str:
     return (
         f"{len(plan.engines)} of {sum(map(len, first.gpus))} GPUs on {len(first.nodes)} nodes each{shared}, "
         f"DP{first.data_parallel_size} x TP{first.tensor_parallel_size}{experts}"
+    )
+
+
+def _teacher(teacher: TeacherPlan) -> str:
+    first, numbers = teacher.engines[0], ranges([engine.index for engine in teacher.engines])
+    weights = f", {size(teacher.weights_bytes)}" if teacher.weights_bytes else ""
+    nodes = ranges(sorted({node for engine in teacher.engines for node in engine.nodes}))
+    return (
+        f"{teacher.path}{weights}; engine {numbers} of {sum(map(len, first.gpus))} GPUs on node {nodes}, "
+        f"DP{first.data_parallel_size} x TP{first.tensor_parallel_size}, up to {teacher.max_model_len} tokens"
     )
 
 
@@ -170,7 +181,7 @@ def _placement_summary(plan: Plan) -> str:
 
 def _placement_rows(plan: Plan, node: NodePlan) -> Iterator[tuple[object, ...]]:
     ranks: dict[int, TrainerRank] = {plan.trainer_ranks[rank].gpu: plan.trainer_ranks[rank] for rank in node.ranks}
-    serving = {gpu: cell for index in node.engines for gpu, cell in engine_cells(plan.engines[index], node.index)}
+    serving = {gpu: cell for index in node.engines for gpu, cell in engine_cells(plan.servers[index], node.index)}
     for gpu in range(node.gpus):
         at = ranks.get(gpu)
         trainer = (at.rank, at.tp, at.cp, at.dp, at.pp, at.ep, at.etp, at.edp) if at else ("-",) * 8

@@ -39,6 +39,8 @@ class StageInputs:
     """Bytes of the newest checkpoints that are kept, and of one more being written."""
     export_like: str | None = None
     """HF folder of the original model, for an evaluation that exports a checkpoint first."""
+    teacher_bytes: int = 0
+    """Bytes of the teacher's weights."""
     verify_deep: bool = False
     """Compare the full output of cast and conversion, from this or an earlier run, with their inputs."""
 
@@ -232,6 +234,9 @@ def _train(job: StageInputs) -> Stage:
         inputs.append(_torch_dist(job))
     if options.start_from is not None:
         inputs.append(Artefact(name="start", path=options.start_from, kind="hf"))
+    if job.recipe.needs_teacher:
+        folder = job.recipe.teacher.opd_teacher or ""
+        inputs.append(Artefact(name="teacher", path=folder, kind="hf", bytes=job.teacher_bytes))
     for source in training_sources(job.recipe.rollout.prompt_data):
         inputs.append(Artefact(name="prompt-data", path=source.path, kind="data"))
     return Stage(

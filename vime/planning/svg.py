@@ -29,7 +29,7 @@ def placement_svg(plan: Plan, *, standalone: bool = True) -> str:
     width, height = LEFT + columns * (CELL + GAP), TOP + len(plan.nodes) * (ROW + GAP) + 4
     about = (
         f"Placement on {len(plan.nodes)} nodes: {len(plan.trainer_ranks)} trainer ranks in "
-        f"{plan.layout.pp} pipeline stages, {len(plan.engines)} engines. The table next to it says the same."
+        f"{plan.layout.pp} pipeline stages, {len(plan.servers)} engines. The table next to it says the same."
     )
     heads = (
         f'<text class="small" x="{LEFT + gpu * (CELL + GAP) + CELL / 2}" y="16" text-anchor="middle">GPU {gpu}</text>'
@@ -45,7 +45,7 @@ def placement_svg(plan: Plan, *, standalone: bool = True) -> str:
 
 def _node(plan: Plan, node: NodePlan, y: int) -> Iterator[str]:
     ranks = {plan.trainer_ranks[rank].gpu: plan.trainer_ranks[rank] for rank in node.ranks}
-    serving = {gpu: cell for index in node.engines for gpu, cell in engine_cells(plan.engines[index], node.index)}
+    serving = {gpu: cell for index in node.engines for gpu, cell in engine_cells(plan.servers[index], node.index)}
     memory = node.host_memory.total_bytes
     yield f'<text class="bold" x="4" y="{y + 20}">node {node.index}</text>'
     said = f"{memory / 1e12:.2f} TB" if memory >= 1e12 else f"{memory / 1e9:.1f} GB"

@@ -25,7 +25,7 @@ def _groups_of_one(recipe: Recipe) -> Iterator[str]:
     rollout, estimator = recipe.rollout, recipe.algorithm.advantage_estimator
     if rollout.n_samples_per_prompt != 1:
         return
-    if estimator in OF_A_GROUP:
+    if estimator in OF_A_GROUP and not recipe.algorithm.use_opd:
         yield (
             f"--n-samples-per-prompt 1 teaches nothing with --advantage-estimator {estimator}: in a group of one every "
             "advantage is 0; give 2 or more"
@@ -82,6 +82,11 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
         "tools": (recipe.agent.environment == "tools", "--environment tools", recipe.agent, ("tools",)),
         "kl": (recipe.algorithm.use_kl_loss, "--use-kl-loss", recipe.algorithm, ("kl_loss_coef",)),
     }  # fmt: skip
+    if not recipe.algorithm.use_opd:
+        teacher = ((recipe.algorithm, ("opd_kl_coef",)), (recipe.teacher, type(recipe.teacher).model_fields))
+        given = [flag(name) for options, names in teacher for name in names if name in options.model_fields_set]
+        if given:
+            yield f"{', '.join(given)}: no effect without --use-opd"
     for on, needed, options, names in groups.values():
         given = [flag(name) for name in names if getattr(options, name)]
         if given and not on:

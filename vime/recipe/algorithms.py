@@ -1,4 +1,5 @@
-"""Tables of advantage estimators, policy losses and mismatch corrections, read by recipe, plan, trainer and docs.
+"""Tables of advantage estimators and their terms, policy losses and mismatch corrections, read by recipe, plan,
+trainer and docs.
 
 An entry names its function as `module:function`, so that a login node reads the tables without torch. A name that is
 in no table but has that form is a plug-in of the same kind; `docs/extending.md` shows one.
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 KLType = Literal["k1", "k2", "k3", "low_var_kl"]
-Column = Literal["old", "reference", "rollout"]
-"""Log-probs of every response token: the trainer's before the rollout's first step, the reference model's and the
-engine's."""
+Column = Literal["old", "reference", "rollout", "teacher"]
+"""Log-probs of every response token: the trainer's before the rollout's first step, the reference model's, the
+engine's and the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,38 @@ ESTIMATORS: Mapping[str, Estimator] = {
         "arXiv 2501.03262, REINFORCE++-baseline",
         flags=("kl_coef", "kl_reward_type", "normalize_advantages_over"),
     ),
+    "on_policy_distillation": Estimator(
+        "vime.megatron.estimators:zero",
+        "0, so that the term of --use-opd is the whole advantage",
+        "Thinking Machines Lab, On-Policy Distillation, 2025",
+    ),
 }
+PURE_DISTILLATION = "on_policy_distillation"
+"""The estimator that leaves the advantages to `--use-opd`."""
+
+
+@dataclass(frozen=True)
+class AdvantageTerm:
+    """A term that a switch adds to the advantages of any estimator."""
+
+    function: str
+    """`module:function` that takes `DistilledTokens` and `AlgorithmOptions` and gives a tensor of all tokens."""
+    formula: str
+    source: str
+    flags: tuple[str, ...] = ()
+    columns: tuple[Column, ...] = ()
+
+
+ADVANTAGE_TERMS: Mapping[str, AdvantageTerm] = {
+    "use_opd": AdvantageTerm(
+        "vime.megatron.estimators:reverse_kl",
+        "-coef (log p_old - log p_teacher) of the token, added to the estimator's advantage",
+        "Thinking Machines Lab, On-Policy Distillation, 2025; MiniLLM, arXiv 2306.08543, for the reverse KL",
+        flags=("opd_kl_coef",),
+        columns=("old", "teacher"),
+    ),
+}
+"""By the switch that turns it on."""
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
     "ppo_clip": PolicyLoss(

@@ -172,9 +172,15 @@ def _map_paths(recipe: Recipe, convert: Callable[[str, str], str]) -> Recipe:
         if (path := recipe.misc.load_debug_rollout_data)
         else {}
     )
+    teacher = {"opd_teacher": convert("opd_teacher", path)} if (path := recipe.teacher.opd_teacher) else {}
     env = {key: convert("env", value) if _BASE_DIR.search(value) else value for key, value in recipe.misc.env.items()}
     return change(
-        recipe, checkpoint=checkpoint, rollout=rollout, eval={"eval_prompt_data": evaluation}, misc={**misc, "env": env}
+        recipe,
+        checkpoint=checkpoint,
+        rollout=rollout,
+        eval={"eval_prompt_data": evaluation},
+        teacher=teacher,
+        misc={**misc, "env": env},
     )
 
 

@@ -56,6 +56,12 @@ RENAMED: dict[str, str] = {
     "remote_rm_url": "rm_url",
     "reward_model_url": "rm_url",
     "custom_rm_path": "rm_type",
+    "opd_teacher_load": "opd_teacher",
+    "opd_teacher_model_name_or_path": "opd_teacher",
+    "opd_teacher_hf_checkpoint": "opd_teacher",
+    "teacher_model": "opd_teacher",
+    "teacher_model_path": "opd_teacher",
+    "kl_penalty_coef": "opd_kl_coef",
     "pretrain": "hf_checkpoint",
     "model_name_or_path": "hf_checkpoint",
     "model_path": "hf_checkpoint",
@@ -94,6 +100,10 @@ RENAMED: dict[str, str] = {
 """Flags that have another name here."""
 
 NO_PLACE: dict[str, str] = {
+    "opd_type": "the teacher is always served by vLLM engines of the plan: --opd-teacher",
+    "opd_teacher_ckpt_step": "the teacher is an HF folder: --opd-teacher",
+    "opd_log_prob_top_k": "not built: the reverse KL is that of the sampled tokens",
+    "opd_teacher_tokenizer": "not built: the teacher has the student's tokenizer",
     "group_rm": "a reward of whole groups is --rm-type group:package.module:function",
     "wandb_key": "a key on a command line is seen by everyone on the machine: set WANDB_API_KEY or run wandb login",
     "wandb_api_key": "a key on a command line is seen by everyone on the machine: set WANDB_API_KEY or run wandb login",

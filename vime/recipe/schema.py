@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -45,6 +46,14 @@ def _name_in(table: Mapping[str, object]) -> AfterValidator:
 EstimatorName = Annotated[str, _name_in(ESTIMATORS)]
 PolicyLossName = Annotated[str, _name_in(POLICY_LOSSES)]
 CorrectionName = Annotated[str, _name_in(CORRECTIONS)]
+
+
+def _json(value: Any) -> Any:
+    """Value of a text in JSON; the text itself where it is none, and any other value."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class Options(BaseModel):
@@ -408,6 +417,11 @@ class AlgorithmOptions(Options):
     """Whiten the advantages of all estimators over the rollout; REINFORCE++ always does."""
     normalize_advantages_over: Literal["tokens", "samples"] = "tokens"
     """Unit of the mean and deviation of that whitening: each trained token, or each sample."""
+    use_opd: bool = False
+    """On-policy distillation: the log-probs that `--opd-teacher` gives to the sampled tokens are added to the
+    advantages as the reverse KL from the student to the teacher."""
+    opd_kl_coef: float = Field(default=1.0, ge=0)
+    """Weight of that reverse KL in the advantages; 0 only measures it."""
 
     @property
     def corrections(self) -> tuple[str, ...]:
@@ -422,6 +436,8 @@ class AlgorithmOptions(Options):
         chosen = algorithms.estimator(self.advantage_estimator)
         loss = algorithms.policy_loss(self.policy_loss_type, self.advantage_estimator)
         found: set[Column] = {*chosen.columns, *loss.columns}
+        if self.use_opd:
+            found |= set(algorithms.ADVANTAGE_TERMS["use_opd"].columns)
         if self.use_kl_loss:
             found.add("reference")
         if self.use_routing_replay:
@@ -431,6 +447,29 @@ class AlgorithmOptions(Options):
         if self.corrections or self.use_rollout_logprobs:
             found.add("rollout")
         return frozenset(found)
+
+
+class TeacherOptions(Options):
+    """The teacher of `--use-opd`, which engines of its own serve on GPUs that nothing else uses."""
+
+    opd_teacher: str | None = None
+    """HF folder of the teacher; its tokenizer must be the student's."""
+    opd_teacher_num_gpus: int | None = Field(default=None, ge=1)
+    """GPUs of all engines of the teacher together. Default: one engine's."""
+    opd_teacher_num_gpus_per_engine: int = Field(default=1, ge=1)
+    """GPUs of one engine of the teacher: its tensor-parallel size, times `data_parallel_size` of
+    `--opd-teacher-vllm`."""
+    opd_teacher_vllm: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's arguments of these engines under vLLM's own names (`gpu_memory_utilization=0.8`). None of `--vllm-…`
+    reaches them."""
+    opd_teacher_patience: float = Field(default=900.0, gt=0)
+    """Seconds that samples wait for a teacher that is away or late; then the run ends with a cause that requeues."""
+
+    @field_validator("opd_teacher_vllm", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """Values of `KEY=VALUE` are text."""
+        return {key: _json(each) for key, each in value.items()} if isinstance(value, Mapping) else value
 
 
 class OptimizerOptions(Options):
@@ -590,6 +629,7 @@ class Recipe(BaseModel):
     agent: AgentOptions = AgentOptions()
     eval: EvalOptions = EvalOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
+    teacher: TeacherOptions = TeacherOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     engine: EngineOptions = EngineOptions()
     profile: ProfileOptions = ProfileOptions()
@@ -599,6 +639,16 @@ class Recipe(BaseModel):
     def needs_reference(self) -> bool:
         """A copy of the reference model is kept for its log-probs, which a KL needs."""
         return "reference" in self.algorithm.needed_columns
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Engines of a teacher score what is generated; rollouts that are read were scored when they were made."""
+        return self.algorithm.use_opd and self.misc.load_debug_rollout_data is None
+
+    @property
+    def needs_reward(self) -> bool:
+        """Training looks at rewards, so that there must be a `--rm-type`."""
+        return self.algorithm.advantage_estimator != algorithms.PURE_DISTILLATION
 
     @property
     def sampling(self) -> SamplingSettings:

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 MOST_FAILURES = 0.1
 """Share of the samples whose reward may fail before the run ends."""
 _FEWEST_FOR_A_SHARE = 32
+_NOTHING = "none"
+"""Stands for no `--rm-type`."""
 
 
 class Scorer:
@@ -44,12 +46,15 @@ class Scorer:
         workers: int | None = None,
         curriculum: str | None = None,
         patience_s: float = 900.0,
+        optional: bool = False,
     ) -> None:
-        if rm_type is None:
+        """`optional`: without `rm_type` every reward is 0, for training that looks at none."""
+        if rm_type is None and not optional:
             raise BadInput(
                 f"--rm-type is not set: give one of {', '.join(BUILT_IN)}, remote, or package.module:function"
             )
-        if rm_type not in BUILT_IN and rm_type != "remote" and ":" not in rm_type:
+        rm_type = rm_type or _NOTHING
+        if rm_type not in BUILT_IN and rm_type != _NOTHING and rm_type != "remote" and ":" not in rm_type:
             known = ", ".join(BUILT_IN)
             raise BadInput(
                 f"--rm-type {rm_type} is unknown: give one of {known}, remote, or package.module:function "
@@ -61,7 +66,7 @@ class Scorer:
         self._remote = RemoteReward(rm_url, patience_s=patience_s) if rm_type == "remote" and rm_url else None
         self._filter = filter_path if filter_path and filter_path not in BUILT_IN_FILTERS else None
         targets = [built_in.target for name, built_in in BUILT_IN.items() if name == rm_type]
-        if rm_type not in BUILT_IN and self._remote is None:
+        if rm_type not in BUILT_IN and rm_type != _NOTHING and self._remote is None:
             targets.append(rm_type.removeprefix(GROUP_PREFIX))
         if self._filter:
             targets.append(self._filter)
@@ -117,6 +122,9 @@ class Scorer:
 
     async def score_sample(self, sample: Sample) -> None:
         """Set the reward of one sample; as `score`. Not for group rewards."""
+        if self._rm_type == _NOTHING:
+            sample.reward = 0.0
+            return
         self.scored += 1
         name = sample.metadata.get("rm_type", self._rm_type)
         self.unanswered += name in BUILT_IN and not has_answer(name, sample.response)
@@ -247,5 +255,5 @@ def no_answer_warning(rm_type: str) -> str:
 
 def _text_of(sample: Sample) -> Sample:
     """The sample without its token lists, which the built-in functions do not look at."""
-    empty = {name: [] for name in ("prompt_ids", "response_ids", "log_probs", "weight_versions", "loss_mask", "turns")}
-    return replace(sample, **empty, branches=[])
+    lists = ("prompt_ids", "response_ids", "log_probs", "weight_versions", "loss_mask", "teacher_log_probs", "turns")
+    return replace(sample, **{name: [] for name in lists}, branches=[])

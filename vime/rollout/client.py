@@ -181,6 +181,8 @@ class EngineClient:
     concurrency: int = 512
     """Limit on generation requests in flight; more wait in this client."""
     deadlines: RequestDeadlines = field(default_factory=RequestDeadlines)
+    model: str = MODEL_NAME
+    """Name of the model that it serves."""
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _turns: asyncio.Semaphore = field(init=False, repr=False)
     """One turn per generation request in flight."""
@@ -236,18 +238,31 @@ class EngineClient:
         sampling = _sampling_parameters(settings, limit, seed)
         if routes is not None:
             sampling["routed_experts_prompt_start"] = routes.start
-        body = _ENCODER.encode({"model": MODEL_NAME, "token_ids": token_ids, "sampling_params": sampling})
+        body = _ENCODER.encode({"model": self.model, "token_ids": token_ids, "sampling_params": sampling})
         headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
-        self.in_flight += 1
-        try:
-            async with self._turns:
-                answer = await self._call("POST", "/inference/v1/generate", deadline_s, body=body, headers=headers)
-        finally:
-            self.in_flight -= 1
+        answer = await self._ask(body, deadline_s, headers)
         try:
             return parse_answer(answer, limit, routes)
         except EngineAnswer as error:
             raise EngineAnswer(f"engine {self.url}: {error}") from error.__cause__
+
+    async def score(self, token_ids: Sequence[int], *, deadline_s: float) -> bytes:
+        """Answer to a request for the log-probs of given tokens, for `vime.rollout.teacher`; takes its turn as others.
+
+        vLLM has to sample a token: the last one, by forbidding all others, so that no request is longer than its
+        tokens. With `--logprobs-mode raw_logprobs` its log-prob is that without the ban. Raises EngineError."""
+        sampling = {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": token_ids[-1:], "ignore_eos": True}
+        sampling |= {"prompt_logprobs": 0, "logprobs": 0, "detokenize": False}
+        body = _ENCODER.encode({"model": self.model, "token_ids": token_ids[:-1], "sampling_params": sampling})
+        return await self._ask(body, deadline_s, {})
+
+    async def _ask(self, body: bytes, deadline_s: float, headers: Mapping[str, str]) -> bytes:
+        self.in_flight += 1
+        try:
+            async with self._turns:
+                return await self._call("POST", "/inference/v1/generate", deadline_s, body=body, headers=headers)
+        finally:
+            self.in_flight -= 1
 
     async def parse(self, token_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Tokens of an answer as a chat message: `content`, `reasoning` and `tool_calls`, by the parsers that the

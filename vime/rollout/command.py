@@ -17,8 +17,8 @@ from vime.recipe.load import bf16_folder
 from vime.run.devices import device_variables
 from vime.run.plan import Binding, BoundNode, EnginePlan, Plan
 
-MODEL_NAME = "policy"
-"""Name under which every engine serves the trained model."""
+MODEL_NAME, TEACHER_NAME = "policy", "teacher"
+"""Names under which engines serve the trained model and its teacher."""
 
 WEIGHT_BACKENDS = {"gpu": "vime", "cpu": "vime-shm"}
 """Names of the weight-transfer backends that vime.sync registers in vLLM."""
@@ -39,6 +39,8 @@ class EngineCommand:
     """True if this node answers HTTP: an engine's first node."""
     url: str
     """Address of the engine's server, on its first node."""
+    model: str
+    """Name under which it serves its model."""
 
 
 def model_path(plan: Plan) -> str:
@@ -74,18 +76,25 @@ def engine_command(
     leader = binding.nodes[engine.nodes[0]]
     here = binding.nodes[engine.nodes[position]]
     serves = position == 0
+    teaches = is_teachers(plan, engine)
+    arguments = plan.recipe.teacher.opd_teacher_vllm if teaches else plan.recipe.engine.vllm
     argv = [
-        *("-m", "vime.rollout.serve", model_path(plan)),
+        *("-m", "vime.rollout.serve", model_path(plan) if plan.teacher is None or not teaches else plan.teacher.path),
         *_meeting_place(engine, position, leader, binding.port_offset),
         *(_server_arguments(leader, engine.port + binding.port_offset) if serves else ()),
-        *_weights_and_samples(plan, engine),
-        *_device_arguments(plan),
-        *_remote_code(plan),
-        *_flags({name: value for name, value in plan.recipe.engine.vllm.items() if name not in _FROM_PLAN}),
+        *(_teacher_arguments() if teaches else _weights_and_samples(plan, engine)),
+        *_device_arguments(plan, arguments, teaches=teaches),
+        *_remote_code(plan, arguments),
+        *_flags({name: value for name, value in arguments.items() if name not in _FROM_PLAN}),
     ]
     url = f"http://{_bracketed(leader.address)}:{engine.port + binding.port_offset}"
     env = _environment(plan, binding, engine, position, here, cpus, visible)
-    return EngineCommand(tuple(argv), env, serves, url)
+    return EngineCommand(tuple(argv), env, serves, url, TEACHER_NAME if teaches else MODEL_NAME)
+
+
+def is_teachers(plan: Plan, engine: EnginePlan) -> bool:
+    """Whether an engine of the plan serves the teacher."""
+    return plan.teacher is not None and engine.index >= len(plan.engines)
 
 
 def _meeting_place(engine: EnginePlan, position: int, leader: BoundNode, port_offset: int) -> Iterator[str]:
@@ -127,23 +136,29 @@ def _weights_and_samples(plan: Plan, engine: EnginePlan) -> Iterator[str]:
     yield from ("--seed", str(plan.recipe.rollout.rollout_seed + engine.index))
 
 
-def _device_arguments(plan: Plan) -> Iterator[str]:
+def _teacher_arguments() -> Iterator[str]:
+    yield from ("--served-model-name", TEACHER_NAME)
+    # Its weights never change, and it only scores: vLLM takes log-probs of a prompt before any sampling parameter.
+    yield from ("--logprobs-mode", "raw_logprobs")
+
+
+def _device_arguments(plan: Plan, arguments: Mapping[str, Any], *, teaches: bool) -> Iterator[str]:
     if plan.on_gpu:
-        if plan.recipe.resources.colocate:
+        if plan.recipe.resources.colocate and not teaches:
             yield "--enable-sleep-mode"
         return
-    if not plan.recipe.engine.vllm.get("enforce_eager"):
+    if not arguments.get("enforce_eager"):
         yield "--enforce-eager"
-    if "enable_chunked_prefill" not in plan.recipe.engine.vllm:
+    if not teaches and "enable_chunked_prefill" not in arguments:
         # Of a prompt that is cut in two vLLM rewinds the generator, which for a seeded request ends it on CPUs.
         yield "--no-enable-chunked-prefill"
     # On CPUs vLLM's fused rotary embedding gives wrong log-probs for multi-head latent attention.
     yield "-cc.custom_ops+=-rotary_embedding"
 
 
-def _remote_code(plan: Plan) -> Iterator[str]:
+def _remote_code(plan: Plan, arguments: Mapping[str, Any]) -> Iterator[str]:
     """The recipe's own switch covers the engines; `--vllm-trust-remote-code` covers them alone."""
-    if plan.recipe.checkpoint.trust_remote_code and "trust_remote_code" not in plan.recipe.engine.vllm:
+    if plan.recipe.checkpoint.trust_remote_code and "trust_remote_code" not in arguments:
         yield "--trust-remote-code"
 
 
@@ -174,20 +189,18 @@ def _environment(
 ) -> dict[str, str]:
     # The cluster profile's interfaces and NCCL settings are already in every task's environment.
     env = {name: value for name, value in plan.recipe.misc.env.items() if name not in plan.cluster.env}
-    env |= {
-        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight updates, pausing and sleeping
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_HOST_IP": here.address,
-    }
-    if plan.recipe.algorithm.use_rollout_routing_replay:
+    env |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": here.address}
+    teaches = is_teachers(plan, engine)
+    if not teaches:
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes of weight updates, pausing and sleeping
+    if plan.recipe.algorithm.use_rollout_routing_replay and not teaches:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
     if engine.data_parallel_size > 1:
         # The leader searches from here for free ports where its ranks meet; `aux_port` itself is the handshake's.
         env["VLLM_PORT"] = str(engine.aux_port + binding.port_offset + 1)
     if plan.on_gpu:
         env |= device_variables(engine.gpus[position], visible)
-        if (plan.model_config_hf.get("quantization_config") or {}).get("scale_fmt") != "ue8m0":
+        if not teaches and (plan.model_config_hf.get("quantization_config") or {}).get("scale_fmt") != "ue8m0":
             # DeepGEMM would round every weight's scales up to powers of two and quantise the weights again, so the
             # engine would not compute with the weights that were synced.
             env.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")

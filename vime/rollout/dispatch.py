@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -136,6 +136,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Future[None]] = set()
         self._recoveries: set[asyncio.Future[None]] = set()
         self._clocks: set[_Clock] = set()
+        self._holds = 0
         self._stopping = False
         self._fatal: VimeError | None = None
         self._began = time.monotonic()
@@ -186,13 +187,28 @@ class Dispatcher:
         clock = _Clock(seconds, expire)
         async with asyncio.timeout(None) as limit:
             self._clocks.add(clock)
-            if not self._recoveries:
-                clock.start()
+            self._start_clocks()
             try:
                 yield
             finally:
                 clock.stop()
                 self._clocks.discard(clock)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Clocks stand still inside, as while an engine recovers: what is waited for has its own limit."""
+        self._holds += 1
+        for clock in self._clocks:
+            clock.stop()
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            self._start_clocks()
+
+    def _start_clocks(self) -> None:
+        for clock in self._clocks if not self._recoveries and not self._holds else ():
+            clock.start()
 
     @property
     def stopping(self) -> bool:
@@ -448,8 +464,7 @@ class Dispatcher:
 
     def _recovered(self, recovery: asyncio.Future[None]) -> None:
         self._recoveries.discard(recovery)
-        for clock in self._clocks if not self._recoveries else ():
-            clock.start()
+        self._start_clocks()
 
     async def _bring_back(self, engine: _Engine, error: EngineError) -> None:
         try:

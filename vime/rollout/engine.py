@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.errors import DeadlineExceeded, VimeError
-from vime.rollout.command import MODEL_NAME, EngineCommand, engine_command
+from vime.rollout.command import EngineCommand, engine_command, is_teachers
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
 from vime.run.devices import VISIBLE
 from vime.run.environment import resolve
@@ -56,8 +56,9 @@ class EngineServer:
     """
 
     def __init__(self, plan: Plan, binding: Binding, engine_index: int, position: int, api_key: str) -> None:
-        engine = plan.engines[engine_index]
-        self.name = f"engine {engine_index} on node {engine.nodes[position]}"
+        engine = plan.servers[engine_index]
+        whose = "the teacher's engine" if is_teachers(plan, engine) else "engine"
+        self.name = f"{whose} {engine_index} on node {engine.nodes[position]}"
         cpus = _cpus_of_engine(plan, binding, engine_index, position)
         self.command: EngineCommand = engine_command(plan, binding, engine, position, cpus, os.environ.get(VISIBLE))
         node = engine.nodes[position]
@@ -166,7 +167,7 @@ class EngineServer:
         """Send a request with token ids. Raises EngineFailed for a wrong number of tokens or log-probs."""
         wanted = 2
         body = {
-            "model": MODEL_NAME,
+            "model": self.command.model,
             "token_ids": [1, 2, 3],
             "sampling_params": {"max_tokens": wanted, "temperature": 0, "logprobs": 0, "ignore_eos": True},
         }
@@ -201,10 +202,10 @@ def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
 def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:
     """This engine's share of the cores available to this process; engines on one host divide them."""
     cpus = sorted(os.sched_getaffinity(0))
-    host = binding.nodes[plan.engines[engine_index].nodes[position]].host
+    host = binding.nodes[plan.servers[engine_index].nodes[position]].host
     here = [
         (engine.index, place)
-        for engine in plan.engines
+        for engine in plan.servers
         for place, node in enumerate(engine.nodes)
         if binding.nodes[node].host == host
     ]

@@ -95,6 +95,7 @@ def scorer_of(plan: Plan) -> Scorer:
         filter_path=options.dynamic_sampling_filter_path,
         curriculum=options.curriculum,
         patience_s=options.rm_patience,
+        optional=not plan.recipe.needs_reward,
     )
 
 

@@ -30,8 +30,11 @@ _PER_TOKEN: Mapping[str, str] = {
     "log_probs": "float64",
     "weight_versions": "int32",
     "loss_mask": "uint8",
+    "teacher_log_probs": "float64",
 }
 """Fields with one number per response token, each with its dtype in the file."""
+_MAY_BE_EMPTY = frozenset({"teacher_log_probs"})
+"""Those of `_PER_TOKEN` that a sample may lack; they are among the rest where one does."""
 _REST = "rest"
 
 
@@ -84,7 +87,7 @@ class KeptRollouts:
                 rest = json.loads(bytes(arrays[_REST]))
                 if rest["mark"] != self._mark():
                     return None
-                columns = {name: arrays[name] for name in _PER_TOKEN}
+                columns = {name: arrays[name] for name in _PER_TOKEN if name in arrays or name not in _MAY_BE_EMPTY}
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             print(f"warning: {path} cannot be read, so the rollout is generated again: {error}", flush=True)
             return None
@@ -121,7 +124,9 @@ class KeptRollouts:
 
 
 def _packed(rollout: Rollout, sampler: Mapping[str, Any], mark: str) -> dict[str, np.ndarray]:
-    rows, columns = [], {name: [] for name in _PER_TOKEN}
+    samples = rollout.samples
+    absent = {n for n in _MAY_BE_EMPTY if any(len(getattr(s, n)) != len(s.response_ids) for s in samples)}
+    rows, columns = [], {name: [] for name in _PER_TOKEN if name not in absent}
     for sample in rollout.samples:
         row = sample.values()
         for name, column in columns.items():

@@ -38,6 +38,7 @@ from vime.rollout.measures import by_set_metrics, finished_metrics, training_met
 from vime.rollout.mixture import PromptMixture
 from vime.rollout.routes import RouteBook, RouteShape
 from vime.rollout.session import Agent
+from vime.rollout.teacher import Teacher
 from vime.run.left_out import left_out
 from vime.run.plan import Plan
 from vime.samples import UNVERSIONED, Group, Prompt, Rollout, Status, new_group
@@ -81,7 +82,7 @@ class Sampler:
 
     `recover(engine, error)` is called when an engine fails; it restarts it and gives it the current weights. Without
     it the engine is used again once it answers with the weights of the rollout. `agent` holds the conversations;
-    without it each is one answer.
+    without it each is one answer. `teacher` scores the groups that training gets.
     """
 
     def __init__(
@@ -93,8 +94,11 @@ class Sampler:
         patience: Patience | None = None,
         tokenizer: Any = None,
         agent: Agent | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        self._recipe = plan.recipe
+        self._recipe, self._teacher = plan.recipe, teacher
+        if plan.teacher is not None and teacher is None:
+            raise ValueError("the plan has a teacher")
         options = plan.recipe.rollout
         check_filter_path(options.dynamic_sampling_filter_path)
         if options.rollout_temperature <= 0:
@@ -174,7 +178,8 @@ class Sampler:
             rows = sorted({self._rows[group.index] for group in round_.passed})
         except TimeoutError:
             limit = f"--rollout-timeout {options.rollout_timeout:g} s"
-            raise DataError(f"rollout {rollout_id} is not full after {limit}: {round_.counts()}") from None
+            waits = f"; {text}" if self._teacher and (text := self._teacher.waited_for) else ""
+            raise DataError(f"rollout {rollout_id} is not full after {limit}: {round_.counts()}{waits}") from None
         finally:
             await self._end(round_)
         seconds = time.monotonic() - started
@@ -192,6 +197,7 @@ class Sampler:
             **self._dispatcher.take_metrics(),
             **await self._counters.take_rates(),
             **self._conversations(round_.finished),
+            **(self._teacher.take_metrics() if self._teacher else {}),
             "rollout/filter_drops": float(round_.dropped),
             "rollout/failed_groups": float(round_.failed),
             "rollout/unfinished_groups": float(len(self._kept)),
@@ -339,6 +345,13 @@ class Sampler:
 
     async def _work(self, group: Group) -> bool:
         """Generate and score a group; True if training wants it. Meaningless once the round was stopped."""
+        if not await self._passes(group):
+            return False
+        if self._teacher is not None:
+            await self._teacher.score(group, self._dispatcher.hold)
+        return True
+
+    async def _passes(self, group: Group) -> bool:
         limit = self._recipe.rollout.rollout_timeout
         if not await self._generator.finish(group, self._settings, limit, self._routes):
             return False

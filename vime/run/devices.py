@@ -14,7 +14,7 @@ VISIBLE = "VIME_VISIBLE_GPUS"
 def node_slots(plan: Plan, node: int) -> tuple[int, ...]:
     """Slots of a node that trainer ranks or engines use."""
     used = {rank.gpu for rank in plan.trainer_ranks if rank.node == node}
-    for engine in plan.engines:
+    for engine in plan.servers:
         if node in engine.nodes:
             used.update(engine.gpus[engine.nodes.index(node)])
     return tuple(sorted(used))

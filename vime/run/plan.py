@@ -1,4 +1,7 @@
-"""Plan of a run. Made once by `vime.submit`, written to `plan.json`, read by all later programs."""
+"""Plan of a run. Made once by `vime.submit`, written to `plan.json`, read by all later programs.
+
+One module since its classes are the parts of one document.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,23 @@ class EnginePlan(Frozen):
     """First of 32 ports for communication among the engine's ranks."""
 
 
+class TeacherPlan(Frozen):
+    """The teacher of `--use-opd`: what its engines load, and where they are."""
+
+    path: str
+    """HF folder."""
+    weights_bytes: int = 0
+    """Bytes of its weights; 0 where the plan was made without the folder."""
+    max_model_len: int
+    """Tokens of the longest prompt and response."""
+    engines: tuple[EnginePlan, ...]
+    """Numbered after the engines of the plan. They get no weights from the trainer, and never sleep."""
+    gpu_memory: Memory | None = None
+    """Estimate for one of its GPUs; None without GPUs."""
+    missing: int = 0
+    """Bytes by which that estimate exceeds what its engines may take of a GPU."""
+
+
 class NodePlan(Frozen):
     """One logical node."""
 
@@ -92,6 +112,7 @@ class NodePlan(Frozen):
     """None without GPUs."""
     ranks: tuple[int, ...] = ()
     engines: tuple[int, ...] = ()
+    """Numbers in `Plan.servers`."""
 
 
 class Artefact(Frozen):
@@ -323,6 +344,8 @@ class Plan(Frozen):
     nodes: tuple[NodePlan, ...]
     trainer_ranks: tuple[TrainerRank, ...]
     engines: tuple[EnginePlan, ...]
+    """Engines of the policy."""
+    teacher: TeacherPlan | None = None
     ports: Ports
     stages: tuple[Stage, ...]
     evaluation: Evaluation | None = None
@@ -341,6 +364,11 @@ class Plan(Frozen):
     def on_gpu(self) -> bool:
         """The run's GPU slots are real GPUs, and not shares of the processors."""
         return self.cluster.on_gpu
+
+    @property
+    def servers(self) -> tuple[EnginePlan, ...]:
+        """All vLLM servers by their number: the policy's engines, then the teacher's."""
+        return (*self.engines, *(self.teacher.engines if self.teacher else ()))
 
     @property
     def model(self) -> ModelConfig:

@@ -14,7 +14,7 @@ from vime.run.devices import VISIBLE, device_variables
 from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
 from vime.run.owner import require_owner
-from vime.run.plan import Binding, Plan
+from vime.run.plan import Binding, EnginePlan, Plan
 from vime.run.profiles import nsys_environment
 from vime.run.tokens import API_KEY, GROUP_KEY, read_token
 from vime.sync.ranks import ResidenceMethods, SourceMethods, WorkerMethods, address
@@ -86,7 +86,7 @@ class EngineActor:
 
     def __init__(self, run_dir: str, engine: int, position: int) -> None:
         plan, binding = read_plan(run_dir), read_binding(run_dir)
-        verify_here(binding, plan.engines[engine].nodes[position], f"engine {engine}")
+        verify_here(binding, plan.servers[engine].nodes[position], f"engine {engine}")
         self._server = EngineServer(plan, binding, engine, position, read_token(run_dir, API_KEY))
 
     def start(self) -> None:
@@ -135,12 +135,15 @@ class TrainerGroup:
 
 
 class EngineGroup:
-    """All engines, each with an actor on every node it takes; the first one of an engine serves."""
+    """All engines of the policy, or those given, each with an actor on every node it takes; the first one of an engine
+    serves. Its methods number them from 0."""
 
-    def __init__(self, plan: Plan, group: Any) -> None:
+    def __init__(self, plan: Plan, group: Any, engines: Sequence[EnginePlan] | None = None) -> None:
         self._plan, self._group = plan, group
+        self._engines = plan.engines if engines is None else engines
         self._actors = [
-            [self._actor(engine.index, position) for position in range(len(engine.nodes))] for engine in plan.engines
+            [self._actor(number, position) for position in range(len(engine.nodes))]
+            for number, engine in enumerate(self._engines)
         ]
 
     async def start(self, *, deadline_s: float) -> list[str]:
@@ -200,9 +203,9 @@ class EngineGroup:
     def _actor(self, engine: int, position: int) -> Any:
         import ray
 
-        planned = self._plan.engines[engine]
+        planned = self._engines[engine]
         options = pinned(self._group, self._plan, Slot(planned.nodes[position], planned.gpus[position][0]))
-        return ray.remote(EngineActor).options(**options).remote(self._plan.run_dir, engine, position)
+        return ray.remote(EngineActor).options(**options).remote(self._plan.run_dir, planned.index, position)
 
 
 async def _all(what: str, references: Sequence[Any], deadline_s: float) -> list[Any]:

@@ -27,9 +27,11 @@ class PhaseDeadlines:
     def of(cls, plan: Plan) -> PhaseDeadlines:
         """Phases that read or write a whole checkpoint also have the time that its bytes take on a slow file system."""
         train = next(stage for stage in plan.stages if stage.name in ("train", "evaluate"))
-        size = {artefact.kind: artefact.bytes or 0 for artefact in (*train.inputs, *train.outputs)}
+        size: dict[str, int] = {}
+        for artefact in (*train.inputs, *train.outputs):
+            size[artefact.kind] = max(size.get(artefact.kind, 0), artefact.bytes or 0)
         trained = max(size.get("torch_dist", 0), size.get("hf", 0))
-        served = min((len(engine.nodes) for engine in plan.engines), default=1)
+        served = min((len(engine.nodes) for engine in plan.servers), default=1)
         return cls(
             setup=cls.setup + _disk_seconds(trained, len(plan.nodes)),
             engine_start=cls.engine_start + _disk_seconds(size.get("hf", 0), served),

@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 from vime.agents.choose import agent_of
 from vime.observe.samples import read_rollout, write_samples
 from vime.rollout.client import EngineClient, EngineError
+from vime.rollout.command import TEACHER_NAME
 from vime.rollout.dispatch import Patience
 from vime.rollout.evaluator import Evaluator
 from vime.rollout.sampler import Sampler
 from vime.rollout.session import Agent
+from vime.rollout.teacher import CONCURRENCY, Teacher
 from vime.run.evaluations import Result, write_result
 from vime.run.messages import report
 from vime.run.plan import Binding, Evaluation, Plan
@@ -36,6 +38,7 @@ from vime.train.placement import reserve
 from vime.train.pulse import Pulse
 from vime.train.results import deliver, write
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
+from vime.train.teachers import TeacherKeeper
 from vime.train.trust import PROBES
 
 T = TypeVar("T")
@@ -94,8 +97,10 @@ class Driver:
         trainer, engines = TrainerGroup(self.plan, group), EngineGroup(self.plan, group)
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
             with self.phases.timeline.phase("start", -1):
-                start, clients = await self._start(stack, trainer, engines)
-                loop = await self._connect(stack, trainer.call, engines, clients)
+                async with asyncio.TaskGroup() as tasks:
+                    teaching = tasks.create_task(self._teacher(stack, group))
+                    start, clients = await self._start(stack, trainer, engines)
+                loop = await self._connect(stack, trainer.call, engines, clients, teaching.result())
             first = start.next_rollout_id
             print(f"weights from {start.loaded_from}; first rollout {first}", flush=True)
             if start.extra:
@@ -140,6 +145,21 @@ class Driver:
         )
         return start, await self._clients(stack, urls)
 
+    async def _teacher(self, stack: contextlib.AsyncExitStack, group: Any) -> Teacher | None:
+        """The plan's teacher, once all of its engines answer; they are stopped with the stack. None without one."""
+        planned, limit = self.plan.teacher, self.deadlines.engine_start
+        if planned is None:
+            return None
+        servers = EngineGroup(self.plan, group, planned.engines)
+        await stack.enter_async_context(_stopped_afterwards(servers))
+        urls = await self._timed("teacher_time", servers.start(deadline_s=limit))
+        clients = [EngineClient(url, self.api_key, concurrency=CONCURRENCY, model=TEACHER_NAME) for url in urls]
+        for client in clients:
+            await stack.enter_async_context(client)
+        keeper = TeacherKeeper(self.plan, servers, deadline_s=limit)
+        patience = self.recipe.teacher.opd_teacher_patience
+        return Teacher(planned.path, clients, patience_s=patience, recover=keeper.recover)
+
     async def _timed(self, name: str, work: Awaitable[T]) -> T:
         began = time.monotonic()
         try:
@@ -170,6 +190,7 @@ class Driver:
         call: TrainerCall,
         engines: EngineGroup,
         clients: list[EngineClient],
+        teacher: Teacher | None,
     ) -> Loop:
         """Make the loop, with a sampler and a supervisor of these engines."""
         limits = self.deadlines
@@ -184,7 +205,8 @@ class Driver:
             with self.phases.timeline.phase("recover", supervisor.version):
                 await supervisor.recover(engine, error)
 
-        sampler = Sampler(self.plan, clients, recover=recover, patience=patience, agent=await self._agent(stack))
+        agent = await self._agent(stack)
+        sampler = Sampler(self.plan, clients, recover=recover, patience=patience, agent=agent, teacher=teacher)
         await stack.enter_async_context(sampler)
         supervisor = EngineSupervisor(
             self.plan,
@@ -240,8 +262,11 @@ class Driver:
         """Generate with the weights that the engines loaded, and write the rollouts."""
         engines = EngineGroup(self.plan, group)
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
-            urls = await engines.start(deadline_s=self.deadlines.engine_start)
-            sampler = Sampler(self.plan, await self._clients(stack, urls), agent=await self._agent(stack))
+            async with asyncio.TaskGroup() as tasks:
+                teaching = tasks.create_task(self._teacher(stack, group))
+                clients = await self._clients(stack, await engines.start(deadline_s=self.deadlines.engine_start))
+            agent, teacher = await self._agent(stack), teaching.result()
+            sampler = Sampler(self.plan, clients, agent=agent, teacher=teacher)
             await stack.enter_async_context(sampler)
             for rollout_id in range(self.recipe.rollout.num_rollout):
                 await self.phases.evaluate_if_due(sampler, rollout_id)

@@ -30,7 +30,7 @@ class Slot:
 def slots(plan: Plan) -> list[Slot]:
     """Every GPU slot that a trainer rank or an engine takes, in node order."""
     used = {Slot(rank.node, rank.gpu) for rank in plan.trainer_ranks}
-    for engine in plan.engines:
+    for engine in plan.servers:
         for node, gpus in zip(engine.nodes, engine.gpus, strict=True):
             used.update(Slot(node, gpu) for gpu in gpus)
     return sorted(used, key=lambda slot: (slot.node, slot.gpu))
