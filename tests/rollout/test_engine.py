@@ -4,11 +4,13 @@ import asyncio
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -323,12 +325,18 @@ time.sleep(3600)
 """
 
 
-def test_a_server_ends_with_the_process_that_started_it(base, tmp_path):
+def test_a_server_ends_with_the_process_that_started_it(base, tmp_path, request):
     plan, binding = plan_and_binding(base, tmp_path, port_offset=100)
     write_plan(plan)
     write_binding(tmp_path, binding)
+    # A killed owner leaves the server's folder, which a run's node-local one would go with.
+    scratch = tempfile.mkdtemp(prefix="vt-")
+    request.addfinalizer(lambda: shutil.rmtree(scratch))
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path), str(patience.ENGINE)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OWNER, str(tmp_path), str(patience.ENGINE)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": scratch},
     )
     try:
         assert owner.stdout is not None

@@ -152,11 +152,16 @@ class RayProcesses:
         write_ray_address(node.gcs_address, node.get_temp_dir_path())
 
     def _wait_registered(self) -> None:
-        """Wait until the GCS knows the raylet. Raises VimeError if a process has ended or the deadline has passed."""
+        """Wait until the GCS knows the raylet.
+
+        Raises Crash if a process was killed, VimeError if one has ended otherwise or the deadline has passed.
+        """
         node = self._node
         while not any(found.hex() == node._node_id for found in node.get_gcs_client().get_all_node_info(timeout=30)):
             if dead := node.dead_processes():
-                raise VimeError(f"{self._last_words(dead)} ended before Ray had started")
+                killed = any(process.returncode < 0 for _, process in dead)
+                text = f"{self._last_words(dead)} ended before Ray had started"
+                raise Crash(text) if killed else VimeError(text)
             if time.monotonic() > self._deadline:
                 raise DeadlineExceeded("the raylet did not register with the GCS in time")
             time.sleep(0.1)
