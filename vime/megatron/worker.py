@@ -40,6 +40,7 @@ from vime.run.routes import RoutesFile, routes_path
 from vime.samples import Rollout
 from vime.sync.ranks import StartState
 from vime.sync.source import WeightSource, model_source
+from vime.system.memory import return_free_memory
 from vime.system.progress import Progress
 
 
@@ -184,7 +185,10 @@ class TrainWorker:
     def train(self, rollout: Rollout) -> dict[str, float]:
         """Run all optimizer steps of a rollout. Returns metrics, the same on every rank."""
         with self._profiler.during(rollout.rollout_id):
-            return self._train(rollout)
+            metrics = self._train(rollout)
+        # Arrays of a rollout are of other sizes than the last one's: heaps that keep the pieces grow.
+        return_free_memory()
+        return metrics
 
     def _train(self, rollout: Rollout) -> dict[str, float]:
         self._ready.checkpointer.poll()

@@ -47,6 +47,8 @@ def ray_environment(run_dir: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's exporter would serve metrics to everyone, on every interface.
         "RAY_enable_metrics_collection": "0",
+        # The GCS would keep the history of every call, which nobody asks for.
+        "RAY_task_events_report_interval_ms": "0",
         "RAY_DEDUP_LOGS": "0",
         # Ray would give its actors, which are the run itself, the lowest priority on the node.
         "RAY_worker_niceness": "0",
