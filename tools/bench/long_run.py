@@ -104,7 +104,7 @@ def follow(run: subprocess.Popen[bytes], run_dir: Path, seen: dict[int, Seen], l
 
 def report(seen: dict[int, Seen], last: int) -> bool:
     """Print a line for each process that lived through the run; whether all keep the bounds."""
-    good = True
+    good, measured = True, 0
     print(f"{'process':<16} {'pid':>7} {'MB, first':>11} {'last':>8} {'MB a rollout':>13} {'shared':>8} {'files':>12}")
     for pid, each in sorted(seen.items(), key=lambda item: item[1].name):
         rows = [row for row in each.rows if row[0] >= min(SETTLED, last // 2)]
@@ -112,12 +112,15 @@ def report(seen: dict[int, Seen], last: int) -> bool:
             continue
         memory, shared, files = (slope([(row[0], row[i]) for row in rows]) for i in (1, 2, 3))
         kept = memory / 1e6 <= MOST_MB and shared / 1e6 <= MOST_MB and files * len(rows) <= MOST_FILES
-        good = good and kept
+        good, measured = good and kept, measured + 1
         print(
             f"{each.name:<16} {pid:>7} {rows[0][1] / 1e6:>11.1f} {rows[-1][1] / 1e6:>8.1f} {memory / 1e6:>13.4f} "
             f"{shared / 1e6:>8.4f} {rows[0][3]:>5} -> {rows[-1][3]:<4}{'' if kept else '  GROWS'}"
         )
-    return good
+        if not kept:
+            some = each.rows[:: max(1, len(each.rows) // 20)]
+            print("    MB at rollouts: " + ", ".join(f"{row[0]}: {row[1] / 1e6:.1f}" for row in some))
+    return good and measured > 0
 
 
 def files(run_dir: Path, rollouts: int) -> None:
