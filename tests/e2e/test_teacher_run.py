@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny_hf
+from tests.support import patience, tiny_hf
 from tests.support.reference_log_probs import reference_log_probs
 from tests.support.small_base import start_run, tool, write_qwen3
 from vime.observe.samples import read_rollout
@@ -53,7 +53,7 @@ def test_a_student_comes_closer_to_its_teacher_although_the_teachers_engine_is_k
     log = tmp_path / "run.log"
     process = start_run(tmp_path, "opd", *FLAGS, "--opd-teacher", str(teacher), log=log)
     run, killed = tmp_path / "runs" / "opd", False
-    end = time.monotonic() + 1800
+    end = time.monotonic() + patience.LEARNING
     while process.poll() is None and time.monotonic() < end:
         if not killed and (run / "metrics.jsonl").exists() and 1 in read_metrics(run):
             for pid in servers_of(teacher):

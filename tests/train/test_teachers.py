@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from vime.errors import Cause, Crash
 from vime.rollout.client import EngineUnreachable
@@ -32,7 +33,7 @@ class Servers:
 
 def keeper_of(servers: Servers, *flags: str) -> TeacherKeeper:
     plan = plan_of("tiny-qwen3", "--use-opd", "--opd-teacher", "/t", "--opd-teacher-num-gpus", "2", *flags, nodes=1)
-    return TeacherKeeper(plan, servers, deadline_s=5, say=lambda _: None)
+    return TeacherKeeper(plan, servers, deadline_s=patience.MOMENT, say=lambda _: None)
 
 
 async def test_an_engine_that_runs_is_left_alone():
