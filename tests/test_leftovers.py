@@ -55,7 +55,6 @@ def test_a_session_that_leaves_something_fails(what: str, tmp_path: Path) -> Non
     body = LEAVES[what].replace("\n", "\n    ")
     (tmp_path / "test_it.py").write_text(f"def test_it():\n    {body}\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), patience.VARIABLE: "0.1"}
-    env.pop(MARK)
     words = ["-c", os.devnull, "-p", "tests.support.leftovers", "-p", "no:cacheprovider", "test_it.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words],

@@ -33,6 +33,7 @@ LOGIN_NODE = ("tests/recipe", "tests/planning", "tests/run", "tests/slurm", "tes
 NOT_THERE = (
     "tests/planning/test_evaluation.py",  # msgspec
     "tests/planning/test_options_alive.py",  # msgspec
+    "tests/planning/test_plan_teacher.py",  # torch
     "tests/planning/test_wrong_inputs.py",  # torch
     "tests/run/test_trackers.py",  # wandb, mlflow
     "tests/run/test_metrics.py",  # tensorboard

@@ -26,7 +26,8 @@ OURS = re.compile(r"(vime-|vt-|pymp-|torchelastic_|ray$|psm_|sem\.mp-|vllm|.*wan
 """Names that vime, its tests and its libraries give; other programs of the machine may come and go."""
 KEPT = re.compile(r"vime-\d+$")
 """A user's node-local folder; its caches outlive runs."""
-STATE = pytest.StashKey["Found"]()
+STATE = pytest.StashKey[tuple["Found", str]]()
+"""Findings before the first test, and MARK's value in a session around this one, which a test has then started."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def is_ours(name: str) -> bool:
     return OURS.match(name) is not None and KEPT.match(name) is None
 
 
-def look() -> Found:
-    """Files that may be a test's, and the recorded runs."""
-    folders = (SHARED_MEMORY, Path(tempfile.gettempdir()))
+def look(*, nested: bool = False) -> Found:
+    """Files that may be a test's, and the recorded runs. Of a `nested` session only its temporary folder counts."""
+    folders = (Path(tempfile.gettempdir()), *(() if nested else (SHARED_MEMORY,)))
     files = frozenset(str(path) for folder in folders for path in folder.iterdir() if is_ours(path.name))
     registry = registry_path()
     return Found(files, registry.read_text() if registry.is_file() else "")
@@ -63,16 +64,16 @@ def processes_of(mark: str) -> dict[int, str]:
     return found
 
 
-def others() -> bool:
+def others(mine: str) -> bool:
     """True if another session runs on this machine: its files cannot be told from this one's."""
-    mine = os.environ[MARK].encode()
+    known = f"{MARK}={mine}".encode()
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
                 pairs = (folder / "environ").read_bytes().split(b"\0")
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if any(pair.startswith(f"{MARK}=".encode()) and not pair.endswith(mine) for pair in pairs):
+            if any(pair.startswith(f"{MARK}=".encode()) and pair != known for pair in pairs):
                 return True
     return False
 
@@ -88,17 +89,20 @@ def left(before: Found, after: Found, running: Iterable[str]) -> list[str]:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
-        os.environ[MARK] = uuid.uuid4().hex
-        session.config.stash[STATE] = look()
+        outer, os.environ[MARK] = os.environ.get(MARK, ""), uuid.uuid4().hex
+        session.config.stash[STATE] = look(nested=bool(outer)), outer
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if STATE not in session.config.stash:
         return
-    before, deadline = session.config.stash[STATE], time.monotonic() + patience.MOMENT
-    while lines := left(before, before if others() else look(), processes_of(os.environ[MARK]).values()):
-        if time.monotonic() > deadline:
+    (before, outer), mine = session.config.stash[STATE], os.environ[MARK]
+    deadline = time.monotonic() + patience.MOMENT
+    while True:
+        after = before if not outer and others(mine) else look(nested=bool(outer))
+        lines = left(before, after, processes_of(mine).values())
+        if not lines or time.monotonic() > deadline:
             break
         time.sleep(0.5)
     if lines:
