@@ -14,7 +14,7 @@ from vime.run.plan import Plan
 
 def plan_of(tmp_path: Path, **options) -> Plan:
     stages = [
-        preflight(tmp_path, 16),
+        preflight(tmp_path, 16).model_copy(update={"deadline_s": 60.0}),
         stub("cast", "", nodes=range(8), deadline_s=1000),
         stub("convert", "", nodes=range(4)),
         *(stage.model_copy(update={"gpus_per_node": 8}) for stage in ray_stages(tmp_path, 16)),
