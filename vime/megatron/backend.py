@@ -39,6 +39,9 @@ _KNOWN_WARNINGS = (
 )
 """Warnings of megatron-core about itself: every rank would print them, and no user can do anything about them."""
 
+_PRIMITIVES = "256"
+"""Kernels that oneDNN keeps, 70 KB each: packed batches have ever new shapes, and its own limit is 1,024 of them."""
+
 
 def ignore_known_warnings() -> None:
     """Keep `_KNOWN_WARNINGS` out of the log; all others are printed."""
@@ -69,6 +72,8 @@ def setup() -> Backend:
 
     cpu_shim.install()
     _without_transformer_engine()
+    for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, _PRIMITIVES)
     return Backend(torch.device("cpu"), "gloo", False)
 
 
