@@ -6,6 +6,7 @@ Each is submitted by a `vime.eval` of its own, one at a time, so that a slow sch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -117,6 +118,9 @@ class Evaluations:
             processes.kill_tree(process.pid, signal.SIGKILL)
             process.kill()
             process.wait()
+        # A process that ends on TERM without its children leaves them in its group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def _last_line(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
