@@ -21,7 +21,7 @@ POSITIONS = {
     "until_said": (2,), "wait": (0, 1), "wait_for": (1,), "wait_for_all": (1,), "wait_for_end": (1,),
     "wait_for_event": (2,), "wait_ready": (0,), "wait_until": (1,),
 }  # fmt: skip
-"""Where the seconds of a waiting helper stand among its arguments."""
+"""Places of the seconds among a waiting helper's arguments."""
 
 RUNS_OUT = "a deadline that the test lets run out"
 NEVER = "never starts: only its plan is looked at"
@@ -57,14 +57,14 @@ def _names(value: ast.expr) -> set[str]:
 
 
 def _numbers(value: ast.expr) -> bool:
-    """Whether an expression is a number other than 0, or computed with one."""
+    """True for a number other than 0, and for an expression computed with one."""
     of = isinstance(value, ast.Constant | ast.BinOp | ast.UnaryOp)
     constants = [node.value for node in ast.walk(value) if isinstance(node, ast.Constant)]
     return of and any(type(constant) in (int, float) and constant for constant in constants)
 
 
 def _own(value: ast.expr, constants: set[str]) -> bool:
-    """Whether an expression has a number of seconds of its own."""
+    """True for an expression with a number of seconds of its own."""
     if "patience" in _names(value):
         return False
     return _numbers(value) or (isinstance(value, ast.Name | ast.BinOp) and bool(_names(value) & constants))

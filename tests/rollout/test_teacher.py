@@ -42,7 +42,7 @@ def sample_of(index: int = 0, prompt: str = "1+1=", response: str = "2") -> Samp
 
 
 def scores_of(sample: Sample) -> list[float]:
-    """What the stub gives to the tokens of a response."""
+    """Log-probs that the stub gives to the tokens of a response."""
     start = len(sample.prompt_ids)
     return [-0.01 * token - place for place, token in enumerate(sample.response_ids, start=start)]
 
@@ -203,7 +203,7 @@ async def test_without_a_reward_every_sample_has_the_reward_0(sums: Any):
 
 
 async def test_a_continued_answer_is_scored_whole_and_scores_stay_with_the_samples_of_an_unfinished_group(sums: Any):
-    """What the end of a round stopped goes on after a resume: at an engine, or at the teacher."""
+    """Samples that the end of a round stopped continue after a resume: at an engine, or at the teacher."""
     plan = sums(*OPD, "--partial-rollout", "--over-sampling-batch-size", "12")
     held, slow = [encode(f"0+{b}=") for b in (0, 1)], [encode(f"0+{b}=") for b in (2, 3)]
     late = True

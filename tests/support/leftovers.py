@@ -1,4 +1,4 @@
-"""What a session of tests leaves on the machine: processes, shared memory, folders in /tmp, recorded runs.
+"""Things that a session of tests leaves on the machine: processes, shared memory, folders in /tmp, recorded runs.
 
 A plug-in of pytest: it looks before the first test and after the last, in the process that the others report to, and
 fails the session if something is left. Processes are known by a variable that all below the session inherit.
@@ -99,16 +99,19 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     (before, outer), mine = session.config.stash[STATE], os.environ[MARK]
     deadline = time.monotonic() + patience.MOMENT
+    report = session.config.pluginmanager.get_plugin("terminalreporter")
+    assert report is not None
+    report.ensure_newline()
+    alone = bool(outer) or not others(mine)
+    if not alone:
+        report.write_line("another session of tests runs: files that were left are not told from its own")
     while True:
-        after = before if not outer and others(mine) else look(nested=bool(outer))
+        after = look(nested=bool(outer)) if alone else before
         lines = left(before, after, processes_of(mine).values())
         if not lines or time.monotonic() > deadline:
             break
         time.sleep(0.5)
     if lines:
-        report = session.config.pluginmanager.get_plugin("terminalreporter")
-        assert report is not None
-        report.ensure_newline()
         report.write_line("the tests left something behind:\n  " + "\n  ".join(lines), red=True)
         if exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -185,7 +185,7 @@ def _check_vocabulary(recipe: Recipe, config: ModelConfig, folder: Path, hf: Map
 
 
 def _same_bytes(first: Path, second: Path) -> bool | None:
-    """Whether two files are equal; None if one is missing."""
+    """True if two files are equal; None if one is missing."""
     try:
         return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
     except OSError:

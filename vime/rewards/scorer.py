@@ -244,7 +244,7 @@ class Scorer:
 
 
 def no_answer_warning(rm_type: str) -> str:
-    """Hint for a rollout in which not one response of a rollout had an answer for the reward to grade."""
+    """Hint for a rollout without a single response that had an answer for the reward to grade."""
     if rm_type == "deepscaler":
         return (
             "--rm-type deepscaler gives 0 to every response of this rollout: none has </think>. For a model "

@@ -93,7 +93,7 @@ def engine_command(
 
 
 def is_teachers(plan: Plan, engine: EnginePlan) -> bool:
-    """Whether an engine of the plan serves the teacher."""
+    """True if this engine of the plan serves the teacher."""
     return plan.teacher is not None and engine.index >= len(plan.engines)
 
 
