@@ -95,8 +95,8 @@ def test_a_training_checkpoint_with_optimizer_scheduler_and_random_states(
         states = _states(ours), _states(other)
         for (name, value), other_name in zip(mine.items(), loaded, strict=True):
             assert torch.equal(value, loaded[other_name]), (name, other_name)
+        assert _steps(ours) == _steps(other) == {STEPS}
         for a, b in zip(*states, strict=True):
-            assert a["step"] == b["step"] == STEPS
             assert torch.equal(a["exp_avg"], b["exp_avg"])
             assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
         ours.close()
@@ -105,6 +105,12 @@ def test_a_training_checkpoint_with_optimizer_scheduler_and_random_states(
 
 def _states(optimizer: Optimizer) -> list[dict[str, torch.Tensor]]:
     return [state for each in optimizer.megatron.chained_optimizers for state in each.optimizer.state.values()]
+
+
+def _steps(optimizer: Optimizer) -> set[int]:
+    """Steps that Adam has counted: torch's in each parameter's state, Transformer Engine's in the groups."""
+    groups = [group for each in optimizer.megatron.chained_optimizers for group in each.optimizer.param_groups]
+    return {int(found["step"]) for found in [*_states(optimizer), *groups] if "step" in found}
 
 
 @pytest.mark.parametrize(("model", "mtp"), CASES)
@@ -119,7 +125,7 @@ def test_a_converted_release(model: str, mtp: bool, tmp_path: Path) -> None:
         assert megatron_lm.load_checkpoint(folder, theirs, None, None, args, config, release=True) == 0
         expected = built(hf, layout, mtp=mtp)[0]
         for (name, a), b in zip(expected.named_parameters(), theirs.parameters(), strict=True):
-            assert torch.equal(a, b.to(a.dtype)) or torch.allclose(a, b.to(a.dtype), rtol=2**-8), name
+            assert torch.allclose(a, b.to(a.dtype), rtol=2**-8, atol=0), name
 
 
 @pytest.mark.parametrize("kind", ["iter", "release"])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vime.checkpoint.torch_dist import use_disk_keys
+from vime.megatron import backend
 from vime.megatron.model import BuildOptions, megatron_config
 from vime.models import families
 from vime.models.config import ModelConfig
@@ -39,9 +40,9 @@ TAKEN_OF_EXPERTS = (
 
 
 def core_model(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> Any:
-    """GPTModel of the core, with the core's local spec.
+    """GPTModel of the core with the spec that Megatron-LM takes: Transformer Engine's where it runs, else the local one.
 
-    Its local attention cannot be built for latent attention: there it is ours, which has no parameters either.
+    The core's local attention cannot be built for latent attention: there it is ours, which has no parameters either.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -49,17 +50,20 @@ def core_model(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> Any
     from vime.megatron.layers import decoder_spec, mtp_spec
 
     megatron = megatron_config(config, layout, bf16=False, mtp=mtp, options=BuildOptions())
-    if config.mla:
+    device = backend.setup()
+    engine = device.transformer_engine
+    if config.mla and not engine:
         spec = decoder_spec(megatron, transformer_engine=False)
     else:
-        spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=False, normalization="RMSNorm")
-    return GPTModel(
+        spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=engine, normalization="RMSNorm")
+    model = GPTModel(
         config=megatron,
         transformer_layer_spec=spec,
         vocab_size=config.padded_vocab_size(layout.tp),
-        mtp_block_spec=mtp_spec(megatron, spec, transformer_engine=False) if mtp else None,
+        mtp_block_spec=mtp_spec(megatron, spec, transformer_engine=engine) if mtp else None,
         **families.gpt_arguments(config),
     )
+    return model.to(device.device)
 
 
 def load_checkpoint(
@@ -79,8 +83,9 @@ def load_checkpoint(
     metadata["dp_cp_group"] = ps.get_data_parallel_group(with_context_parallel=True)
     state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0}
     state["model"] = model.sharded_state_dict(metadata=metadata)
-    # The core's local spec has other keys than Transformer Engine's, which Megatron-LM's default has.
-    use_disk_keys(state["model"], config)
+    if not backend.setup().transformer_engine:
+        # The core's local spec has other keys than Transformer Engine's, which Megatron-LM's default has.
+        use_disk_keys(state["model"], config)
     with_optimizer = not release and not theirs.no_save_optim
     if with_optimizer:
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata, is_loading=True)
@@ -105,8 +110,11 @@ def load_checkpoint(
 
 
 def _take_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """`optimizer.load_state_dict(loaded)`, for torch's Adam: it counts steps in each parameter's state, where the core,
-    which expects Transformer Engine's, looks for a loaded tensor."""
+    """`optimizer.load_state_dict(loaded)`, for torch's Adam too: it counts steps in each parameter's state, where the
+    core, which expects Transformer Engine's, looks for a loaded tensor."""
+    if backend.setup().transformer_engine:
+        optimizer.load_state_dict(loaded)
+        return
     chained = optimizer.chained_optimizers
     tensors = [(loaded if len(chained) == 1 else loaded[i]).pop("param_state") for i in range(len(chained))]
     optimizer.load_state_dict(loaded)

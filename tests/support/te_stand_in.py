@@ -2,7 +2,7 @@
 
 Adds to a model of the local spec the states of Transformer Engine's modules: an empty `_extra_state` of linear layers,
 attention and unfused norms, and numbered ones of grouped experts in the sharded state. Real Transformer Engine runs in
-tests/megatron/test_gpu.py.
+tests/megatron/test_transformer_engine.py.
 """
 
 from __future__ import annotations

@@ -209,6 +209,7 @@ def main(file: str, rank: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
     sys.path.insert(0, str(HERE.parents[1]))
     folder = Path(file).parent
     cases = [Case(**case) for case in json.loads(Path(file).read_text())]

@@ -1,0 +1,77 @@
+"""Real Transformer Engine on GPUs: grouped experts and dense layers are saved, resumed and resharded.
+
+What Megatron-LM's loader makes of such checkpoints is test_megatron_lm.py's, which takes this spec where it runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import tiny_hf
+from tests.support.single import MODELS
+from tests.support.worker_cases import Case, Result, run_cases
+from vime.checkpoint.allowed import check_training_checkpoint
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
+]
+
+RECIPE: dict[str, dict[str, Any]] = {
+    "model": {"bf16": True},
+    "algorithm": {"use_kl_loss": True, "kl_loss_coef": 0.5},
+    # Gradients near zero have the sign of their rounding, which Adam's usual epsilon makes whole steps of.
+    "optimizer": {"lr": 1e-3, "adam_eps": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0},
+}
+COMPARED = ("train/loss", "train/kl_loss", "train/train_rollout_logprob_abs_diff", "train/grad_norm")
+LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"world_size": 2, "ep": 2}}
+
+
+def case(name: str, folder: Path, ranks: int, rollouts: list[int], *, load: str = "") -> Case:
+    save = folder / name
+    checkpoint = {"conversion": "direct", "save": str(save), "load": str(folder / (load or name))}
+    hf, recipe = str(folder / "hf"), {**RECIPE, "checkpoint": checkpoint}
+    return Case(name, hf, LAYOUTS[ranks], recipe, rollouts=rollouts, save_after=rollouts)
+
+
+@pytest.fixture(scope="module", params=[(model, ranks) for ranks in LAYOUTS for model in MODELS], ids=str)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Rollouts 0 and 1 in one go, twice; rollout 0 alone; rollout 1 on it at this layout, and on one GPU."""
+    model, ranks = request.param
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    if ranks > 1 and model == "qwen3":
+        pytest.skip("has no experts to spread")
+    folder = tmp_path_factory.mktemp(f"{model}{ranks}")
+    tiny_hf.write_checkpoint(folder / "hf", MODELS[model])
+    cases = [
+        case("straight", folder, ranks, [0, 1]),
+        case("again", folder, ranks, [0, 1]),
+        case("stopped", folder, ranks, [0]),
+        case("resumed", folder, ranks, [1], load="stopped"),
+        case("on_one", folder, 1, [1], load="stopped"),
+    ]
+    return run_cases(cases, ranks, folder / "run")
+
+
+@pytest.mark.parametrize("name", ["resumed", "on_one"])
+def test_a_resumed_run_goes_on_as_the_straight_one(results: dict[str, Result], name: str) -> None:
+    """Nearer than one run is to another: sums on a GPU have no order, and in bf16 rounding moves tokens."""
+    assert [results[case].error for case in ("straight", "again", "stopped", name)] == [""] * 4
+    assert results[name].next_rollout_id == 1
+    straight, again = results["straight"].metrics[1], results["again"].metrics[1]
+    for metric in COMPARED:
+        noise = abs(again[metric] - straight[metric])
+        allowed = max(3 * noise, 1e-2 * abs(straight[metric]))
+        assert results[name].metrics[0][metric] == pytest.approx(straight[metric], abs=allowed, rel=0), metric
+
+
+def test_what_it_wrote_is_a_whole_checkpoint(results: dict[str, Result]) -> None:
+    for folder in results["straight"].saved:
+        check_training_checkpoint(Path(folder))
