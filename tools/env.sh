@@ -1,6 +1,9 @@
 # Sourced by tools/quickstart.sh and tools/test.sh: `vime_env ROOT [cpu|gpu]` makes .venv with everything that runs on
 # processors alone, or on GPUs. A stamp of pyproject.toml and setup.cfg keeps a second call short.
 
+# Hundreds of processes import the same modules: they share the compiled ones, whatever the caller's environment says.
+export PYTHONDONTWRITEBYTECODE=
+
 vime_env() {
     local root="$1" device="${2:-cpu}" venv stamp wanted links source=()
     venv="$root/.venv"
