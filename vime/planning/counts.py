@@ -91,7 +91,7 @@ def summed(parts: Parts) -> Counts:
 @functools.lru_cache(maxsize=32)
 def model_counts(config: ModelConfig) -> Counts:
     """Counts of the whole model, MTP layers included; a tied output head counts once."""
-    return functools.reduce(Counts.__add__, (_counts(param, elements) for param, elements in _elements(config, 1)))
+    return functools.reduce(Counts.__add__, (_counts(param, elements) for param, elements in _elements(config)))
 
 
 def stage_counts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[Counts, ...]:
@@ -164,7 +164,7 @@ def _stage_rows(config: ModelConfig, tp: int, sizes: tuple[int, ...], mtp: bool)
         rows, key = stages[stage], (kind, how, size)
         rows[key] = rows.get(key, 0) + number
 
-    for param, elements in _elements(config, tp):
+    for param, elements in _elements(dataclasses.replace(config, vocab_size=config.padded_vocab_size(tp))):
         if param.where == Where.MTP and not mtp:
             continue
         size = math.prod(param.shape) if param.expert is not None else elements
@@ -194,18 +194,17 @@ def _counts(param: Param, elements: int) -> Counts:
 
 
 @functools.lru_cache(maxsize=32)
-def _elements(config: ModelConfig, tp: int) -> tuple[tuple[Param, int], ...]:
+def _elements(config: ModelConfig) -> tuple[tuple[Param, int], ...]:
     """Every parameter, with one expert per layer that stands for all of them, and its elements.
 
     Counting with one and with two experts gives the slope of everything that grows with their number (experts, router),
     so that a model with tens of thousands of expert matrices is counted without listing them.
     """
-    padded = dataclasses.replace(config, vocab_size=config.padded_vocab_size(tp))
-    if padded.moe is None:
-        return tuple((param, math.prod(param.shape)) for param in params_of(padded))
-    number = padded.moe.num_experts
+    if config.moe is None:
+        return tuple((param, math.prod(param.shape)) for param in params_of(config))
+    number = config.moe.num_experts
     one, two = (
-        params_of(dataclasses.replace(padded, moe=dataclasses.replace(padded.moe, num_experts=experts)))
+        params_of(dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=experts)))
         for experts in (1, 2)
     )
     in_two = {param.name: math.prod(param.shape) for param in two}
