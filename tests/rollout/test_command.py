@@ -11,7 +11,8 @@ from vime.rollout.command import engine_command, model_path, thread_binding
 R1_LEADER = """-m vime.rollout.serve /shared/models/DeepSeek-R1
 --tensor-parallel-size 8 --enable-expert-parallel --data-parallel-size 8 --data-parallel-size-local 1
 --data-parallel-address {address} --data-parallel-rpc-port {rpc}
---host {address} --port {port} --api-server-count 1 --middleware vime.rollout.guard.RequireKey
+--host {address} --port {port} --api-server-count 1
+--middleware vime.rollout.fast_answers.FastAnswers --middleware vime.rollout.guard.RequireKey
 --enable-scale-out --disable-uvicorn-access-log --uvicorn-log-level warning
 --served-model-name policy --weight-transfer-config {{"backend":"vime"}} --logprobs-mode processed_logprobs
 --seed {seed} --enable-sleep-mode --gpu-memory-utilization 0.7
@@ -88,7 +89,8 @@ def test_the_tiny_recipe_loads_the_bf16_copy_with_what_processors_need():
     plan = plan_of("tiny-deepseek-r1", nodes=2)
     command = engine_command(plan, bound(2), plan.engines[1], 0, [0, 1])
     wanted = f"""-m vime.rollout.serve /shared/models/tiny-deepseek-r1-bf16 --tensor-parallel-size 1
-        --host 10.0.0.11 --port {plan.engines[1].port} --api-server-count 1 --middleware vime.rollout.guard.RequireKey
+        --host 10.0.0.11 --port {plan.engines[1].port} --api-server-count 1
+        --middleware vime.rollout.fast_answers.FastAnswers --middleware vime.rollout.guard.RequireKey
         --enable-scale-out --disable-uvicorn-access-log --uvicorn-log-level warning
         --served-model-name policy --weight-transfer-config {{"backend":"vime-shm"}}
         --logprobs-mode processed_logprobs --seed 43 --no-enable-chunked-prefill

@@ -40,7 +40,7 @@ TAKEN_OF_EXPERTS = (
 
 
 def core_model(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> Any:
-    """GPTModel of the core with the spec that Megatron-LM takes: Transformer Engine's where it runs, else the local one.
+    """GPTModel of the core with Megatron-LM's own spec: Transformer Engine's where it runs, else the local one.
 
     The core's local attention cannot be built for latent attention: there it is ours, which has no parameters either.
     """

@@ -14,13 +14,13 @@ import numpy as np
 
 from vime.errors import Cause, VimeError
 from vime.recipe.sampling import SamplingSettings
+from vime.rollout.answers import MISSING_LOG_PROB, Answer, Span
 from vime.rollout.command import MODEL_NAME
 from vime.rollout.routes import RoutesAsked
 from vime.samples import UNVERSIONED, Sample, Status
 
 PauseMode = Literal["keep", "abort", "wait"]
 _HEAD = 300
-_MISSING_LOGPROB = -9999.0
 
 
 class EngineError(VimeError):
@@ -87,33 +87,7 @@ class Generated:
         sample.status = ends[self.finish_reason]
 
 
-class _Token(msgspec.Struct, gc=False):
-    logprob: float
-
-
-class _LogProbs(msgspec.Struct, gc=False):
-    content: list[_Token] | None = None
-
-
-class _Span(msgspec.Struct, gc=False):
-    version: str
-    start: int
-    end: int
-
-
-class _Choice(msgspec.Struct, gc=False):
-    token_ids: list[int] | None = None
-    logprobs: _LogProbs | None = None
-    finish_reason: str | None = None
-    weight_versions: list[_Span] | None = None
-    routed_experts: str | None = None
-
-
-class _Answer(msgspec.Struct, gc=False):
-    choices: list[_Choice] = msgspec.field(default_factory=list)
-
-
-_DECODER = msgspec.json.Decoder(_Answer)
+_DECODER = msgspec.json.Decoder(Answer)
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -142,7 +116,7 @@ def parse_answer(body: bytes, max_tokens: int, routes: RoutesAsked | None = None
             f"answer ended by length at {len(tokens)} of {max_tokens} tokens: raise --vllm-max-model-len"
         )
     # A sum checks every value fast: one that is not finite makes the sum not finite.
-    if log_probs and (not math.isfinite(sum(log_probs)) or min(log_probs) <= _MISSING_LOGPROB or max(log_probs) > 1e-3):
+    if log_probs and (not math.isfinite(sum(log_probs)) or min(log_probs) <= MISSING_LOG_PROB or max(log_probs) > 1e-3):
         raise EngineAnswer("answer has log-probs that are missing, positive or not finite")
     generated = Generated(tokens, log_probs, _versions(choice.weight_versions, len(tokens)), choice.finish_reason)
     if routes is not None:
@@ -153,7 +127,7 @@ def parse_answer(body: bytes, max_tokens: int, routes: RoutesAsked | None = None
     return generated
 
 
-def _versions(spans: Sequence[_Span] | None, tokens: int) -> list[int]:
+def _versions(spans: Sequence[Span] | None, tokens: int) -> list[int]:
     """Weight version of every token, from vLLM's spans. Raises EngineAnswer if they leave gaps or do not fit."""
     versions: list[int] = []
     for span in spans or ():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from vime.errors import Cause, VimeError
+from vime.rollout.answers import MISSING_LOG_PROB, Answer
 from vime.rollout.client import EngineAnswer, EngineClient, EngineError
 from vime.rollout.generation import all_of
 from vime.samples import Group, Sample
@@ -26,8 +27,6 @@ CONCURRENCY = 32
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 ATTEMPTS = 6
 """Requests for one sample that fail, at a teacher that scores others, before the run ends."""
-_IMPOSSIBLE = -9999.0
-"""Stands for a log-prob of minus infinity in vLLM's answers."""
 
 Recover = Callable[[int, EngineError], Awaitable[bool]]
 """Called with the place of an engine of the teacher and how it failed. Returns True after a restart, False where its
@@ -43,25 +42,7 @@ class TeacherFailed(VimeError):
         self.cause = cause
 
 
-class _Scored(msgspec.Struct, gc=False):
-    logprob: float
-    token_id: int = -1
-
-
-class _LogProbs(msgspec.Struct, gc=False):
-    content: list[_Scored] = msgspec.field(default_factory=list)
-
-
-class _Choice(msgspec.Struct, gc=False):
-    logprobs: _LogProbs | None = None
-
-
-class _Answer(msgspec.Struct, gc=False):
-    choices: list[_Choice] = msgspec.field(default_factory=list)
-    prompt_logprobs: list[dict[str, _Scored] | None] | None = None
-
-
-_DECODER = msgspec.json.Decoder(_Answer)
+_DECODER = msgspec.json.Decoder(Answer)
 
 
 def parse_scores(body: bytes, token_ids: Sequence[int], start: int) -> list[float]:
@@ -76,15 +57,20 @@ def parse_scores(body: bytes, token_ids: Sequence[int], start: int) -> list[floa
     found = answer.prompt_logprobs
     if found is None or len(found) != len(token_ids) - 1:
         raise EngineAnswer(f"answer scores {len(found or ())} of {len(token_ids) - 1} tokens of its prompt")
-    sampled = [each for choice in answer.choices if choice.logprobs for each in choice.logprobs.content]
-    found.append({str(each.token_id): each for each in sampled})
+    sampled = [
+        (str(token), each)
+        for choice in answer.choices
+        if choice.logprobs
+        for token, each in zip(choice.token_ids or (), choice.logprobs.content or (), strict=False)
+    ]
+    found.append(dict(sampled))
     values = []
     for place in range(start, len(token_ids)):
         scored = (found[place] or {}).get(str(token_ids[place]))
         if scored is None:
             raise EngineAnswer(f"answer has no log-prob of token {token_ids[place]} at place {place}")
         values.append(scored.logprob)
-    if values and (not math.isfinite(sum(values)) or min(values) <= _IMPOSSIBLE or max(values) > 1e-3):
+    if values and (not math.isfinite(sum(values)) or min(values) <= MISSING_LOG_PROB or max(values) > 1e-3):
         raise EngineAnswer("answer has log-probs that are missing, positive or not finite")
     return values
 
