@@ -1,14 +1,16 @@
 """Log-probs and entropy equal those of torch in value and gradient, and need no fp32 copy of the logits."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import patience
+from tests.support import log_prob_cases, patience
 from vime.megatron.logprobs import token_log_probs
 
 
@@ -74,3 +76,55 @@ def test_peak_memory_with_temperature_and_entropy_is_the_gradient_and_a_chunk_no
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=patience.PROCESS
     )
     assert float(done.stdout) < 0.7
+
+
+def test_torchs_operations_give_what_float64_does_on_one_rank_and_on_two():
+    log_prob_cases.check_all("cpu", fused=False)
+
+
+def test_the_kernels_give_it_too_in_tritons_interpreter():
+    """In a process of its own: Triton reads the variable when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.log_prob_cases"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=patience.PROCESS,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_refuse_logits_whose_columns_are_not_adjacent():
+    with pytest.raises(ValueError, match="adjacent"):
+        token_log_probs(torch.zeros(5, 4).t(), torch.zeros(4, dtype=torch.long), fused=True)
+
+
+def on_gpu(test):
+    return pytest.mark.e2e(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+@on_gpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gpu_gives_it_too(fused):
+    log_prob_cases.check_all("cuda", fused=fused)
+
+
+@on_gpu
+def test_offsets_on_a_gpu_pass_the_range_of_32_bits_and_memory_is_one_gradient():
+    tokens, vocabulary = 2**13 + 2, 2**18
+    logits = torch.zeros(tokens, vocabulary, dtype=torch.bfloat16, device="cuda")
+    logits[-3:].normal_()
+    targets = torch.randint(vocabulary, (tokens,), device="cuda")
+    few = logits[-3:].double().requires_grad_()
+    expected, expected_entropy = plain(few, targets[-3:], 0.7)
+    (expected + expected_entropy).sum().backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logits.requires_grad_()
+    log_probs, entropy = token_log_probs(logits, targets, temperature=0.7, with_entropy=True)
+    (log_probs + entropy).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 1.01 * 2 * tokens * vocabulary
+    assert torch.allclose(log_probs[-3:].double(), expected, atol=2e-5)
+    assert torch.allclose(entropy[-3:].double(), expected_entropy, atol=2e-5)
+    assert torch.allclose(logits.grad[-3:].double(), few.grad, rtol=2**-8, atol=1e-9)

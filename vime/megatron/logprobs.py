@@ -1,18 +1,50 @@
 """Log-probabilities and entropy of tokens from vocabulary-parallel logits, without a full fp32 copy of the logits.
 
-Tokens are worked on in chunks: forward keeps one fp32 number a token (the log of the sum of exponentials), and backward
-writes the gradient over the logits' own type chunk by chunk.
+Forward keeps the log of the sum of exponentials and, for the entropy, the mean logit, two fp32 numbers a token;
+backward makes one tensor, the gradient in the logits' own type. On a GPU each is one kernel
+(`vime.megatron.logprobs_gpu`); elsewhere torch's operations work on the tokens in chunks.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_TOKENS = 1024
+LOWEST = torch.finfo(torch.float32).min
+"""Least value of a row's maximum: a slice of the vocabulary may be -inf in whole."""
+
+
+class Backend(Protocol):
+    """The two passes over this rank's logits [T, V / TP]. z is a logit times `scale`, all else fp32 [T].
+
+    `local` is int64 [T], the targets counted from this rank's first column; those outside of it are other ranks'.
+    """
+
+    def row_sums(self, logits: Tensor, local: Tensor, scale: float, with_entropy: bool) -> Tensor:
+        """max z, z at the target or 0, sum exp(z - max z) and, with entropy, sum exp(z - max z) z: fp32 [3 or 4, T]."""
+        ...
+
+    def gradient(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        scale: float,
+        log_sum: Tensor,
+        mean: Tensor | None,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """Gradient to the logits, in their type; `mean` and `grad_entropy` are None without entropy.
+
+        d log p_t / d z_i = [i = t] - p_i and d H / d z_i = -p_i (z_i - mean), with p_i = exp(z_i - log_sum).
+        """
+        ...
 
 
 def token_log_probs(
@@ -23,16 +55,22 @@ def token_log_probs(
     group: dist.ProcessGroup | None = None,
     with_entropy: bool = False,
     chunk: int = CHUNK_TOKENS,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(logits / temperature) at the targets, and the entropy of the distribution, both fp32 [T] in nats.
 
     `logits` is [T, V / tensor-parallel size], this rank's slice of the vocabulary in rank order of `group` (None: the
     whole vocabulary); `targets` int64 [T] in the whole vocabulary. Both results carry gradients to the logits; the
-    entropy is None unless asked for.
+    entropy is None unless asked for. `fused` chooses the kernels for GPUs (None: for logits on a GPU whose columns are
+    adjacent); `chunk` is the tokens that the other path works on at a time. Raises ValueError for a temperature that
+    is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature} is not positive")
-    log_probs, entropy = _TokenLogProbs.apply(logits, targets, 1.0 / temperature, group, with_entropy, chunk)
+    if fused is None:
+        fused = logits.is_cuda and logits.stride(1) == 1
+    backend = _fused() if fused else _Chunks(chunk)
+    log_probs, entropy = _TokenLogProbs.apply(logits, targets, 1.0 / temperature, group, with_entropy, backend)
     return log_probs, entropy if with_entropy else None
 
 
@@ -96,58 +134,95 @@ class _TokenLogProbs(torch.autograd.Function):
         scale: float,
         group: dist.ProcessGroup | None,
         with_entropy: bool,
-        chunk: int,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        tokens, width = logits.shape
-        first = 0 if group is None else dist.get_rank(group) * width
+        first = 0 if group is None else dist.get_rank(group) * logits.shape[1]
         local = targets - first
-        here = (local >= 0) & (local < width)
-        log_sum = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-        log_probs = torch.empty_like(log_sum)
+        rows = backend.row_sums(logits, local, scale, with_entropy)
+        mine, sums = rows[0], rows[1:]
+        highest = _all_reduce(mine.clone(), dist.ReduceOp.MAX, group)
+        # Exponentials were relative to this rank's maximum; the picked logit is no exponential.
+        sums[1:] *= torch.exp(mine - highest)
+        picked, total, *dot = _all_reduce(sums, dist.ReduceOp.SUM, group)
+        log_sum = highest + total.log()
         # Mean of the scaled logits under the distribution: the entropy is log_sum less this.
-        mean = torch.empty_like(log_sum) if with_entropy else log_sum.new_zeros(0)
-        for start in range(0, tokens, chunk):
-            part = slice(start, min(start + chunk, tokens))
-            values = logits[part].float() * scale
-            highest = _all_reduce(values.max(dim=-1).values, dist.ReduceOp.MAX, group)
-            picked = values.gather(1, local[part].clamp(0, width - 1).unsqueeze(1)).squeeze(1)
-            picked = torch.where(here[part], picked, torch.zeros_like(picked))
-            if with_entropy:
-                exponentials = torch.exp(values - highest.unsqueeze(1))
-                sums = torch.stack([exponentials.sum(-1), picked, (exponentials * values).sum(-1)])
-            else:
-                sums = torch.stack([values.sub_(highest.unsqueeze(1)).exp_().sum(-1), picked])
-            sums = _all_reduce(sums, dist.ReduceOp.SUM, group)
-            log_sum[part] = highest + sums[0].log()
-            log_probs[part] = sums[1] - log_sum[part]
-            if with_entropy:
-                mean[part] = sums[2] / sums[0]
-        ctx.save_for_backward(logits, local, here, log_sum, mean)
-        ctx.scale, ctx.with_entropy, ctx.chunk = scale, with_entropy, chunk
-        entropy = log_sum - mean if with_entropy else mean
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        mean = dot[0] / total if with_entropy else None
+        ctx.save_for_backward(logits, local, log_sum, mean)
+        ctx.scale, ctx.backend = scale, backend
+        if mean is not None:
+            return picked - log_sum, log_sum - mean
+        entropy = log_sum.new_zeros(0)
+        ctx.mark_non_differentiable(entropy)
+        return picked - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         grad_log_probs, grad_entropy = gradients
-        logits, local, here, log_sum, mean = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ctx.chunk):
-            part = slice(start, min(start + ctx.chunk, logits.shape[0]))
-            values = logits[part].float() * ctx.scale
+        logits, local, log_sum, mean = ctx.saved_tensors
+        found = ctx.backend.gradient(
+            logits, local, ctx.scale, log_sum, mean, grad_log_probs, None if mean is None else grad_entropy
+        )
+        return found, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """The backend of torch's operations, which holds some tokens' logits in fp32 at a time."""
+
+    tokens: int
+
+    def row_sums(self, logits: Tensor, local: Tensor, scale: float, with_entropy: bool) -> Tensor:
+        found = torch.empty(3 + with_entropy, logits.shape[0], dtype=torch.float32, device=logits.device)
+        for part in self._parts(logits):
+            values = logits[part].float() * scale
+            highest = values.max(dim=-1).values.clamp_min(LOWEST)
+            picked = values.gather(1, local[part].clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            picked = torch.where(_here(local[part], logits), picked, torch.zeros_like(picked))
+            if with_entropy:
+                exponentials = torch.exp(values - highest.unsqueeze(1))
+                sums = [exponentials.sum(-1), (exponentials * values).sum(-1)]
+            else:
+                sums = [values.sub_(highest.unsqueeze(1)).exp_().sum(-1)]
+            found[:, part] = torch.stack([highest, picked, *sums])
+        return found
+
+    def gradient(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        scale: float,
+        log_sum: Tensor,
+        mean: Tensor | None,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        found = torch.empty_like(logits)
+        for part in self._parts(logits):
+            values = logits[part].float() * scale
             p = torch.exp(values - log_sum[part].unsqueeze(1))
-            # d log p_t / d z_i = [i = t] - p_i;  d H / d z_i = -p_i (z_i - mean)
             weight = -grad_log_probs[part].unsqueeze(1)
-            if ctx.with_entropy:
+            if mean is not None and grad_entropy is not None:
                 weight = weight - grad_entropy[part].unsqueeze(1) * (values - mean[part].unsqueeze(1))
             p.mul_(weight)
-            rows = here[part].nonzero().squeeze(1)
-            columns = local[part][rows]
-            p[rows, columns] += grad_log_probs[part][rows]
-            gradient[part] = p.mul_(ctx.scale).to(logits.dtype)
-        return gradient, None, None, None, None, None
+            rows = _here(local[part], logits).nonzero().squeeze(1)
+            p[rows, local[part][rows]] += grad_log_probs[part][rows]
+            found[part] = p.mul_(scale).to(logits.dtype)
+        return found
+
+    def _parts(self, logits: Tensor) -> Iterator[slice]:
+        for start in range(0, logits.shape[0], self.tokens):
+            yield slice(start, min(start + self.tokens, logits.shape[0]))
+
+
+def _here(local: Tensor, logits: Tensor) -> Tensor:
+    """Mask of the tokens whose target is in this rank's slice."""
+    return (local >= 0) & (local < logits.shape[1])
+
+
+def _fused() -> Backend:
+    from vime.megatron import logprobs_gpu
+
+    return logprobs_gpu
 
 
 def _all_reduce(values: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:
