@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support import megatron_lm, tiny_hf
+from tests.support import megatron_lm, patience, tiny_hf
 from tests.support.single import MODELS, built, one_process
 from vime.checkpoint.allowed import check_training_checkpoint, read_common
 from vime.checkpoint.convert import convert
@@ -113,12 +116,30 @@ def _steps(optimizer: Optimizer) -> set[int]:
     return {int(found["step"]) for found in [*_states(optimizer), *groups] if "step" in found}
 
 
+def converted(checkpoint: HFCheckpoint, target: Path, layout: ParallelLayout) -> None:
+    """Convert as the stage does, which knows no GPU: its ranks meet over gloo, and those of a GPU over NCCL."""
+    if not torch.cuda.is_available():
+        assert convert(checkpoint, target, layout, 0)
+        return
+    argv = [
+        sys.executable,
+        "-m",
+        "vime.checkpoint.convert",
+        "--hf-checkpoint",
+        str(checkpoint.path),
+        "--save",
+        str(target),
+    ]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(argv, check=True, env=environment, timeout=patience.PROCESS)
+
+
 @pytest.mark.parametrize(("model", "mtp"), CASES)
 def test_a_converted_release(model: str, mtp: bool, tmp_path: Path) -> None:
     hf, config = MODELS[model], ModelConfig.from_hf(MODELS[model])
     checkpoint = HFCheckpoint(tiny_hf.write_folder(tmp_path / "hf", hf, tiny_hf.random_tensors(hf)))
     with one_process() as layout:
-        assert convert(checkpoint, tmp_path / "out", layout, 0)
+        converted(checkpoint, tmp_path / "out", layout)
         theirs = megatron_lm.core_model(config, layout, mtp=mtp)
         args = checkpoint_args(config, layout, mtp=mtp)
         folder = tmp_path / "out" / "release"
@@ -140,7 +161,7 @@ def test_use_checkpoint_args_finds_the_model(model: str, kind: str, tmp_path: Pa
             folder = writer.save(tmp_path, State(0, 0, {}, with_optimizer=False))
         else:
             checkpoint = HFCheckpoint(tiny_hf.write_folder(tmp_path / "hf", hf, tiny_hf.random_tensors(hf)))
-            convert(checkpoint, tmp_path / "out", layout, 0)
+            converted(checkpoint, tmp_path / "out", layout)
             folder = tmp_path / "out" / "release"
     found = vars(read_common(folder / "common.pt")["args"])
     wanted = megatron_lm.TAKEN + (megatron_lm.TAKEN_OF_EXPERTS if config.moe else ())
