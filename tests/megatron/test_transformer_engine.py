@@ -42,7 +42,7 @@ def case(name: str, folder: Path, ranks: int, rollouts: list[int], *, load: str 
 
 @pytest.fixture(scope="module", params=[(model, ranks) for ranks in LAYOUTS for model in MODELS], ids=str)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Rollouts 0 and 1 in one go, twice, and on one GPU; rollout 0 alone; rollout 1 on it at this layout, and on one."""
+    """Rollouts 0 and 1 in one go, twice, and on one GPU; rollout 0 alone; rollout 1 on it at this layout and on one."""
     model, ranks = request.param
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
