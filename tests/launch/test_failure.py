@@ -132,6 +132,24 @@ def test_cause_and_culprit_of_what_srun_says(
     assert (failure.cause, failure.node) == (cause, node), failure
 
 
+def test_who_took_too_much_memory_is_in_slurms_words_not_in_the_first_report() -> None:
+    """Slurm kills all tasks of the step, and their reports come in any order."""
+    said = (
+        "slurmstepd-gpu007: error: StepId=12.3 exceeded memory limit (571404288 > 314572800), being killed",
+        "slurmstepd-gpu006: error: *** STEP 12.3 ON gpu006 CANCELLED AT 2026-11-27T18:19:45 ***",
+        "srun: error: gpu007: task 1: Killed",
+        "srun: error: gpu006: task 0: Killed",
+    )
+    healthy = TaskExit("gpu006", 0, 137, signal.SIGKILL, "SIGKILL", ())
+    guilty = TaskExit("gpu007", 1, 137, signal.SIGKILL, "SIGKILL", ("loading",))
+    for exits, rank in (((healthy,), None), ((healthy, guilty), 1), ((guilty, healthy), 1)):
+        failure = decide(Facts("convert", exits=exits, said=said, exit_code=137))
+        assert (failure.cause, failure.node, failure.rank) == (Cause.OUT_OF_MEMORY, "gpu007", rank)
+    unnamed = ("slurmstepd: error: Detected 1 oom_kill event in StepId=12.3. Some of the tasks have been OOM Killed.",)
+    failure = decide(Facts("convert", exits=(guilty, healthy), said=unnamed, exit_code=137))
+    assert (failure.cause, failure.node, failure.rank) == (Cause.OUT_OF_MEMORY, "gpu007", 1)
+
+
 KILLED = "srun: error: gpu007: task 1: Killed\nsrun: Terminating StepId=12.3"
 TOO_LARGE = "slurmstepd-gpu007: error: StepId=12.3 exceeded memory limit (5718 > 3146), being killed\n" + KILLED
 NO_STEP = "srun: error: Unable to create step for job 12: Socket timed out on send/recv operation"

@@ -153,8 +153,9 @@ class Training(Scene):
 
     def rank_process(self, node: int) -> str:
         """Process of the rank on a node. Ray titles it by the call that it runs, else by its class."""
-        found = [*self.pids(node, "ray::worker "), *self.pids(node, "ray::RankActor")]
-        assert len(found) == 1, (found, self.processes(node))
+        lines = self.processes(node)
+        found = [line.split()[0] for line in lines if "ray::worker " in line or "ray::RankActor" in line]
+        assert len(found) == 1, (found, lines)
         return found[0]
 
     def close(self) -> None:

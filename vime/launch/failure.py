@@ -121,10 +121,7 @@ def decide(facts: Facts) -> Failure:
     if facts.exits and not facts.unmet:
         return _of_exit(facts, facts.exits[0])
     if _OUT_OF_MEMORY.search(text):
-        line = next(line for line in facts.said if _OUT_OF_MEMORY.search(line))
-        on = _OUT_OF_MEMORY_ON.search(text)
-        node = on[1] or on[2] if on else _first_killed(facts.said)
-        return _failure(facts, Cause.OUT_OF_MEMORY, line.strip(), node, None, facts.said)
+        return _out_of_memory(facts, None)
     if node := _killed_by_another(facts.said):
         told = "its task and supervisor were killed from outside"
         return replace(_failure(facts, Cause.CRASH, told, node, None, facts.said), from_outside=True)
@@ -156,12 +153,24 @@ def _of_account(facts: Facts, account: Account) -> Failure:
 
 
 def _of_exit(facts: Facts, task: TaskExit) -> Failure:
-    cause, tail = cause_of_exit(task.code, task.signal), task.tail or facts.said
     if task.signal == signal.SIGKILL and _OUT_OF_MEMORY.search("\n".join(facts.said)):
-        cause = Cause.OUT_OF_MEMORY
-    elif cause is Cause.CODE_ERROR and task.signal is None:
+        return _out_of_memory(facts, task)
+    cause, tail = cause_of_exit(task.code, task.signal), task.tail or facts.said
+    if cause is Cause.CODE_ERROR and task.signal is None:
         cause = cause_of_text(tail) or cause
     return _failure(facts, cause, f"{task.meaning}: {telling_line(tail)}", task.node, task.rank, tail)
+
+
+def _out_of_memory(facts: Facts, first: TaskExit | None) -> Failure:
+    """Failure of a task that took too much memory. Slurm then kills all tasks of the step, whose reports come in any
+    order: its own words say whose it was. `first`: the first task that reported."""
+    line = next(line.strip() for line in facts.said if _OUT_OF_MEMORY.search(line))
+    on = _OUT_OF_MEMORY_ON.search("\n".join(facts.said))
+    node = on[1] or on[2] if on else first.node if first else _first_killed(facts.said)
+    task = next((task for task in facts.exits if task.node == node), None)
+    if task is None:
+        return _failure(facts, Cause.OUT_OF_MEMORY, line, node, None, facts.said)
+    return _failure(facts, Cause.OUT_OF_MEMORY, f"{task.meaning}: {line}", node, task.rank, task.tail or facts.said)
 
 
 def cause_of_exit(code: int, number: int | None) -> Cause:

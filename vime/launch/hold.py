@@ -50,6 +50,8 @@ class Hold:
         journal = Journal(run)
         try:
             with Signals() as signals:
+                # The file first: whoever reads of the hold can use it.
+                self._show(limit)
                 self._event(journal, f"{len(self._plan.nodes)} nodes are kept for {self._plan.hold_minutes} min", {})
                 while not self._over and self._idle_s < limit and signals.take() is None:
                     self._wait(limit - self._idle_s, signals)
@@ -67,10 +69,14 @@ class Hold:
         """One look-around of the idle nodes."""
         began = time.monotonic()
         if began - self._looked > LOOK_AGAIN_S:
-            self._looked, self._end = began, self._end_time() or float("inf")
-            write_holding(self._plan.run_dir, Holding(len(self._plan.nodes), min(time.time() + seconds, self._end)))
+            self._show(seconds)
         signals.wait([], POLL_S)
         self._idle_s += time.monotonic() - began
+
+    def _show(self, seconds: float) -> None:
+        """Say until when the nodes wait: for these seconds, or to the job's end."""
+        self._looked, self._end = time.monotonic(), self._end_time() or float("inf")
+        write_holding(self._plan.run_dir, Holding(len(self._plan.nodes), min(time.time() + seconds, self._end)))
 
     def _next(self) -> str | None:
         try:
