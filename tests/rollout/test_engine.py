@@ -175,6 +175,17 @@ async def test_every_route_wants_the_key(engine):
                     assert answer.status == 401, route
 
 
+async def test_streams_and_text_are_refused(engine):
+    server, _ = engine
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"model": "policy", "token_ids": PROMPT, "sampling_params": {"max_tokens": 2}}
+    async with aiohttp.ClientSession() as session:
+        for more, status in (({}, 200), ({"stream": True}, 400), ({"output_mode": "text"}, 400)):
+            url = server.command.url + "/inference/v1/generate"
+            async with session.post(url, headers=headers, json=body | more) as answer:
+                assert answer.status == status, more
+
+
 def test_the_key_is_in_no_command_line_and_the_log_is_private(engine):
     server, _ = engine
     for process in members(server.pid):

@@ -32,7 +32,7 @@ def output(log_probs: list[float], reason: str = "stop", prompt: Any = None) -> 
 
 
 async def answers(found: Any) -> tuple[bytes, bytes]:
-    """What this route and vLLM's make of an output."""
+    """Answers of this route and of vLLM's to the same output."""
     from vllm import SamplingParams
     from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
     from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest

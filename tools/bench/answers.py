@@ -27,7 +27,7 @@ from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens 
 from vllm.logprobs import FlatLogprobs, Logprob  # noqa: E402
 from vllm.outputs import CompletionOutput, RequestOutput  # noqa: E402
 
-from vime.rollout.fast_answers import _ENCODER, answer_of  # noqa: E402
+from vime.rollout.fast_answers import encoded  # noqa: E402
 
 WANTED = 0.1
 ROUNDS = 20
@@ -61,7 +61,7 @@ def main() -> int:
     plain = [{token: Logprob(value, 3)} for token, value in zip(ids, values, strict=True)]
     flat = FlatLogprobs(ids, [place + 1 for place in ids], ids, values, [3] * tokens, [None] * tokens)
     output = RequestOutput("r", None, [1], None, [CompletionOutput(0, "", ids, 0.0, flat, finish_reason="stop")], True)
-    own, other = seconds(lambda: _ENCODER.encode(answer_of(output))), seconds(lambda: theirs(ids, plain))
+    own, other = seconds(lambda: encoded(output)), seconds(lambda: theirs(ids, plain))
     print(f"{tokens} tokens: vime {own / tokens * 1e6:.2f} µs a token, vLLM {other / tokens * 1e6:.2f} µs a token")
     print(f"answers: {own / other:.3f} (wanted at most {WANTED})")
     return 0 if own <= WANTED * other else 1

@@ -2,8 +2,8 @@
 
 vLLM makes each token's log-prob a pydantic model, dumps it and writes JSON with the standard library, all in the event
 loop that also hands tokens from the engine to requests; that costs tens of microseconds a token. The route of this
-module takes the same requests at the same path and writes the fields of `vime.rollout.answers` alone. The server loads
-it through `--middleware`; everything but the answer's text is vLLM's.
+module takes the same requests at the same path, but for streams and text, and writes the fields of
+`vime.rollout.answers` alone. The server loads it through `--middleware`; all but the answer's JSON is vLLM's.
 """
 
 # FastAPI reads the annotations of routes, so they stay objects: no annotations from __future__.
@@ -50,7 +50,9 @@ def add_route(app: FastAPI) -> None:
 @with_cancellation
 @load_aware_call
 async def generate(request: GenerateRequest, raw_request: Request) -> Response:
-    """Answer a request for tokens. Errors are vLLM's own."""
+    """Answer a request for tokens; one for a stream or for text is refused with 400. Other errors are vLLM's own."""
+    if request.stream or request.output_mode != "tokens":
+        return JSONResponse({"error": "this engine answers with whole answers of tokens only"}, status_code=400)
     # Lists of numbers instead of a dictionary for every token, which the garbage collector would have to visit.
     request.sampling_params.flat_logprobs = True
     state = raw_request.app.state
@@ -87,12 +89,12 @@ class FastTokens(ServingTokens):
             raise RuntimeError(f"request {request_id} ended without an output")
         for output in final.outputs:
             self._raise_if_error(output.finish_reason, request_id)
-        return _ENCODER.encode(answer_of(final))
+        return encoded(final)
 
 
-def answer_of(output: RequestOutput) -> Answer:
-    """The answer for an engine's last output of a request with flat log-probs, in vLLM's shape."""
-    return Answer([_choice(each) for each in output.outputs], _scores(output))
+def encoded(output: RequestOutput) -> bytes:
+    """JSON of an `Answer`, out of an engine's last output of a request with flat log-probs."""
+    return _ENCODER.encode(Answer([_choice(each) for each in output.outputs], _scores(output)))
 
 
 def _choice(output: CompletionOutput) -> Choice:
@@ -102,8 +104,7 @@ def _choice(output: CompletionOutput) -> Choice:
             raise RuntimeError(f"vLLM gave {type(found).__name__} of {len(found)} for {len(output.token_ids)} tokens")
         # The first of a place is the sampled token's.
         log_probs = LogProbs([TokenLogProb(_finite(found.logprobs[first])) for first in found.start_indices])
-    spans = getattr(output, "weight_versions", None)
-    routes = output.routed_experts
+    spans, routes = output.weight_versions, output.routed_experts
     return Choice(
         list(output.token_ids),
         log_probs,
