@@ -34,6 +34,8 @@ class Case:
     """Changes of the groups of the base recipe."""
     rollouts: list[int] = field(default_factory=lambda: [0])
     save_after: list[int] = field(default_factory=list)
+    save_loaded: bool = False
+    """Save before any training, under the rollout that was loaded."""
     score: bool = False
     """Also log-probs of the first rollout's samples, before training."""
     die_in_last_save: bool = False
@@ -190,6 +192,8 @@ def run_case(case: Case, rank: int, port: int, folder: Path) -> Result:
         if case.score:
             samples = rollout_of(case.rollouts[0], vocabulary).samples
             result.scores = worker.log_probs([(s.prompt_ids, s.response_ids) for s in samples])
+        if case.save_loaded:
+            result.saved.append(worker.save(start.next_rollout_id - 1, {}))
         for number in case.rollouts:
             result.metrics.append(worker.train(rollout_of(number, vocabulary)))
             if number in case.save_after:
