@@ -14,6 +14,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Set
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,18 @@ class _Unpickler(pickle.Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            # How Python 3.11.0 to 3.11.3 pickle a member of an enumeration.
+            return self._member
         if (module, name) not in self._allowed:
             raise _Refused(f"{module}.{name}"[:200])
         return super().find_class(module, name)
+
+    def _member(self, kind: Any, name: Any) -> Any:
+        """`getattr` of an allowed enumeration's members, and of nothing else."""
+        if isinstance(kind, EnumType) and (kind.__module__, kind.__qualname__) in self._allowed:
+            return kind.__members__[name]
+        raise _Refused("builtins.getattr")
 
 
 def read_metadata(folder: Path) -> Metadata:
