@@ -88,7 +88,16 @@ def test_gpu_memory_is_an_estimate_that_follows_recompute_and_offload():
     assert "optimizer" not in training("--optimizer-cpu-offload")
     longer = training("--max-tokens-per-gpu", "18432")
     assert longer["activations"] == pytest.approx(2 * plain["activations"], rel=1e-6)
-    assert longer["logits"] > plain["logits"]
+    assert longer["logits"] == 2 * plain["logits"]
+
+
+def test_only_the_loss_of_drafts_holds_logits_in_fp32():
+    def logits(*flags: str) -> int:
+        plan = plan_of("deepseek-r1", *flags)
+        memories = [node.gpu_memory for node in plan.nodes if node.gpu_memory is not None]
+        return max(item.bytes for memory in memories for item in memory.training.items if item.name == "logits")
+
+    assert logits("--mtp-num-layers", "1") > logits()
 
 
 def test_an_engine_whose_weights_do_not_fit_is_a_shortage():

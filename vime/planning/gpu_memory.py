@@ -35,7 +35,7 @@ tiny model on one H100: 1.3 GB."""
 VLLM_SHARE = 0.92
 """vLLM's default for `--vllm-gpu-memory-utilization`."""
 LOGITS_CHUNK = 1024
-"""Tokens whose logits the loss holds in fp32 at a time (vime.megatron.logprobs)."""
+"""Tokens whose logits the loss of a trained MTP layer holds in fp32 at a time (vime.megatron.logprobs)."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,11 @@ def _training(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int)
     yield from _activations(recipe, config, layout, stage, tokens)
     if stage == layout.pp - 1:
         columns = config.padded_vocab_size(layout.tp) // layout.tp
-        logits = 2 * size * tokens.a_rank * columns + 3 * 4 * min(tokens.a_rank, LOGITS_CHUNK) * columns
-        yield _item("logits", logits, f"logits and their gradient, {columns:,} columns, and fp32 chunks of the loss")
+        logits, text = 2 * size * tokens.a_rank * columns, f"logits and their gradient, {columns:,} columns"
+        if recipe.model.mtp_num_layers:
+            logits += 3 * 4 * min(tokens.a_rank, LOGITS_CHUNK) * columns
+            text += ", and fp32 chunks of the drafts' loss"
+        yield _item("logits", logits, text)
     yield _item("reserve", TRAINER_RESERVE, "CUDA context, NCCL, workspaces, gaps of the allocator")
 
 

@@ -14,7 +14,6 @@ from vime.planning.gpu_memory import (
     ENGINE_ASLEEP,
     ENGINE_CONTEXT,
     ENGINE_RESERVE,
-    LOGITS_CHUNK,
     TRAINER_PROCESS,
     VLLM_SHARE,
     engine_weights,
@@ -74,7 +73,7 @@ def _comparing(recipe: Recipe, config: ModelConfig, weights: Weights, stage: int
     logits = 0
     if stage == layout.pp - 1:
         columns = config.padded_vocab_size(layout.tp) // layout.tp
-        logits = columns * ((2 if recipe.model.bf16 else 4) * tokens + 3 * 4 * min(tokens, LOGITS_CHUNK))
+        logits = columns * (2 if recipe.model.bf16 else 4) * tokens
     return _weights(recipe, weights, stage) + max(widest, logits)
 
 
