@@ -170,3 +170,28 @@ def test_it_ends_when_told_to_before_ray_has_started(head: Head) -> None:
     os.kill(head.raylet(), signal.SIGSTOP)
     head.process.send_signal(signal.SIGTERM)
     assert ends_with_everything(head, patience.NOTICE) == 128 + signal.SIGTERM
+
+
+DRIVER = """
+import sys, time
+from vime.run.folder import read_binding, read_plan
+from vime.train.__main__ import connect
+connect(read_plan(sys.argv[1]), read_binding(sys.argv[1]))
+print("connected", flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_driver_that_is_asked_to_end_does_so_without_a_stack_trace(head: Head, tmp_path: Path) -> None:
+    head.wait_ready(patience.GROUP)
+    argv = [sys.executable, "-c", DRIVER, str(tmp_path / "run")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            assert any(line == "connected\n" for line in driver.stdout)
+            driver.send_signal(signal.SIGTERM)
+            said, _ = driver.communicate(timeout=patience.NOTICE)
+        finally:
+            driver.kill()
+    assert driver.returncode == -signal.SIGTERM, said
+    assert said == ""

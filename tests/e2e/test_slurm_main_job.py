@@ -65,6 +65,7 @@ def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: Dev
     assert "train/node00 rollout 0/4" in said
     assert wait_for_end(job, patience.JOB) == "CANCELLED"
     four_nodes.assert_nothing_is_left(job, run)
+    assert "SIGTERM received" not in (run / "logs" / "train" / "node00.log").read_text()
     saved = int(tracker.read_text())
     before = read_metrics(run)
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 import traceback
 
@@ -28,6 +29,8 @@ def connect(plan: Plan, binding: Binding) -> None:
         os.chdir(plan.code)
     address = f"{binding.nodes[0].address}:{plan.ports.gcs + binding.port_offset}"
     ray.init(address=address, namespace="vime", log_to_driver=True, logging_level=logging.WARNING)
+    # Ray's own handler prints a stack trace of C++ and aborts, as if being asked to end were a fault.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(argv: list[str] | None = None) -> int:
