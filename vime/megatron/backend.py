@@ -33,6 +33,10 @@ class Backend:
 
 _KNOWN_WARNINGS = (
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
+    (FutureWarning, r"`load_state_dict` is deprecated and will be removed"),
+    (FutureWarning, r"Please use DTensor instead and we are deprecating ShardedTensor"),
+    (UserWarning, r"TypedStorage is deprecated"),
+    (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
     (UserWarning, r"(Transformer Engine and )?Apex (is|are) not installed"),
     (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_scope"),
     (UserWarning, r"barrier\(\): using the device under current context"),
