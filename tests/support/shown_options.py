@@ -77,6 +77,9 @@ SHOWN_IN: dict[str, dict[str, tuple[str, ...]]] = {
             "rollout_shuffle",
         ),
     },
+    "run/test_cores.py": {
+        "test_the_recipe_may_say_how_many": ("tool_cores",),
+    },
     "test_fetch.py": {
         "test_brings_everything_once_and_checks_it_without_network": ("fetch",),
     },

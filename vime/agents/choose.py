@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
-from vime.agents import sandbox
 from vime.agents.local import LocalAgent
 from vime.agents.processes import ProcessAgent
+from vime.agents.sandbox import Here, Programs
 from vime.agents.tool_environment import tools_way
 from vime.agents.ways import environment_way, function_way
 from vime.planning.plugins import TOOLS_ENVIRONMENT
@@ -22,12 +22,15 @@ class AgentHost(Agent, Protocol):
     async def __aexit__(self, *error: Any) -> None: ...
 
 
-def agent_of(recipe: Recipe) -> AgentHost | None:
-    """The agent of `--custom-generate-function-path` or `--environment`; None for answers of one turn."""
+def agent_of(recipe: Recipe, programs: Programs | None = None) -> AgentHost | None:
+    """The agent of `--custom-generate-function-path` or `--environment`; None for answers of one turn.
+
+    `programs`: where those of the tool `python` run, on this node by default.
+    """
     options = recipe.agent
     if options.environment == TOOLS_ENVIRONMENT:
-        check = sandbox.check if "python" in options.tools else None
-        return LocalAgent(tools_way(options), check=check)
+        where = (programs or Here()) if options.runs_python else None
+        return LocalAgent(tools_way(options, where), programs=where)
     kind = "function" if options.custom_generate_function_path else "environment"
     target = options.custom_generate_function_path or options.environment
     if target is None:

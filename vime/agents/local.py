@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from vime.agents.sandbox import Programs
 from vime.agents.ways import Way
 from vime.errors import DataError
 from vime.rollout.session import ConversationOver, Session
@@ -53,12 +54,12 @@ class LocalAgent:
 
     way: Way
     failures: Failures = field(default_factory=Failures)
-    check: Callable[[], Awaitable[None]] | None = None
-    """Raises BadInput where what the conversations need does not work here."""
+    programs: Programs | None = None
+    """Where the programs of its tools run; checked first."""
 
     async def __aenter__(self) -> Self:
-        if self.check is not None:
-            await self.check()
+        if self.programs is not None:
+            await self.programs.check()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -92,4 +93,4 @@ class LocalAgent:
 
     def take_metrics(self) -> dict[str, float]:
         """Counts since the last call."""
-        return self.failures.take()
+        return self.failures.take() | (self.programs.take_metrics() if self.programs else {})

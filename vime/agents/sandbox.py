@@ -17,6 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vime.errors import BadInput
 
@@ -64,7 +65,36 @@ class Outcome:
     output: str
     """Standard output and error of the program, in order."""
     failure: str = ""
-    """`timeout`, `flood`, or `exit CODE`; empty for a program that ended well."""
+    """`timeout`, `flood`, `lost` (with its node), or `exit CODE`; empty for a program that ended well."""
+
+
+class Programs(Protocol):
+    """Where programs run."""
+
+    async def check(self) -> None:
+        """Run a first program wherever others will. Raises BadInput where the sandbox does not work."""
+        ...
+
+    async def run(self, source: str, limits: Limits) -> Outcome:
+        """Run a program to its end; its time counts from when there is room for it."""
+        ...
+
+    def take_metrics(self) -> dict[str, float]:
+        """Counts since the last call."""
+        ...
+
+
+class Here:
+    """Programs on this node, all at once."""
+
+    async def check(self) -> None:
+        await check()
+
+    async def run(self, source: str, limits: Limits) -> Outcome:
+        return await run_python(source, limits)
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
 
 
 def command(limits: Limits) -> list[str]:

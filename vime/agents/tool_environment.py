@@ -29,11 +29,11 @@ class ToolSettings:
     on_failure: Literal["observe", "fail"]
 
     @classmethod
-    def of(cls, options: AgentOptions) -> ToolSettings:
+    def of(cls, options: AgentOptions, programs: sandbox.Programs | None = None) -> ToolSettings:
         """From the recipe. Raises BadInput for a tool that is none."""
         # A character of a program's output has at most four bytes.
         limits = sandbox.Limits(options.tool_timeout, options.tool_memory, 4 * options.tool_output_characters)
-        tools = make_tools(options.tools, limits)
+        tools = make_tools(options.tools, limits, programs)
         return cls(tools, options.tool_timeout, options.tool_output_characters, options.on_tool_failure)
 
 
@@ -80,9 +80,9 @@ class ToolEnvironment(Environment):
         return shortened(text, self._settings.characters)
 
 
-def tools_way(options: AgentOptions) -> Way:
+def tools_way(options: AgentOptions, programs: sandbox.Programs | None = None) -> Way:
     """The way of `--environment tools`. Raises BadInput for a tool that is none."""
-    settings = ToolSettings.of(options)
+    settings = ToolSettings.of(options, programs)
 
     async def held(session: Session) -> None:
         await hold(session, ToolEnvironment(settings))

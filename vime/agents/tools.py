@@ -21,6 +21,8 @@ MOST_CHARACTERS = 1000
 """Characters of an expression for the calculator."""
 MOST_BITS = 4096
 """Bits of a whole number that the calculator takes or makes."""
+MOST_WAIT_SECONDS = 600.0
+"""Longest wait of a program for room on a node, and for another node where its own is lost."""
 
 
 class ToolFailure(Exception):
@@ -38,11 +40,19 @@ class Tool:
     name: str
     schema: dict[str, Any]
     call: Callable[..., Awaitable[str]]
+    waits: float = 0.0
+    """Seconds that a call may wait for room before its time begins."""
 
 
-def make_tools(names: Sequence[str], limits: sandbox.Limits) -> dict[str, Tool]:
-    """Tools by name: built-in ones and functions as `package.module:function`. Raises BadInput."""
-    made = {"calculator": lambda: _calculator_tool(), "python": lambda: _python_tool(limits)}
+def make_tools(
+    names: Sequence[str], limits: sandbox.Limits, programs: sandbox.Programs | None = None
+) -> dict[str, Tool]:
+    """Tools by name: built-in ones and functions as `package.module:function`; `programs`: those of `python`.
+
+    Raises BadInput.
+    """
+    where = programs or sandbox.Here()
+    made = {"calculator": lambda: _calculator_tool(), "python": lambda: _python_tool(limits, where)}
     tools: dict[str, Tool] = {}
     for name in names:
         tool = made[name]() if name in made else _own_tool(name)
@@ -54,6 +64,7 @@ def make_tools(names: Sequence[str], limits: sandbox.Limits) -> dict[str, Tool]:
 
 async def answer(tool: Tool, arguments: Mapping[str, Any], limit_s: float) -> str:
     """The tool's answer. Raises ToolFailure, also after `limit_s` seconds and for whatever it raises."""
+    limit_s += tool.waits
     try:
         async with asyncio.timeout(limit_s):
             return await tool.call(**arguments)
@@ -82,9 +93,11 @@ def _calculator_tool() -> Tool:
     return Tool("calculator", _function("calculator", text, "expression", "such as 3*(4+5)"), call)
 
 
-def _python_tool(limits: sandbox.Limits) -> Tool:
+def _python_tool(limits: sandbox.Limits, programs: sandbox.Programs) -> Tool:
     async def call(code: str) -> str:
-        outcome = await sandbox.run_python(code, limits)
+        outcome = await programs.run(code, limits)
+        if outcome.failure == "lost":
+            raise ToolFailure("lost", "the node that ran the program was lost")
         if outcome.failure == "timeout":
             raise ToolFailure("timeout", f"{outcome.output}\n[ended after {limits.seconds:g} seconds]".lstrip())
         if outcome.failure == "flood":
@@ -93,7 +106,7 @@ def _python_tool(limits: sandbox.Limits) -> Tool:
         return outcome.output or (f"[{outcome.failure}]" if outcome.failure else "[no output]")
 
     text = "Runs a Python program and returns what it prints. Nothing is kept between two programs."
-    return Tool("python", _function("python", text, "code", "the program"), call)
+    return Tool("python", _function("python", text, "code", "the program"), call, MOST_WAIT_SECONDS)
 
 
 def _own_tool(target: str) -> Tool:

@@ -14,6 +14,7 @@ from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.run.cores import set_aside
 from vime.run.plan import context_length
 from vime.run.profiles import check_profile
 from vime.run.trackers import check_tracking
@@ -38,7 +39,8 @@ def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir:
     if recipe.resources.colocate:
         resources["rollout_num_gpus"] = layout.world_size
     if recipe.resources.num_cpus_per_rank is None and cpus:
-        resources["num_cpus_per_rank"] = max(1, cpus // recipe.resources.actor_num_gpus_per_node)
+        left = cpus - set_aside(recipe.agent, cpus)
+        resources["num_cpus_per_rank"] = max(1, left // recipe.resources.actor_num_gpus_per_node)
     save = checkpoint.save or f"{run_dir}/checkpoints"
     return change(
         recipe,

@@ -317,11 +317,19 @@ class AgentOptions(Options):
     """Characters of a tool's output that the model gets to see."""
     tool_memory: int = Field(default=512 * 2**20, ge=2**24)
     """Bytes of memory, and of files, that one call of `python` may take."""
+    tool_cores: int | None = Field(default=None, ge=0)
+    """Cores of every node that are set aside for the programs of `python`; engines and trainer count on the others. 0:
+    programs share all cores. Default: an eighth of a node's cores, which is none of fewer than eight."""
     on_tool_failure: Literal["observe", "fail"] = "observe"
     """A tool that dies, hangs or raises: tell the model, or fail the sample, so that its group is not trained on."""
     on_template_divergence: Literal["count", "refuse"] = "count"
     """Reaction where the chat template would write a conversation's history otherwise once it goes on (a thought
     left out): count it as `rollout/template_divergence`, or end the run."""
+
+    @property
+    def runs_python(self) -> bool:
+        """Whether the model may run programs by the tool `python`."""
+        return self.environment == "tools" and "python" in self.tools
 
     @property
     def holds(self) -> bool:

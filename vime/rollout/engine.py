@@ -22,6 +22,7 @@ from typing import Any
 from vime.errors import DeadlineExceeded, VimeError
 from vime.rollout.command import EngineCommand, engine_command, is_teachers
 from vime.rollout.guard import KEY_VARIABLE, NAME_HEADER, NAME_VARIABLE
+from vime.run.cores import divide
 from vime.run.devices import VISIBLE
 from vime.run.environment import resolve
 from vime.run.last_words import telling_line
@@ -200,8 +201,9 @@ def _group_ended(process: subprocess.Popen[bytes], end: float) -> bool:
 
 
 def _cpus_of_engine(plan: Plan, binding: Binding, engine_index: int, position: int) -> Sequence[int]:
-    """This engine's share of the cores available to this process; engines on one host divide them."""
-    cpus = sorted(os.sched_getaffinity(0))
+    """This engine's share of the cores available to this process, without those of programs; engines on one host
+    divide them."""
+    cpus = divide(plan.recipe.agent, sorted(os.sched_getaffinity(0))).others
     host = binding.nodes[plan.servers[engine_index].nodes[position]].host
     here = [
         (engine.index, place)

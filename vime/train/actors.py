@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vime.errors import DeadlineExceeded
 from vime.rollout.engine import EngineServer
+from vime.run.cores import set_aside
 from vime.run.devices import VISIBLE, device_variables
 from vime.run.environment import resolve
 from vime.run.folder import read_binding, read_plan
@@ -28,9 +29,10 @@ R = TypeVar("R")
 
 
 def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
-    """CPU threads of one trainer rank: the cores divided by the ranks on the node, or fewer if so planned."""
+    """CPU threads of one trainer rank: the cores, without those of programs, divided by the ranks on the node, or fewer
+    if so planned."""
     ranks = sum(rank.node == node for rank in plan.trainer_ranks)
-    fair = max(1, cores // max(1, ranks))
+    fair = max(1, (cores - set_aside(plan.recipe.agent, cores)) // max(1, ranks))
     return min(plan.recipe.resources.num_cpus_per_rank or fair, fair)
 
 

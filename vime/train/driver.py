@@ -39,6 +39,7 @@ from vime.train.pulse import Pulse
 from vime.train.results import deliver, write
 from vime.train.supervisor import EngineSupervisor, RecoveryDeadlines
 from vime.train.teachers import TeacherKeeper
+from vime.train.tool_nodes import ToolNodes
 from vime.train.trust import PROBES
 
 T = TypeVar("T")
@@ -181,7 +182,7 @@ class Driver:
 
     async def _agent(self, stack: contextlib.AsyncExitStack) -> Agent | None:
         """The running holder of conversations; None for answers of one turn."""
-        agent = agent_of(self.recipe)
+        agent = agent_of(self.recipe, ToolNodes(self.plan) if self.recipe.agent.runs_python else None)
         return None if agent is None else await stack.enter_async_context(agent)
 
     async def _connect(
