@@ -118,3 +118,12 @@ def test_a_message_cannot_end_its_turn_or_speak_for_another():
 def test_what_cannot_be_rendered_is_refused_in_one_line(text, message, words):
     with pytest.raises(BadInput, match=words):
         template(text).suffix([message], last_id=END)
+
+
+def test_text_becomes_the_wrappers_tokens_whatever_was_said_of_truncation():
+    tokenizer = tokenizer_of(MARKED)
+    wanted = tokenizer(["more than four"], add_special_tokens=False)["input_ids"][0]
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    chat = ChatTemplate(tokenizer)
+    assert len(wanted) > 4
+    assert chat._ids("more than four") == wanted

@@ -20,6 +20,8 @@ Message = Mapping[str, Any]
 _ANSWER = "7f3aStandInAnswer"
 _THOUGHT = "7f3aStandInThought"
 _THINK, _THINK_END = "<think>", "</think>"
+_WRAPPER = "transformers.tokenization_utils_tokenizers"
+"""Module of the class that wraps the tokenizers library's."""
 _GIVEN_ROLES = ("user", "tool", "system", "developer")
 
 
@@ -56,6 +58,7 @@ class ChatTemplate:
         end = getattr(self.tokenizer, "eos_token_id", None)
         self.stops = frozenset([*([] if end is None else [int(end)]), *self.stop_token_ids])
         """Token ids that end a turn."""
+        self._encode = _encoder(self.tokenizer)
         self._before: dict[_Shape, tuple[str, str]] = {}
         self._diverges: dict[_Shape, bool] = {}
         special = [text for text in getattr(self.tokenizer, "all_special_tokens", ()) if len(text) > 1]
@@ -168,7 +171,24 @@ class ChatTemplate:
             raise _refusal(messages, error) from error
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer([text], add_special_tokens=False)["input_ids"][0])
+        return self._encode(text)
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Token ids of a text, as the tokenizer makes them.
+
+    Where its class adds nothing to that of the tokenizers library, this is asked directly: the wrapper makes a batch,
+    and batches go to other threads.
+    """
+
+    def wrapped(text: str) -> list[int]:
+        return list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
+
+    if getattr(getattr(type(tokenizer), "_encode_plus", None), "__module__", "") != _WRAPPER:
+        return wrapped
+    wrapped("")  # switches off what the checkpoint's file says of truncation and padding
+    backend = tokenizer.backend_tokenizer
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
 def _tool_names(messages: Iterable[Message]) -> Iterable[str]:

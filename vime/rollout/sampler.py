@@ -378,7 +378,8 @@ class Sampler:
 
 def _oldest(group: Group, default: int) -> int:
     """Oldest weight version among the group's tokens."""
-    return min((v for s in group.samples for v in s.weight_versions if v != UNVERSIONED), default=default)
+    versions = set[int]().union(*(sample.weight_versions for sample in group.samples))
+    return min(versions - {UNVERSIONED}, default=default)
 
 
 def _without_answers(group: Group) -> Group:

@@ -168,7 +168,7 @@ class Session:
     @property
     def sampled_turns(self) -> int:
         """Turns that the model has begun."""
-        return sum(turn.sampled for turn in self.turns)
+        return [turn.role for turn in self.turns].count(MODEL)
 
     @property
     def room(self) -> int:
