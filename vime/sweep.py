@@ -6,23 +6,26 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vime.cli import build_parser, command
 from vime.errors import BadInput
 from vime.launch.prepare import start
 from vime.observe.pages import write_comparison
+from vime.planning.lanes import turn
 from vime.planning.request import check_fits, plan_from
 from vime.planning.show import table
 from vime.planning.sweep import Sweep, Variant, load_sweep
-from vime.run.folder import PLAN
+from vime.run.folder import PLAN, make_run_folder
 from vime.run.jobs import read_jobs
 from vime.run.plan import Plan
 from vime.run.scheduler import find_scheduler
 from vime.run.state import RunState, run_state
+from vime.system.files import PRIVATE, read_json, write_json
 from vime.system.text import visible
 
+RECORD = "sweep.json"
 DONE = ("succeeded",)
 ACTIVE = ("submitted", "pending", "running", "requeued")
 _SET_BY_SWEEP = ("--run-dir", "--runs-dir", "--run-name", "--list-options")
@@ -42,12 +45,37 @@ class Member:
         return self.state is None or self.state.state not in (*DONE, *ACTIVE)
 
 
-def members(sweep: Sweep, folder: Path) -> list[Member]:
-    """The variants with their states, in order."""
+@dataclass
+class Record:
+    """Content of `sweep.json` in the sweep's folder."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of every variant that was submitted, by its name."""
+    lanes: dict[str, int] = field(default_factory=dict)
+    """Lane of every job that the sweep has submitted."""
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / RECORD, asdict(self), mode=PRIVATE)
+
+
+def read_record(folder: Path) -> Record:
+    """The sweep's record; an empty one before its first submission."""
+    content = read_json(folder / RECORD) or {}
+    return Record(content.get("options", {}), content.get("lanes", {}))
+
+
+def members(sweep: Sweep, folder: Path, record: Record) -> list[Member]:
+    """The variants with their states, in order. Raises BadInput for one that was submitted with other options."""
     found = []
     for variant in sweep.variants:
-        place = folder / variant.name
+        place = folder / f"{sweep.name}-{variant.name}"
         state = run_state(place) if (place / PLAN).exists() else None
+        before = record.options.get(variant.name, variant.label())
+        if state is not None and before != variant.label():
+            raise BadInput(
+                f"variant {variant.name} was submitted with {before or 'no options'} and is {variant.label()} now: "
+                "add new variants after the old ones, or give the sweep another name"
+            )
         found.append(Member(variant, place, state))
     return found
 
@@ -60,23 +88,33 @@ def plan_of(sweep: Sweep, member: Member, *, required: bool) -> Plan:
         plan = plan_from(_arguments(words), flags, required=required, run_folder=required)
         if required:
             check_fits(plan)
-            find_scheduler(plan.cluster.kind).check(plan)
+            scheduler = find_scheduler(plan.cluster.kind)
+            scheduler.check(plan)
+            if sweep.at_once is not None and sweep.at_once < len(sweep.variants):
+                scheduler.after(plan, ())
     except BadInput as error:
         raise BadInput(f"variant {member.variant.name} ({member.variant.label()}): {error}") from error
     return plan.model_copy(update={"command": (*words, "--", *flags)})
 
 
-def submit(sweep: Sweep, chosen: Sequence[Member], plans: Sequence[Plan], everyone: Sequence[Member]) -> int:
-    """Submit runs so that at most `at_once` are active; the exit code of the first that failed here."""
-    active = [job for member in everyone if (job := _active_job(member))]
+def submit(sweep: Sweep, chosen: Sequence[Member], plans: Sequence[Plan], active: list[str], record: Record) -> int:
+    """Submit runs so that at most `at_once` are active; the exit code of the first that failed here.
+
+    `active`: the sweep's jobs that are in the queue already. The new ones are added to it.
+    """
     code = 0
     for member, plan in zip(chosen, plans, strict=True):
         scheduler = find_scheduler(plan.cluster.kind)
-        if sweep.at_once is not None and len(active) >= sweep.at_once:
-            plan = scheduler.after(plan, active[-sweep.at_once])
+        lane, before = turn(active, record.lanes, sweep.at_once) if sweep.at_once else (None, [])
+        if before:
+            plan = scheduler.after(plan, before)
         start(plan)
         code = scheduler.submit(plan) or code
-        active += [job.job_id for job in read_jobs(member.folder)][-1:]
+        for job in read_jobs(member.folder)[-1:]:
+            active.append(job.job_id)
+            if lane is not None:
+                record.lanes[job.job_id] = lane
+                record.write(member.folder.parent)
     return code
 
 
@@ -87,7 +125,7 @@ def render(found: Sequence[Member]) -> str:
         state = member.state
         rows.append(
             (
-                member.variant.name,
+                member.folder.name,
                 visible(member.variant.label()),
                 state.state if state else "-",
                 (state and state.job) or "-",
@@ -95,7 +133,7 @@ def render(found: Sequence[Member]) -> str:
                 "-" if state is None or state.reward is None else f"{state.reward:.3g}",
             )
         )
-    return table(("variant", "options", "state", "job", "rollouts", "reward"), rows, indent="")
+    return table(("run", "options", "state", "job", "rollouts", "reward"), rows, indent="")
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -105,8 +143,9 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _active_job(member: Member) -> str | None:
-    return member.state.job if member.state and member.state.state in ACTIVE else None
+def _active_jobs(found: Sequence[Member]) -> list[str]:
+    states = [member.state for member in found if member.state is not None]
+    return [state.job for state in states if state.job is not None and state.state in ACTIVE]
 
 
 def _folder(sweep: Sweep) -> Path:
@@ -134,7 +173,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     sweep = load_sweep(args.file)
     folder = _folder(sweep)
-    found = members(sweep, folder)
+    record = read_record(folder)
+    found = members(sweep, folder, record)
     if args.report:
         begun = [member.folder for member in found if member.state is not None]
         if not begun:
@@ -150,8 +190,11 @@ def main(argv: Sequence[str]) -> int:
         print(render(found))
         print(f"{len(chosen)} of {len(found)} would be submitted, below {folder}")
         return 0
-    code = submit(sweep, chosen, plans, found)
-    print(render(members(sweep, folder)))
+    make_run_folder(folder)
+    record.options |= {member.variant.name: member.variant.label() for member in chosen}
+    record.write(folder)
+    code = submit(sweep, chosen, plans, _active_jobs(found), record)
+    print(render(members(sweep, folder, record)))
     return code
 
 

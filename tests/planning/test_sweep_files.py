@@ -4,7 +4,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.errors import BadInput
@@ -21,6 +21,7 @@ def sweep(tmp_path, content):
     return load_sweep(path)
 
 
+@settings(deadline=None)
 @given(GRIDS, LISTS)
 def test_the_number_of_variants_is_the_product_and_names_are_unique(tmp_path_factory, grid, listed):
     content = {"grid": grid, "list": listed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from vime.errors import BadInput
@@ -14,7 +15,7 @@ from vime.schedulers.local import Local
 
 
 def submissions() -> list[dict[str, str]]:
-    """A submission: run, job and the job that it waits for."""
+    """A submission: run, job and the jobs that it waits for."""
     path = Path(os.environ["RECORD"])
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -26,8 +27,8 @@ class Recorder(Local):
         if plan.recipe.optimizer.lr > 1:
             raise BadInput("the recorder takes no such learning rate")
 
-    def after(self, plan: Plan, job_id: str) -> Plan:
-        env = {**plan.cluster.env, "AFTER": job_id}
+    def after(self, plan: Plan, job_ids: Sequence[str]) -> Plan:
+        env = {**plan.cluster.env, "AFTER": " ".join(job_ids)}
         return plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"env": env})})
 
     def submit(self, plan: Plan) -> int:
@@ -40,3 +41,10 @@ class Recorder(Local):
 
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:
         return JobState(job_id, "PENDING", "waiting")
+
+
+class Unordered(Recorder):
+    """Knows no job that waits for another."""
+
+    def after(self, plan: Plan, job_ids: Sequence[str]) -> Plan:
+        raise BadInput("the recorder cannot order jobs")

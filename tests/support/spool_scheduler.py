@@ -64,7 +64,7 @@ class Spool:
         print(f"job {process.pid}: python -m vime.status shows it")
         return 0
 
-    def after(self, plan: Plan, job_id: str) -> Plan:
+    def after(self, plan: Plan, job_ids: Sequence[str]) -> Plan:
         raise BadInput("the spool cannot order jobs")
 
     def job(self, job_id: str, *, timeout_s: float = PATIENCE_S) -> JobState | None:

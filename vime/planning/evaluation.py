@@ -40,9 +40,10 @@ class Subject:
 
 def job_cluster(cluster: Cluster) -> Cluster:
     """The profile with the settings of its `eval-job`. Another partition's node sizes are left open, for the scheduler
-    to fill in."""
+    to fill in; jobs that the run itself waited for are no business of its evaluations."""
     own = cluster.eval_job.settings
-    update: dict[str, Any] = dict(own)
+    extra = {name: value for name, value in cluster.extra_sbatch.items() if name != "dependency"}
+    update: dict[str, Any] = {"extra_sbatch": extra, **own}
     if own.get("partition", cluster.partition) != cluster.partition:
         fields = Cluster.model_fields
         update = {name: fields[name].default for name in _OF_A_PARTITION} | update

@@ -24,7 +24,7 @@ class Variant:
     """One run of a sweep."""
 
     name: str
-    """Index `00`, `01`, …; also the name of the variant's folder inside the sweep's."""
+    """Index `000`, `001`, …; the run's name is that of the sweep with this one."""
     options: Mapping[str, Any]
     """Recipe options that distinguish the variant."""
 
@@ -100,7 +100,7 @@ def combine(parts: Sequence[Sequence[Mapping[str, Any]]], where: str) -> tuple[V
             if twice := sorted(options.keys() & entry.keys()):
                 raise BadInput(f"{where}: {twice[0]} stands in two of grid, zip and list: give it in one")
             options |= entry
-        found.append(Variant(f"{number:0{max(2, len(str(count - 1)))}d}", options))
+        found.append(Variant(f"{number:03d}", options))
     return tuple(found)
 
 

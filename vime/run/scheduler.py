@@ -116,10 +116,10 @@ class Scheduler(Protocol):
         """
         ...
 
-    def after(self, plan: Plan, job_id: str) -> Plan:
-        """Plan of a run whose job starts only after another job has ended, with or without success.
+    def after(self, plan: Plan, job_ids: Sequence[str]) -> Plan:
+        """Plan of a run whose job starts only after these jobs have ended, with or without success.
 
-        Raises BadInput if the scheduler cannot order jobs.
+        The plan itself without any. Raises BadInput if the scheduler cannot order jobs, also without any.
         """
         ...
 

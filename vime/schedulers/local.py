@@ -49,7 +49,7 @@ class Local:
         forget_jobs(plan.run_dir)
         return run(plan)
 
-    def after(self, plan: Plan, job_id: str) -> Plan:
+    def after(self, plan: Plan, job_ids: Sequence[str]) -> Plan:
         # `submit` returns when the run has ended, so runs are ordered anyway.
         return plan
 

@@ -49,10 +49,12 @@ class Slurm:
         submission.check_free(plan.run_dir)
         sbatch.check_accepted([script.text for script in scripts(plan)])
 
-    def after(self, plan: Plan, job_id: str) -> Plan:
+    def after(self, plan: Plan, job_ids: Sequence[str]) -> Plan:
         if plan.shape != "allocation":
             raise BadInput("--shape chain orders its own jobs: runs that wait for each other take --shape allocation")
-        more = {**plan.cluster.extra_sbatch, "dependency": f"afterany:{job_id}"}
+        if not job_ids:
+            return plan
+        more = {**plan.cluster.extra_sbatch, "dependency": ":".join(("afterany", *job_ids))}
         return plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"extra_sbatch": more})})
 
     def submit(self, plan: Plan) -> int:
