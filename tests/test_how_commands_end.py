@@ -1,4 +1,4 @@
-"""How every command ends: one line for an error of its kind, silence for a reader that has gone."""
+"""How every command ends: one line for an error of its kind or Ctrl-C, silence for a reader that has gone."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def test_an_error_is_one_line_and_an_exit_code(error: VimeError, capsys: pytest.
 
     assert main([]) == error.cause
     assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+def test_an_interrupted_command_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def main(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    assert main([]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

@@ -7,6 +7,7 @@ import difflib
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn
@@ -16,11 +17,14 @@ from vime.recipe import files
 from vime.recipe.flags import flag, recipe_options
 from vime.system.redact import redact
 
+INTERRUPTED = 128 + signal.SIGINT
+
 
 def command(run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """Wrap a function of arguments as a command's `main`; without arguments it takes the process's.
 
-    A VimeError becomes one line on stderr and its exit code. A closed pipe (`| head`) is no error.
+    A VimeError becomes one line on stderr and its exit code, Ctrl-C a line and 130, as in a shell. A closed pipe
+    (`| head`) is no error.
     """
 
     @functools.wraps(run)
@@ -31,6 +35,9 @@ def command(run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except VimeError as error:
             print(f"error: {redact(str(error))}", file=sys.stderr)
             return int(error.cause)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
         except BrokenPipeError:
             # Python would complain once more when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,21 @@ def test_a_submission_that_fails_in_the_middle_leaves_no_job(tmp_path: Path, mon
         submit_jobs(plan)
     assert cancelled == ["7", "8"]
     assert read_jobs(tmp_path) == ()
+
+
+def test_a_submission_that_is_interrupted_has_recorded_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = chain_of(tmp_path).model_copy(update={"run_dir": str(tmp_path)})
+
+    def submit_one(plan: Plan, link: Link, after: str | None) -> Job:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Job(str(7 + link.index), link.name)
+
+    monkeypatch.setattr("vime.schedulers.submission._submit_one", submit_one)
+    with pytest.raises(KeyboardInterrupt):
+        submit_jobs(plan)
+    assert [job.job_id for job in read_jobs(tmp_path)] == ["7", "8", "9"]
 
 
 @pytest.mark.parametrize("name", PROFILES)

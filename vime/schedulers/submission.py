@@ -20,6 +20,7 @@ from vime.schedulers.container import mounts
 from vime.slurm import queue as slurm
 from vime.slurm import sbatch
 from vime.system.files import PRIVATE, write_file
+from vime.system.interrupts import interrupts_later
 from vime.system.private import private_folder
 
 
@@ -98,14 +99,16 @@ def submit_jobs(plan: Plan) -> tuple[Job, ...]:
     make_run_folder(plan.run_dir)
     private_folder(submit_folder(plan))
     jobs: list[Job] = []
-    try:
-        for link in links(plan) if plan.shape == "chain" else (None,):
-            jobs.append(_submit_one(plan, link, jobs[-1].job_id if jobs else None))
-    except BaseException:
-        for job in jobs:
-            slurm.cancel(job.job_id)
-        raise
-    write_jobs(plan.run_dir, jobs)
+    # A job that is queued and not recorded would run unknown to vime.status and vime.cancel.
+    with interrupts_later():
+        try:
+            for link in links(plan) if plan.shape == "chain" else (None,):
+                jobs.append(_submit_one(plan, link, jobs[-1].job_id if jobs else None))
+            write_jobs(plan.run_dir, jobs)
+        except BaseException:
+            for job in jobs:
+                slurm.cancel(job.job_id)
+            raise
     return tuple(jobs)
 
 

@@ -74,6 +74,8 @@ def _sbatch(words: Sequence[str], script: str, *, stdin: str = "") -> subprocess
             errors="replace",
             timeout=SUBMIT_SECONDS,
             env=env,
+            # Ctrl-C at the terminal reaches this process alone: sbatch may have queued the job already.
+            start_new_session=True,
         )
     except FileNotFoundError as error:
         raise BadInput(
