@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import os
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ray._private.runtime_env.context import RuntimeEnvContext
+from ray._private.runtime_env.nsight import NsightPlugin
+from ray.runtime_env import RuntimeEnv
 
+from tests.support import patience
 from tests.support.plans import plan_of
 from vime.errors import BadInput
 from vime.megatron import profiling
@@ -67,13 +75,41 @@ def test_the_plan_counts_what_the_profiler_holds_on_the_nodes_of_its_ranks():
     assert sum(held) == 3 * held[0]
 
 
-def test_a_rank_under_nsight_systems_is_started_by_it_and_records_what_is_marked(tmp_path):
-    plan = profiled(tmp_path)
-    recipe = change(plan.recipe, profile={"profiler": "nsys", "profile_rollouts": [3, 5]})
-    assert nsys_environment(recipe, str(tmp_path), 2) == {}
-    options = nsys_environment(recipe, str(tmp_path), 1)["runtime_env"]["nsight"]
-    assert options["o"] == f"{tmp_path}/profiles/rank-001.%p"
-    assert (options["capture-range"], options["capture-range-end"]) == ("cudaProfilerApi", "repeat:2")
+STAND_IN = """#!/bin/sh
+# Stands for nsys, which is not to be had here: notes what it is told.
+for word; do printf '%s\\n' "$word"; done >> {calls}
+"""
+
+
+def nsys_calls(runtime_env: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words with which Ray starts a worker of this runtime environment under a stand-in for nsys."""
+    (folder / "bin").mkdir(parents=True)
+    calls = folder / "calls"
+    (folder / "bin" / "nsys").write_text(STAND_IN.format(calls=calls))
+    (folder / "bin" / "nsys").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    context = RuntimeEnvContext()
+    plugin = NsightPlugin(str(folder / "session" / "runtime_resources"))
+    env = RuntimeEnv(**runtime_env)
+    asyncio.run(plugin.create(None, env, context))
+    # The first call is Ray's own look whether nsys takes the options.
+    calls.unlink()
+    plugin.modify_context([], env, context)
+    shell = f"exec {context.py_executable} -c worker"
+    subprocess.run(["bash", "-c", shell], check=True, timeout=patience.PROCESS)
+    return calls.read_text().splitlines()
+
+
+def test_a_rank_under_nsight_systems_is_started_by_it_and_records_what_is_marked(tmp_path, run_dir, monkeypatch):
+    recipe = change(profiled(tmp_path).recipe, profile={"profiler": "nsys", "profile_rollouts": [3, 5]})
+    assert nsys_environment(recipe, str(run_dir), 2) == {}
+    environment = nsys_environment(recipe, str(run_dir), 1)
+    assert stat.S_IMODE((run_dir / "profiles").stat().st_mode) == 0o700
+    words = nsys_calls(environment["runtime_env"], tmp_path / "ray", monkeypatch)
+    assert words == [
+        "profile", "-t", "cuda,nvtx,cublas,osrt", "-o", f"{run_dir}/profiles/rank-001.%p", "--force-overwrite=true",
+        "--capture-range=cudaProfilerApi", "--capture-range-end=repeat:2", "python", "-c", "worker",
+    ]  # fmt: skip
 
 
 def test_an_out_of_memory_error_leaves_a_snapshot_and_goes_on(tmp_path, monkeypatch, capsys):

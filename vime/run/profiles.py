@@ -9,6 +9,7 @@ from typing import Any
 
 from vime.errors import BadInput
 from vime.recipe.schema import ProfileOptions, Recipe
+from vime.system.private import private_folder
 
 PROFILES = "profiles"
 
@@ -40,11 +41,16 @@ def check_profile(recipe: Recipe, world_size: int) -> None:
 
 
 def nsys_environment(recipe: Recipe, run_dir: str, rank: int) -> dict[str, Any]:
-    """Ray's runtime environment of a rank that runs under Nsight Systems; empty for any other."""
+    """Ray's runtime environment of a rank that runs under Nsight Systems; empty for any other.
+
+    Makes the folder of the reports: nsys does not.
+    """
     options = recipe.profile
     if options.profiler != "nsys" or rank not in options.profile_ranks:
         return {}
-    report = shlex.quote(str(profile_folder(run_dir) / f"rank-{rank:03d}.%p"))
+    report = private_folder(profile_folder(run_dir)) / f"rank-{rank:03d}.%p"
+    # Ray joins its own folder with this before a shell reads it: a path whose slash is quoted would be relative.
+    output = "/" + shlex.quote(str(report).removeprefix("/"))
     # Only what the worker marks is recorded: the training of the chosen rollouts.
     marked = {"capture-range": "cudaProfilerApi", "capture-range-end": f"repeat:{len(options.profile_rollouts)}"}
-    return {"runtime_env": {"nsight": {"t": "cuda,nvtx,cublas,osrt", "o": report, "force-overwrite": "true", **marked}}}
+    return {"runtime_env": {"nsight": {"t": "cuda,nvtx,cublas,osrt", "o": output, "force-overwrite": "true", **marked}}}
