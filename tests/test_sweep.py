@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_a_file_whose_old_variants_have_other_options_is_refused(file, capsys):
     assert main([file("1e-6", "3e-6", "2e-6")]) == 2
     assert "variant 001 was submitted with --lr 2e-6 and is --lr 3e-6 now: add new variants" in capsys.readouterr().err
     assert main([file("1e-6", "2e-6", "3e-6")]) == 0
+    assert [row["run"] for row in submissions()] == ["rates-000", "rates-001", "rates-002"]
+
+
+def test_two_calls_do_not_submit_at_the_same_time(file, base_dir, capsys):
+    path = file("1e-6", "2e-6")
+    assert main([path]) == 0
+    with (base_dir / "runs" / "rates" / ".sweep.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main([file("1e-6", "2e-6", "3e-6")]) == 2
+    assert "another vime.sweep submits to" in capsys.readouterr().err
+    assert len(submissions()) == 2
+    assert main([path]) == 0
     assert [row["run"] for row in submissions()] == ["rates-000", "rates-001", "rates-002"]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from vime.run.state import RunState, run_state
 from vime.system.files import PRIVATE, read_json, write_json
 from vime.system.text import visible
 
-RECORD = "sweep.json"
+RECORD, _LOCK = "sweep.json", ".sweep.lock"
 DONE = ("succeeded",)
 ACTIVE = ("submitted", "pending", "running", "requeued")
 _SET_BY_SWEEP = ("--run-dir", "--runs-dir", "--run-name", "--list-options")
@@ -97,13 +99,13 @@ def plan_of(sweep: Sweep, member: Member, *, required: bool) -> Plan:
     return plan.model_copy(update={"command": (*words, "--", *flags)})
 
 
-def submit(sweep: Sweep, chosen: Sequence[Member], plans: Sequence[Plan], active: list[str], record: Record) -> int:
+def submit(sweep: Sweep, ready: Sequence[tuple[Member, Plan]], active: list[str], record: Record) -> int:
     """Submit runs so that at most `at_once` are active; the exit code of the first that failed here.
 
     `active`: the sweep's jobs that are in the queue already. The new ones are added to it.
     """
     code = 0
-    for member, plan in zip(chosen, plans, strict=True):
+    for member, plan in ready:
         scheduler = find_scheduler(plan.cluster.kind)
         lane, before = turn(active, record.lanes, sweep.at_once) if sweep.at_once else (None, [])
         if before:
@@ -148,6 +150,21 @@ def _active_jobs(found: Sequence[Member]) -> list[str]:
     return [state.job for state in states if state.job is not None and state.state in ACTIVE]
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Submit alone, if the file system has locks. Raises BadInput while another call submits this sweep."""
+    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInput(f"another vime.sweep submits to {folder}: wait for its end") from error
+        yield
+    finally:
+        os.close(file)
+
+
 def _folder(sweep: Sweep) -> Path:
     """The sweep's folder, below the runs' folder. Raises BadInput without a base folder."""
     if taken := [word for word in sweep.submit if word.split("=")[0] in _SET_BY_SWEEP]:
@@ -190,10 +207,15 @@ def main(argv: Sequence[str]) -> int:
         print(render(found))
         print(f"{len(chosen)} of {len(found)} would be submitted, below {folder}")
         return 0
-    make_run_folder(folder)
-    record.options |= {member.variant.name: member.variant.label() for member in chosen}
-    record.write(folder)
-    code = submit(sweep, chosen, plans, _active_jobs(found), record)
+    with _alone(make_run_folder(folder)):
+        # Another call may have submitted some while this one planned.
+        record = read_record(folder)
+        found = members(sweep, folder, record)
+        wanted = {member.folder for member in found if member.wanted}
+        ready = [(member, plan) for member, plan in zip(chosen, plans, strict=True) if member.folder in wanted]
+        record.options |= {member.variant.name: member.variant.label() for member, _ in ready}
+        record.write(folder)
+        code = submit(sweep, ready, _active_jobs(found), record)
     print(render(members(sweep, folder, record)))
     return code
 
