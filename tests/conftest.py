@@ -1,6 +1,7 @@
 """Order and options of the whole suite: fast tests first, clusters and engines last."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def environment_of_modules() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def environment_of_tests() -> Iterator[None]:
     yield from restored_environment()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -145,6 +145,7 @@ def test_a_submission_that_fails_in_the_middle_leaves_no_job(tmp_path: Path, mon
     assert read_jobs(tmp_path) == ()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_submission_that_is_interrupted_has_recorded_its_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
