@@ -43,7 +43,7 @@ _KNOWN_WARNINGS = (
 )
 """Warnings of megatron-core about itself: every rank would print them, and no user can do anything about them."""
 
-_PRIMITIVES = "256"
+_PRIMITIVES = "64"
 """Kernels that oneDNN keeps, 70 KB each: packed batches have ever new shapes, and its own limit is 1,024 of them."""
 
 

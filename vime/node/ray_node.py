@@ -52,6 +52,9 @@ def ray_environment(run_dir: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         # Ray would give its actors, which are the run itself, the lowest priority on the node.
         "RAY_worker_niceness": "0",
+        # By default glibc makes eight heaps a core, for threads in turn, and each grows to what a thread once needed:
+        # memory grows for hundreds of rollouts.
+        "MALLOC_ARENA_MAX": "2",
         # The plan assigns GPUs to ranks; Ray's own order is shuffled.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
