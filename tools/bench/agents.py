@@ -7,7 +7,8 @@ whose tool takes a random time, the chat template. Tools take as long as the mod
 the conversations always wait for the engine, and a free place in it is work that vime has not sent. Figures:
 
 - idle share: free places of the engine, from when it was first full to the first conversation's end, under 2 %;
-- the driver's processor time a turn, at most 1 ms, and beside it that of the bare request of the same tokens.
+- the driver's processor time a turn, at most 1 ms, and beside it that of the bare request of the same tokens, and of a
+  turn without its request: the least of several rounds against an engine inside the process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from steady_engine import KEY, SteadyEngine
@@ -37,9 +38,12 @@ from vime.planning.build import Checks, make_plan
 from vime.planning.cluster import load_cluster
 from vime.recipe.load import load_recipe
 from vime.recipe.sampling import SamplingSettings
-from vime.rollout.client import EngineClient
-from vime.rollout.dispatch import Patience
+from vime.rollout.chat import ChatTemplate
+from vime.rollout.client import EngineClient, Generated
+from vime.rollout.dispatch import Dispatcher, Patience
 from vime.rollout.sampler import Sampler
+from vime.rollout.session import Budget, Session, Settings
+from vime.samples import Sample
 
 SAMPLES = 8
 CHARACTERS = [chr(code) for code in range(32, 127)]
@@ -47,7 +51,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-BARE_ROUNDS = 4
+BARE_ROUNDS, ROUNDS_ALONE, CONVERSATIONS_ALONE = 4, 5, 64
 
 
 @dataclass(frozen=True)
@@ -196,8 +200,49 @@ async def bare_request_ms(client: EngineClient, load: Load) -> float:
     return 1000 * (time.process_time() - started) / count
 
 
+class OwnEngine:
+    """Answers inside the process, at once."""
+
+    def __init__(self, load: Load) -> None:
+        self.concurrency, self._tokens = CONVERSATIONS_ALONE, load.tokens
+
+    async def generate(self, *_: Any, **__: Any) -> Generated:
+        await asyncio.sleep(0)
+        tokens = self._tokens
+        return Generated([49] * tokens, [-0.25] * tokens, [0] * tokens, "stop")
+
+    async def weight_info(self) -> int:
+        return 0
+
+    async def metrics(self) -> str:
+        return ""
+
+
+async def alone_ms(load: Load) -> float:
+    """Processor time of a turn without its request."""
+    Tool.turns, Tool.seconds = load.turns, 1e-4
+    way, best = environment_way("bench_agents:Tool"), float("inf")
+    async with Dispatcher([cast(Any, OwnEngine(load))]) as dispatcher:
+        await dispatcher.begin()
+        sampling, budget = SamplingSettings(max_tokens=100_000), Budget(turns=load.turns)
+        settings = Settings(dispatcher, ChatTemplate(tokenizer()), sampling, 110_000, 600.0, budget, seed=1)
+
+        async def one(number: int) -> None:
+            seat = await dispatcher.take_seat(1)
+            chat = [{"role": "user", "content": f"{number}+0="}]
+            await way.hold(Session(Sample(number, number, chat, settings.template.prompt(chat)), seat, settings))
+            dispatcher.free(seat)
+
+        for _ in range(ROUNDS_ALONE):
+            started = time.process_time()
+            await asyncio.gather(*(one(number) for number in range(CONVERSATIONS_ALONE)))
+            best = min(best, time.process_time() - started)
+    return 1000 * best / (CONVERSATIONS_ALONE * load.turns)
+
+
 async def measure(folder: Path, load: Load) -> bool:
-    Tool.turns, Tool.seconds, Tool.ended = load.turns, load.turn_seconds, asyncio.Event()
+    alone = await alone_ms(load)
+    Tool.turns, Tool.seconds, Tool.ended, Tool.made = load.turns, load.turn_seconds, asyncio.Event(), 0
     async with client_of(load) as client, LocalAgent(environment_way("bench_agents:Tool")) as agent:
         bare = await bare_request_ms(client, load)
         async with sampler_of(folder, load, client, agent) as sampler:
@@ -217,6 +262,7 @@ async def measure(folder: Path, load: Load) -> bool:
     print(f"given share {metrics['rollout/given_share']:.2f}, tool time {metrics['perf/tool_time']:.1f} s each")
     print(f"engine's places free {idle:.2%} (under 2 %)")
     print(f"driver's processor time {ms:.2f} ms a turn (at most 1), {ms / bare:.2f} x a bare request's {bare:.2f} ms")
+    print(f"a turn without its request, nothing beside it: {alone:.2f} ms")
     return idle < 0.02 and ms <= 1.0
 
 
