@@ -403,7 +403,7 @@ if not first.exists():
 @pytest.mark.parametrize("spares", [1, 0])
 def test_a_spare_takes_the_place_of_a_lost_node(run_dir: Path, tmp_path: Path, spares: int) -> None:
     train = stub("train", FAILS_ONCE.format(marker=str(tmp_path / "failed")), nodes=(1,), tells_end=False)
-    plan = make_plan(run_dir, [preflight(run_dir, 2), train], nodes=2, spares=spares)
+    plan = make_plan(run_dir, [preflight(run_dir, 2), stub("rehearsal", ""), train], nodes=2, spares=spares)
     runner = Cluster(plan)
     runner.nodes = lambda: ("gpu006", "gpu007", "gpu008")[: 2 + spares]
     runner.lost_nodes = lambda: {"gpu007": "is DOWN for Slurm"} if (tmp_path / "failed").exists() else {}
@@ -417,6 +417,8 @@ def test_a_spare_takes_the_place_of_a_lost_node(run_dir: Path, tmp_path: Path, s
         assert starts == [["gpu007"], ["gpu008"]]
         assert "without gpu007" in next(event.text for event in events if event.kind == "recovery")
         assert [node.slurm_index for node in read_binding(run_dir).nodes] == [0, 2]
+        rehearsals = [event.kind for event in events if event.stage == "rehearsal"]
+        assert rehearsals == ["stage-start", "stage-end", "stage-skip"]
     else:
         assert cause is Cause.NODE_FAILURE
         assert "requeued by vime" in end.text

@@ -32,7 +32,7 @@ from vime.launch.witness import witnessed
 from vime.node.checks import broken_gpus
 from vime.node.post_mortem import post_mortem_stage
 from vime.node.sweep import SWEEP_S, sweep_stage
-from vime.run.chain import Link, find_link, part
+from vime.run.chain import REHEARSAL, Link, find_link, part
 from vime.run.control import checkpoint_answer, control_folder, request_checkpoint, withdraw_request
 from vime.run.folder import BINDING, log_folder, read_plan, task_log
 from vime.run.journal import Event, Journal
@@ -87,6 +87,8 @@ class Controller:
         self._signals = Signals()
         self._restarts = Restarts(plan, runner, self._allocation, self._signals, event=self._event, say=say)
         self._evaluations = Evaluations(plan, event=self._event)
+        self._rehearsed = False
+        """True once the rehearsal has passed: other nodes change nothing of what it tries."""
 
     def run(self) -> Cause:
         """Run all stages and return the run's cause. Called in the main thread."""
@@ -128,7 +130,11 @@ class Controller:
             if self._restarts.recovering:
                 prepare_folders(self._run)
             for stage in self._plan.stages:
+                if stage.name == REHEARSAL and self._rehearsed:
+                    self._event("stage-skip", "passed before in this start", stage=stage.name)
+                    continue
                 self._stage(stage)
+                self._rehearsed = self._rehearsed or stage.name == REHEARSAL
         except RunFailed as error:
             return error.failure
         except VimeError as error:
