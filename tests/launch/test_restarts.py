@@ -17,6 +17,7 @@ from vime.launch.failure import Failure
 from vime.launch.restarts import Restarts
 from vime.launch.signals import Signals
 from vime.run.folder import make_run_folder
+from vime.run.journal import Journal
 from vime.run.plan import Plan
 from vime.schedulers.runner_local import LocalRunner
 
@@ -158,6 +159,23 @@ def test_a_job_that_slurm_is_about_to_end_does_not_recover(tmp_path):
     start = Start(tmp_path / "run")
     start.restarts.hurried = True
     assert not start.fails(Cause.NODE_FAILURE, NODES[1], [NODES[1]])
+
+
+@pytest.mark.parametrize(("last", "node"), [("", NODES[0]), ("stopped", None)])
+def test_the_controllers_host_is_blamed_unless_it_was_ending_its_stages(tmp_path, last, node):
+    """Slurm ends the job of a lost node, and may kill the controller before it has written its last word."""
+    start = Start(tmp_path / "run")
+    journal = Journal(tmp_path / "run")
+    journal.write("run-start", data={"job": "7", "restart": 0, "host": NODES[0]})
+    journal.write("stage-start", stage="train")
+    if last:
+        journal.write("stage-end", last, stage="train")
+    journal.close()
+    start.runner.why_lost = lambda job, restart: Cause.NODE_FAILURE
+    start.restarts.tell_of_lost_start()
+    ((kind, text, fields),) = start.events
+    assert (kind, fields["node"], fields["data"]["cause"]) == ("run-end", node, "NODE_FAILURE")
+    assert "left no last word: node failure" in text
 
 
 LOSSES = st.lists(st.tuples(st.integers(0, NEED - 1), st.sets(st.sampled_from(NODES))), min_size=1, max_size=5)

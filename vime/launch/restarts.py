@@ -72,7 +72,8 @@ class Restarts:
             return
         job, restart = str(start.data.get("job")), int(start.data.get("restart", 0))
         cause = self._runner.why_lost(job, restart)
-        node = self._allocation.name_of(start.data["host"]) if cause is Cause.NODE_FAILURE else None
+        own = cause is Cause.NODE_FAILURE and not history.was_stopping(events)
+        node = self._allocation.name_of(start.data["host"]) if own else None
         text = f"start {restart} of job {job} left no last word: {words(cause)}" + (f" of {node}" if node else "")
         data = {"cause": cause.name, "log_tail": "", "requeued": job == self._runner.job}
         self._event("run-end", text, stage=running_stage(events), node=node, data=data)

@@ -24,6 +24,11 @@ def unfinished_start(events: list[Event]) -> Event | None:
     return last[0]
 
 
+def was_stopping(events: list[Event]) -> bool:
+    """True if the journal breaks off while the controller ended its stages: its own host was not lost then."""
+    return bool(events) and (events[-1].kind, events[-1].text) == ("stage-end", "stopped")
+
+
 def crashes(events: list[Event]) -> int:
     """Number of starts in a row that ended with CRASH and led to another, since a person started the run."""
     count = 0
