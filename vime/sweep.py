@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from vime.run.plan import Plan
 from vime.run.scheduler import find_scheduler
 from vime.run.state import RunState, run_state
 from vime.system.files import PRIVATE, read_json, write_json
+from vime.system.locks import locked
 from vime.system.text import visible
 
 RECORD, _LOCK = "sweep.json", ".sweep.lock"
@@ -150,21 +149,6 @@ def _active_jobs(found: Sequence[Member]) -> list[str]:
     return [state.job for state in states if state.job is not None and state.state in ACTIVE]
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Submit alone, if the file system has locks. Raises BadInput while another call submits this sweep."""
-    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
-    try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BadInput(f"another vime.sweep submits to {folder}: wait for its end") from error
-        yield
-    finally:
-        os.close(file)
-
-
 def _folder(sweep: Sweep) -> Path:
     """The sweep's folder, below the runs' folder. Raises BadInput without a base folder."""
     if taken := [word for word in sweep.submit if word.split("=")[0] in _SET_BY_SWEEP]:
@@ -207,7 +191,9 @@ def main(argv: Sequence[str]) -> int:
         print(render(found))
         print(f"{len(chosen)} of {len(found)} would be submitted, below {folder}")
         return 0
-    with _alone(make_run_folder(folder)):
+    with locked(make_run_folder(folder) / _LOCK, wait=False) as alone:
+        if not alone:
+            raise BadInput(f"another vime.sweep submits to {folder}: wait for its end")
         # Another call may have submitted some while this one planned.
         record = read_record(folder)
         found = members(sweep, folder, record)

@@ -7,7 +7,6 @@ verify.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +19,7 @@ from vime.errors import BadInput, VimeError
 from vime.launch.marks import MANIFEST, Marks, mark_artefact
 from vime.run.plan import Artefact, Stage
 from vime.system.files import READABLE, write_json
+from vime.system.locks import NO_LOCKS
 from vime.system.visible import appears
 
 VERSION = 3
@@ -64,7 +64,7 @@ class OutputLock:
                 self.release()
                 return False
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                if error.errno not in NO_LOCKS:
                     self.release()
                     raise _not_ours(path, error) from error
         return True

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from vime.errors import BadInput, VimeError
 from vime.system.files import PRIVATE, read_json, write_json
+from vime.system.locks import locked
 from vime.system.processes import start_ticks
 
 OWNER, _LOCK = "owner.json", ".owner.lock"
@@ -81,7 +81,7 @@ def owned(run_dir: str | os.PathLike[str], me: Owner, job_runs: JobRuns) -> Iter
     Raises BadInput without any change while another start runs or may run, OSError if the folder is not writable.
     """
     path = Path(run_dir) / OWNER
-    with _locked(Path(run_dir)):
+    with locked(Path(run_dir) / _LOCK, wait=True):
         other = read_owner(run_dir)
         alive = False if other is None else lives(other, me, job_runs)
         if alive is not False:
@@ -102,15 +102,3 @@ def require_owner(run_dir: str | os.PathLike[str], job: str | None, restart: int
     owner = read_owner(run_dir)
     if owner is not None and (owner.job, owner.restart) != (job, restart):
         raise Superseded(f"start {restart} of job {job} was superseded: {run_dir} belongs to {owner}")
-
-
-@contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Allow one claim at a time, if the file system has locks."""
-    file = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
