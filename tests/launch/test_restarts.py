@@ -1,4 +1,4 @@
-"""What follows a failed attempt, decided without any process: nodes that are left out, and who starts the run again."""
+"""Decisions after a failed attempt, without any process: nodes that are left out, and who starts the run again."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def possible(turns: list[tuple[int, int]]) -> int:
 
 @pytest.fixture
 def _scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where engines leave files; a short path, since their sockets are there too."""
+    """A folder for the files that engines leave; a short path, since their sockets are there too."""
     with tempfile.TemporaryDirectory(prefix="vt-") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         yield

@@ -68,7 +68,7 @@ def started(nodes: ToolNodes, source: str, count: int) -> list[asyncio.Task[Outc
 
 
 def alive(word: str) -> bool:
-    """Whether a process of this machine has the word in its command line."""
+    """True if a process of this machine has the word in its command line."""
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if word.encode() in line.read_bytes():

@@ -55,7 +55,7 @@ class LocalAgent:
     way: Way
     failures: Failures = field(default_factory=Failures)
     programs: Programs | None = None
-    """Where the programs of its tools run; checked first."""
+    """Place of the programs of its tools; checked first."""
 
     async def __aenter__(self) -> Self:
         if self.programs is not None:

@@ -69,7 +69,7 @@ class Outcome:
 
 
 class Programs(Protocol):
-    """Where programs run."""
+    """A place where programs run."""
 
     async def check(self) -> None:
         """Run a first program wherever others will. Raises BadInput where the sandbox does not work."""

@@ -52,9 +52,6 @@ def ray_environment(run_dir: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         # Ray would give its actors, which are the run itself, the lowest priority on the node.
         "RAY_worker_niceness": "0",
-        # By default glibc makes eight heaps a core, for threads in turn, and each grows to what a thread once needed:
-        # memory grows for hundreds of rollouts.
-        "MALLOC_ARENA_MAX": "2",
         # The plan assigns GPUs to ranks; Ray's own order is shuffled.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
@@ -138,6 +135,9 @@ def serve(plan: Plan, binding: Binding, node: int, waits_for: list[int], deadlin
     """Run Ray on this node to its end, and report once the awaited nodes are alive."""
     temp_dir = Path(os.environ.get("TMPDIR", "/tmp")) / "ray"
     os.environ.update(ray_environment(plan.run_dir))
+    # By default glibc makes eight heaps a core, for threads in turn, and each grows to what a thread once needed: so
+    # does a rank, for hundreds of rollouts. A profile's own value counts.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Import here, in one thread: Ray reads its authentication settings on import, and a second thread that imports
     # it at the same time would find it half loaded.
     import ray  # noqa: F401

@@ -328,7 +328,7 @@ class AgentOptions(Options):
 
     @property
     def runs_python(self) -> bool:
-        """Whether the model may run programs by the tool `python`."""
+        """True if the model may run programs by the tool `python`."""
         return self.environment == "tools" and "python" in self.tools
 
     @property
