@@ -64,15 +64,20 @@ def test_the_environment_of_an_r1_node_names_its_gpus_address_interface_and_port
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
         "VLLM_USE_DEEP_GEMM_E8M0": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     }
 
 
-def test_what_the_profile_sets_for_nccl_is_not_set_again_by_an_engine():
+def test_what_the_profile_sets_is_not_set_again_by_an_engine():
     plan = plan_of("deepseek-r1", nodes=16, cluster="example")
-    given = {"NCCL_SOCKET_IFNAME": "ib0,ib1", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    given = {
+        "NCCL_SOCKET_IFNAME": "ib0,ib1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
     plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"env": given})})
     env = engine_command(plan, bound(16, interface="bond0"), plan.engines[0], 0, range(96)).env
-    assert not {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "CUDA_DEVICE_MAX_CONNECTIONS"} & env.keys()
+    assert not {*given, "GLOO_SOCKET_IFNAME"} & env.keys()
 
 
 def test_scales_are_rounded_to_powers_of_two_only_where_the_checkpoint_has_such():
