@@ -47,6 +47,9 @@ class Signals:
 
     def wait(self, descriptors: Iterable[int], seconds: float) -> None:
         """Wait until a signal arrives, a descriptor becomes readable, or the time is over."""
-        readable, _, _ = select.select([self._wake, *descriptors], [], [], seconds)
-        if self._wake in readable:
+        # Not select, which takes no descriptor from 1024 on.
+        waiting = select.poll()
+        for descriptor in (self._wake, *descriptors):
+            waiting.register(descriptor, select.POLLIN)
+        if any(descriptor == self._wake for descriptor, _ in waiting.poll(1000 * seconds)):
             os.read(self._wake, 4096)

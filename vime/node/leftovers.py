@@ -46,6 +46,8 @@ def kill_processes(job: str) -> int:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                     killed.add(pid)
         for descriptor in ending:
-            select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            end = select.poll()
+            end.register(descriptor, select.POLLIN)
+            end.poll(1000 * max(0.0, deadline - time.monotonic()))
             os.close(descriptor)
     return len(killed)

@@ -1,0 +1,57 @@
+"""What the controller's loop waits for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from vime.launch.signals import Signals
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    with Signals() as found:
+        yield found
+
+
+def waited(signals: Signals, *descriptors: int) -> float:
+    """Seconds of a wait of at most 30."""
+    began = time.monotonic()
+    signals.wait(descriptors, 30)
+    return time.monotonic() - began
+
+
+def test_a_signal_ends_a_wait(signals: Signals) -> None:
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    assert waited(signals) < 20
+    assert signals.take() is signal.SIGUSR2
+    assert signals.take() is None
+
+
+@pytest.mark.parametrize("least", [3, 1024], ids=["small", "beyond what select takes"])
+def test_a_descriptor_ends_a_wait(signals: Signals, least: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * least)), hard))
+    first, last = os.pipe()
+    high = fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, least)
+    try:
+        os.write(last, b"x")
+        assert high >= least
+        assert waited(signals, high) < 20
+    finally:
+        for descriptor in (first, last, high):
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_ends_the_run_comes_before_what_warns(signals: Signals) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert signals.take() is signal.SIGTERM
