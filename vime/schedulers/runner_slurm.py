@@ -77,6 +77,8 @@ class SlurmRunner:
         self._own_comment: str | None = None
         """Job comment without vime's part; None: not queried yet."""
         self._cpus = slurm.cpus_per_node()
+        self._silent: tuple[str, ...] = ()
+        """Nodes whose slurmd did not answer the last time."""
         # A requeued job appends to the output of its first start.
         self._output_start = os.fstat(1).st_size
 
@@ -155,7 +157,9 @@ class SlurmRunner:
         nodes = os.environ["SLURM_JOB_NODELIST"]
         states = slurm.node_states(nodes, seconds=2.0)
         lost = {name: slurm.loss_text(state) for name, state in states.items() if slurm.is_lost(state)}
-        return lost | {name: how for name, how in unreachable(nodes).items() if name not in lost}
+        silent = unreachable(nodes, self._silent)
+        self._silent = tuple(silent)
+        return lost | {name: how for name, how in silent.items() if name not in lost}
 
     def requeue(self) -> None:
         try:

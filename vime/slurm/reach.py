@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from vime.slurm.client import SlurmError, call
@@ -15,8 +16,9 @@ PATIENCE_S = 6.0
 _DEFAULT_PORT = 6818
 
 
-def unreachable(nodelist: str) -> dict[str, str]:
+def unreachable(nodelist: str, gone: Collection[str] = ()) -> dict[str, str]:
     """Nodes whose slurmd takes no connection from here, and how it fails; empty when Slurm does not say where they are.
+    `gone`: those that did not answer the last time, which get no time to come back.
 
     srun takes the same way, so no firewall is between them that would not stop every step.
     """
@@ -26,7 +28,8 @@ def unreachable(nodelist: str) -> dict[str, str]:
         return {}
     places = parse_places(text, default_port=_slurmd_port())
     with ThreadPoolExecutor(min(64, max(1, len(places)))) as pool:
-        answers = dict(zip(places, pool.map(_refusal, places.values()), strict=True))
+        patience = [0.0 if name in gone else PATIENCE_S for name in places]
+        answers = dict(zip(places, pool.map(_refusal, places.values(), patience), strict=True))
     return {name: f"does not answer ({how})" for name, how in answers.items() if how is not None}
 
 
@@ -48,9 +51,9 @@ def _slurmd_port() -> int:
     return int(match[1]) if match else _DEFAULT_PORT
 
 
-def _refusal(place: tuple[str, int]) -> str | None:
-    """Why a port takes no connection; None where it does, if need be after a few seconds."""
-    deadline = time.monotonic() + PATIENCE_S
+def _refusal(place: tuple[str, int], patience_s: float) -> str | None:
+    """Why a port takes no connection; None where it does, if need be after `patience_s` seconds."""
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             socket.create_connection(place, timeout=CONNECT_S).close()
