@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from tests.support.launch_stub import make_plan, preflight
 from tests.support.preflight_findings import finding
 from vime.errors import Cause
 from vime.launch import binding
-from vime.launch.binding import bind, by_switch, examine, free_offset, port_numbers, table
+from vime.launch.binding import Examined, bind, by_switch, examine, free_offset, port_numbers, refill, table
 from vime.launch.failure import RunFailed
 from vime.launch.steps import AllocatedNode, Step
 from vime.node.checks import Known
 from vime.planning import ports
 from vime.run.messages import Report
-from vime.run.plan import Plan
+from vime.run.plan import Binding, BoundNode, Plan
 
 
 class AllocationOf7:
@@ -29,14 +30,14 @@ class AllocationOf7:
 
 def examined(
     plan: Plan, findings: list[dict[str, Any]], known: Known | None = None, switches: dict[int, str] | None = None
-) -> binding.Examined:
+) -> Examined:
     places = tuple(AllocatedNode(i, facts["host"]) for i, facts in enumerate(findings))
     step = Step(plan.stages[0], places, [], Path("launcher.log"))
     step.reports = [Report(i, "result", facts) for i, facts in enumerate(findings)]
     return examine(plan, step, known or Known(canary="word"), switches or {})
 
 
-def bound(plan: Plan, found: binding.Examined, *, everyone: bool = False) -> Any:
+def bound(plan: Plan, found: Examined, *, everyone: bool = False) -> Any:
     return bind(plan, AllocationOf7(), found, end_time=5.0, everyone=everyone)  # pyright: ignore[reportArgumentType]
 
 
@@ -137,3 +138,43 @@ def test_no_free_ports_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=f"node01: port {plan.ports.gcs} is taken"):
         free_offset(plan, 7, {0: everywhere})
     assert plan.ports.gcs in set(port_numbers(plan))
+
+
+def refilled(tmp_path: Path, found: dict[str, object], vacant: Sequence[int] = (1,)) -> tuple[Examined, Binding]:
+    """A run on two nodes of three, one of which is lost, after a preflight of the third."""
+    plan = plan_of(tmp_path, 2)
+    before = Examined({0: finding(1), 1: finding(2), 2: finding(3)}, [])
+    nodes = tuple(BoundNode(index=i, host=f"node0{i + 1}", address=f"10.0.0.{i + 1}", slurm_index=i) for i in (0, 1))
+    first = Binding(job_id="7", nodes=nodes, port_offset=10)
+    step = Step(plan.stages[0], (AllocatedNode(2, "node03"),), [], Path("launcher.log"))
+    step.reports = [Report(0, "result", finding(3, canary="new", **found))]
+    return refill(plan, first, vacant, before, step, Known(canary="new"))
+
+
+def test_a_spare_takes_the_logical_node_of_a_lost_one_and_all_others_keep_theirs(tmp_path: Path) -> None:
+    found, after = refilled(tmp_path, {})
+    assert [(node.index, node.host, node.slurm_index) for node in after.nodes] == [(0, "node01", 0), (1, "node03", 2)]
+    assert after.port_offset == 10
+    assert found.fit == [0, 2]
+    assert sorted(found.findings) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("found", "vacant", "told"),
+    [
+        pytest.param({"run_folder": "read-only"}, (1,), "read-only", id="not fit"),
+        pytest.param({"versions": {"python": "3.12.0", "torch": "2.13.0"}}, (1,), "3.12.0", id="unlike the others"),
+        pytest.param({}, (0, 1), "1 spares are fit of 2", id="too few"),
+    ],
+)
+def test_spares_that_do_not_do_are_refused(
+    tmp_path: Path, found: dict[str, object], vacant: Sequence[int], told: str
+) -> None:
+    with pytest.raises(RunFailed, match=told):
+        refilled(tmp_path, found, vacant)
+
+
+def test_a_spare_on_which_a_port_of_the_run_is_taken_is_refused(tmp_path: Path) -> None:
+    port = plan_of(tmp_path, 2).ports.gcs + 10
+    with pytest.raises(RunFailed, match=f"port {port} is taken"):
+        refilled(tmp_path, {"listening": [port]})

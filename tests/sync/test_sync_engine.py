@@ -19,8 +19,9 @@ from tests.support.small_models import DEEPSEEK, QWEN3, trained, write_folder
 from tests.support.synced import FAR_NODE, MIDDLE, NEW, OLD, Synced
 from tests.support.trainer import Held, Trainer
 from vime.recipe.parallel import ParallelLayout
-from vime.rollout.client import EngineClient
+from vime.rollout.client import EngineClient, EngineError
 from vime.rollout.command import MODEL_NAME
+from vime.train.former import settle
 
 pytestmark = pytest.mark.e2e
 
@@ -112,3 +113,8 @@ async def test_qwen3_on_two_replicas_of_an_engine_from_every_layout(tmp_path: Pa
         assert await synced.checksums() == [wanted]
         for replica in (0, 1):
             assert await synced.answers(replica) == [loaded["answers"]]
+        # A trainer that is gone in the middle of an update is noticed by the next one, which has the engine restarted.
+        await client.pause("keep")
+        await client.start_update()
+        with pytest.raises(EngineError, match="unfinished"):
+            await settle(client, sleeps=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,17 @@ class Examined:
 
 def examine(plan: Plan, step: Step, known: Known, switches: Mapping[int, str]) -> Examined:
     """Judge the nodes after preflight. Raises RunFailed if too few are fit."""
+    findings = _findings_of(step)
+    return require_enough(plan, Examined(findings, problems(plan, findings, known), switches))
+
+
+def _findings_of(step: Step) -> Findings:
+    """Reports of a preflight by place. Raises RunFailed for a node without one."""
     findings = {step.places[report.rank].index: report.data for report in step.of_kind("result")}
     for place in step.places:
         if place.index not in findings:
             raise _refuse(f"{place.name}: preflight ended without a result", place.name)
-    return require_enough(plan, Examined(findings, problems(plan, findings, known), switches))
+    return findings
 
 
 def require_enough(plan: Plan, examined: Examined) -> Examined:
@@ -74,6 +80,35 @@ def bind(plan: Plan, runner: Runner, examined: Examined, *, end_time: float | No
         port_offset=free_offset(plan, _job_number(runner.job), facts),
         end_time=end_time,
     )
+
+
+def refill(
+    plan: Plan, binding: Binding, vacant: Sequence[int], before: Examined, step: Step, known: Known
+) -> tuple[Examined, Binding]:
+    """Findings of all nodes after a preflight of spares, and the binding in which spares take the vacant logical nodes.
+
+    Raises RunFailed if too few spares are fit, or have the binding's ports free.
+    """
+    findings, places = _findings_of(step), {place.index for place in step.places}
+    lost = {node.slurm_index for node in binding.nodes if node.index in vacant}
+    every = {place: found for place, found in before.findings.items() if place not in lost} | findings
+    judged = [problem for problem in problems(plan, every, known) if problem.place in places]
+    ports_taken = {port + binding.port_offset for port in port_numbers(plan)}
+    for place, found in findings.items():
+        if clash := sorted(ports_taken & set(found["listening"])):
+            judged.append(Problem(place, found["host"], f"port {clash[0]}", "taken", "to be free"))
+    earlier = [problem for problem in before.problems if problem.place not in places | lost]
+    examined = replace(before, findings=every, problems=[*earlier, *judged])
+    fit = [place for place in sorted(places) if place not in {problem.place for problem in judged}]
+    if len(fit) < len(vacant):
+        told = "; ".join(map(str, judged)) or "none is left"
+        raise _refuse(f"{len(fit)} spares are fit of {len(vacant)} that the run needs: {told}", None)
+    taken = dict(zip(vacant, fit, strict=False))
+    nodes = (
+        _bound_node(node.index, taken[node.index], findings[taken[node.index]]) if node.index in taken else node
+        for node in binding.nodes
+    )
+    return examined, binding.model_copy(update={"nodes": tuple(nodes)})
 
 
 def by_switch(places: Sequence[int], switches: Mapping[int, str], span: int) -> list[int]:

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -31,8 +31,9 @@ from vime.launch.steps import AllocatedNode, Runner, Step
 from vime.launch.witness import witnessed
 from vime.node.checks import broken_gpus
 from vime.node.post_mortem import post_mortem_stage
+from vime.node.ring import RING
 from vime.node.sweep import SWEEP_S, sweep_stage
-from vime.run.chain import REHEARSAL, Link, find_link, part
+from vime.run.chain import PREFLIGHT, REHEARSAL, Link, find_link, part
 from vime.run.control import checkpoint_answer, control_folder, request_checkpoint, withdraw_request
 from vime.run.folder import BINDING, log_folder, read_plan, task_log
 from vime.run.journal import Event, Journal
@@ -107,12 +108,16 @@ class Controller:
             try:
                 while (failure := self._attempt()) is not None:
                     require_owner(self._run, self._runner.job, self._runner.restart)
-                    if not self._restarts.recovers(failure):
+                    if not self._restarts.recovers(failure, serving=bool(self._steps)):
                         break
+                    if not self._restarts.kept:
+                        self._stop_all()
             except Superseded as error:
                 # The other start's journal and queue entry are not this one's to write.
                 self._say(f"error: {error}")
                 return Cause.CANCELLED
+            finally:
+                self._stop_all()
             self._evaluations.stop()
             cause = self._finish(failure)
             self._deliver(cause, failure)
@@ -120,6 +125,15 @@ class Controller:
         return cause
 
     def _attempt(self) -> Failure | None:
+        """Run the stages; the failure that ended them, None for none. Services may still run after a failure."""
+        failure = self._run_stages()
+        if failure is None or not (self._restarts.may_keep(failure) and self._ended_service() is None):
+            self._stop_all()
+        else:
+            self._stop([step for step in self._steps if not step.stage.service])
+        return failure
+
+    def _run_stages(self) -> Failure | None:
         data = {"job": self._runner.job, "restart": self._runner.restart, "host": socket.gethostname()}
         data |= {"pid": os.getpid(), "pid_start": start_ticks(os.getpid())}
         data |= self._restarts.begin()
@@ -127,11 +141,13 @@ class Controller:
             data |= {"link": self._link.name, "link_index": self._link.index}
         self._event("run-start", f"{self._plan.run_name}: start {self._runner.restart}", data=data)
         try:
-            if self._restarts.recovering:
+            if self._restarts.kept:
+                withdraw_request(self._run)
+            elif self._restarts.recovering:
                 prepare_folders(self._run)
             for stage in self._plan.stages:
-                if stage.name == REHEARSAL and self._rehearsed:
-                    self._event("stage-skip", "passed before in this start", stage=stage.name)
+                if why := self._needless(stage):
+                    self._event("stage-skip", why, stage=stage.name)
                     continue
                 self._stage(stage)
                 self._rehearsed = self._rehearsed or stage.name == REHEARSAL
@@ -146,9 +162,19 @@ class Controller:
             cause = Cause.STORAGE if is_storage_error(error) else Cause.CODE_ERROR
             text = f"the controller failed: {type(error).__name__}: {error}"
             return Failure(cause, text, node=socket.gethostname(), tail=tuple(lines))
-        finally:
-            self._stop_all()
         return None
+
+    def _needless(self, stage: Stage) -> str:
+        """Reason to skip a stage that an earlier attempt of this start has done; empty if it must run."""
+        if stage.name == REHEARSAL and self._rehearsed:
+            return "passed before in this start"
+        if not self._restarts.kept:
+            return ""
+        if stage.name == RING:
+            return "measured before in this start"
+        if stage.name == PREFLIGHT or stage.service:
+            return "" if self._allocation.renews(stage) else "no node is new"
+        return ""
 
     def _finish(self, failure: Failure | None) -> Cause:
         if failure is None:
@@ -297,10 +323,10 @@ class Controller:
         end = self._runner.end_time()
         return 0.0 if end is None else end - time.time()
 
-    def _ended_service(self, besides: Step) -> Step | None:
+    def _ended_service(self, besides: Step | None = None) -> Step | None:
         """First service that has ended while needed; None while all run."""
         for service in self._steps:
-            if service is not besides:
+            if service is not besides and service.stage.service:
                 service.pump()
                 # A service tells of its failure before it cleans up, which may outlast the stage that fails with it.
                 ended = service.poll() is not None or bool(service.of_kind("failure"))
@@ -409,12 +435,15 @@ class Controller:
         return text
 
     def _stop_all(self) -> None:
-        """Stop every step, the newest first."""
-        for step in reversed(self._steps):
+        self._stop(self._steps)
+
+    def _stop(self, steps: Sequence[Step]) -> None:
+        """Stop these steps, the newest first."""
+        for step in reversed(steps):
             self._runner.stop(step, HURRIED_GRACE_S if self._restarts.hurried else STOP_GRACE_S)
             self._event("stage-end", "stopped", stage=step.stage.name)
-        silent = {place for step in self._steps for place in step.silent_places}
-        self._steps.clear()
+        silent = {place for step in steps for place in step.silent_places}
+        self._steps = [step for step in self._steps if step not in steps]
         if silent and not self._restarts.hurried and self._runner.can_requeue:
             lost = self._runner.lost_nodes()
             self._sweep(tuple(sorted((at for at in silent if at.name not in lost), key=lambda place: place.index)))

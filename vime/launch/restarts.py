@@ -23,6 +23,8 @@ HURRIED_PATIENCE_S = 3.0
 """The same, in seconds, when Slurm is about to kill the job."""
 RECOVERABLE = (Cause.NODE_FAILURE, Cause.CRASH, Cause.SPIKE)
 """Causes that the nodes left in the allocation can mend."""
+MAY_BE_KEPT = (Cause.CODE_ERROR, Cause.DEADLINE, Cause.OUT_OF_MEMORY, Cause.PREFLIGHT)
+"""Causes behind which something that an attempt found in a kept cluster may stand."""
 MOST_FRUITLESS = 2
 """Attempts of one start that may be killed from outside without a new checkpoint."""
 
@@ -46,6 +48,8 @@ class Restarts:
         """True once Slurm is about to kill the job."""
         self.recovering = False
         """True from a recovery inside the allocation until training runs again."""
+        self.kept = False
+        """True if the attempt finds the services, and the engines, of the one before."""
         self._attempts = 0
         self._fruitless = 0
         """Attempts in a row before this one that saved no checkpoint."""
@@ -78,22 +82,45 @@ class Restarts:
         data = {"cause": cause.name, "log_tail": "", "requeued": job == self._runner.job}
         self._event("run-end", text, stage=running_stage(events), node=node, data=data)
 
-    def recovers(self, failure: Failure) -> bool:
-        """Prepare another attempt on the nodes that the job still has; False if that cannot help."""
-        if self.hurried or not self._runner.can_requeue or failure.cause not in RECOVERABLE:
+    def may_keep(self, failure: Failure) -> bool:
+        """True if services that still run may serve another attempt: it is training that failed, and not at once in a
+        cluster that was kept before."""
+        training = {stage.name for stage in self._plan.stages if stage.saves_on_request}
+        able = self._runner.can_requeue and not self.hurried and failure.cause in RECOVERABLE
+        return able and failure.stage in training and not self._kept_in_vain
+
+    @property
+    def _kept_in_vain(self) -> bool:
+        """True if the attempt began in a kept cluster and has saved no checkpoint."""
+        return self.kept and newest_checkpoint(self._plan) == self._first_checkpoint
+
+    def recovers(self, failure: Failure, *, serving: bool = False) -> bool:
+        """Prepare another attempt on the nodes that the job still has; False if that cannot help.
+
+        `serving`: services of the failed attempt still run. `kept` then says whether the next one uses them.
+        """
+        in_vain = self._kept_in_vain
+        if self.hurried or not self._runner.can_requeue:
             return False
-        out = set(self._runner.lost_nodes())
+        if failure.cause not in RECOVERABLE and not (in_vain and failure.cause in MAY_BE_KEPT):
+            return False
+        lost = self._runner.lost_nodes()
+        out = set(lost)
         if failure.cause is Cause.NODE_FAILURE:
             if failure.node is None:
                 return False
             out.add(self._allocation.name_of(failure.node))
-        if why := self._recurs(failure) or self._allocation.lacks_without(out):
+        if why := ("" if in_vain else self._recurs(failure)) or self._allocation.lacks_without(out):
             self._say(f"no recovery inside the allocation: {why}")
             return False
-        left = self._allocation.leave_out(out)
+        # A node that is left out but answers would go on offering its place to Ray.
+        self.kept = serving and out <= set(lost) and not any(map(self._allocation.is_head, out))
+        left = self._allocation.renew(out) if self.kept else self._allocation.leave_out(out)
         self._last_word(failure, f"recovery on the {left} nodes left")
         gone = f" without {', '.join(sorted(out))}" if out else ""
-        self._event("recovery", f"start again in this allocation{gone}", data={"left_out": sorted(out), "nodes": left})
+        how = "train again in the cluster that runs" if self.kept else "start again in this allocation"
+        data = {"left_out": sorted(out), "nodes": left, "kept": self.kept}
+        self._event("recovery", f"{how}{gone}", data=data)
         self.recovering = True
         return True
 

@@ -21,6 +21,7 @@ from vime.node.scratch import NodeFolder
 from vime.node.supervise import Supervisor
 from vime.node.sweep import SWEEP, sweep_stage
 from vime.run.canary import CANARY
+from vime.run.chain import PREFLIGHT
 from vime.run.devices import VISIBLE
 from vime.run.environment import resolve
 from vime.run.folder import BINDING_VARIABLE, find_binding, read_plan, task_log
@@ -151,7 +152,8 @@ def run_task(run_dir: str, stage_name: str) -> int:
     plan = read_plan(run_dir)
     stage = stage_of(plan, stage_name)
     task = find_rank(stage, os.environ)
-    binding = find_binding(run_dir)
+    # Preflight comes before the binding, or looks at spares, which have no part in it.
+    binding = None if stage.name == PREFLIGHT else find_binding(run_dir)
     env = task_env(plan, stage, task, binding, os.environ)
     for artefact in stage.inputs:
         # The previous stage may have written it on another node. If it does not appear, the command reports it.

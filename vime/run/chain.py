@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from vime.errors import BadInput
 from vime.run.plan import Memory, NodePlan, Plan, Stage
 
-LOOKS = ("preflight", "ring")
+PREFLIGHT = "preflight"
+LOOKS = (PREFLIGHT, "ring")
 """Stages that test a job's nodes; `ring` tests the network, if the nodes work together."""
 REHEARSAL = "rehearsal"
 """Stage that tries what later stages need; part of the first job, before the first byte is converted."""

@@ -42,6 +42,9 @@ def srun_argv(stage: Stage, names: Sequence[str], *, plan: Plan, python: str, cp
         "--input=none",
         "--export=ALL",
     ]
+    if stage.service:
+        # A recovery keeps what serves on the other nodes; Slurm would end the step when it gives up the lost one.
+        argv.append("--no-kill")
     argv.extend(f"--{name}={value}" for name, value in gpu_options(plan.cluster, stage.gpus_per_node).items())
     argv.extend(container.srun_options(plan))
     task = [python, "-m", "vime.node.task", "--run", plan.run_dir, "--stage", stage.name]

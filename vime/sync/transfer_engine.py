@@ -74,9 +74,17 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
         self.received: dict[str, str] = {}
         """HF name to digest, until reported with the weights' checksums."""
         self._mapped: dict[str, torch.Tensor] = {}
+        self._updating = False
 
     def init_transfer_engine(self, init_info: TransferInit) -> None:
-        """Join the process group of this worker's node, if it has one."""
+        """Join the process group of this worker's node, if it has one.
+
+        Raises VimeError if the trainer before this one left an update unfinished: the engine must be started again.
+        """
+        if self._updating:
+            raise VimeError("a trainer that is gone left an update of the weights unfinished")
+        self._mapped.clear()
+        self.received.clear()
         worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         self._channel = None
         for group in init_info.groups:
@@ -87,6 +95,7 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
                 self._channel = Channel(door, rank, 1 + group["workers"], init_info.timeout_s, device)
 
     def start_weight_update(self) -> None:
+        self._updating = True
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
@@ -95,6 +104,7 @@ class TransferEngine(WeightTransferEngine[TransferInit, BucketInfo]):
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise IncompleteUpdate(f"the update brought no weights for {', '.join(missing[:5])}{more}")
+        self._updating = False
         if self.device.type == "cpu":
             for name in shared:
                 _pack_again(self.model.get_submodule(name))

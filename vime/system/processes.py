@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ def start_ticks(pid: int) -> int | None:
     """Start of a live process, in clock ticks since boot; None for one that ended."""
     process = find_process(pid)
     return None if process is None else process.start
+
+
+def started_at(pid: int) -> float | None:
+    """Unix time of a live process's start; None for one that ended."""
+    ticks = start_ticks(pid)
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return None if ticks is None else booted + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(root: int) -> list[int]:

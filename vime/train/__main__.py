@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 
 from vime.errors import Cause, VimeError
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vime.train", description="The driver of a run.")
     parser.add_argument("--run", required=True, help="run folder with plan.json and binding.json")
     args = parser.parse_args(argv)
+    began = time.time()
     try:
         plan, binding = read_plan(args.run), read_binding(args.run)
         connect(plan, binding)
@@ -49,18 +51,23 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(Driver(plan, binding, read_token(plan.run_dir, API_KEY)).run())
     except Exception as error:  # noqa: BLE001 -- the last stop: any failure becomes its cause's exit code, in full text
         traceback.print_exception(error)
-        return int(account_for(error, plan, binding))
+        return int(account_for(error, plan, binding, began))
     report("result")
     return int(Cause.SUCCESS)
 
 
-def account_for(error: Exception, plan: Plan, binding: Binding) -> Cause:
-    """Tell the controller and the log why training ended."""
-    account = explain(error, asyncio.run(ray_facts(plan, binding, error)))
+def account_for(error: Exception, plan: Plan, binding: Binding, began: float) -> Cause:
+    """Tell the controller and the log why training, which began at this Unix time, ended."""
+    account = explain(error, asyncio.run(ray_facts(plan, binding, error, began)))
     report("failure", **account.as_data())
     print(f"error: training ended: {account.cause.name.lower()}: {account.text}", file=sys.stderr, flush=True)
     return account.cause
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        # At its exit Ray would wait half a minute for ranks that hang since another died.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -20,10 +20,15 @@ from vime.run.profiles import nsys_environment
 from vime.run.tokens import API_KEY, GROUP_KEY, read_token
 from vime.sync.ranks import ResidenceMethods, SourceMethods, WorkerMethods, address
 from vime.system.progress import Progress
+from vime.train.former import Former, end_former
 from vime.train.placement import Slot, pinned, verify_gpu, verify_here
 from vime.train.pulse import Heart
 
 _PUBLISHING = {("worker", name) for name in ("save", "poll_save", "finish_save")}
+POLL_SECONDS = 60.0
+"""Longest wait for an actor that runs to say how its server is."""
+LOOK_SECONDS = 300.0
+"""The same for one that may have to start first, beside all others."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -39,12 +44,13 @@ def threads_per_rank(plan: Plan, node: int, cores: int) -> int:
 class RankActor:
     """One Megatron rank: sets GPU and threads from the plan before torch loads; TrainWorker does the work."""
 
-    def __init__(self, run_dir: str, rank: int) -> None:
+    def __init__(self, run_dir: str, rank: int, former: Former = ()) -> None:
         plan, binding = read_plan(run_dir), read_binding(run_dir)
         self._run_dir, self._binding = run_dir, binding
         place = plan.trainer_ranks[rank]
         self._name = f"rank {rank} on node {place.node}"
         verify_here(binding, place.node, f"trainer rank {rank}")
+        end_former(former, binding.nodes[place.node].address)
         # Ray sets one thread for an actor with a fraction of a CPU; CPU Adam runs at the speed of its threads.
         threads = threads_per_rank(plan, place.node, len(os.sched_getaffinity(0)))
         os.environ.update(device_variables([place.gpu], os.environ.get(VISIBLE)))
@@ -84,42 +90,61 @@ class RankActor:
 
 
 class EngineActor:
-    """One engine's server process on one of its nodes."""
+    """One engine's server process on one of its nodes. It outlives the driver, for the next one of a kept cluster."""
 
     def __init__(self, run_dir: str, engine: int, position: int) -> None:
-        plan, binding = read_plan(run_dir), read_binding(run_dir)
-        verify_here(binding, plan.servers[engine].nodes[position], f"engine {engine}")
-        self._server = EngineServer(plan, binding, engine, position, read_token(run_dir, API_KEY))
+        self._run_dir, self._engine, self._position = run_dir, engine, position
+        self._plan = read_plan(run_dir)
+        self._server: EngineServer | None = None
 
-    def start(self) -> None:
+    def serves(self, binding: Binding) -> str | None:
+        """Address of the server if it runs with the very command that this binding gives it; else None."""
+        server = self._server
+        if server is None or server.pid is None or server.poll() is not None:
+            return None
+        return server.command.url if server.command == self._made(binding).command else None
+
+    def start(self, binding: Binding) -> None:
+        verify_here(binding, self._plan.servers[self._engine].nodes[self._position], f"engine {self._engine}")
+        self._server = self._made(binding)
         self._server.start()
 
     def wait_ready(self, deadline_s: float) -> str:
+        assert self._server is not None
         return self._server.wait_ready(deadline_s)
 
     def poll(self) -> str | None:
         """How the server's process ended; None while it runs, and where it was not started."""
-        if self._server.pid is None or (code := self._server.poll()) is None:
+        server = self._server
+        if server is None or server.pid is None or (code := server.poll()) is None:
             return None
-        return f"exited with {code}: {self._server.last_words()}"
+        return f"exited with {code}: {server.last_words()}"
 
     def stop(self) -> None:
-        self._server.stop()
+        if self._server is not None:
+            self._server.stop()
+
+    def _made(self, binding: Binding) -> EngineServer:
+        return EngineServer(self._plan, binding, self._engine, self._position, read_token(self._run_dir, API_KEY))
 
 
 class TrainerGroup:
-    """All ranks of the trainer; a call goes to every rank at the same time and ends at the first error."""
+    """All ranks of the trainer; a call goes to every rank at the same time and ends at the first error.
 
-    def __init__(self, plan: Plan, group: Any) -> None:
+    `former`: processes of ranks that an earlier driver left, which are over before a rank takes anything.
+    """
+
+    def __init__(self, plan: Plan, group: Any, former: Former = ()) -> None:
         import ray
 
         actor = ray.remote(RankActor)
+        self.former = former
         self.handles = [
             actor.options(
                 name=f"rank-{place.rank}",
                 **pinned(group, plan, Slot(place.node, place.gpu)),
                 **nsys_environment(plan.recipe, plan.run_dir, place.rank),
-            ).remote(plan.run_dir, place.rank)
+            ).remote(plan.run_dir, place.rank, former)
             for place in plan.trainer_ranks
         ]
 
@@ -140,23 +165,37 @@ class EngineGroup:
     """All engines of the policy, or those given, each with an actor on every node it takes; the first one of an engine
     serves. Its methods number them from 0."""
 
-    def __init__(self, plan: Plan, group: Any, engines: Sequence[EnginePlan] | None = None) -> None:
-        self._plan, self._group = plan, group
+    def __init__(self, plan: Plan, binding: Binding, group: Any, engines: Sequence[EnginePlan] | None = None) -> None:
+        self._plan, self._binding, self._group = plan, binding, group
         self._engines = plan.engines if engines is None else engines
-        self._actors = [
+        self._actors: list[list[Any]] = [
             [self._actor(number, position) for position in range(len(engine.nodes))]
             for number, engine in enumerate(self._engines)
         ]
 
+        self.found: list[int] = []
+        """Engines that an earlier driver left running, in any state (`vime.train.former.settle`)."""
+
     async def start(self, *, deadline_s: float) -> list[str]:
-        """Start every engine; the addresses of their servers once each has answered a real request."""
-        return await self._start(range(len(self._actors)), deadline_s)
+        """Start every engine that does not run yet; the addresses of all servers, once each has answered a real
+        request, except those of `found`."""
+        everyone = range(len(self._actors))
+        # An actor of a lost node may be found that Ray does not take for dead yet.
+        self._actors = await asyncio.gather(*map(self._alive, everyone))
+        asked = [[actor.serves.remote(self._binding) for actor in actors] for actors in self._actors]
+        serving = await asyncio.gather(*(_all("engine look", answers, LOOK_SECONDS) for answers in asked))
+        self.found = [engine for engine in everyone if None not in serving[engine]]
+        others = [engine for engine in everyone if engine not in self.found]
+        # A part that still runs would not meet the others, or has another command.
+        await self._stop(others)
+        started = dict(zip(others, await self._start(others, deadline_s), strict=True))
+        return [started.get(engine) or serving[engine][0] for engine in everyone]
 
     async def restart(self, engines: Sequence[int], *, deadline_s: float) -> None:
         """End these engines, whatever state they are in, and restart them; on return each has answered a request."""
         for engine in engines:
             self._actors[engine] = await self._alive(engine)
-        await _all("engine stop", [actor.stop.remote() for engine in engines for actor in self._actors[engine]], 120)
+        await self._stop(engines)
         await self._start(engines, deadline_s)
 
     async def exited(self) -> list[tuple[int, str]]:
@@ -166,7 +205,7 @@ class EngineGroup:
         found: list[tuple[int, str]] = []
         for index, actors in enumerate(self._actors):
             try:
-                ends = await _all(f"engine {index} poll", [actor.poll.remote() for actor in actors], 60)
+                ends = await _all(f"engine {index} poll", [actor.poll.remote() for actor in actors], POLL_SECONDS)
             except RayActorError as error:
                 found.append((index, f"lost its actor: {str(error).splitlines()[0]}"))
             else:
@@ -183,8 +222,12 @@ class EngineGroup:
 
         await _all("engine stop", [end(actor) for actors in self._actors for actor in actors], 60)
 
+    async def _stop(self, engines: Sequence[int]) -> None:
+        await _all("engine stop", [actor.stop.remote() for engine in engines for actor in self._actors[engine]], 120)
+
     async def _start(self, engines: Sequence[int], deadline_s: float) -> list[str]:
-        await _all("engine start", [actor.start.remote() for e in engines for actor in self._actors[e]], deadline_s)
+        starting = [actor.start.remote(self._binding) for e in engines for actor in self._actors[e]]
+        await _all("engine start", starting, deadline_s)
         leaders = [self._actors[engine][0] for engine in engines]
         return await _all("engine ready", [leader.wait_ready.remote(deadline_s) for leader in leaders], deadline_s + 30)
 
@@ -195,7 +238,7 @@ class EngineGroup:
         alive = []
         for position, actor in enumerate(self._actors[engine]):
             try:
-                await _all(f"engine {engine} poll", [actor.poll.remote()], 60)
+                await _all(f"engine {engine} poll", [actor.poll.remote()], LOOK_SECONDS)
             except RayActorError:
                 alive.append(self._actor(engine, position))
             else:
@@ -207,6 +250,8 @@ class EngineGroup:
 
         planned = self._engines[engine]
         options = pinned(self._group, self._plan, Slot(planned.nodes[position], planned.gpus[position][0]))
+        # Left running by a driver that fails, for the next one.
+        options |= {"name": f"engine-{planned.index}-{position}", "lifetime": "detached", "get_if_exists": True}
         return ray.remote(EngineActor).options(**options).remote(self._plan.run_dir, planned.index, position)
 
 

@@ -204,12 +204,14 @@ async def watch_nodes(plan: Plan, binding: Binding) -> None:
         seen |= live
 
 
-async def ray_facts(plan: Plan, binding: Binding, error: BaseException) -> RayFacts:
-    """Dead nodes and actors. If the error mentions a death, wait until Ray knows of it, for at most 15 s."""
+async def ray_facts(plan: Plan, binding: Binding, error: BaseException, since: float) -> RayFacts:
+    """Dead nodes, and actors that died after the Unix time `since`: Ray also remembers those of earlier drivers.
+
+    If the error mentions a death, wait until Ray knows of it, for at most 15 s."""
     deadline = time.monotonic() + (ASKED_S if any(map(_is_consequence, leaves(error))) else 0.0)
     while True:
         lost = await lost_nodes(plan, binding)
-        dead = await asyncio.to_thread(_dead_actors, binding)
+        dead = await asyncio.to_thread(_dead_actors, binding, since)
         if lost or dead or time.monotonic() >= deadline:
             return RayFacts(lost, tuple(dead))
         await asyncio.sleep(1.0)
@@ -238,8 +240,8 @@ async def _refusal(address: str, port: int) -> str | None:
     return None
 
 
-def _dead_actors(binding: Binding) -> list[DeadActor]:
-    """Actors of the run that ended without a request."""
+def _dead_actors(binding: Binding, since: float) -> list[DeadActor]:
+    """Actors of the run that ended without a request after a Unix time."""
     from ray._private import state
     from ray.core.generated.common_pb2 import ActorDiedErrorContext as Context
 
@@ -254,6 +256,8 @@ def _dead_actors(binding: Binding) -> list[DeadActor]:
         death = actor["DeathCause"]
         context = death.actor_died_error_context
         if actor["State"] != "DEAD" or not (context.error_message or death.HasField("oom_context")):
+            continue
+        if actor["EndTime"] < 1000 * since:
             continue
         out_of_memory = death.HasField("oom_context")
         reason = death.oom_context.error_message if out_of_memory else context.error_message

@@ -31,6 +31,7 @@ from vime.train.causes import watch_nodes
 from vime.train.deadlines import PhaseDeadlines
 from vime.train.exports import Exports
 from vime.train.exposition import Exposition
+from vime.train.former import settle, wait_for_names
 from vime.train.handover import SLEEP_LEVEL, Handover
 from vime.train.loop import Loop
 from vime.train.phases import Phases, saves_after
@@ -84,6 +85,9 @@ class Driver:
             self.pulse.close()
             self.phases.close()
 
+    def _engines(self, group: Any) -> EngineGroup:
+        return EngineGroup(self.plan, self.binding, group)
+
     async def _run(self, group: Any) -> None:
         if self.plan.evaluation is not None:
             await self._evaluate_only(group, self.plan.evaluation)
@@ -95,7 +99,7 @@ class Driver:
             await self._train(group)
 
     async def _train(self, group: Any) -> None:
-        trainer, engines = TrainerGroup(self.plan, group), EngineGroup(self.plan, group)
+        trainer, engines = TrainerGroup(self.plan, group, await wait_for_names()), self._engines(group)
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
             with self.phases.timeline.phase("start", -1):
                 async with asyncio.TaskGroup() as tasks:
@@ -136,27 +140,51 @@ class Driver:
         self, stack: contextlib.AsyncExitStack, trainer: TrainerGroup, engines: EngineGroup
     ) -> tuple[StartState, list[EngineClient]]:
         """Start engines and trainer; one after the other if they share GPUs, since each expects them empty."""
-        engines_up = engines.start(deadline_s=self.deadlines.engine_start)
+        ranks_up = asyncio.ensure_future(trainer.beat(self.deadlines.setup, self.pulse.place))
+        if trainer.former:
+            # A rank that is up has seen the end of those that held its GPU before, and holds nothing of it yet.
+            await ranks_up
+        engines_up = self._timed("engines_time", self._engines_up(stack, engines))
         if self.recipe.resources.colocate:
-            clients = await self._clients(stack, await self._timed("engines_time", engines_up))
+            _, clients = await asyncio.gather(ranks_up, engines_up)
             await asyncio.gather(*(client.sleep(SLEEP_LEVEL) for client in clients))
             return await self._timed("trainer_time", self._trainer_up(trainer)), clients
-        start, urls = await asyncio.gather(
-            self._timed("trainer_time", self._trainer_up(trainer)), self._timed("engines_time", engines_up)
-        )
-        return start, await self._clients(stack, urls)
+        await ranks_up
+        start, clients = await asyncio.gather(self._timed("trainer_time", self._trainer_up(trainer)), engines_up)
+        return start, clients
+
+    async def _engines_up(self, stack: contextlib.AsyncExitStack, engines: EngineGroup) -> list[EngineClient]:
+        """Start the engines; those that an earlier driver left are as if they had just started."""
+        clients = await self._clients(stack, await engines.start(deadline_s=self.deadlines.engine_start))
+        await self._settle(engines, clients)
+        return clients
+
+    async def _settle(self, engines: EngineGroup, clients: list[EngineClient], *, teaches: bool = False) -> None:
+        """Bring the engines that were found to the state of those that were started; start one again that fails."""
+
+        async def one(engine: int) -> None:
+            try:
+                await settle(clients[engine], sleeps=self.recipe.resources.colocate and not teaches, learns=not teaches)
+            except EngineError as error:
+                print(f"engine {engine} of an earlier driver is started again: {error}", flush=True)
+                await engines.restart([engine], deadline_s=self.deadlines.engine_start)
+
+        if engines.found:
+            print(f"{clients[0].model} engines found running: {', '.join(map(str, engines.found))}", flush=True)
+        await asyncio.gather(*map(one, engines.found))
 
     async def _teacher(self, stack: contextlib.AsyncExitStack, group: Any) -> Teacher | None:
         """The plan's teacher, once all of its engines answer; they are stopped with the stack. None without one."""
         planned, limit = self.plan.teacher, self.deadlines.engine_start
         if planned is None:
             return None
-        servers = EngineGroup(self.plan, group, planned.engines)
+        servers = EngineGroup(self.plan, self.binding, group, planned.engines)
         await stack.enter_async_context(_stopped_afterwards(servers))
         urls = await self._timed("teacher_time", servers.start(deadline_s=limit))
         clients = [EngineClient(url, self.api_key, concurrency=CONCURRENCY, model=TEACHER_NAME) for url in urls]
         for client in clients:
             await stack.enter_async_context(client)
+        await self._settle(servers, clients, teaches=True)
         keeper = TeacherKeeper(self.plan, servers, deadline_s=limit)
         patience = self.recipe.teacher.opd_teacher_patience
         return Teacher(planned.path, clients, patience_s=patience, recover=keeper.recover)
@@ -169,7 +197,6 @@ class Driver:
             self._start_times[name] = time.monotonic() - began
 
     async def _trainer_up(self, trainer: TrainerGroup) -> StartState:
-        await trainer.beat(self.deadlines.setup, self.pulse.place)
         place = master(self.plan, self.binding)
         return (await trainer.call(self.deadlines.setup, WorkerMethods.setup, *place))[0]
 
@@ -223,7 +250,7 @@ class Driver:
 
     async def _evaluate_only(self, group: Any, evaluation: Evaluation) -> None:
         """Evaluate the weights that the engines loaded, and give the values to the run that they belong to."""
-        engines, number = EngineGroup(self.plan, group), evaluation.rollout_id
+        engines, number = self._engines(group), evaluation.rollout_id
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
             with self.phases.timeline.phase("start", -1):
                 urls = await engines.start(deadline_s=self.deadlines.engine_start)
@@ -242,7 +269,8 @@ class Driver:
 
     async def _train_only(self, group: Any, folder: str) -> None:
         """Train on rollouts that another run wrote."""
-        trainer = TrainerGroup(self.plan, group)
+        trainer = TrainerGroup(self.plan, group, await wait_for_names())
+        await trainer.beat(self.deadlines.setup, self.pulse.place)
         start = await self._trainer_up(trainer)
         self.phases.metrics.start(start.next_rollout_id)
         exports = Exports(self.plan, deadline_s=self.deadlines.save)
@@ -261,7 +289,7 @@ class Driver:
 
     async def _rollout_only(self, group: Any) -> None:
         """Generate with the weights that the engines loaded, and write the rollouts."""
-        engines = EngineGroup(self.plan, group)
+        engines = self._engines(group)
         async with _stopped_afterwards(engines), contextlib.AsyncExitStack() as stack:
             async with asyncio.TaskGroup() as tasks:
                 teaching = tasks.create_task(self._teacher(stack, group))
@@ -278,13 +306,6 @@ class Driver:
 
 @contextlib.asynccontextmanager
 async def _stopped_afterwards(engines: EngineGroup) -> AsyncIterator[None]:
-    """Stop the engines at the end of the block, also after an error."""
-    try:
-        yield
-    except BaseException as error:
-        try:
-            await engines.stop()
-        except Exception as second:  # noqa: BLE001 -- the first error is the run's cause; the second becomes its note
-            error.add_note(f"then the engines were not stopped: {type(second).__name__}: {second}")
-        raise
+    """Stop the engines at the end of the block. An error leaves them to the next driver, or to the end of Ray."""
+    yield
     await engines.stop()

@@ -44,12 +44,18 @@ def bundles(plan: Plan) -> list[dict[str, float]]:
 async def reserve(plan: Plan, *, deadline_s: float) -> Any:
     """The placement group of the run, once it is ready.
 
+    It outlives the driver, since engines stand in it that the next driver of a kept cluster finds; Ray places bundles
+    of a lost node again where its pin is offered.
+
     Ray waits forever for bundles that can never fit, so this raises DeadlineExceeded and names what no node offers.
     """
     import ray
-    from ray.util.placement_group import placement_group
+    from ray.util.placement_group import get_placement_group, placement_group
 
-    group = placement_group(bundles(plan), strategy="PACK", name=plan.run_name)
+    try:
+        group = get_placement_group(plan.run_name)
+    except ValueError:
+        group = placement_group(bundles(plan), strategy="PACK", name=plan.run_name, lifetime="detached")
     try:
         await asyncio.wait_for(group.ready(), deadline_s)
     except TimeoutError:
