@@ -86,7 +86,7 @@ def test_the_plug_ins_of_the_recipe_are_taken_along(
     more = snapshot.look(load_recipe("tiny-qwen3", ["--rm-type", target]))
     assert own is not None
     assert more is not None
-    assert sorted(set(more.files) - set(own.files)) == [(name, tmp_path / name) for name in names]
+    assert sorted(set(more.files) - set(own.files)) == [(name, str(tmp_path / name)) for name in names]
 
 
 def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ _SKIPPED = ("__pycache__",)
 class Snapshot:
     """Files of a run's code, and a name derived from their content."""
 
-    files: tuple[tuple[str, Path], ...]
+    files: tuple[tuple[str, str], ...]
     """(path in the snapshot, source file) of each file."""
     name: str
 
@@ -46,13 +46,14 @@ def look(recipe: Recipe) -> Snapshot | None:
     root = checkout()
     if root is None:
         return None
-    files = {name: path for part in _PARTS for name, path in _files(root, root / part)}
+    files = {name: path for part in _PARTS for name, path in _files(root, part)}
     for module in plugin_modules(recipe):
         files.update(_module_files(module))
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with open(path, "rb", buffering=0) as file:
+            digest.update(hashlib.sha256(file.read()).digest())
     return Snapshot(tuple(sorted(files.items())), digest.hexdigest()[:12])
 
 
@@ -97,7 +98,7 @@ def plugin_modules(recipe: Recipe) -> list[str]:
     return sorted({target.partition(":")[0].partition(".")[0] for target in targets if ":" in target} - {"vime"})
 
 
-def _module_files(module: str) -> Iterable[tuple[str, Path]]:
+def _module_files(module: str) -> Iterable[tuple[str, str]]:
     """Files of a module in the working directory or on the path; none for an installed or unknown module."""
     spec = PathFinder.find_spec(module, [os.getcwd(), *sys.path])
     if spec is None or spec.origin is None or not spec.has_location:
@@ -106,15 +107,17 @@ def _module_files(module: str) -> Iterable[tuple[str, Path]]:
     if any(origin.is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")):
         return []
     top = origin.parent if spec.submodule_search_locations else origin
-    return _files(top.parent, top)
+    return _files(top.parent, top.name)
 
 
-def _files(root: Path, place: Path) -> Iterator[tuple[str, Path]]:
-    if place.is_file():
-        yield str(place.relative_to(root)), place
+def _files(root: Path, part: str) -> Iterator[tuple[str, str]]:
+    """(path below `root`, path) of a file, or of all files below a folder. Strings: a dry run waits for these."""
+    place = os.path.join(root, part)
+    if os.path.isfile(place):
+        yield part, place
         return
     for folder, folders, names in os.walk(place):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED)
-        inside = Path(folder).relative_to(root)
+        inside = os.path.relpath(folder, root)
         for name in sorted(names):
-            yield str(inside / name), Path(folder, name)
+            yield os.path.join(inside, name), os.path.join(folder, name)
