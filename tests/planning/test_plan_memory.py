@@ -9,7 +9,8 @@ import pytest
 
 from vime.errors import BadInput
 from vime.models.config import ModelConfig
-from vime.models.families import count, params_of
+from vime.models.families import count, params_of, stage_of
+from vime.models.namemap import Where
 from vime.planning.advice import fullest, levers
 from vime.planning.build import Checks, make_plan
 from vime.planning.counts import Counts, model_counts, stage_counts
@@ -48,6 +49,16 @@ def items(plan: Plan, node: int) -> dict[str, int]:
 @pytest.mark.parametrize("name", files.names("models"))
 def test_counting_without_listing_every_expert_gives_the_sum_of_all_parameters(name: str):
     assert model_counts(config(name)).total == count(params_of(config(name)))
+
+
+@pytest.mark.parametrize("name", [name for name in files.names("models") if name.startswith("tiny")])
+def test_a_stage_counts_the_parameters_of_its_own_layers(name: str):
+    model, three = config(name), ParallelLayout(world_size=3, pp=3, last_stage_layers=1)
+    built = [one for one in params_of(model) if one.where != Where.MTP]
+    listed = [[one for one in built if stage_of(one, three, model.num_layers) == stage] for stage in range(3)]
+    if model.tie_word_embeddings:
+        listed[2].append(listed[0][0])
+    assert [stage.total for stage in stage_counts(model, three, mtp=False)] == [count(params) for params in listed]
 
 
 def test_published_sizes_of_the_models():

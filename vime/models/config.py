@@ -173,7 +173,10 @@ class Family(Protocol):
         ...
 
     def params(self, config: ModelConfig) -> tuple[Param, ...]:
-        """Every parameter and persistent buffer, ordered as embedding, head, decoder layers, MTP layers."""
+        """Every parameter and persistent buffer, ordered as embedding, head, decoder layers, MTP layers.
+
+        Decoder layers of which `is_moe_layer` says the same have the same parameters.
+        """
         ...
 
     def megatron_config(self, config: ModelConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from vime.models.config import ModelConfig
@@ -91,7 +92,10 @@ def summed(parts: Parts) -> Counts:
 @functools.lru_cache(maxsize=32)
 def model_counts(config: ModelConfig) -> Counts:
     """Counts of the whole model, MTP layers included; a tied output head counts once."""
-    return functools.reduce(Counts.__add__, (_counts(param, elements) for param, elements in _elements(config)))
+    return functools.reduce(
+        Counts.__add__,
+        (_counts(param, elements * (len(layers) or 1)) for param, elements, layers in _elements(config)),
+    )
 
 
 def stage_counts(config: ModelConfig, layout: ParallelLayout, *, mtp: bool) -> tuple[Counts, ...]:
@@ -164,12 +168,13 @@ def _stage_rows(config: ModelConfig, tp: int, sizes: tuple[int, ...], mtp: bool)
         rows, key = stages[stage], (kind, how, size)
         rows[key] = rows.get(key, 0) + number
 
-    for param, elements in _elements(dataclasses.replace(config, vocab_size=config.padded_vocab_size(tp))):
+    for param, elements, layers in _elements(dataclasses.replace(config, vocab_size=config.padded_vocab_size(tp))):
         if param.where == Where.MTP and not mtp:
             continue
         size = math.prod(param.shape) if param.expert is not None else elements
-        stage = of_layer[param.layer or 0] if param.where == Where.DECODER else _end(param.where)
-        add(stage, kind_of(param), _how(param), size, elements // size)
+        places = Counter(of_layer[layer] for layer in layers) if layers else {_end(param.where): 1}
+        for stage, number in places.items():
+            add(stage, kind_of(param), _how(param), size, number * (elements // size))
         if copy_last and param.where == Where.EMBEDDING:
             add(-1, Kind.HEAD if config.tie_word_embeddings else Kind.EMBEDDING, _how(param), size, 1)
     return tuple(stages)
@@ -194,23 +199,32 @@ def _counts(param: Param, elements: int) -> Counts:
 
 
 @functools.lru_cache(maxsize=32)
-def _elements(config: ModelConfig) -> tuple[tuple[Param, int], ...]:
-    """Every parameter, with one expert per layer that stands for all of them, and its elements.
+def _elements(config: ModelConfig) -> tuple[tuple[Param, int, tuple[int, ...]], ...]:
+    """Every parameter with its elements, and the decoder layers that have one like it; no layers elsewhere.
 
-    Counting with one and with two experts gives the slope of everything that grows with their number (experts, router),
-    so that a model with tens of thousands of expert matrices is counted without listing them.
+    One layer stands for all of its kind, and one of its experts for all of them: counting with one and with two experts
+    gives the slope of everything that grows with their number (experts, router). So a model with tens of thousands of
+    expert matrices is counted without listing them.
     """
+    alike: dict[bool, list[int]] = {}
+    for layer in range(config.num_layers):
+        alike.setdefault(config.is_moe_layer(layer), []).append(layer)
+    of_kind = [tuple(layers) for layers in alike.values()]
+    small = dataclasses.replace(config, num_layers=len(alike))
+
+    def layers_of(param: Param) -> tuple[int, ...]:
+        return of_kind[param.layer or 0] if param.where == Where.DECODER else ()
+
     if config.moe is None:
-        return tuple((param, math.prod(param.shape)) for param in params_of(config))
-    number = config.moe.num_experts
+        return tuple((param, math.prod(param.shape), layers_of(param)) for param in params_of(small))
+    number, moe = config.moe.num_experts, dataclasses.replace(config.moe, layers=tuple(alike))
     one, two = (
-        params_of(dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=experts)))
-        for experts in (1, 2)
+        params_of(dataclasses.replace(small, moe=dataclasses.replace(moe, num_experts=experts))) for experts in (1, 2)
     )
     in_two = {param.name: math.prod(param.shape) for param in two}
-    elements = []
+    found = []
     for param in one:
         size = math.prod(param.shape)
         slope = size if param.expert is not None else in_two[param.name] - size
-        elements.append((param, size + (number - 1) * slope))
-    return tuple(elements)
+        found.append((param, size + (number - 1) * slope, layers_of(param)))
+    return tuple(found)
