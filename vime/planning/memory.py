@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -163,13 +164,17 @@ def routes_bytes(recipe: Recipe, config: ModelConfig) -> int:
 
 
 def _held(weights: Weights, ranks: Sequence[TrainerRank], exact_above: float) -> _Held:
-    held = sum(weights.stages[rank.pp].of_rank(weights.layout) for rank in ranks)
-    kept = sum(weights.stages[rank.pp].of_optimizer_rank(weights.layout) for rank in ranks)
-    tensors = [one for rank in ranks for one in weights.tensors[rank.pp]]
-    shards = [(4 * one.elements / one.replicas, one.number) for one in tensors]
-    whole = [(2 * one.elements, one.number) for one in tensors]
+    # Ranks of a stage hold the same.
+    of_stage, layout = Counter(rank.pp for rank in ranks), weights.layout
+    held = sum(number * weights.stages[pp].of_rank(layout) for pp, number in of_stage.items())
+    kept = sum(number * weights.stages[pp].of_optimizer_rank(layout) for pp, number in of_stage.items())
+    tensors = [(one, one.number * number) for pp, number in of_stage.items() for one in weights.tensors[pp]]
+    shards = [(4 * one.elements / one.replicas, number) for one, number in tensors]
+    whole = [(2 * one.elements, number) for one, number in tensors]
     # Megatron keeps a rank's dense parameters in one buffer and its experts' in another.
-    buffers = [(2 * size, 1) for rank in ranks for size in weights.stages[rank.pp].buffers_of_rank(weights.layout)]
+    buffers = [
+        (2 * size, number) for pp, number in of_stage.items() for size in weights.stages[pp].buffers_of_rank(layout)
+    ]
 
     def lost(sizes: Sequence[tuple[float, int]]) -> int:
         return math.ceil(sum(number * (pinned_bytes(size, exact_above) - size) for size, number in sizes))
