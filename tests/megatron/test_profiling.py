@@ -76,7 +76,7 @@ def test_the_plan_counts_what_the_profiler_holds_on_the_nodes_of_its_ranks():
 
 
 STAND_IN = """#!/bin/sh
-# Stands for nsys, which is not to be had here: notes what it is told.
+# Stands for nsys, which few machines have (tests/run/test_nsys.py is about the real one): notes what it is told.
 for word; do printf '%s\\n' "$word"; done >> {calls}
 """
 
@@ -108,6 +108,7 @@ def test_a_rank_under_nsight_systems_is_started_by_it_and_records_what_is_marked
     words = nsys_calls(environment["runtime_env"], tmp_path / "ray", monkeypatch)
     assert words == [
         "profile", "-t", "cuda,nvtx,cublas,osrt", "-o", f"{run_dir}/profiles/rank-001.%p", "--force-overwrite=true",
+        "--sample=none", "--cpuctxsw=none",
         "--capture-range=cudaProfilerApi", "--capture-range-end=repeat:2", "python", "-c", "worker",
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Profiling of a rank: torch's profiler, markers for Nsight Systems, memory at an out-of-memory error.
 
 <run>/profiles/rollout-0003.rank-008.json.gz    trace of torch's profiler, for Perfetto or chrome://tracing
-<run>/profiles/rank-008.<process>.nsys-rep      report of Nsight Systems
+<run>/profiles/rank-008.<process>.nsys-rep      report of Nsight Systems; of several rollouts .1.nsys-rep, …
 <run>/profiles/out-of-memory.rank-008.pickle    CUDA memory snapshot, for https://pytorch.org/memory_viz
 """
 

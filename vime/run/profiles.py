@@ -53,4 +53,7 @@ def nsys_environment(recipe: Recipe, run_dir: str, rank: int) -> dict[str, Any]:
     output = "/" + shlex.quote(str(report).removeprefix("/"))
     # Only what the worker marks is recorded: the training of the chosen rollouts.
     marked = {"capture-range": "cudaProfilerApi", "capture-range-end": f"repeat:{len(options.profile_rollouts)}"}
-    return {"runtime_env": {"nsight": {"t": "cuda,nvtx,cublas,osrt", "o": output, "force-overwrite": "true", **marked}}}
+    # Samples of the processors take rights that many nodes refuse, and nsys may never end where a kernel lacks events.
+    unsampled = {"sample": "none", "cpuctxsw": "none"}
+    wanted = {"t": "cuda,nvtx,cublas,osrt", "o": output, "force-overwrite": "true", **unsampled, **marked}
+    return {"runtime_env": {"nsight": wanted}}
