@@ -16,6 +16,7 @@ from vime.planning.advice import fullest
 from vime.planning.build import Checks, make_plan
 from vime.planning.fit import least_nodes, shortages
 from vime.planning.needs import as_json, needs_of, render_needs
+from vime.planning.request import check_fits
 from vime.planning.svg import placement_svg
 from vime.planning.traffic import free_space
 from vime.recipe.load import load_recipe
@@ -44,6 +45,19 @@ def test_a_run_fits_where_its_fullest_node_does():
     assert shortages(plan_of("deepseek-r1", on=cluster(needed))) == ()
     (lack,) = shortages(plan_of("deepseek-r1", on=cluster(needed - 1)))
     assert (lack.where, lack.what, lack.needs_bytes) == ("node 4", "host memory", needed)
+
+
+def test_programs_that_do_not_fit_beside_the_rest_are_refused_before_the_queue():
+    without = fullest(plan_of("deepseek-r1-agent", "--tools", "calculator")).host_memory.total_bytes
+    room = cluster(without + 32 * 2**29)
+    check_fits(plan_of("deepseek-r1-agent", "--tool-programs", "32", on=room))
+    plan = plan_of("deepseek-r1-agent", "--tool-programs", "33", on=room)
+    with pytest.raises(BadInput, match="host memory"):
+        check_fits(plan)
+    assert "33 programs of the tool python at once (--tool-programs), 537 MB each" in command.render(plan)
+    fits, other = (least("deepseek-r1-agent", without + 32 * 2**29, "--tool-programs", count) for count in ("32", "33"))
+    assert (fits.nodes, fits.flags) == (16, ())
+    assert (other.nodes, other.flags) > (16, ())
 
 
 @pytest.mark.parametrize("memory", [2 * TB, TB, TB * 7 // 10])

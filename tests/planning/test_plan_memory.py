@@ -156,6 +156,27 @@ def test_each_copy_in_the_account_goes_with_its_option():
     assert all(node.host_memory.total_bytes == sum(items(full, node.index).values()) for node in full.nodes)
 
 
+def test_programs_of_the_tool_python_count_on_every_node_as_many_as_run_at_once():
+    nodes = GPUS.model_copy(update={"cpus_per_node": 96})
+    without = plan_of("deepseek-r1-agent", "--tools", "calculator", cluster=nodes)
+    plan = plan_of("deepseek-r1-agent", "--tools", "calculator", "python", cluster=nodes)
+    assert plan.recipe.agent.tool_programs == 24
+    for node in plan.nodes:
+        assert items(plan, node.index) == items(without, node.index) | {"programs": 24 * 512 * 2**20}
+    fewer = plan_of("deepseek-r1-agent", "--tool-programs", "3", "--tool-memory", str(2**30), cluster=nodes)
+    assert items(fewer, 0)["programs"] == 3 * 2**30
+
+
+def test_tools_that_run_no_programs_take_no_memory():
+    plan = plan_of("deepseek-r1-agent", "--tools", "calculator", "--tool-programs", "9")
+    assert "programs" not in items(plan, 0)
+
+
+def test_cores_that_nodes_share_with_other_jobs_say_nothing_about_programs():
+    shared = GPUS.model_copy(update={"cpus_per_node": 96, "exclusive": False})
+    assert plan_of("deepseek-r1-agent", cluster=shared).recipe.agent.tool_programs == 4
+
+
 def test_a_node_of_the_tiny_recipe_fits_a_small_machine():
     local = Cluster(name="local", kind="local", gpu_request="none")
     total = plan_of("tiny-deepseek-r1", cluster=local).nodes[0].host_memory.total_bytes

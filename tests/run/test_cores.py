@@ -4,7 +4,7 @@ import pytest
 
 from vime.errors import BadInput
 from vime.recipe.schema import AgentOptions
-from vime.run.cores import divide, set_aside
+from vime.run.cores import divide, programs_at_once, set_aside
 
 PYTHON = AgentOptions(environment="tools", tools=["python"])
 
@@ -33,3 +33,25 @@ def test_without_programs_all_cores_are_the_others():
 def test_engines_and_trainer_keep_a_core():
     with pytest.raises(BadInput, match="--tool-cores is 4, and a node has 4 cores: leave some to engines and trainer"):
         set_aside(PYTHON.model_copy(update={"tool_cores": 4}), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "programs"),
+    [
+        ({}, 96, 24),  # two for each of the twelve cores that are theirs
+        ({"tool_cores": 3}, 96, 6),
+        ({"tool_cores": 3}, None, 6),
+        ({}, 4, 8),  # too few to set some aside: all are shared
+        ({"tool_cores": 0}, 96, 192),
+        ({}, None, 4),
+        ({"tool_programs": 5}, 96, 5),
+        ({"tools": ["calculator"], "tool_programs": 5}, 96, 0),
+    ],
+)
+def test_two_programs_run_at_once_for_each_core_of_theirs_unless_the_recipe_says_how_many(options, cores, programs):
+    assert programs_at_once(PYTHON.model_copy(update=options), cores) == programs
+
+
+def test_programs_that_would_take_all_cores_are_refused():
+    with pytest.raises(BadInput, match="--tool-cores is 4, and a node has 4 cores"):
+        programs_at_once(PYTHON.model_copy(update={"tool_cores": 4}), 4)

@@ -79,6 +79,7 @@ SHOWN_IN: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "run/test_cores.py": {
         "test_the_recipe_may_say_how_many": ("tool_cores",),
+        "test_two_programs_run_at_once_for_each_core_of_theirs_unless_the_recipe_says_how_many": ("tool_programs",),
     },
     "test_fetch.py": {
         "test_brings_everything_once_and_checks_it_without_network": ("fetch",),

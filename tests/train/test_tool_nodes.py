@@ -20,13 +20,13 @@ from vime.node.ray_process import pin_resource
 from vime.run.folder import write_binding, write_plan
 from vime.run.plan import Binding, BoundNode, Plan
 from vime.run.tokens import make_tokens
-from vime.train.tool_nodes import PLACES_PER_CORE, ToolNodes
+from vime.train.tool_nodes import ToolNodes
 
 pytestmark = pytest.mark.e2e
 
 LIMITS = Limits(seconds=patience.ANSWER, memory=256 * 2**20)
 CORES = sorted(os.sched_getaffinity(0))
-PLACES = PLACES_PER_CORE * len(CORES)
+PLACES = 3
 
 
 def plan_in(run_dir: Path, *flags: str, nodes: int = 2) -> Plan:
@@ -84,7 +84,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_programs_are_spread_over_the_nodes_and_more_than_there_is_room_for_wait(second, tmp_path) -> None:
-    nodes = ToolNodes(plan_in(tmp_path))
+    nodes = ToolNodes(plan_in(tmp_path, "--tool-programs", str(PLACES)))
     await nodes.check()
     slow = started(nodes, "import time; time.sleep(2); print('slow')", 2 * PLACES + 1)
     await until(lambda: nodes.loads() == [PLACES, PLACES])

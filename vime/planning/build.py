@@ -96,6 +96,7 @@ def make_plan(
     check_layout(config, trainer)
     found += derive.notes(recipe, config, trainer)
     recipe = derive.derive(recipe, config, trainer, folder, cluster.cpus_per_node if cluster.exclusive else None)
+    recipe = derive.with_programs(recipe, cluster)
     slots = layout.divide_slots(recipe, per_node, one_node=one_node)
     ranks, engines, teaching, numbers = _place(recipe, cluster, trainer, slots)
     for engine in engines:

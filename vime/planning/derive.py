@@ -14,8 +14,8 @@ from vime.recipe.algorithms import CORRECTIONS
 from vime.recipe.load import change
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
-from vime.run.cores import set_aside
-from vime.run.plan import context_length
+from vime.run.cores import programs_at_once, set_aside
+from vime.run.plan import Cluster, context_length
 from vime.run.profiles import check_profile
 from vime.run.trackers import check_tracking
 
@@ -60,6 +60,17 @@ def derive(recipe: Recipe, config: ModelConfig, layout: ParallelLayout, run_dir:
         algorithm={"eps_clip_high": _or(recipe.algorithm.eps_clip_high, recipe.algorithm.eps_clip)},
         engine={"vllm": _engine_arguments(recipe, config)[0]},
     )
+
+
+def with_programs(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with the number of programs of the tool `python` that run at once on a node of the cluster.
+
+    Cores that a node shares with other jobs say nothing. Raises BadInput where programs take all cores.
+    """
+    if not recipe.agent.runs_python:
+        return recipe
+    cores = cluster.cpus_per_node if cluster.exclusive or cluster.one_machine else None
+    return change(recipe, agent={"tool_programs": programs_at_once(recipe.agent, cores)})
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -158,4 +158,4 @@ def _recipe(recipe: Recipe, config: ModelConfig, cluster: Cluster, nodes: int, g
     evaluation = {"eval_job": False, "eval_interval": None}
     recipe = change(recipe, checkpoint=checkpoint, resources=resources, eval=evaluation)
     whole = cluster.cpus_per_node if cluster.exclusive else None
-    return derive.derive(recipe, config, ParallelLayout(), subject.run_dir, whole)
+    return derive.with_programs(derive.derive(recipe, config, ParallelLayout(), subject.run_dir, whole), cluster)

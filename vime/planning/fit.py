@@ -104,6 +104,7 @@ def least_nodes(recipe: Recipe, config: ModelConfig, cluster: Cluster, *, most: 
             f"the host memory of a node of cluster {cluster.name} is not known: set memory-per-node-bytes in its "
             "profile or give --node-memory"
         )
+    recipe = derive.with_programs(recipe, cluster)
     for nodes in range(1, most + 1):
         if _lower_bound(recipe, config, nodes) > cluster.memory_per_node_bytes:
             continue

@@ -1,4 +1,4 @@
-"""Host memory of a node, item by item: the trainer, the engines and Ray, each with its reason.
+"""Host memory of a node, item by item: the trainer, the engines, Ray and programs of tools, each with its reason.
 
 Sizes follow from parameter counts and the recipe; fixed process overheads are the constants below.
 """
@@ -17,6 +17,7 @@ from vime.planning.counts import Counts, Tensors, model_counts, stage_counts, st
 from vime.recipe.optimizers import OptimizerKind
 from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
+from vime.run.cores import programs_at_once
 from vime.run.plan import Item, Memory, TrainerRank
 
 GB = 10**9
@@ -147,6 +148,10 @@ def node_memory(
         items.append(_item("hf_export", EXPORT_PROCESS + EXPORT_COPIES * largest, why))
     store = object_store_bytes(recipe)
     items.append(_item("ray", RAY_NODE + store, f"raylet and agents, and an object store of {store / GB:.1f} GB"))
+    if programs := programs_at_once(recipe.agent, None):
+        each = recipe.agent.tool_memory
+        why = f"{programs} programs of the tool python at once (--tool-programs), {each / 1e6:.0f} MB each"
+        items.append(_item("programs", programs * each, f"{why} (--tool-memory)"))
     if node == 0 and (routes := routes_bytes(recipe, config)):
         why = "routes of a rollout's tokens in the driver until they are written (--use-rollout-routing-replay)"
         items.append(_item("routes", routes, why))

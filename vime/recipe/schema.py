@@ -317,6 +317,9 @@ class AgentOptions(Options):
     """Characters of a tool's output that the model gets to see."""
     tool_memory: int = Field(default=512 * 2**20, ge=2**24)
     """Bytes of memory, and of files, that one call of `python` may take."""
+    tool_programs: int | None = Field(default=None, ge=1)
+    """Programs of `python` that run at once on a node; the plan counts `--tool-memory` for each, and more than these
+    wait. Default: two for each core of theirs, or 4 where the plan does not know a node's cores."""
     tool_cores: int | None = Field(default=None, ge=0)
     """Cores of every node that are set aside for the programs of `python`; engines and trainer count on the others. 0:
     programs share all cores. Default: an eighth of a node's cores, which is none of fewer than eight."""

@@ -1,4 +1,4 @@
-"""Division of a node's cores between the programs of the tool `python` and all else."""
+"""Division of a node's cores between the programs of the tool `python` and all else, and how many programs they run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from vime.recipe.schema import AgentOptions
 
 SHARE = 8
 """By default programs get one of so many cores."""
+PROGRAMS_PER_CORE = 2
+"""Programs that run at once on a node, for each of its cores that they may use: some of them wait."""
+PROGRAMS = 4
+"""Programs that run at once on a node whose cores are not known."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,17 @@ def set_aside(options: AgentOptions, cores: int) -> int:
     if wanted and wanted >= cores:
         raise BadInput(f"--tool-cores is {wanted}, and a node has {cores} cores: leave some to engines and trainer")
     return wanted
+
+
+def programs_at_once(options: AgentOptions, cores: int | None) -> int:
+    """Programs that run at once on a node of so many cores (None: not known), 0 where the recipe runs none.
+
+    Raises BadInput where no cores are left to others.
+    """
+    if not options.runs_python:
+        return 0
+    if options.tool_programs is not None:
+        return options.tool_programs
+    if cores is None:
+        return PROGRAMS_PER_CORE * options.tool_cores if options.tool_cores else PROGRAMS
+    return PROGRAMS_PER_CORE * (set_aside(options, cores) or cores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ class Local:
         if wanted.partition or wanted.spares or wanted.shape != "allocation":
             raise BadInput("--partition, --spares and --shape have no meaning with --cluster local: leave them out")
         memory = cluster.memory_per_node_bytes or machine_memory()
-        return cluster.model_copy(update={"memory_per_node_bytes": memory}), []
+        cores = cluster.cpus_per_node or len(os.sched_getaffinity(0))
+        return cluster.model_copy(update={"memory_per_node_bytes": memory, "cpus_per_node": cores}), []
 
     def preview(self, plan: Plan) -> list[Preview]:
         return []

@@ -12,13 +12,11 @@ from vime.agents import sandbox
 from vime.agents.sandbox import Limits, Outcome
 from vime.errors import DeadlineExceeded
 from vime.node.ray_process import pin_resource
-from vime.run.cores import divide
+from vime.run.cores import divide, programs_at_once
 from vime.run.folder import read_binding, read_plan
 from vime.run.plan import Plan
 from vime.train.placement import PIN, verify_here
 
-PLACES_PER_CORE = 2
-"""Programs that run at once on a node, for each of its cores that they may use: some of them wait."""
 START_SECONDS = 300.0
 GRACE_SECONDS = 20.0
 """Time beyond a program's own within which its node has to answer; then it counts as lost."""
@@ -34,8 +32,9 @@ class SandboxActor:
     def __init__(self, run_dir: str, node: int) -> None:
         plan = read_plan(run_dir)
         verify_here(read_binding(run_dir), node, "the sandbox")
-        cores = divide(plan.recipe.agent, sorted(os.sched_getaffinity(0))).programs
-        self._places = PLACES_PER_CORE * len(cores)
+        here = sorted(os.sched_getaffinity(0))
+        cores = divide(plan.recipe.agent, here).programs
+        self._places = programs_at_once(plan.recipe.agent, len(here))
         for thread in Path("/proc/self/task").iterdir():  # what programs inherit is the cores of the thread that forks
             os.sched_setaffinity(int(thread.name), cores)
 
