@@ -148,3 +148,15 @@ def test_a_failure_that_another_attempt_does_not_mend_ends_the_services(run_dir:
     assert (recovery(events), served) == ([], ["0", "1", "2"])
     assert events[-1].kind == "run-end"
     assert "ray-head" in [event.stage for event in events if event.text == "stopped"]
+
+
+def test_a_node_that_is_lost_as_its_service_starts_is_noticed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vime.launch.controller.LOOK_S", 0.5)
+    (tmp_path / "attempt-0").touch()
+    stages = [preflight(run_dir, 3), service("ray-workers", "import time; time.sleep(3600)", nodes=(1, 2))]
+    runner = Cluster(make_plan(run_dir, stages, nodes=3), tmp_path, ["gpu008"])
+    runner.can_requeue = False
+    assert Controller(make_plan(run_dir, stages, nodes=3), runner, say=lambda line: None).run() is Cause.NODE_FAILURE
+    assert read_events(run_dir)[-1].node == "gpu008"

@@ -55,6 +55,8 @@ ROOT_CAUSE_S = 2.0
 JOURNAL_PATIENCE_S = 30.0
 """Longest wait of the final event for a file system that refuses writes."""
 STEP_PATIENCE_S = 60.0
+LOOK_S = 20.0
+"""Interval between two looks at the nodes of a service that is not ready."""
 DRIVER_SILENCE_S = 600.0
 """Silence after which training's driver counts as hung. Long, since writing a rollout's samples blocks the driver."""
 MAY_BE_A_GPU = (Cause.CRASH, Cause.CODE_ERROR, Cause.DEADLINE)
@@ -290,6 +292,7 @@ class Controller:
     def _watch(self, step: Step) -> None:
         """Wait until the stage has ended or the service is ready. Raises RunFailed on any other outcome."""
         stage, deadline = step.stage, time.monotonic() + step.stage.deadline_s
+        look = time.monotonic() + LOOK_S
         while True:
             self._obey_signals(step)
             for report in step.pump():
@@ -308,6 +311,11 @@ class Controller:
                 if (more := self._more_time(stage)) <= 0:
                     raise RunFailed(self._judge(step, late=late(step, stage.deadline_s)))
                 deadline = time.monotonic() + more
+            if stage.service and time.monotonic() > look:
+                # srun goes on without a node of a service, so nothing else tells that one is lost as it starts.
+                if set(self._allocation.lost_nodes()) & {place.name for place in step.places}:
+                    raise RunFailed(self._judge(step))
+                look = time.monotonic() + LOOK_S
             if (silent := step.silent_s) is not None and silent > DRIVER_SILENCE_S:
                 raise RunFailed(self._judge(step, late=hung(step, silent)))
             self._watching()
