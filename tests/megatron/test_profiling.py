@@ -66,6 +66,12 @@ def test_ranks_and_rollouts_that_are_not_there_are_refused(flags, said):
         plan_of("tiny-qwen3", *flags)
 
 
+def test_a_folder_that_nsight_systems_cannot_write_to_is_refused():
+    flags = (*CHOSEN, "--profiler", "nsys")
+    with pytest.raises(BadInput, match="give a --run-dir without double quotes"):
+        plan_of("deepseek-r1", *flags, nodes=16, cluster="example", run_dir='/runs/a "run"')
+
+
 def test_the_plan_counts_what_the_profiler_holds_on_the_nodes_of_its_ranks():
     flags = ("--profile-ranks", "0,8,9", "--profile-rollouts", "3")
     plan = plan_of("deepseek-r1", *flags, nodes=16, cluster="example")

@@ -19,7 +19,7 @@ from tests.support.plans import plan_of
 from tests.support.small_base import write_deepseek
 from vime.errors import BadInput
 from vime.node import rehearsal
-from vime.node.rehearsal import check_libraries, check_plugins, check_prompts, libraries, rehearse
+from vime.node.rehearsal import check_libraries, check_plugins, check_profiler, check_prompts, libraries, rehearse
 from vime.recipe.load import load_recipe
 from vime.run.folder import write_plan
 from vime.run.plan import Plan
@@ -140,6 +140,25 @@ def test_a_library_that_cannot_be_imported_is_named_with_what_else_to_give(
     assert list(check_libraries(plan)) == ["deep_ep"]
     on_processors = plan_of("tiny-deepseek-r1", "--attention-backend", "flash", nodes=1)
     assert list(check_libraries(on_processors)) == []
+
+
+def test_nsight_systems_is_looked_for_where_ranks_run_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--profile-ranks", "0", "--profile-rollouts", "3", "--profiler")
+    plan = plan_of("deepseek-r1", *flags, "nsys", nodes=16, cluster="example")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        BadInput, match="nsys is not on the path here: install Nsight Systems, or give --profiler torch"
+    ):
+        list(check_profiler(plan))
+    for name in ("nsys", "python"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(BadInput, match=f"the first python on the path, which is {tmp_path}/python"):
+        list(check_profiler(plan))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{tmp_path}")
+    assert list(check_profiler(plan)) == [f"{tmp_path}/nsys"]
+    monkeypatch.setenv("PATH", "")
+    assert list(check_profiler(plan_of("deepseek-r1", *flags, "torch", nodes=16, cluster="example"))) == []
 
 
 class Server(http.server.BaseHTTPRequestHandler):

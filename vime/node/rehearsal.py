@@ -1,8 +1,8 @@
 """`python -m vime.node.rehearsal --run DIR`: tries once, on one node, what the run would otherwise learn hours later.
 
-Imports the plug-ins and the libraries that the recipe turns on, loads the tokenizer and renders a row of every prompt
-set, asks the reward server for a reward, and reads every scale of the checkpoint. Runs before the first byte is
-converted. Ends with the first failure in one line, and the exit code of its cause.
+Imports the plug-ins and the libraries that the recipe turns on, looks for its profiler, loads the tokenizer and renders
+a row of every prompt set, asks the reward server for a reward, and reads every scale of the checkpoint. Runs before the
+first byte is converted. Ends with the first failure in one line, and the exit code of its cause.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,23 @@ def check_libraries(plan: Plan) -> Iterator[str]:
         raise BadInput(f"{ENGINE} is installed here but cannot be imported ({why}): repair it, or uninstall it")
 
 
+def check_profiler(plan: Plan) -> Iterator[str]:
+    """Look for Nsight Systems where ranks are to run under it. Yields its path; raises BadInput without it."""
+    options, ours = plan.recipe.profile, Path(sys.executable).parent
+    if options.profiler != "nsys" or not options.profile_ranks:
+        return
+    if (nsys := shutil.which("nsys")) is None:
+        raise BadInput(
+            "--profiler nsys: nsys is not on the path here: install Nsight Systems, or give --profiler torch"
+        )
+    if (python := shutil.which("python")) is None or Path(python).parent != ours:
+        raise BadInput(
+            f"--profiler nsys: Ray starts ranks under nsys with the first python on the path, which is {python}: put "
+            f"{ours} first on it (the profile's venv does), or give --profiler torch"
+        )
+    yield nsys
+
+
 def check_plugins(recipe: Recipe) -> Iterator[str]:
     """Import each plug-in in a process of its own. Yields what was loaded; raises BadInput for one that cannot be."""
     for option, target in plugin_targets(recipe):
@@ -143,6 +161,8 @@ def rehearse(plan: Plan) -> Iterator[str]:
     recipe = plan.recipe
     for module in check_libraries(plan):
         yield f"{module} imported"
+    for nsys in check_profiler(plan):
+        yield f"{nsys} found"
     for target in check_plugins(recipe):
         yield f"{target} loaded"
     prompts = list(check_prompts(plan))

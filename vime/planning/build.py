@@ -28,6 +28,7 @@ from vime.recipe.parallel import ParallelLayout
 from vime.recipe.schema import Recipe
 from vime.recipe.vllm_arguments import check_installed
 from vime.run.plan import Cluster, EnginePlan, GpuMemory, NodePlan, Plan, Ports, TeacherPlan, TrainerRank
+from vime.run.profiles import check_report_path
 
 SAVE_BYTES_PER_S = 500 * 10**6
 """Bytes/s that a node saves to a shared file system; sets the lead of the signal before the time limit."""
@@ -90,6 +91,7 @@ def make_plan(
     recipe = derive.with_nodes(recipe, nodes, per_node, one_node=one_node)
     trainer = layout.trainer_layout(recipe)
     derive.check(recipe, config, trainer)
+    check_report_path(recipe, folder)
     taught, told = teacher.look(recipe, config, required=checks.inputs, on_gpu=cluster.on_gpu)
     found += told
     recipe = teacher.with_defaults(recipe, taught, layout.teacher_gpus(recipe), on_gpu=cluster.on_gpu)

@@ -40,6 +40,12 @@ def check_profile(recipe: Recipe, world_size: int) -> None:
         raise BadInput("--profiler nsys sees GPUs only, and the run is on processors: give torch")
 
 
+def check_report_path(recipe: Recipe, run_dir: str) -> None:
+    """Raise BadInput for a run folder that keeps nsys from writing its reports, which ends the rank."""
+    if recipe.profile.profiler == "nsys" and recipe.profile.profile_ranks and '"' in run_dir:
+        raise BadInput(f"--profiler nsys cannot write below {run_dir}: give a --run-dir without double quotes")
+
+
 def nsys_environment(recipe: Recipe, run_dir: str, rank: int) -> dict[str, Any]:
     """Ray's runtime environment of a rank that runs under Nsight Systems; empty for any other.
 
