@@ -110,32 +110,61 @@ def test_logs_are_read_on_and_not_again(tmp_path):
 
 
 @pytest.mark.e2e
-def test_keys_switch_the_page_and_the_terminal_is_as_before(tmp_path):
-    run = synthetic_run(tmp_path, 5)
-    text = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    # A start in a job that nobody can ask about counts as running.
-    start = text[0].replace('"job": "4711"', f'"host": "{os.uname().nodename}", "pid": {os.getpid()}')
-    ticks = start_ticks(os.getpid())
-    (run / "events.jsonl").write_text(start.replace('"pid":', f'"pid_start": {ticks}, "pid":'))
-    leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "vime.top", str(run), "--every", "0.3"]
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, close_fds=True)
-    os.close(follower)
-    said = b""
+class Terminal:
+    """vime.top on a terminal of its own, of a run that counts as running until its journal ends."""
 
-    def until(words):
-        nonlocal said
+    def __init__(self, folder):
+        self.run = synthetic_run(folder, 5)
+        start, *_, self.end = (self.run / "events.jsonl").read_text().splitlines(keepends=True)
+        # A start in a job that nobody can ask about counts as running.
+        host, ticks = os.uname().nodename, start_ticks(os.getpid())
+        alive = f'"host": "{host}", "pid_start": {ticks}, "pid": {os.getpid()}'
+        (self.run / "events.jsonl").write_text(start.replace('"job": "4711"', alive))
+        self._leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "vime.top", str(self.run), "--every", "0.3"]
+        self.process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, close_fds=True)
+        os.close(follower)
+        self.said = b""
+
+    def until(self, words):
         deadline = time.monotonic() + patience.PROCESS
-        while words not in said:
-            assert time.monotonic() < deadline, said[-2000:]
-            said += os.read(leader, 65536)
+        while words not in self.said:
+            assert time.monotonic() < deadline, self.said[-2000:]
+            self.said += os.read(self._leader, 65536)
 
-    until(b"curves")
-    os.write(leader, b"2")
-    until(b"No node has written")
-    os.write(leader, b"q")
-    assert process.wait(patience.PROCESS) == 0
-    os.close(leader)
+    def press(self, key):
+        os.write(self._leader, key)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._leader)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    shown = Terminal(tmp_path)
+    yield shown
+    shown.close()
+
+
+def test_keys_switch_the_page_and_the_terminal_is_as_before(terminal):
+    terminal.until(b"curves")
+    terminal.press(b"2")
+    terminal.until(b"No node has written")
+    terminal.press(b"q")
+    assert terminal.process.wait(patience.PROCESS) == 0
+
+
+def test_it_ends_with_the_run_and_leaves_the_last_page(terminal):
+    terminal.until(b"curves")
+    with (terminal.run / "events.jsonl").open("a") as journal:
+        journal.write(terminal.end)
+    # The screen of before comes back, and the page is printed on it.
+    terminal.until(b"\x1b[?1049l")
+    terminal.said = terminal.said.partition(b"\x1b[?1049l")[2]
+    terminal.until(b"run-end")
+    assert terminal.process.wait(patience.PROCESS) == 0
 
 
 def test_status_shows_no_escapes_on_a_terminal_or_off_it(tmp_path, capsys):
