@@ -106,7 +106,7 @@ def test_its_engines_load_its_folder_get_no_weights_never_sleep_and_open_no_rout
     assert words[:3] == ("-m", "vime.rollout.serve", "/t/teacher")
     assert "--tensor-parallel-size 2" in text
     assert "--served-model-name teacher" in text
-    assert "--middleware vime.rollout.guard.RequireKey" in text
+    assert "--middleware vime.rollout.fast_answers.GuardedAnswers" in text
     assert "--gpu-memory-utilization 0.7" in text
     assert "--weight-transfer-config" not in text
     assert "--enable-sleep-mode" not in text

@@ -12,7 +12,7 @@ R1_LEADER = """-m vime.rollout.serve /shared/models/DeepSeek-R1
 --tensor-parallel-size 8 --enable-expert-parallel --data-parallel-size 8 --data-parallel-size-local 1
 --data-parallel-address {address} --data-parallel-rpc-port {rpc}
 --host {address} --port {port} --api-server-count 1
---middleware vime.rollout.fast_answers.FastAnswers --middleware vime.rollout.guard.RequireKey
+--middleware vime.rollout.fast_answers.GuardedAnswers
 --enable-scale-out --disable-uvicorn-access-log --uvicorn-log-level warning
 --served-model-name policy --weight-transfer-config {{"backend":"vime"}} --logprobs-mode processed_logprobs
 --seed {seed} --enable-sleep-mode --gpu-memory-utilization 0.7
@@ -90,12 +90,20 @@ def test_scales_are_rounded_to_powers_of_two_only_where_the_checkpoint_has_such(
         assert found.get("VLLM_USE_DEEP_GEMM_E8M0") == expected
 
 
+def test_no_option_is_given_twice():
+    """vLLM warns of it, even where it takes several."""
+    for plan in (plan_of("deepseek-r1", nodes=16), plan_of("tiny-deepseek-r1", nodes=2)):
+        words = engine_command(plan, bound(len(plan.nodes)), plan.engines[0], 0, range(8)).argv
+        options = [word for word in words if word.startswith("--")]
+        assert len(options) == len(set(options))
+
+
 def test_the_tiny_recipe_loads_the_bf16_copy_with_what_processors_need():
     plan = plan_of("tiny-deepseek-r1", nodes=2)
     command = engine_command(plan, bound(2), plan.engines[1], 0, [0, 1])
     wanted = f"""-m vime.rollout.serve /shared/models/tiny-deepseek-r1-bf16 --tensor-parallel-size 1
         --host 10.0.0.11 --port {plan.engines[1].port} --api-server-count 1
-        --middleware vime.rollout.fast_answers.FastAnswers --middleware vime.rollout.guard.RequireKey
+        --middleware vime.rollout.fast_answers.GuardedAnswers
         --enable-scale-out --disable-uvicorn-access-log --uvicorn-log-level warning
         --served-model-name policy --weight-transfer-config {{"backend":"vime-shm"}}
         --logprobs-mode processed_logprobs --seed 43 --no-enable-chunked-prefill

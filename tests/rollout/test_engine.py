@@ -194,6 +194,11 @@ def test_the_key_is_in_no_command_line_and_the_log_is_private(engine):
     assert stat.S_IMODE(server.log.stat().st_mode) == 0o600
 
 
+def test_vllm_takes_every_option_without_a_warning(engine):
+    server, _ = engine
+    assert "duplicate" not in server.log.read_text()
+
+
 async def test_a_pause_keeps_requests_and_an_abort_returns_their_tokens(engine):
     server, _ = engine
     endless = SamplingSettings(200)

@@ -83,3 +83,21 @@ async def test_what_is_no_number_falls_to_vllms_floor(value: float) -> None:
 async def test_a_failed_request_is_vllms_error() -> None:
     with pytest.raises(Exception, match="Internal server error"):
         await answers(output([-1.0] * 3, reason="error"))
+
+
+async def test_a_server_has_the_route_behind_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM adds it to its server."""
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from vime.rollout.fast_answers import PATH, GuardedAnswers
+
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    app = FastAPI()
+    app.add_middleware(GuardedAnswers)
+    with TestClient(app) as client:
+        assert client.post(PATH, json={}).status_code == 401
+        answer = client.post(PATH, json={}, headers={"Authorization": "Bearer k"})
+    # The route reads the request, which lacks its tokens.
+    assert answer.status_code == 422
+    assert "token_ids" in answer.text

@@ -119,9 +119,8 @@ def _server_arguments(node: BoundNode, port: int) -> Iterator[str]:
     yield from ("--host", node.address, "--port", str(port))
     # One API process, because aborting all requests reaches only those of the process that gets the call.
     yield from ("--api-server-count", "1")
-    yield from ("--middleware", "vime.rollout.fast_answers.FastAnswers")
     # vLLM's own key check leaves the weight-update and remote-call routes open.
-    yield from ("--middleware", "vime.rollout.guard.RequireKey")
+    yield from ("--middleware", "vime.rollout.fast_answers.GuardedAnswers")
     yield from ("--enable-scale-out", "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning")
 
 

@@ -23,6 +23,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.utils.serial_utils import numpy2base64
 
 from vime.rollout.answers import MISSING_LOG_PROB, Answer, Choice, LogProbs, Span, TokenLogProb
+from vime.rollout.guard import RequireKey
 
 PATH = "/inference/v1/generate"
 _ENCODER = msgspec.json.Encoder()
@@ -39,6 +40,13 @@ class FastAnswers:
         if scope["type"] == "lifespan":
             add_route(scope["app"])
         await self._app(scope, receive, send)
+
+
+class GuardedAnswers(RequireKey):
+    """Both middlewares as one: vLLM takes several, but warns of an option that is given twice."""
+
+    def __init__(self, app: _App) -> None:
+        super().__init__(FastAnswers(app))
 
 
 def add_route(app: FastAPI) -> None:
