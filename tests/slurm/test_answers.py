@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.support import patience
+from tests.support.slurm_cluster import wait_until
 from vime.slurm import queue
 from vime.slurm.client import SlurmError
 from vime.slurm.queue import is_lost, loss_text, parse_job, parse_node_memory, parse_time, parse_topology
@@ -144,3 +148,17 @@ def test_foreign_lines_around_rows_are_skipped(answers: None) -> None:
 )
 def test_a_lost_node_is_told_of_as_slurm_sees_it(state: str, text: str) -> None:
     assert loss_text(state) == text
+
+
+def test_nobody_waits_for_a_signal_to_reach_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scancel, said = tmp_path / "scancel", tmp_path / "said"
+    scancel.write_text(f'#!/bin/sh\necho "$@" > {said}.new && mv {said}.new {said}\nexec sleep 3600\n')
+    scancel.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    began = time.monotonic()
+    with queue.signalling(["7.0", "7.2"], "TERM"):
+        wait_until(said.exists, patience.PROCESS)
+    assert said.read_text().split() == ["-s", "TERM", "7.0", "7.2"]
+    assert time.monotonic() - began < patience.PROCESS
+    with queue.signalling([], "TERM"):
+        pass

@@ -91,7 +91,7 @@ def refill(
     """
     findings, places = _findings_of(step), {place.index for place in step.places}
     lost = {node.slurm_index for node in binding.nodes if node.index in vacant}
-    every = {place: found for place, found in before.findings.items() if place not in lost} | findings
+    every = {**{place: found for place, found in before.findings.items() if place not in lost}, **findings}
     judged = [problem for problem in problems(plan, every, known) if problem.place in places]
     ports_taken = {port + binding.port_offset for port in port_numbers(plan)}
     for place, found in findings.items():

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -97,6 +97,13 @@ class Step:
         started = {report.rank for report in self.of_kind("start")}
         return {self.places[rank // self.stage.tasks_per_node] for rank in started - ended}
 
+    @property
+    def unended_places(self) -> set[AllocatedNode]:
+        """Nodes with a task that has reported no end, whether it has started or not."""
+        ended = {report.rank for report in self.of_kind("exit")}
+        tasks = range(len(self.places) * self.stage.tasks_per_node)
+        return {self.places[rank // self.stage.tasks_per_node] for rank in tasks if rank not in ended}
+
     def name_of(self, rank: int) -> str:
         """Slurm's name of a task's node."""
         return self.places[rank // self.stage.tasks_per_node].name
@@ -115,12 +122,12 @@ class Step:
             text = ""
         return [*other, *text.splitlines()][-lines:]
 
-    def wait(self, seconds: float) -> bool:
-        """True if all processes end within this time; pumps meanwhile."""
+    def wait(self, seconds: float, *, enough: Callable[[], bool] = lambda: False) -> bool:
+        """True if all processes end within this time, or until `enough` holds; pumps meanwhile."""
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.processes):
             self.pump()
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or enough():
                 return False
             time.sleep(0.05)
         self.pump()

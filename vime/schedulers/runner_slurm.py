@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -105,14 +104,20 @@ class SlurmRunner:
         for number, seconds in (("TERM", grace_s), ("KILL", 10.0)):
             if step.wait(0):
                 break
-            # The step may end before the signal arrives; its srun then ends too, as awaited below.
-            with contextlib.suppress(SlurmError):
-                for step_id in slurm.step_ids(self.job, step_name(step.stage.name)):
-                    slurm.signal_step(step_id, number)
-            step.wait(seconds)
+            try:
+                with slurm.signalling(slurm.step_ids(self.job, step_name(step.stage.name)), number):
+                    step.wait(seconds, enough=lambda: self._only_silent(step))
+            except SlurmError:
+                # The step may have ended before it was found; its srun then ends too.
+                step.wait(seconds)
         signal_process(step.processes[0], signal.SIGKILL)
         step.wait(5.0)
         step.close()
+
+    def _only_silent(self, step: Step) -> bool:
+        """True if every task of the step has ended but those on nodes that do not answer, for which srun would wait."""
+        left = {place.name for place in step.unended_places}
+        return bool(left) and left <= set(self._silent)
 
     def end_time(self) -> float | None:
         state = slurm.job_state(self.job)

@@ -6,9 +6,10 @@ what the programs print and even what a job gets; no call of vime sees them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from vime.errors import SchedulerError
 
@@ -77,6 +78,24 @@ def call(*argv: str, seconds: float = CALL_SECONDS) -> str:
     if done.returncode:
         raise SlurmError(f"{' '.join(argv)} exited with {done.returncode}: {words_of(done.stderr or done.stdout)}")
     return done.stdout
+
+
+@contextlib.contextmanager
+def running(*argv: str) -> Iterator[None]:
+    """Run a client program for the length of the block, at the end of which it is killed if it still runs; its answer
+    does not matter. Raises SlurmError where it is missing."""
+    env = client_environment(os.environ)
+    try:
+        started = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+        )
+    except OSError as error:
+        raise SlurmError(f"cannot run {argv[0]}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        started.kill()
+        started.wait()
 
 
 def words_of(text: str) -> str:
