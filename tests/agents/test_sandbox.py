@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support import patience
@@ -116,6 +117,16 @@ async def test_a_call_that_is_given_up_leaves_no_program_behind():
     with pytest.raises(asyncio.CancelledError):
         await run
     await gone(word)
+
+
+async def test_a_program_whose_sandbox_is_killed_from_outside_is_lost_and_has_not_failed():
+    program = asyncio.create_task(run_python("import time; time.sleep(600)", Limits(seconds=patience.PROCESS)))
+    deadline = time.monotonic() + patience.MOMENT
+    while not (found := [child for child in psutil.Process().children() if child.name() == "bwrap"]):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    found[0].kill()
+    assert (await program).failure == "lost"
 
 
 async def test_files_fill_no_more_than_their_share_and_no_other_place_takes_any():

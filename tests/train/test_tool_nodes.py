@@ -88,9 +88,14 @@ async def test_programs_are_spread_over_the_nodes_and_more_than_there_is_room_fo
     await nodes.check()
     slow = started(nodes, "import time; time.sleep(2); print('slow')", 2 * PLACES + 1)
     await until(lambda: nodes.loads() == [PLACES, PLACES])
-    assert {outcome.output for outcome in await asyncio.gather(*slow)} == {"slow\n"}
+    assert await asyncio.gather(*slow) == [Outcome("slow\n")] * len(slow)
     assert nodes.loads() == [0, 0]
-    assert nodes.take_metrics() == {"rollout/programs_repeated": 0.0}
+    metrics = nodes.take_metrics()
+    assert metrics.pop("rollout/programs_repeated") == 0
+    assert sorted(metrics) == ["rollout/programs/node00", "rollout/programs/node01"]
+    assert sum(metrics.values()) == 2 * PLACES + 1
+    assert min(metrics.values()) >= PLACES
+    assert not any(nodes.take_metrics().values())
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core cannot be divided")
@@ -123,14 +128,14 @@ async def test_programs_of_a_lost_process_or_node_begin_again_on_another_and_are
     slow = started(nodes, "import time; time.sleep(10); print('slow')", 2)
     await until(lambda: nodes.loads() == [1, 1])
     ray.kill(nodes._nodes[0]._actor, no_restart=False)
-    assert {outcome.output for outcome in await asyncio.gather(*slow)} == {"slow\n"}
-    assert nodes.take_metrics() == {"rollout/programs_repeated": 1.0}
+    assert await asyncio.gather(*slow) == [Outcome("slow\n")] * len(slow)
+    assert nodes.take_metrics()["rollout/programs_repeated"] == 1
 
     nodes = ToolNodes(plan_in(tmp_path))
     await nodes.check()
     slow = started(nodes, "import time; time.sleep(10); print('slow')", 2)
     await until(lambda: nodes.loads() == [1, 1])
     await asyncio.to_thread(second)
-    assert {outcome.output for outcome in await asyncio.gather(*slow)} == {"slow\n"}
-    assert nodes.take_metrics() == {"rollout/programs_repeated": 1.0}
+    assert await asyncio.gather(*slow) == [Outcome("slow\n")] * len(slow)
+    assert nodes.take_metrics()["rollout/programs_repeated"] == 1
     assert (await nodes.run("print(6 * 7)", LIMITS)).output == "42\n"

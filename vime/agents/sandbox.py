@@ -65,7 +65,7 @@ class Outcome:
     output: str
     """Standard output and error of the program, in order."""
     failure: str = ""
-    """`timeout`, `flood`, `lost` (with its node), or `exit CODE`; empty for a program that ended well."""
+    """`timeout`, `flood`, `lost` (with its sandbox or node), or `exit CODE`; empty for a program that ended well."""
 
 
 class Programs(Protocol):
@@ -146,8 +146,12 @@ async def run_python(source: str, limits: Limits) -> Outcome:
         failure = "flood"
     finally:
         await _end(process)
-    code = process.returncode
-    return Outcome(output.decode(errors="replace"), failure or (f"exit {code}" if code else ""))
+    return Outcome(output.decode(errors="replace"), failure or _failure(process.returncode or 0))
+
+
+def _failure(code: int) -> str:
+    """Failure that an exit code of bubblewrap tells: it ends by a signal only if something outside kills it."""
+    return "lost" if code < 0 else f"exit {code}" if code else ""
 
 
 async def check() -> None:

@@ -97,7 +97,7 @@ def _python_tool(limits: sandbox.Limits, programs: sandbox.Programs) -> Tool:
     async def call(code: str) -> str:
         outcome = await programs.run(code, limits)
         if outcome.failure == "lost":
-            raise ToolFailure("lost", "the node that ran the program was lost")
+            raise ToolFailure("lost", "the program was lost with the sandbox or node that ran it")
         if outcome.failure == "timeout":
             raise ToolFailure("timeout", f"{outcome.output}\n[ended after {limits.seconds:g} seconds]".lstrip())
         if outcome.failure == "flood":

@@ -55,20 +55,25 @@ class _Node:
 
         options = {"num_cpus": 0, "max_restarts": -1, "resources": {pin_resource(node): PIN}}
         self._actor: Any = ray.remote(SandboxActor).options(**options).remote(plan.run_dir, node)
-        self.places, self.running, self.rests_until = 1, 0, 0.0
+        self.places, self.running, self.ran, self.rests_until = 1, 0, 0, 0.0
 
     async def check(self) -> None:
         self.places = await self._actor.check.remote()
 
     async def run(self, source: str, limits: Limits) -> Outcome | None:
-        """The program's outcome; None where the actor or its node is lost."""
+        """The program's outcome; None where its sandbox, the actor or the node is lost."""
         import ray
         from ray.exceptions import RayActorError
 
         self.running += 1
         call = self._actor.run.remote(source, limits)
         try:
-            return await asyncio.wait_for(call, limits.seconds + GRACE_SECONDS)
+            outcome = await asyncio.wait_for(call, limits.seconds + GRACE_SECONDS)
+            if outcome.failure == "lost":  # Ray ends an actor's children before the actor
+                self.rests_until = time.monotonic() + REST_SECONDS
+                return None
+            self.ran += 1
+            return outcome
         except RayActorError:
             self.rests_until = time.monotonic() + REST_SECONDS
             return None
@@ -118,9 +123,13 @@ class ToolNodes:
         return [node.running for node in self._nodes]
 
     def take_metrics(self) -> dict[str, float]:
-        """Programs that were begun again since the last call, because their node was lost."""
-        repeated, self._repeated = self._repeated, 0
-        return {"rollout/programs_repeated": float(repeated)}
+        """Programs since the last call: those that ended, by node, and those begun again because theirs was lost."""
+        metrics = {"rollout/programs_repeated": float(self._repeated)}
+        self._repeated = 0
+        for number, node in enumerate(self._nodes):
+            metrics[f"rollout/programs/node{number:02d}"] = float(node.ran)
+            node.ran = 0
+        return metrics
 
 
 def _load(node: _Node) -> tuple[bool, float]:
