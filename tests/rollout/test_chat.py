@@ -127,3 +127,11 @@ def test_text_becomes_the_wrappers_tokens_whatever_was_said_of_truncation():
     chat = ChatTemplate(tokenizer)
     assert len(wanted) > 4
     assert chat._ids("more than four") == wanted
+
+
+@pytest.mark.parametrize("cleans_up", [False, True])
+def test_tokens_become_the_wrappers_text(cleans_up):
+    tokenizer = tokenizer_of(MARKED)
+    tokenizer.clean_up_tokenization_spaces = cleans_up
+    ids = [*tokenizer("so , do n't", add_special_tokens=False)["input_ids"], END]
+    assert ChatTemplate(tokenizer).text(ids) == tokenizer.decode(ids, skip_special_tokens=True)

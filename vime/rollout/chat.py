@@ -58,7 +58,7 @@ class ChatTemplate:
         end = getattr(self.tokenizer, "eos_token_id", None)
         self.stops = frozenset([*([] if end is None else [int(end)]), *self.stop_token_ids])
         """Token ids that end a turn."""
-        self._encode = _encoder(self.tokenizer)
+        self._encode, self._decode = _encoder(self.tokenizer), _decoder(self.tokenizer)
         self._before: dict[_Shape, tuple[str, str]] = {}
         self._diverges: dict[_Shape, bool] = {}
         special = [text for text in getattr(self.tokenizer, "all_special_tokens", ()) if len(text) > 1]
@@ -86,6 +86,10 @@ class ChatTemplate:
         if shape not in self._diverges:
             self._diverges[shape] = skipped or self._is_other(given, shape, text)
         return Suffix(ids, self._diverges[shape])
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, without special ones."""
+        return self._decode(token_ids)
 
     def _plain(self, message: Message) -> dict[str, Any]:
         role = message.get("role")
@@ -189,6 +193,18 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     wrapped("")  # switches off what the checkpoint's file says of truncation and padding
     backend = tokenizer.backend_tokenizer
     return lambda text: backend.encode(text, add_special_tokens=False).ids
+
+
+def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Text of token ids without special ones, as the tokenizer writes it.
+
+    Where its class adds nothing to that of the tokenizers library, this is asked directly: the wrapper looks at every
+    token's type.
+    """
+    adds_nothing = getattr(getattr(type(tokenizer), "_decode", None), "__module__", "") == _WRAPPER
+    if not adds_nothing or tokenizer.clean_up_tokenization_spaces:
+        return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)
+    return tokenizer.backend_tokenizer.decode
 
 
 def _tool_names(messages: Iterable[Message]) -> Iterable[str]:

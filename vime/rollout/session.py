@@ -328,7 +328,7 @@ class Session:
     async def _sample(self, goes_on: bool, left: int, stop: Sequence[str]) -> None:
         """Ask the engine for at most `left` tokens of the turn."""
         sample, shared = self.sample, self.settings
-        sampling = replace(shared.sampling, stop=(*shared.sampling.stop, *stop))
+        sampling = replace(shared.sampling, stop=(*shared.sampling.stop, *stop)) if stop else shared.sampling
         seconds = self._seconds_left()
         call = shared.dispatcher.generate(
             self._seat,
@@ -401,14 +401,12 @@ class Session:
         sample.log_probs += [0.0] * len(token_ids)
         sample.weight_versions += [UNVERSIONED] * len(token_ids)
         sample.loss_mask += [0] * len(token_ids)
-        shown = self.settings.template.tokenizer.decode(token_ids, skip_special_tokens=True) if text is None else text
+        shown = self.settings.template.text(token_ids) if text is None else text
         self.turns.append(Turn(role, start, start + len(token_ids), shown))
 
     async def _text(self, token_ids: list[int]) -> str:
-        decode = self.settings.template.tokenizer.decode
-        if len(token_ids) < _LONG:
-            return decode(token_ids, skip_special_tokens=True)
-        return await asyncio.to_thread(decode, token_ids, skip_special_tokens=True)
+        text = self.settings.template.text
+        return text(token_ids) if len(token_ids) < _LONG else await asyncio.to_thread(text, token_ids)
 
 
 def request_seed(seed: int, sample: Sample) -> int:
