@@ -1,10 +1,11 @@
-"""Make a tiny checkpoint that can call a calculator but seldom does, its tokenizer, and products to learn from.
+"""Make a tiny checkpoint that can call a tool but seldom does, its tokenizer, and products to learn from.
 
     python tools/make_tiny_tools.py --output-dir BASE [--seed S]
 
 Writes BASE/tiny-tools (Qwen3's shape, bf16) and BASE/tiny-products/{train,eval}.jsonl. The model is pre-trained on
-products of which it gives up two in three with a question mark; for the others it calls the calculator and says what
-that answers. So reinforcement learning has one thing to find: that calling pays. The same seed gives the same files.
+products of which it gives up two in three with a question mark; for the others it calls the tool that its prompt
+names, the calculator or `python`, and says what that answers. So reinforcement learning has one thing to find: that
+calling pays. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -26,15 +27,30 @@ from vime.errors import BadInput, VimeError
 from vime.models.config import ModelConfig
 
 NAME, DATA = "tiny-tools", "tiny-products"
-HEAD, TAIL = '{"name": "calculator", "arguments": {"expression": "', '"}}'
-PIECES = ("<tool_call>", "</tool_call>", HEAD, TAIL)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that the model can call: texts around a product in its call, and behind the number in its answer."""
+
+    name: str
+    head: str
+    tail: str
+    behind: str
+
+
+TOOLS = (
+    Tool("calculator", '{"name": "calculator", "arguments": {"expression": "', '"}}', ""),
+    Tool("python", '{"name": "python", "arguments": {"code": "print(', ')"}}', "\n"),
+)
+PIECES = ("<tool_call>", "</tool_call>", *(text for tool in TOOLS for text in (tool.head, tool.tail)))
 """Texts that are one token each: a call then has as few tokens as a tiny model can learn."""
 WORDS = (*tiny.SPECIAL, "<|tool|>", *tiny.CHARACTERS, '"', "_", *PIECES)
 VOCABULARY = 80
 END, USER, ASSISTANT, SYSTEM = (WORDS.index(f"<|{name}|>") for name in ("end", "user", "assistant", "system"))
 TOOL = WORDS.index("<|tool|>")
 CALLED = 0.35
-"""Share of the pre-training products that are computed by the calculator."""
+"""Share of the pre-training products that are computed by a tool."""
 COPIED = 0.97
 """Probability of a right call, and of a right answer behind it, at which pre-training ends."""
 CHAT_TEMPLATE = (
@@ -73,13 +89,13 @@ class Product:
     def record(self) -> dict[str, Any]:
         return {"prompt": [{"role": "user", "content": f"{self.question}="}], "label": self.answer}
 
-    def parts(self, called: bool) -> list[tuple[list[int], bool]]:
-        """Token ids of a conversation, part by part, and whether the model says them."""
-        prompt = [SYSTEM, *encode("calculator "), USER, *encode(f"{self.question}="), ASSISTANT]
+    def parts(self, tool: Tool, called: bool) -> list[tuple[list[int], bool]]:
+        """Token ids of a conversation that offers a tool, part by part, and whether the model says them."""
+        prompt = [SYSTEM, *encode(f"{tool.name} "), USER, *encode(f"{self.question}="), ASSISTANT]
         if not called:
             return [(prompt, False), ([*encode("?"), END], True)]
-        call = [WORDS.index("<tool_call>"), WORDS.index(HEAD), *encode(self.question), WORDS.index(TAIL)]
-        told = [TOOL, *encode(self.answer), ASSISTANT]
+        call = [WORDS.index("<tool_call>"), WORDS.index(tool.head), *encode(self.question), WORDS.index(tool.tail)]
+        told = [TOOL, *encode(self.answer + tool.behind), ASSISTANT]
         said = [*encode(self.answer), END]
         return [(prompt, False), ([*call, WORDS.index("</tool_call>"), END], True), (told, False), (said, True)]
 
@@ -119,9 +135,9 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def batch(chosen: list[tuple[Product, bool]]) -> tuple[Tensor, Tensor]:
+def batch(chosen: list[tuple[Product, Tool, bool]]) -> tuple[Tensor, Tensor]:
     """Token ids [n, length], padded on the right, and labels with -100 wherever the model does not speak."""
-    rows = [product.parts(called) for product, called in chosen]
+    rows = [product.parts(tool, called) for product, tool, called in chosen]
     length = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids, labels = torch.zeros((len(rows), length), dtype=torch.long), torch.full((len(rows), length), -100)
     for number, row in enumerate(rows):
@@ -135,21 +151,24 @@ def batch(chosen: list[tuple[Product, bool]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, held_out: list[Product]) -> tuple[float, float]:
+def accuracy(model: Any, held_out: list[Product], tool: Tool) -> tuple[float, float]:
     """Mean probabilities that the model calls, and that a call and the answer behind it are right once it calls."""
-    ids, labels = batch([(product, True) for product in held_out])
+    ids, labels = batch([(product, tool, True) for product in held_out])
     log_probs = tiny.token_log_probs(model, ids, labels)
-    first = len(held_out[0].parts(True)[0][0]) - 1
+    first = len(held_out[0].parts(tool, True)[0][0]) - 1
     return log_probs[:, first].exp().mean().item(), log_probs[:, first + 1 :].sum(-1).exp().mean().item()
 
 
 def pretrain(model: Any, train: list[Product], held_out: list[Product], settings: Settings) -> tuple[int, float, float]:
-    """Train until held-out products are computed right once the model calls; (steps, calls, right)."""
+    """Train until held-out products are computed right once the model calls; steps, and `accuracy` at its least."""
     generator = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     started, called, right = time.monotonic(), 0.0, 0.0
     for step in range(1, settings.max_steps + 1):
-        chosen = [(product, generator.random() < CALLED) for product in generator.choices(train, k=128)]
+        chosen = [
+            (product, generator.choice(TOOLS), generator.random() < CALLED)
+            for product in generator.choices(train, k=128)
+        ]
         log_probs = tiny.token_log_probs(model, *batch(chosen))
         loss = -log_probs.sum() / (log_probs != 0).sum()
         loss.backward()
@@ -157,7 +176,7 @@ def pretrain(model: Any, train: list[Product], held_out: list[Product], settings
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0:
-            called, right = accuracy(model, held_out)
+            called, right = map(min, zip(*(accuracy(model, held_out, tool) for tool in TOOLS), strict=True))
             if step % 50 == 0 or right >= COPIED:
                 seconds = time.monotonic() - started
                 print(f"step {step}: calls {called:.1%}, then right {right:.1%}, {seconds:.0f} s", flush=True)
