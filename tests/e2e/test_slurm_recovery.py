@@ -11,7 +11,7 @@ from tests.support import patience
 from tests.support.slurm_cluster import DevCluster, bring_up, wait_for_event
 from tests.support.slurm_scene import node_name
 from tests.support.slurm_training import ENGINE_NODE, NODES, RANK_NODE, Training
-from vime.run.folder import read_binding
+from vime.run.folder import read_binding, task_log
 from vime.run.metrics import read_metrics
 from vime.slurm import queue as slurm
 
@@ -62,6 +62,11 @@ def test_a_spare_takes_the_place_of_a_ranks_node(run: Training) -> None:
     lose(run, lost)
     run.ended("NODE_FAILURE", before=before, node=lost, within_s=patience.SLURM, text="recovery on the 6 nodes left")
     is_recovered(run, run.saved(), {lost})
+    recovery = next(event for event in reversed(run.events()) if event.kind == "recovery")
+    assert recovery.data["kept"]
+    services = [event.stage for event in run.events() if event.kind == "stage-ready" and event.time > recovery.time]
+    assert services == ["ray-workers"]
+    assert "engines found running: 0" in task_log(run.run_dir, "train", 0, 0, 1).read_text()
 
 
 @pytest.mark.full
