@@ -82,7 +82,7 @@ def test_the_plan_counts_what_the_profiler_holds_on_the_nodes_of_its_ranks():
 
 
 STAND_IN = """#!/bin/sh
-# Stands for nsys, which few machines have (tests/run/test_nsys.py is about the real one): notes what it is told.
+# Stands for nsys, which few machines have (tests/megatron/test_nsys.py is about the real one): notes what it is told.
 for word; do printf '%s\\n' "$word"; done >> {calls}
 """
 
