@@ -60,6 +60,7 @@ def test_the_environment_of_an_r1_node_names_its_gpus_address_interface_and_port
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_HOST_IP": "10.0.0.21",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
         "VLLM_PORT": str(engine.aux_port + 1),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",

@@ -15,7 +15,7 @@ import numpy as np
 from vime.errors import Cause, VimeError
 from vime.recipe.sampling import SamplingSettings
 from vime.rollout.answers import MISSING_LOG_PROB, Answer, Span
-from vime.rollout.command import MODEL_NAME
+from vime.rollout.command import IDLE_SECONDS, MODEL_NAME
 from vime.rollout.routes import RoutesAsked
 from vime.samples import UNVERSIONED, Sample, Status
 
@@ -184,7 +184,7 @@ class EngineClient:
             # The semaphore bounds requests, not the pool, so that control calls never wait behind generation.
             # trust_env stays off, so that traffic between nodes bypasses the cluster's web proxy.
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
                 headers={"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"},
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
