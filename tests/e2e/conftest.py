@@ -1,12 +1,15 @@
-"""The cluster of the Slurm tests, down again when the tests brought it up, and the folder of the main job."""
+"""The cluster of the Slurm tests, down again when the tests brought it up, and the folders of tiny recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.support import patience
 from tests.support.main_job import BaseFolder
+from tests.support.person import Person
 from tests.support.slurm_cluster import DevCluster, bring_up, running
 
 
@@ -34,4 +37,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseFolder:
     """`$BASE_DIR` with the tiny checkpoint and its data."""
     base = BaseFolder(tmp_path_factory.mktemp("base"))
     base.fill()
+    return base
+
+
+@pytest.fixture(scope="session")
+def tools_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`$BASE_DIR` of the recipe tiny-tools."""
+    base = tmp_path_factory.mktemp("base")
+    Person(base).types("tools/make_tiny_tools.py", "--output-dir", str(base), seconds=patience.LEARNING)
     return base

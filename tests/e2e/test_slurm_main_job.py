@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,47 +11,30 @@ import pytest
 
 from tests.support import patience
 from tests.support.main_job import BaseFolder
+from tests.support.person import ROOT, Person
 from tests.support.slurm_cluster import DevCluster, wait_for_end, wait_for_event, wait_until
 from vime.observe.timeline import read_timeline
 from vime.run.folder import read_plan
-from vime.run.jobs import read_jobs
 from vime.run.journal import read_events
 from vime.run.metrics import read_metrics, series
 
 pytestmark = pytest.mark.e2e
 
-ROOT = Path(__file__).parents[2]
 ROLLOUTS = 4
 SAVED = 1
 """The run is cancelled once the checkpoint after this rollout is there."""
 
 
-class Person:
-    """Somebody at a shell on the login node."""
-
-    def __init__(self, base: Path) -> None:
-        self.env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
-
-    def types(self, module: str, *words: str) -> str:
-        argv = [sys.executable, "-m", module, *words]
-        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=patience.PROCESS)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
-
-    def submits(self, run: str, *more: str) -> str:
-        """The README's command, made short, with more flags of the recipe; the job's id."""
-        flags = ("--num-rollout", str(ROLLOUTS), "--save-interval", "1", "--eval-interval", "1000")
-        flags += ("--rollout-timeout", str(patience.GROUP), *more)
-        self.types("vime.submit", "--recipe", "tiny-deepseek-r1", "--nodes", "2", "--run-name", run, "--", *flags)
-        (job,) = read_jobs(Path(self.env["BASE_DIR"]) / "runs" / run)
-        return job.job_id
+def submits(person: Person, run: str, *more: str) -> str:
+    """The README's command, made short, with more flags of the recipe; the job's id."""
+    return person.submits("tiny-deepseek-r1", 2, run, "--num-rollout", str(ROLLOUTS), "--save-interval", "1", *more)
 
 
 def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: DevCluster, tiny_base: BaseFolder) -> None:
     person, run = Person(tiny_base.path), tiny_base.path / "runs" / "two-nodes"
-    job = person.submits(run.name)
+    job = submits(person, run.name)
     wait_for_event(run, "stage-start", patience.TRAINING, stage="train")
-    seen = json.loads(person.types("vime.status", "--json"))
+    seen = json.loads(person.types("-m", "vime.status", "--json"))
     assert (seen["run"], seen["state"], seen["job"], seen["stage"]) == (run.name, "running", job, "train")
     tracker = Path(read_plan(run).recipe.checkpoint.save or "") / "latest_checkpointed_iteration.txt"
     argv = [sys.executable, "-m", "vime.logs", "-f"]
@@ -60,7 +42,7 @@ def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: Dev
         wait_until(
             lambda: tracker.exists() and int(tracker.read_text()) >= SAVED, patience.TRAINING, lambda: tail_of(run)
         )
-        person.types("vime.cancel")
+        person.types("-m", "vime.cancel")
         said, _ = follower.communicate(timeout=patience.PROCESS)
     assert "train/node00 rollout 0/4" in said
     assert wait_for_end(job, patience.JOB) == "CANCELLED"
@@ -69,7 +51,7 @@ def test_two_nodes_train_are_cancelled_and_go_on_where_they_were(four_nodes: Dev
     saved = int(tracker.read_text())
     before = read_metrics(run)
 
-    again = person.submits(run.name)
+    again = submits(person, run.name)
     assert wait_for_end(again, patience.TRAINING) == "COMPLETED", tail_of(run)
     stages = [(event.kind, event.stage) for event in read_events(run) if event.kind in ("stage-start", "stage-skip")]
     started = [stage for kind, stage in stages if kind == "stage-start"]
@@ -97,7 +79,7 @@ def test_an_engine_on_a_node_of_its_own_generates_one_rollout_ahead(
     four_nodes: DevCluster, tiny_base: BaseFolder
 ) -> None:
     person, run = Person(tiny_base.path), tiny_base.path / "runs" / "ahead"
-    job = person.submits(run.name, "--no-colocate", "--rollout-num-gpus", "1")
+    job = submits(person, run.name, "--no-colocate", "--rollout-num-gpus", "1")
     assert wait_for_end(job, patience.TRAINING) == "COMPLETED", tail_of(run)
     plan = read_plan(run)
     assert [rank.node for rank in plan.trainer_ranks] == [0]

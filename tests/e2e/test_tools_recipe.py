@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +11,10 @@ from statistics import fmean
 import pytest
 
 from tests.support import patience
+from tests.support.person import Person
 from vime.run.metrics import read_metrics, series
 
 pytestmark = pytest.mark.e2e
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -30,33 +26,14 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    base = tmp_path_factory.mktemp("base")
-    env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
-
-    def types(*words: str) -> None:
-        command = [sys.executable, *words]
-        told = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=patience.LEARNING)
-        assert told.returncode == 0, told.stdout[-6000:] + told.stderr[-3000:]
-
-    types("tools/make_tiny_tools.py", "--output-dir", str(base))
+def done(tools_base: Path) -> Done:
+    person, run = Person(tools_base), tools_base / "runs" / "tools"
+    options = ("--cluster", "local", "--recipe", "tiny-tools", "--nodes", "1", "--run-name", run.name)
     started = time.monotonic()
-    submit = (
-        "-m",
-        "vime.submit",
-        "--cluster",
-        "local",
-        "--recipe",
-        "tiny-tools",
-        "--nodes",
-        "1",
-        "--run-name",
-        "tools",
-    )
-    types(*submit, "--base-dir", str(base))
+    person.types("-m", "vime.submit", *options, seconds=patience.LEARNING)
     seconds = time.monotonic() - started
-    types("-m", "vime.report", str(base / "runs" / "tools"))
-    return Done(base / "runs" / "tools", seconds)
+    person.types("-m", "vime.report", str(run))
+    return Done(run, seconds)
 
 
 def test_the_reward_rises_by_a_fifth_in_under_ten_minutes(done: Done) -> None:
