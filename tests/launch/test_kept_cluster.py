@@ -80,7 +80,7 @@ def run(run_dir: Path, folder: Path, *ends: str, lost: Sequence[str] = ()) -> tu
 
 
 def recovery(events: Sequence[Event]) -> list[bool]:
-    """Whether each recovery kept the cluster."""
+    """True for each recovery that kept the cluster."""
     return [event.data["kept"] for event in events if event.kind == "recovery"]
 
 

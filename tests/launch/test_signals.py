@@ -1,4 +1,4 @@
-"""What the controller's loop waits for."""
+"""Waits of the controller's loop: signals and descriptors end them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def signals() -> Iterator[Signals]:
 
 
 def ends(signals: Signals, *descriptors: int) -> bool:
-    """Whether a wait ends before its time."""
+    """True if a wait ends before its time."""
     began = time.monotonic()
     signals.wait(descriptors, patience.PROCESS)
     return time.monotonic() - began < patience.PROCESS / 2

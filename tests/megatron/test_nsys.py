@@ -60,7 +60,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    """Of a node: nsys keeps what it has not reported yet, environment and all, in the run's own folder there."""
+    """Environment on a node, where nsys keeps what it has not reported yet in the run's own folder."""
     (tmp_path / "node").mkdir(mode=0o700)
     return {**os.environ, "TMPDIR": str(tmp_path / "node"), MARK: tmp_path.name}
 

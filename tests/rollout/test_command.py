@@ -75,6 +75,7 @@ def test_what_the_profile_sets_is_not_set_again_by_an_engine():
         "NCCL_SOCKET_IFNAME": "ib0,ib1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
     }
     plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"env": given})})
     env = engine_command(plan, bound(16, interface="bond0"), plan.engines[0], 0, range(96)).env

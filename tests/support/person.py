@@ -21,7 +21,7 @@ class Person:
         self.env = {**os.environ, "BASE_DIR": str(base), "XDG_STATE_HOME": str(base / "state")}
 
     def types(self, *words: str, seconds: float = patience.PROCESS) -> str:
-        """What `python WORDS` prints; it has to end well in this time."""
+        """Output of `python WORDS`, which has to end well in this time."""
         argv = [sys.executable, *words]
         done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What an earlier driver left: its ranks are over before new ones take anything, its engines are as new."""
+"""Ranks of an earlier driver are over before new ones take anything, and its engines are as new."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ IDLE_SECONDS = 30
 """Time for which the client keeps a connection that nobody uses."""
 
 _FROM_PLAN = ("data_parallel_size", "enable_expert_parallel")
+_KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _KV_CACHE_GIB = "1"
 
@@ -194,8 +195,9 @@ def _environment(
     # The cluster profile's interfaces and NCCL settings are already in every task's environment.
     env = {name: value for name, value in plan.recipe.misc.env.items() if name not in plan.cluster.env}
     env |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": here.address}
-    # Else the server closes idle connections, after 5 s, of which one may just have got a request.
-    env.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(4 * IDLE_SECONDS))
+    if _KEEP_ALIVE not in plan.cluster.env:
+        # Else the server closes idle connections, after 5 s, of which one may just have got a request.
+        env.setdefault(_KEEP_ALIVE, str(4 * IDLE_SECONDS))
     teaches = is_teachers(plan, engine)
     if not teaches:
         env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes of weight updates, pausing and sleeping

@@ -148,9 +148,9 @@ class Driver:
         if self.recipe.resources.colocate:
             _, clients = await asyncio.gather(ranks_up, engines_up)
             await asyncio.gather(*(client.sleep(SLEEP_LEVEL) for client in clients))
-            return await self._timed("trainer_time", self._trainer_up(trainer)), clients
-        await ranks_up
-        start, clients = await asyncio.gather(self._timed("trainer_time", self._trainer_up(trainer)), engines_up)
+            return await self._timed("trainer_time", self._trainer_up(trainer, ranks_up)), clients
+        trainer_up = self._timed("trainer_time", self._trainer_up(trainer, ranks_up))
+        start, clients = await asyncio.gather(trainer_up, engines_up)
         return start, clients
 
     async def _engines_up(self, stack: contextlib.AsyncExitStack, engines: EngineGroup) -> list[EngineClient]:
@@ -196,7 +196,9 @@ class Driver:
         finally:
             self._start_times[name] = time.monotonic() - began
 
-    async def _trainer_up(self, trainer: TrainerGroup) -> StartState:
+    async def _trainer_up(self, trainer: TrainerGroup, ranks_up: Awaitable[None]) -> StartState:
+        """Set up the ranks, once their processes are up."""
+        await ranks_up
         place = master(self.plan, self.binding)
         return (await trainer.call(self.deadlines.setup, WorkerMethods.setup, *place))[0]
 
@@ -270,8 +272,7 @@ class Driver:
     async def _train_only(self, group: Any, folder: str) -> None:
         """Train on rollouts that another run wrote."""
         trainer = TrainerGroup(self.plan, group, await wait_for_names())
-        await trainer.beat(self.deadlines.setup, self.pulse.place)
-        start = await self._trainer_up(trainer)
+        start = await self._trainer_up(trainer, trainer.beat(self.deadlines.setup, self.pulse.place))
         self.phases.metrics.start(start.next_rollout_id)
         exports = Exports(self.plan, deadline_s=self.deadlines.save)
         exporting = asyncio.create_task(exports.run())

@@ -1,4 +1,4 @@
-"""What an earlier driver of the same Ray cluster left: ranks, which must be over, and engines, which serve on."""
+"""Ranks and engines that an earlier driver of the same Ray cluster left: ranks must be over, engines serve on."""
 
 from __future__ import annotations
 
